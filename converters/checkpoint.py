@@ -1,0 +1,184 @@
+"""A base checkpoint on disk: its config, the place of every tensor, and its identity."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from converters.errors import AlreadyMergedError, CheckpointError, QuantizedBaseError
+from converters.manifest import MANIFEST_NAME
+from converters.tensor_file import TensorInfo, TensorReader, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# fingerprint: tensors up to this size are read whole, larger ones at evenly spaced places
+_WHOLE_BYTES = 64 << 10
+_SAMPLE_BYTES = 4 << 10
+_SAMPLES = 16
+
+_QUANTIZED_DTYPES = ("F8", "F4", "F6", "I8", "U8", "I4", "U4")
+_QUANTIZED_SUFFIXES = (
+    ".qweight",
+    ".qzeros",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".SCB",
+    ".weight_packed",
+    ".absmax",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a config and safetensors weights, opened but not loaded.
+
+    Attributes:
+        folder: where it lies.
+        config: config.json, as it stands.
+        tensors: name -> place, in file order.
+        shards: file names in order; one for a single file.
+        repo_id: Hub id it came from, if it did.
+        revision: commit on the Hub, if it came from there.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    shards: tuple[str, ...]
+    repo_id: str | None = None
+    revision: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Short name: the last part of the Hub id or of the folder."""
+        return (self.repo_id or str(self.folder.resolve())).rsplit("/", 1)[-1]
+
+    @property
+    def architecture(self) -> str | None:
+        """The class the config names first."""
+        names = self.config.get("architectures") or [None]
+        return str(names[0]) if names[0] else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the weights: a SHA-256 over every tensor's name, dtype, shape and sampled bytes.
+
+        Small tensors count whole, large ones by 16 evenly spaced pieces of 4 KiB, so a 7B model takes
+        milliseconds. Two fine-tunings of one model differ; sharding and file names do not matter.
+        """
+        digest = hashlib.sha256(b"peanut-serve base fingerprint v1")
+        with TensorReader() as reader:
+            for name in sorted(self.tensors):
+                info = self.tensors[name]
+                digest.update(json.dumps([name, info.dtype, info.shape]).encode())
+                for start, size in _sample_ranges(info.nbytes):
+                    digest.update(reader.range(info, start, size))
+        return "sampled-sha256:" + digest.hexdigest()
+
+
+def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:
+    if nbytes <= _WHOLE_BYTES:
+        return [(0, nbytes)]
+    last = nbytes - _SAMPLE_BYTES
+    return [(last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from `path`. Raises `CheckpointError` naming `what` if it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot read the {what} ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: the {what} is a JSON {type(value).__name__}, wanted an object")
+    return value
+
+
+def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
+    """Open the base in `folder`. Reads the config and the headers, no weights.
+
+    Raises:
+        CheckpointError: no model there, an incomplete or corrupt one, or not safetensors.
+        QuantizedBaseError: its weights are quantised.
+        AlreadyMergedError: this toolkit wrote it.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{folder} is an adapter, wanted a base model; pass it with --adapter")
+        raise CheckpointError(f"{folder}: no config.json; wanted a folder with a transformers model")
+    if (folder / MANIFEST_NAME).exists():
+        raise AlreadyMergedError(
+            f"{folder} was written by peanut-merge (it has a {MANIFEST_NAME}): f(W0; θ) is only right on the "
+            "original weights; give the base that was merged from"
+        )
+    config = read_json(folder / "config.json", "model config")
+    _refuse_quantized_config(folder, config)
+    shards, weight_map = _shards(folder)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for shard in shards:
+        infos, found = read_header(folder / shard)
+        metadata.update(found)
+        for info in infos:
+            if info.name in tensors:
+                raise CheckpointError(f"{folder}: {info.name} is in {tensors[info.name].file.name} and in {shard}")
+            tensors[info.name] = info
+    if weight_map is not None and set(weight_map) != set(tensors):
+        odd = sorted(set(weight_map) ^ set(tensors))
+        raise CheckpointError(
+            f"{folder}: {INDEX_FILE} and the shards disagree on {len(odd)} tensors, for example {odd[0]}; "
+            "the download is incomplete or mixed"
+        )
+    _refuse_quantized_tensors(folder, tensors)
+    return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata)
+
+
+def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file() and not index.is_file():
+        return (SINGLE_FILE,), None
+    if index.is_file():
+        weight_map = read_json(index, "shard index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: no weight_map in it")
+        names = tuple(sorted(set(map(str, weight_map.values()))))
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index}: '{name}' is not a file name in the same folder")
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: the shard {name} is missing; fetch the model again")
+        return names, weight_map
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles ({pickles[0]}), wanted safetensors; convert them once with "
+            "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), with the class of the model"
+        )
+    raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; wanted safetensors weights")
+
+
+def _refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and method == "bitsandbytes":
+            method = "bitsandbytes " + ("4-bit" if settings.get("load_in_4bit") else "8-bit")
+        raise QuantizedBaseError(
+            f"{folder} is quantised ({method or 'unknown method'}): merge on the weights in training precision, "
+            "then quantise the result"
+        )
+
+
+def _refuse_quantized_tensors(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    for info in tensors.values():
+        packed = info.dtype.startswith(_QUANTIZED_DTYPES) and info.name.endswith(".weight")
+        if packed or info.name.endswith(_QUANTIZED_SUFFIXES):
+            raise QuantizedBaseError(
+                f"{folder} is quantised ({info.name} is {info.dtype}): merge on the weights in training "
+                "precision, then quantise the result"
+            )

@@ -1,0 +1,102 @@
+"""Where a base comes from: a local folder, a Hub id, or the short name of a model of the paper."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.checkpoint import INDEX_FILE, SINGLE_FILE
+from converters.companions import COMPANION_PATTERNS
+from converters.errors import CheckpointError, HubError, OptionError
+from converters.hub_names import SHORT_NAMES, is_hub_id
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base that now lies in `folder`. `note` says what was taken where that was a choice."""
+
+    folder: Path
+    repo_id: str | None = None
+    revision: str | None = None
+    note: str | None = None
+
+
+def find_base(base: str, revision: str | None = None, token: str | None = None) -> BaseSource:
+    """Resolve `--base`: a folder of that name wins, then the short names, then the Hub.
+
+    Args:
+        base: folder, short name (`llama2-7b`, ...) or Hub id (`user/model`).
+        revision: branch, tag or commit on the Hub.
+        token: Hub token; by default the one huggingface-hub finds (HF_TOKEN, `hf auth login`).
+
+    Raises:
+        CheckpointError: no such folder, and the name cannot be a Hub id.
+        OptionError: `revision` for a local folder.
+        HubError: the download failed.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise OptionError(f"--revision {revision} has no meaning for the local folder {base}")
+        shadows = base in SHORT_NAMES
+        note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
+        return BaseSource(folder, note=note)
+    if folder.is_file():
+        raise CheckpointError(f"{base} is a file; wanted the folder that holds config.json and the weights")
+    repo_id = SHORT_NAMES.get(base, base)
+    if not is_hub_id(repo_id):
+        raise CheckpointError(f"no folder {base}, and this is no Hub id; check the path")
+    path = _download(repo_id, revision, token)
+    note = f"base: {base} is {repo_id} on the Hub, revision {path.name}" if repo_id != base else None
+    return BaseSource(path, repo_id, path.name, note)
+
+
+def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """The cached snapshot with just what a merge reads: config, companions, safetensors."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{repo_id}@{revision}" if revision else repo_id
+    small = ["config.json", INDEX_FILE, *COMPANION_PATTERNS]
+    try:
+        try:
+            folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=small))
+        except IncompleteSnapshotError:
+            # offline, with a cache that another program filled: it may lack files nobody needs
+            config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+            if not isinstance(config, str):
+                raise
+            folder = Path(config).parent
+        index = folder / INDEX_FILE
+        shards = [SINGLE_FILE]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not all((folder / shard).is_file() for shard in shards):
+            snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
+        return folder
+    except GatedRepoError:
+        raise HubError(
+            f"{where} is gated: accept its licence on the Hub, then pass --token or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"no folder '{repo_id}' here and no such model on the Hub; check the name, "
+            "or pass --token if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f"{repo_id} has no revision '{revision}' on the Hub") from None
+    except LocalEntryNotFoundError as error:
+        cause = str(error).splitlines()[0]
+        raise HubError(
+            f"no folder '{repo_id}' here, and {where} is neither whole in the local cache nor "
+            f"to be had from the Hub ({cause})"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError, KeyError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HubError(f"fetching {where} from the Hub failed: {cause}") from None
