@@ -1,0 +1,60 @@
+"""Which modules an adapter's config says it adapts: PEFT's rule (`peft/tuners/tuners_utils.py`,
+`check_target_module_exists`), to hold the config against the keys found in the weights."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Targeting:
+    """The targeting fields of an adapter_config.json, as PEFT spells them."""
+
+    target_modules: str | Sequence[str]
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] = ()
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    @property
+    def all_linear(self) -> bool:
+        """PEFT's shorthand for every linear layer but the output head."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def matches(self, module: str) -> bool:
+        """Whether PEFT would adapt a linear module of this name."""
+        if self.exclude_modules and _named(module, self.exclude_modules):
+            return False
+        if self.saves(module):
+            return False
+        if self.all_linear:
+            return True
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        return _named(module, self.target_modules) and self._in_layers(module)
+
+    def saves(self, module: str) -> bool:
+        """Whether `module`, or one that contains it, is in modules_to_save."""
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
+
+    def _in_layers(self, module: str) -> bool:
+        wanted = self.layers_to_transform
+        if wanted is None or wanted == []:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
+        for expression in expressions:
+            if found := re.match(expression, module):
+                return int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+        return False
+
+
+def _named(module: str, names: str | Sequence[str]) -> bool:
+    """PEFT's test: a string is a regex for the whole name, a list holds names or their endings."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
