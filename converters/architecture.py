@@ -1,0 +1,127 @@
+"""What transformers knows of a model class: its tensor names, shapes and ties. The only import of transformers.
+
+It is imported only when a merge needs it, which takes seconds: when names of adapter and checkpoint do not
+agree as they stand, or when a head comes with the adapter. The class is built on the meta device, without
+weights. Renamings between checkpoint and memory are those of `transformers/conversion_mapping.py`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converters.errors import TargetError
+
+# PEFT's task types (peft/utils/peft_types.py) and the auto class that loads such a model
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+# the tasks whose model class is decided by the head that comes with the adapter
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """The names of one model class, in transformers' memory.
+
+    Attributes:
+        name: class name, as it stands in `architectures` of a config.
+        shapes: every tensor of its state dict.
+        linear: names of its nn.Linear modules.
+        tied: tensor that is only an alias -> the tensor it is tied to.
+        prefix: its `base_model_prefix` (`vit`, `bert`, `model`), where it has such a submodule.
+        optional: whether transformers may do without a tensor of this name.
+        num_labels, vocab_size: sizes the config stands for.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    linear: frozenset[str]
+    tied: Mapping[str, str]
+    prefix: str
+    num_labels: int
+    vocab_size: int | None
+    _rename: Callable[[str], tuple[str, str | None]]
+    _optional: tuple[str, ...]
+
+    def canonical(self, name: str) -> str:
+        """The name in memory of a tensor that a checkpoint or an adapter, old or new, calls `name`."""
+        return name if name in self.shapes else self._rename(name)[0]
+
+    def converted(self, name: str) -> bool:
+        """Whether transformers fuses or splits the tensor a checkpoint calls `name` while loading."""
+        return self._rename(name)[1] is not None
+
+    def optional(self, name: str) -> bool:
+        """Whether transformers loads a checkpoint without this tensor in silence."""
+        return any(re.search(pattern, name) for pattern in self._optional)
+
+
+def build_architecture(
+    config: Mapping[str, Any], class_name: str | None = None, task_type: str | None = None
+) -> Architecture:
+    """Build the class `class_name` (or what loads `task_type`) for `config`, without weights.
+
+    Raises `TargetError` when this transformers does not have the model, or not without remote code.
+    """
+    import torch
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model_type = config.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise TargetError(
+            f"the names of adapter and base do not agree as they stand, and transformers "
+            f"{transformers.__version__} does not know the model type {model_type!r} to translate them"
+            + ("; models with remote code are not run" if config.get("auto_map") else "")
+        )
+    settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    native = transformers.CONFIG_MAPPING[model_type].from_dict(settings)
+    with torch.device("meta"):
+        model = _build(transformers, native, class_name, task_type)
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+
+    def rename(name: str) -> tuple[str, str | None]:
+        found: tuple[str, str | None] = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return found
+
+    return Architecture(
+        name=type(model).__name__,
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        linear=frozenset(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)),
+        tied=dict(model.all_tied_weights_keys),
+        prefix=prefix,
+        num_labels=native.num_labels,
+        vocab_size=getattr(native.get_text_config(), "vocab_size", None),
+        _rename=rename,
+        _optional=tuple(ignored),
+    )
+
+
+def _build(transformers: Any, config: Any, class_name: str | None, task_type: str | None) -> Any:
+    if class_name is not None:
+        model_class = getattr(transformers, class_name, None)
+        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+            raise TargetError(f"transformers {transformers.__version__} has no model class {class_name}")
+        return model_class(config)
+    auto = getattr(transformers, AUTO_CLASSES.get(task_type or "", "AutoModel"))
+    try:
+        return auto.from_config(config)
+    except ValueError as error:
+        raise TargetError(
+            f"transformers has no {auto.__name__.removeprefix('AutoModel') or 'model'} for model type "
+            f"{config.model_type} ({str(error).splitlines()[0]})"
+        ) from None

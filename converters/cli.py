@@ -1,0 +1,285 @@
+"""The commands `peanut-merge` and `peanut-inspect`: parse, call, print. Results on stdout, the rest on stderr."""
+
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from converters._version import __version__
+from converters.errors import OptionError, PeanutError
+
+if TYPE_CHECKING:
+    from converters.executor import MergeResult
+    from converters.plan import Plan
+
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False, soft_wrap=True)
+
+_MERGE_HELP = """Merge a trained PEANuT adapter into its base model: W = W0 + f(W0; θ).
+
+Writes a checkpoint that transformers and vLLM load as any other model. Nothing is written until everything
+that can be refused was refused, and the output appears whole or not at all.
+
+Examples:
+
+  peanut-merge --base llama2-7b --adapter ./gsm8k
+
+  peanut-merge --base ./smollm2 --adapter ./json -o ./smollm2-json --dtype bf16
+
+  peanut-merge --base org/model --revision v1.0 --adapter ./a --dry-run
+"""
+
+_INSPECT_HELP = """Show what an adapter is; with a base, how strongly it acts where.
+
+Examples:
+
+  peanut-inspect ./gsm8k
+
+  peanut-inspect ./gsm8k --base llama2-7b
+
+  peanut-inspect ./gsm8k --base llama2-7b --record-base
+"""
+
+_Base = Annotated[str, typer.Option("--base", help="Folder, Hub id, or llama2-7b, llama3-8b, qwen3-8b, ...")]
+_Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the base on the Hub.")]
+_Token = Annotated[str | None, typer.Option("--token", help="Hub token; HF_TOKEN works as well.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peanut-serve {__version__}")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
+def _merge(
+    base: _Base,
+    adapter: Annotated[Path, typer.Option("--adapter", help="Folder of the trained adapter.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: ./<base>-<adapter>")] = None,
+    revision: _Revision = None,
+    token: _Token = None,
+    dtype: Annotated[str, typer.Option(help="auto (as the base), bf16, fp16 or fp32.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where f is evaluated: auto, cpu, cuda, cuda:N.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Like 5GB; 'base' keeps the base's sharding.")] = "5GB",
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON list of class labels, for a head that comes with the adapter.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, at the end.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="Merge although the base is another.")] = False,
+    verify: Annotated[bool, typer.Option(help="Check the written files before they are published.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes; write nothing.")] = False,
+    as_json: _Json = False,
+    version: _Version = False,
+) -> None:
+    from converters.executor import check_merge, default_output, find_device, prepare_merge, run_merge
+
+    plan = prepare_merge(
+        base, adapter, revision=revision, token=token, dtype=dtype, max_shard_size=max_shard_size,
+        labels=read_labels(labels) if labels else None, force_base=force_base,
+    )  # fmt: skip
+    target = output or default_output(plan)
+    find_device(device)
+    check_merge(plan, target, overwrite)
+    for note in plan.notes:
+        _err.print(f"note: {note}", markup=False)
+    if dry_run:
+        _print_plan(plan, target, as_json)
+        return
+    with _progress(plan.total_size * (2 if verify else 1), "merging", as_bytes=True) as advance:
+        result = run_merge(plan, target, device=device, overwrite=overwrite, verify=verify, advance=advance)
+    _print_result(result, as_json)
+
+
+def _inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the trained adapter.")],
+    base: Annotated[str | None, typer.Option("--base", help="The base it was trained on: adds the norms.")] = None,
+    revision: _Revision = None,
+    token: _Token = None,
+    record_base: Annotated[
+        bool, typer.Option("--record-base", help="Write the base's fingerprint beside the adapter.")
+    ] = False,
+    as_json: _Json = False,
+    version: _Version = False,
+) -> None:
+    from converters import inspection
+    from converters.checkpoint import open_checkpoint
+    from converters.hub import find_base
+    from converters.layouts import load_adapter
+
+    if record_base and base is None:
+        raise OptionError("--record-base needs --base")
+    opened = load_adapter(adapter)
+    facts = inspection.describe(opened)
+    norms: list[inspection.DeltaNorm] = []
+    if base is not None:
+        source = find_base(base, revision, token)
+        checkpoint = open_checkpoint(source.folder, source.repo_id, source.revision)
+        with _progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
+            norms = inspection.delta_norms(opened, checkpoint, advance)
+        if record_base:
+            _err.print(f"recorded the base in {inspection.record_base(opened, checkpoint)}", markup=False)
+    if as_json:
+        rows = [{"module": n.module, "shape": n.shape, "delta": n.delta, "weight": n.weight} for n in norms]
+        print(json.dumps({**facts, **({"norms": rows} if base else {})}, indent=2))
+        return
+    _print_facts(facts)
+    if norms:
+        _print_norms(norms)
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class labels from a JSON list, or from an id2label object. Raises `OptionError` for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            value = [value[str(i)] for i in range(len(value))]
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"{path}: wanted a JSON list of labels, or an object from '0', '1', ... ({error})"
+        ) from None
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value) or not value:
+        raise OptionError(f"{path}: wanted a JSON list of strings")
+    if len(set(value)) != len(value):
+        raise OptionError(f"{path}: a label stands twice")
+    return value
+
+
+class _progress:  # noqa: N801 - used as a function
+    """A progress bar on stderr, nothing where stderr is no terminal."""
+
+    def __init__(self, total: int, what: str, as_bytes: bool) -> None:
+        from rich import progress
+
+        middle = [progress.DownloadColumn()] if as_bytes else [progress.MofNCompleteColumn()]
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            *middle,
+            progress.TimeRemainingColumn(),
+            console=_err,
+            transient=True,
+            disable=not _err.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        return lambda amount: self._bar.advance(self._task, amount)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _print_plan(plan: "Plan", target: Path, as_json: bool) -> None:
+    counts = Counter(tensor.action.value for tensor in plan.tensors)
+    shards = {shard: sum(tensor.nbytes for tensor in tensors) for shard, tensors in plan.shards.items()}
+    if as_json:
+        actions = {tensor.name: tensor.action.value for tensor in plan.tensors}
+        print(json.dumps({
+            "output": str(target), "total_size": plan.total_size, "shards": shards, "counts": counts,
+            "tensors": actions, "dropped": dict(plan.dropped), "notes": plan.notes, "dry_run": True,
+        }, indent=2))  # fmt: skip
+        return
+    _out.print(f"would write {target}: {_size(plan.total_size)}", markup=False)
+    for shard, size in shards.items():
+        _out.print(f"  {shard}  {_size(size)}", markup=False)
+    _out.print("  " + ", ".join(f"{n} {action}" for action, n in sorted(counts.items())))
+    for name, reason in plan.dropped.items():
+        _out.print(f"  left out: {name} ({reason})", markup=False)
+
+
+def _print_result(result: "MergeResult", as_json: bool) -> None:
+    counts = Counter(tensor.action.value for tensor in result.plan.tensors)
+    checked = result.verification
+    if as_json:
+        print(json.dumps({
+            "output": str(result.output), "total_size": result.plan.total_size, "counts": counts,
+            "dropped": dict(result.plan.dropped), "notes": result.plan.notes, "seconds": round(result.seconds, 3),
+            "adapter_digest": result.plan.adapter.digest, "base_fingerprint": result.plan.base.fingerprint,
+            "verification": checked.summary() if checked else None,
+        }, indent=2))  # fmt: skip
+        return
+    _out.print(f"wrote {result.output}: {_size(result.plan.total_size)} in {result.seconds:.1f} s", markup=False)
+    _out.print("  " + ", ".join(f"{n} {action}" for action, n in sorted(counts.items())))
+    if checked:
+        _out.print(
+            f"  verified: {checked.tensors} tensors, {checked.recomputed} numbers recomputed in float64, "
+            f"{checked.correctly_rounded:.2%} correctly rounded, largest error {checked.max_ulp:.2f} ulp"
+        )
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        shown = (
+            ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if key == "parameters" else value
+        )
+        table.add_row(key.replace("_", " "), "-" if shown in (None, "") else str(shown))
+    _out.print(table)
+
+
+def _print_norms(norms: list[Any]) -> None:
+    from rich.table import Table
+
+    kinds: dict[str, list[float]] = {}
+    for norm in norms:
+        kinds.setdefault(norm.module.rsplit(".", 1)[-1], []).append(norm.relative)
+    table = Table(
+        "module",
+        "layers",
+        "|f(W0)| / |W0| mean",
+        "min",
+        "max",
+        title="size of the update",
+        title_justify="left",
+    )
+    for kind, values in sorted(kinds.items(), key=lambda item: -max(item[1])):
+        mean = sum(values) / len(values)
+        table.add_row(kind, str(len(values)), *(f"{v:.4f}" for v in (mean, min(values), max(values))))
+    _out.print(table)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
+    """Run one command: a refusal is one line on stderr and exit code 1."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name=name, help=help_text)(command)
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        app(prog_name=name)
+    except PeanutError as error:
+        message = " ".join(str(error).split())
+        _err.print(f"{name}: {message}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print(f"{name}: stopped; nothing was left")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def merge_main() -> NoReturn:
+    """Entry point of `peanut-merge`."""
+    _run("peanut-merge", _merge, _MERGE_HELP)
+
+
+def inspect_main() -> NoReturn:
+    """Entry point of `peanut-inspect`."""
+    _run("peanut-inspect", _inspect, _INSPECT_HELP)

@@ -1,0 +1,240 @@
+"""The streaming executor: read, evaluate, write, one block at a time. Nothing holds the model."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.adapter import Adapter
+from converters.checkpoint import INDEX_FILE, open_checkpoint
+from converters.companions import find_companions
+from converters.errors import NonFiniteError, OptionError, OutputError
+from converters.hub import find_base
+from converters.layouts import load_adapter
+from converters.manifest import MANIFEST_NAME, build_manifest, write_json
+from converters.model_card import build_model_card
+from converters.plan import Plan, TensorPlan, parse_size, plan_merge
+from converters.publish import check_output, check_space, staged
+from converters.tensor_file import FLOAT_DTYPES, TensorReader, TensorWriter
+from converters.tweaker import block_rows, compute_dtype, factors_of_blocks
+from converters.verify import Verification, verify_output
+
+# told how many more bytes are done; a merge writes `plan.total_size`, its verification reads as many again
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote.
+
+    Attributes:
+        output: the folder.
+        plan: what was done to each tensor.
+        verification: None if it was turned off.
+        seconds: wall time of writing and verifying.
+    """
+
+    output: Path
+    plan: Plan
+    verification: Verification | None
+    seconds: float
+
+
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_shard_size: str = "5GB",
+    labels: list[str] | None = None,
+    overwrite: bool = False,
+    force_base: bool = False,
+    verify: bool = True,
+) -> MergeResult:
+    """Merge a trained adapter into a base checkpoint: every adapted weight becomes `W0 + f(W0; θ)`.
+
+    Args:
+        base: local folder, Hub id, or short name (`llama2-7b`, ...).
+        adapter: folder of the adapter.
+        output: folder to write; `./<base>-<adapter>` by default.
+        revision, token: for a base on the Hub.
+        dtype: `auto` (each tensor's own), `bf16`, `fp16`, `fp32`.
+        device: where f is evaluated: `auto`, `cpu`, `cuda`, `cuda:N`.
+        max_shard_size: like `5GB`; `base` keeps the base's sharding.
+        labels: class labels for a classification head that comes with the adapter.
+        overwrite: replace an output of an earlier merge, at the end and at once.
+        force_base: merge although the adapter was trained on another base.
+        verify: check the written files before they are published.
+
+    Raises:
+        PeanutError: see `converters.errors`; whichever it is, no output was written or changed.
+    """
+    plan = prepare_merge(
+        base, adapter, revision=revision, token=token, dtype=dtype, max_shard_size=max_shard_size, labels=labels,
+        force_base=force_base,
+    )  # fmt: skip
+    return run_merge(plan, output, device=device, overwrite=overwrite, verify=verify)
+
+
+def prepare_merge(
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    labels: list[str] | None = None,
+    force_base: bool = False,
+) -> Plan:
+    """Open base and adapter and plan their merge; see `merge`. Writes nothing."""
+    limit = parse_size(max_shard_size)
+    opened_adapter = load_adapter(adapter)  # before the base: a wrong adapter should not cost a download
+    source = find_base(str(base), revision, token)
+    opened_base = open_checkpoint(source.folder, source.repo_id, source.revision)
+    return plan_merge(
+        opened_base, opened_adapter, dtype=dtype, max_shard_size=limit, labels=labels, force_base=force_base
+    )
+
+
+def default_output(plan: Plan) -> Path:
+    """`./<base>-<adapter>`."""
+    return Path(f"{plan.base.name}-{plan.adapter.name}")
+
+
+def check_merge(plan: Plan, output: Path, overwrite: bool) -> None:
+    """Everything that can be refused about the output. Raises `OutputError` of one kind or another."""
+    check_output(output, overwrite, plan.base.folder, plan.adapter.folder)
+    check_space(output, plan.total_size)
+
+
+def run_merge(
+    plan: Plan,
+    output: str | Path | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    verify: bool = True,
+    advance: Advance = lambda size: None,
+) -> MergeResult:
+    """Carry out a plan; see `merge`. `advance` is told of bytes written, then of bytes verified."""
+    output = Path(output) if output is not None else default_output(plan)
+    where = find_device(device)
+    check_merge(plan, output, overwrite)
+    start = time.perf_counter()
+    try:
+        with staged(output, overwrite) as staging, TensorReader() as reader:
+            hashes = _write_weights(plan, staging, reader, where, advance)
+            for name, source in find_companions(plan.base.folder, plan.adapter.folder).items():
+                (staging / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, staging / name)
+            verification = verify_output(staging, plan, hashes, reader, advance) if verify else None
+            options = {
+                "dtypes": sorted({tensor.dtype for tensor in plan.tensors}),
+                "shards": len(plan.shards),
+            }
+            verified = verification.summary() if verification else None
+            write_json(staging / MANIFEST_NAME, build_manifest(plan, options, hashes, verified))
+            (staging / "README.md").write_text(build_model_card(plan), encoding="utf-8")
+            write_json(staging / "config.json", plan.config)  # last: what makes it look like a model
+    except OSError as error:
+        raise OutputError(f"{output} could not be written: {error}; nothing was left there") from error
+    return MergeResult(output, plan, verification, time.perf_counter() - start)
+
+
+def find_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU. Raises `OptionError` for what is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise OptionError(f"device '{device}' is unknown; wanted auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise OptionError(f"device '{device}' is not there: this PyTorch sees {count} CUDA devices; use --device cpu")
+    return found
+
+
+def _write_weights(
+    plan: Plan, folder: Path, reader: TensorReader, device: torch.device, advance: Advance
+) -> dict[str, str]:
+    """Write every shard and the index; returns the hash of each tensor."""
+    hashes: dict[str, str] = {}
+    metadata = {**plan.base.metadata, "format": "pt"}
+    for shard, tensors in plan.shards.items():
+        with ExitStack() as stack:
+            writer = TensorWriter(folder / shard, [tensor.spec for tensor in tensors], metadata)
+            stack.callback(writer.close)
+            for tensor in tensors:
+                writer.begin(tensor.name)
+                for piece in merged_pieces(tensor, plan.adapter, reader, device):
+                    writer.write(piece)
+                    advance(piece.nbytes)
+                hashes[tensor.name] = writer.end()
+            writer.finish()
+    if len(plan.shards) > 1:
+        weight_map = {tensor.name: shard for shard, tensors in plan.shards.items() for tensor in tensors}
+        index: dict[str, Any] = {"metadata": {"total_size": plan.total_size}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index)
+    return hashes
+
+
+def merged_pieces(
+    tensor: TensorPlan, adapter: Adapter, reader: TensorReader, device: torch.device
+) -> Iterator[Tensor]:
+    """One output tensor, in consecutive pieces of rows on the CPU."""
+    if tensor.saved is not None:
+        yield _cast(adapter.saved_tensor(tensor.saved), tensor)
+        return
+    info = tensor.source
+    if info is None:
+        raise ValueError(f"{tensor.name}: neither saved nor from the base")
+    if tensor.module is None:
+        if tensor.dtype == info.dtype:
+            yield from reader.chunks(info)
+        else:
+            for block in reader.row_blocks(info, block_rows(info.row_size)):
+                yield _cast(block, tensor)
+        return
+    tweaker = adapter.tweaker(tensor.module)
+    rows = block_rows(info.row_size)
+    dtype = compute_dtype(info.torch_dtype, tweaker.a.dtype)
+    shape = (info.shape[0], info.shape[1])
+    factors = factors_of_blocks(reader.row_blocks(info, rows), shape, tweaker, dtype, device)
+    start = 0
+    for block in reader.row_blocks(info, rows):
+        yield _finite(factors.merge_rows(block, start, FLOAT_DTYPES[tensor.dtype]).cpu(), tensor)
+        start += block.shape[0]
+
+
+def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
+    cast = numbers.to(FLOAT_DTYPES[tensor.dtype]).contiguous()
+    return cast if not _is_finite(numbers) else _finite(cast, tensor)  # an Inf of the base stays one
+
+
+def _finite(merged: Tensor, tensor: TensorPlan) -> Tensor:
+    if not _is_finite(merged):
+        cure = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
+        raise NonFiniteError(
+            f"{tensor.name}: merged weights do not fit {tensor.dtype} (NaN, or larger than "
+            f"{torch.finfo(merged.dtype).max:g}){cure}"
+        )
+    return merged
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    # a sum is many times faster than isfinite, and finite only if all are; a huge sum is looked at again
+    return bool(numbers.sum(dtype=torch.float32).isfinite()) or bool(numbers.isfinite().all())

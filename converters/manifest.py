@@ -1,0 +1,86 @@
+"""The manifest beside merged weights: what they were made of, and what every tensor is.
+
+`peanut_manifest.json` holds no dates and no paths, so that the same merge gives the same bytes.
+"""
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters._version import __version__
+from converters.hub_names import is_hub_id
+
+if TYPE_CHECKING:
+    from converters.plan import Plan
+
+MANIFEST_NAME = "peanut_manifest.json"
+FORMAT_VERSION = 1
+
+
+def build_manifest(plan: "Plan", options: dict[str, Any], hashes: dict[str, str], verified: Any) -> dict[str, Any]:
+    """The manifest of a merge.
+
+    Args:
+        plan: what was done.
+        options: the options that shaped the output.
+        hashes: xxh3_128 of every output tensor.
+        verified: the result of the verification, or None if it was turned off.
+    """
+    import safetensors
+    import torch
+
+    adapter, base = plan.adapter, plan.base
+    theta = next(iter(adapter.modules.values()))
+    return {
+        "format_version": FORMAT_VERSION,
+        "generator": f"peanut-serve {__version__}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "base": {
+            "name": base.name,
+            "repo_id": base.repo_id,
+            "revision": base.revision,
+            "fingerprint": base.fingerprint,
+        },
+        "adapters": [
+            {
+                "name": adapter.name,
+                "layout": adapter.layout,
+                "digest": adapter.digest,
+                "trained_on": adapter.base_name if is_hub_id(adapter.base_name or "") else None,
+                "r": theta.r,
+                "depth": theta.depth,
+                "act_fn": theta.act_fn,
+                "scaling": theta.scaling,
+            }
+        ],
+        "options": options,
+        "verified": verified,
+        "tensors": {
+            tensor.name: {
+                "action": tensor.action.value,
+                "file": shard,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "xxh3_128": hashes[tensor.name],
+                **({"from": tensor.source.name} if tensor.source and tensor.source.name != tensor.name else {}),
+                **(
+                    {"cast_from": tensor.source.dtype}
+                    if tensor.source and tensor.source.dtype != tensor.dtype
+                    else {}
+                ),
+            }
+            for shard, tensors in plan.shards.items()
+            for tensor in tensors
+        },
+        "dropped": dict(plan.dropped),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON the way transformers writes its configs."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

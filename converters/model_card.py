@@ -1,0 +1,47 @@
+"""The README.md of a merged model, with the metadata the Hub reads (https://huggingface.co/docs/hub/model-cards)."""
+
+import json
+from collections import Counter
+
+from converters.hub_names import is_hub_id
+from converters.manifest import MANIFEST_NAME
+from converters.plan import Plan
+
+_PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+}
+
+
+def build_model_card(plan: Plan) -> str:
+    """Markdown with a YAML head. JSON strings are YAML strings."""
+    base, adapter = plan.base, plan.adapter
+    theta = next(iter(adapter.modules.values()))
+    trained_on = adapter.base_name or ""
+    base_id = base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
+    head = ["library_name: transformers", "tags:", "- peanut", "- peft", "- merged"]
+    if base_id is not None:
+        head = [f"base_model: {json.dumps(base_id)}", "base_model_relation: finetune", *head]
+    architecture = str((plan.config.get("architectures") or [""])[0])
+    head += [f"pipeline_tag: {tag}" for end, tag in _PIPELINES.items() if architecture.endswith(end)]
+    counts = Counter(tensor.action.value for tensor in plan.tensors)
+    lines = [
+        f"# {base.name} with {adapter.name}",
+        "",
+        f"The weights of {base_id or base.name} with the PEANuT adapter `{adapter.name}` merged into them: "
+        "`W = W0 + f(W0; θ)` ([arXiv 2410.01870](https://arxiv.org/abs/2410.01870)). "
+        "Load it as any other transformers model; no adapter library is needed.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {base_id or base.name}{f' at {base.revision}' if base.revision else ''} |",
+        f"| adapter | r = {theta.r}, depth = {theta.depth}, {theta.act_fn}, scaling = {theta.scaling:g} |",
+        f"| adapter digest | `{adapter.digest}` |",
+        f"| tensors | {', '.join(f'{n} {action}' for action, n in sorted(counts.items()))} |",
+        "",
+        f"Merged with peanut-serve. `{MANIFEST_NAME}` tells where every tensor comes from.",
+    ]
+    return "\n".join(["---", *head, "---", "", *lines, ""])

@@ -1,0 +1,57 @@
+"""Changes to a model's config.json that keep it true to the merged weights."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+# by safetensors dtype; the value is what configs say
+CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and before
+_TIE = "tie_word_embeddings"
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """`config` whose dtype, under every spelling and in every nested config that states one, is `dtype`."""
+    changed = _map_nested(config, _DTYPE_KEYS, CONFIG_DTYPES[dtype])
+    if not any(key in changed for key in _DTYPE_KEYS):
+        changed["dtype"] = CONFIG_DTYPES[dtype]
+    return changed
+
+
+def with_vocab_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """`config` whose vocabulary size, wherever it stands as `old`, is `new`."""
+    return _map_nested(config, ("vocab_size",), new, only=old)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` that no longer ties the output head to the input embedding."""
+    return {**_map_nested(config, (_TIE,), False), _TIE: False}
+
+
+def with_labels(config: Mapping[str, Any], labels: list[str]) -> dict[str, Any]:
+    """`config` with these class labels."""
+    changed = copy.deepcopy(dict(config))
+    changed["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    changed["label2id"] = {label: i for i, label in enumerate(labels)}
+    changed.pop("num_labels", None)
+    return changed
+
+
+def labels_of(config: Mapping[str, Any]) -> list[str] | None:
+    """The class labels a config states in order, or None if it states none."""
+    table = config.get("id2label")
+    if not isinstance(table, dict) or not table:
+        return None
+    return [str(label) for _, label in sorted(table.items(), key=lambda item: int(item[0]))]
+
+
+def _map_nested(config: Mapping[str, Any], keys: tuple[str, ...], value: Any, only: Any = None) -> dict[str, Any]:
+    """A copy of `config` where each of `keys` that exists, at any depth, is `value` (if it was `only`)."""
+    changed: dict[str, Any] = {}
+    for key, old in config.items():
+        if key in keys and (only is None or old == only):
+            changed[key] = value
+        else:
+            changed[key] = _map_nested(old, keys, value, only) if isinstance(old, dict) else copy.deepcopy(old)
+    return changed

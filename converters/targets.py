@@ -1,0 +1,122 @@
+"""From the module names of an adapter to the tensor names of a checkpoint, and the names of the output.
+
+Adapters carry the names of the transformers that trained them, checkpoints those of the one that wrote them.
+Where both agree, which is so for language models, names are taken as they are. Otherwise both are translated
+to the names of today's transformers (`architecture.py`), which settles every pairing of old and new.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from converters.adapter import Adapter
+from converters.checkpoint import Checkpoint
+from converters.errors import TargetError, ThetaError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted weight: read W0 from `base_name`, write `W0 + f(W0; θ)` as `output_name`."""
+
+    module: str
+    base_name: str
+    output_name: str
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Every name of a merge.
+
+    Attributes:
+        targets: adapted weights.
+        replaced: output name -> tensor of `modules_to_save` written there.
+        kept: output name -> base tensor that is carried over under it.
+        dropped: base tensor that is left out -> why.
+        config: the merged config, but for its dtype.
+        notes: what the user should know.
+    """
+
+    targets: tuple[Target, ...]
+    kept: Mapping[str, str]
+    config: Mapping[str, Any]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_targets(base: Checkpoint, adapter: Adapter, labels: list[str] | None = None) -> Targets:
+    """Settle every name.
+
+    Args:
+        base: the base.
+        adapter: the adapter.
+        labels: class labels for a head that comes with the adapter.
+
+    Raises:
+        TargetError: a weight of the adapter finds no tensor (the message has the nearest names).
+        ThetaError: a module the config names has no θ.
+    """
+    direct = _direct(base, adapter) if labels is None else None
+    if direct is not None:
+        return direct
+    from converters.renamed_targets import find_renamed_targets
+
+    return find_renamed_targets(base, adapter, labels)
+
+
+def _direct(base: Checkpoint, adapter: Adapter) -> Targets | None:
+    """Names as they stand, if all agree and nothing but layers is touched; else None."""
+    if adapter.saved:
+        return None  # a head or an embedding: class, labels, ties and sizes are to be checked
+    pairs = {module: f"{module}.weight" for module in adapter.modules}
+    inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
+    if not inside_layers or not all(name in base.tensors for name in pairs.values()):
+        return None
+    linear = {
+        n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2
+    }
+    if untrained_modules(adapter, linear - set(pairs), pairs):
+        return None
+    return Targets(
+        targets=tuple(Target(module, name, name) for module, name in pairs.items()),
+        kept={name: name for name in base.tensors if name not in set(pairs.values())},
+        config=base.config,
+    )
+
+
+def untrained_modules(adapter: Adapter, others: Iterable[str], adapted: Iterable[str]) -> list[str]:
+    """Linear modules among `others` that the adapter's config names, though the weights hold no θ for them.
+
+    `adapted` are the adapted modules in the same naming. Under 'all-linear' only modules count that differ
+    from an adapted one in their layer number alone.
+    """
+    targeting = adapter.targeting
+    if targeting is None:
+        return []
+    if targeting.all_linear:
+        shapes = {_without_numbers(module) for module in adapted}
+        return sorted(m for m in others if _without_numbers(m) in shapes and targeting.matches(m))
+    return sorted(m for m in others if targeting.matches(m))
+
+
+def refuse_untrained(adapter: Adapter, missing: list[str]) -> None:
+    """Raise `ThetaError` if there are modules without θ that the config names."""
+    if missing:
+        raise ThetaError(
+            f"{adapter.folder}: the config's target_modules name {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ", but the weights hold no θ for it; the adapter is incomplete, or belongs to another base"
+        )
+
+
+def not_found(name: str, candidates: Iterable[str], where: str) -> TargetError:
+    """The error for an adapter weight without a tensor, with the nearest names."""
+    near = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    hint = f"; nearest there: {', '.join(near)}" if near else ""
+    return TargetError(f"the adapter's {name} finds no tensor in {where}{hint}; is this the base it was trained on?")
+
+
+def _without_numbers(module: str) -> str:
+    return re.sub(r"\d+", "#", module)

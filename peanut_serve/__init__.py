@@ -1,0 +1,1 @@
+"""Serving of PEANuT task variants. The converters it builds on are in `converters`."""
