@@ -20,7 +20,7 @@ _WHOLE_BYTES = 64 << 10
 _SAMPLE_BYTES = 4 << 10
 _SAMPLES = 16
 
-_QUANTIZED_DTYPES = ("F8", "F4", "F6", "I8", "U8", "I4", "U4")
+_QUANTIZED_DTYPES = ("F8_", "F4", "F6_", "I8", "U8", "I4", "U4")
 _QUANTIZED_SUFFIXES = (
     ".qweight",
     ".qzeros",

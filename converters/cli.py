@@ -213,7 +213,7 @@ def _print_result(result: "MergeResult", as_json: bool) -> None:
     if checked:
         _out.print(
             f"  verified: {checked.tensors} tensors, {checked.recomputed} numbers recomputed in float64, "
-            f"{checked.correctly_rounded:.2%} correctly rounded, largest error {checked.max_ulp:.2f} ulp"
+            f"largest error {checked.max_ulp:.3f} ulp"
         )
 
 

@@ -22,8 +22,12 @@ from converters.model_card import build_model_card
 from converters.plan import Plan, TensorPlan, parse_size, plan_merge
 from converters.publish import check_output, check_space, staged
 from converters.tensor_file import FLOAT_DTYPES, TensorReader, TensorWriter
-from converters.tweaker import block_rows, compute_dtype, factors_of_blocks
+from converters.tweaker import block_rows, factors_of_blocks
 from converters.verify import Verification, verify_output
+
+# W0 and f often cancel. In float32 such a sum can be off by many units in its last place once it is rounded to
+# bfloat16; float64 costs a quarter more arithmetic, and makes the rounding right whatever the blocks and threads
+EVALUATION_DTYPE = torch.float64
 
 # told how many more bytes are done; a merge writes `plan.total_size`, its verification reads as many again
 Advance = Callable[[int], None]
@@ -211,9 +215,8 @@ def merged_pieces(
         return
     tweaker = adapter.tweaker(tensor.module)
     rows = block_rows(info.row_size)
-    dtype = compute_dtype(info.torch_dtype, tweaker.a.dtype)
     shape = (info.shape[0], info.shape[1])
-    factors = factors_of_blocks(reader.row_blocks(info, rows), shape, tweaker, dtype, device)
+    factors = factors_of_blocks(reader.row_blocks(info, rows), shape, tweaker, EVALUATION_DTYPE, device)
     start = 0
     for block in reader.row_blocks(info, rows):
         yield _finite(factors.merge_rows(block, start, FLOAT_DTYPES[tensor.dtype]).cpu(), tensor)

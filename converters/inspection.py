@@ -12,7 +12,7 @@ from converters.checkpoint import Checkpoint
 from converters.manifest import write_json
 from converters.plan import plan_merge
 from converters.tensor_file import TensorReader
-from converters.tweaker import block_rows, compute_dtype, factors_of_blocks
+from converters.tweaker import block_rows, factors_of_blocks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def delta_norms(
             if tensor.module is None or tensor.source is None:
                 continue
             info, tweaker = tensor.source, adapter.tweaker(tensor.module)
-            rows, dtype = block_rows(info.row_size), compute_dtype(info.torch_dtype)
+            rows, dtype = block_rows(info.row_size), torch.float32
             shape = (info.shape[0], info.shape[1])
             cpu = torch.device("cpu")
             factors = factors_of_blocks(reader.row_blocks(info, rows), shape, tweaker, dtype, cpu)

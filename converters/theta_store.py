@@ -1,6 +1,7 @@
 """The weights file of an adapter, safetensors or pickle, with tensors loaded when they are asked for."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Protocol
 
@@ -45,14 +46,14 @@ class PickleStore:
 
     def __init__(self, path: Path) -> None:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError:
             raise ThetaError(
                 f"{path}: this pickle holds more than tensors and was not opened, since it could run code; "
                 "save the adapter as safetensors where it was trained"
             ) from None
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            cause = str(error).splitlines()[0]
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+            cause = (str(error).splitlines() or ["it is empty"])[0]
             raise ThetaError(f"{path}: not a whole torch file ({cause}); it may be truncated") from None
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ThetaError(f"{path}: holds a {type(state).__name__}, wanted a state dict of tensors")

@@ -21,7 +21,7 @@ from torch import Tensor
 from converters.activations import ACTIVATIONS
 from converters.errors import BaseMismatchError, ThetaError
 
-# float32 bytes of W0 in flight: two blocks of this size stay inside a CPU's cache
+# float64 bytes of W0 in flight: measured; two blocks of this size stay inside a CPU's cache
 BLOCK_BYTES = 2 << 20
 
 
@@ -117,14 +117,9 @@ class Factors:
         return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
-def compute_dtype(w0: torch.dtype, theta: torch.dtype = torch.float32) -> torch.dtype:
-    """The dtype f is evaluated in: float32, or float64 where W0 or θ is float64."""
-    return torch.float64 if torch.float64 in (w0, theta) else torch.float32
-
-
 def block_rows(width: int) -> int:
     """How many rows of a weight with `width` columns make one block."""
-    return max(1, BLOCK_BYTES // (4 * max(1, width)))
+    return max(1, BLOCK_BYTES // (8 * max(1, width)))
 
 
 def check_fits(orientation: Orientation, size: int, shape: tuple[int, ...], name: str = "w0") -> None:
@@ -150,7 +145,7 @@ def factors_of_blocks(
         blocks: consecutive row blocks of W0, each (n, in), of any floating dtype.
         shape: (out, in) of W0.
         tweaker: θ of the module.
-        dtype: what to evaluate in, see `compute_dtype`.
+        dtype: what to evaluate in.
         device: where to evaluate.
     """
     out, width = shape
@@ -177,29 +172,31 @@ def _split(w0: Tensor) -> Iterator[Tensor]:
     yield from torch.split(w0, block_rows(w0.shape[1]))
 
 
-def factors(w0: Tensor, tweaker: Tweaker) -> Factors:
+def factors(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> Factors:
     """The exact rank-r factors of f(W0; θ).
 
     Args:
         w0: the original weight (out, in), any floating dtype. It is read block by block, never copied whole.
         tweaker: θ of the module.
+        dtype: what to evaluate in; float32 by default, float64 if `w0` or θ is float64.
 
     Returns:
-        `Factors` in float32 (float64 if `w0` or θ is float64) on the device of `w0`.
+        `Factors` in `dtype`, on the device of `w0`.
 
     Raises:
         BaseMismatchError: `w0` has not the shape θ was trained for.
     """
     check_fits(tweaker.orientation, tweaker.a.shape[1], tuple(w0.shape))
-    dtype = compute_dtype(w0.dtype, tweaker.a.dtype)
+    if dtype is None:
+        dtype = torch.float64 if torch.float64 in (w0.dtype, tweaker.a.dtype) else torch.float32
     return factors_of_blocks(_split(w0), (w0.shape[0], w0.shape[1]), tweaker, dtype, w0.device)
 
 
-def delta_weight(w0: Tensor, tweaker: Tweaker) -> Tensor:
-    """f(W0; θ), scale included: (out, in), in float32 (float64 if `w0` or θ is float64).
+def delta_weight(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> Tensor:
+    """f(W0; θ), scale included, (out, in); `dtype` as in `factors`.
 
     Raises:
         BaseMismatchError: `w0` has not the shape θ was trained for.
     """
-    pair = factors(w0, tweaker)
+    pair = factors(w0, tweaker, dtype)
     return pair.up @ pair.down

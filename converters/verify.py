@@ -15,8 +15,10 @@ from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorReader, read_
 from converters.tweaker import Orientation, Tweaker, block_rows
 
 _SAMPLES = 8  # columns, or rows, of each updated weight
-# float32 evaluation may be off by this many units of its own roundoff, relative to the sum of magnitudes
-_ROUNDOFF_UNITS = 256
+# what a rounded number may be off: half a unit in the last place (torch casts float64 to 16 bits by way of
+# float32, hence a little more), and the roundoff of a float64 evaluation
+_HALF = 0.5 + 2.0**-11
+_ROUNDOFF = 2.0**-44
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,11 @@ class Verification:
     Attributes:
         tensors: output tensors whose name, dtype, shape and bytes were checked.
         recomputed: numbers of updated weights that were recomputed in float64.
-        correctly_rounded: share of these that equal the float64 value rounded once.
-        max_ulp: largest distance to the float64 value; 0.5 is the best a correctly rounded number can do.
+        max_ulp: largest distance to the float64 value; 0.5 for a number that is rounded once.
     """
 
     tensors: int
     recomputed: int
-    correctly_rounded: float
     max_ulp: float
 
     def summary(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def verify_output(
     wanted = {tensor.name: tensor for tensor in plan.tensors}
     if set(written) != set(wanted):
         raise VerificationError(f"the output lacks or has too many tensors: {sorted(set(written) ^ set(wanted))[:3]}")
-    recomputed = exact = 0
+    recomputed = 0
     max_ulp = 0.0
     for name, info in written.items():
         tensor = wanted[name]
@@ -63,9 +63,9 @@ def verify_output(
             raise VerificationError(f"{name}: the bytes on the disk are not those that were written; check the disk")
         if tensor.module is not None and tensor.source is not None:
             tweaker = plan.adapter.tweaker(tensor.module)
-            right, total, ulp = _check_sample(tensor, tensor.source, info, tweaker, reader)
-            recomputed, exact, max_ulp = recomputed + total, exact + right, max(max_ulp, ulp)
-    return Verification(len(written), recomputed, exact / max(recomputed, 1), max_ulp)
+            count, ulp = _check_sample(tensor, tensor.source, info, tweaker, reader)
+            recomputed, max_ulp = recomputed + count, max(max_ulp, ulp)
+    return Verification(len(written), recomputed, max_ulp)
 
 
 def _hash(info: TensorInfo, reader: TensorReader, advance: Callable[[int], None]) -> str:
@@ -78,8 +78,8 @@ def _hash(info: TensorInfo, reader: TensorReader, advance: Callable[[int], None]
 
 def _check_sample(
     tensor: TensorPlan, source: TensorInfo, info: TensorInfo, tweaker: Tweaker, reader: TensorReader
-) -> tuple[int, int, float]:
-    """Recompute a sample in float64: (numbers rounded correctly, numbers checked, largest error in ulp).
+) -> tuple[int, float]:
+    """Recompute a sample in float64: (numbers checked, largest error in ulp).
 
     The sample is whole columns in the columns orientation and whole rows in the rows orientation, since that
     is what one value of h depends on.
@@ -98,16 +98,14 @@ def _check_sample(
     dtype = FLOAT_DTYPES[tensor.dtype]
     error = (lines_found - reference).abs()
     unit = _ulp(reference, dtype)
-    roundoff = _ROUNDOFF_UNITS * torch.finfo(torch.float32).eps
-    wrong = error > unit + roundoff * (lines.abs() + spread)
+    wrong = error > _HALF * unit + _ROUNDOFF * (lines.abs() + spread)
     if bool(wrong.any()):
         worst = int((error / unit).argmax())
         raise VerificationError(
             f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed numbers are wrong, for example "
             f"{float(lines_found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was wanted"
         )
-    right = int((lines_found == reference.to(dtype).double()).sum())
-    return right, error.numel(), float((error / unit).max())
+    return error.numel(), float((error / unit).max())
 
 
 def _select(info: TensorInfo, picked: Tensor, axis: int, reader: TensorReader) -> Tensor:
