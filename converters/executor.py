@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,10 @@ def prepare_merge(
     opened_adapter = load_adapter(adapter)  # before the base: a wrong adapter should not cost a download
     source = find_base(str(base), revision, token)
     opened_base = open_checkpoint(source.folder, source.repo_id, source.revision)
-    return plan_merge(
+    plan = plan_merge(
         opened_base, opened_adapter, dtype=dtype, max_shard_size=limit, labels=labels, force_base=force_base
     )
+    return replace(plan, notes=(source.note, *plan.notes)) if source.note else plan
 
 
 def default_output(plan: Plan) -> Path:

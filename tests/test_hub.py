@@ -1,0 +1,104 @@
+"""Bases from the Hub, against a server on loopback that speaks its routes. HF_ENDPOINT is read when
+huggingface_hub is imported, so these drive the command in a process of its own."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Pair, run, tiny_llama
+from hub_server import COMMIT, Hub, serve_hub
+from test_adapter import edit_config
+
+
+@pytest.fixture
+def hub(pair: Pair, tmp_path: Path) -> Iterator[Hub]:
+    tiny_llama().from_pretrained(pair.base).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    for folder in (pair.base, tmp_path / "sharded"):
+        (folder / "pytorch_model.bin").write_bytes(b"x" * 100)
+        (folder / "model.onnx").write_bytes(b"x" * 100)
+        (folder / "README.md").write_text("# model")
+        (folder / "tokenizer.json").write_text("{}")
+    with serve_hub({"org/single": pair.base, "org/sharded": tmp_path / "sharded"}) as hub:
+        yield hub
+
+
+def merge_from(
+    hub: Hub, pair: Pair, base: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    cache = str(pair.base.parent / "cache")
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    arguments = ("--base", base, "--adapter", pair.adapter, "-o", pair.output, "--json", *options)
+    return run("peanut-merge", *arguments, **{**settings, **environment})
+
+
+@pytest.mark.parametrize("base", ["org/single", "org/sharded"])
+def test_downloads_what_it_needs_once_and_works_offline(hub: Hub, pair: Pair, base: str) -> None:
+    edit_config(pair.adapter, base_model_name_or_path=base)
+    first = merge_from(hub, pair, base)
+    assert first.returncode == 0, first.stderr
+    wanted = {p.name for p in hub.models[base].iterdir()} - {"pytorch_model.bin", "model.onnx", "README.md"}
+    assert set(hub.downloads) == wanted
+    assert set(hub.downloads.values()) == {1}
+    manifest = json.loads((pair.output / "peanut_manifest.json").read_text())
+    assert (manifest["base"]["repo_id"], manifest["base"]["revision"]) == (base, COMMIT)
+    assert f'base_model: "{base}"' in (pair.output / "README.md").read_text()
+    second = merge_from(hub, pair, base, "--overwrite", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert second.returncode == 0, second.stderr
+    assert set(hub.downloads.values()) == {1}
+
+
+def test_a_revision(hub: Hub, pair: Pair) -> None:
+    edit_config(pair.adapter, base_model_name_or_path="org/single")
+    assert merge_from(hub, pair, "org/single", "--revision", "v1").returncode == 0
+    refused = merge_from(hub, pair, "org/single", "--revision", "v2", "--overwrite")
+    assert refused.returncode == 1
+    assert refused.stderr.strip() == "peanut-merge: org/single has no revision 'v2' on the Hub"
+
+
+def test_another_hub_id_than_the_adapters_is_refused_unless_forced(hub: Hub, pair: Pair) -> None:
+    edit_config(pair.adapter, base_model_name_or_path="org/other")
+    refused = merge_from(hub, pair, "org/single")
+    assert refused.returncode == 1
+    assert (
+        "the adapter was trained on org/other, the base is org/single; give that base, or --force-base"
+        in refused.stderr
+    )
+    assert not pair.output.exists()
+    assert merge_from(hub, pair, "org/single", "--force-base").returncode == 0
+
+
+def test_private_gated_and_missing_models(hub: Hub, pair: Pair) -> None:
+    edit_config(pair.adapter, base_model_name_or_path="org/single")
+    hub.private["org/single"] = "hf_secret"
+    refused = merge_from(hub, pair, "org/single")
+    assert refused.returncode == 1
+    assert (
+        "no folder 'org/single' here and no such model on the Hub; check the name, or pass --token" in refused.stderr
+    )
+    assert merge_from(hub, pair, "org/single", "--token", "hf_secret").returncode == 0
+    assert "hf_secret" not in (pair.output / "peanut_manifest.json").read_text()
+    hub.gated.add("org/sharded")
+    refused = merge_from(hub, pair, "org/sharded")
+    assert "org/sharded is gated: accept its licence on the Hub" in refused.stderr
+    refused = merge_from(hub, pair, "llama2-7b")
+    assert "no folder 'meta-llama/Llama-2-7b-hf' here and no such model on the Hub" in refused.stderr
+    for result in (refused,):
+        assert result.returncode == 1
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_with_pickles_only(hub: Hub, pair: Pair) -> None:
+    (pair.base / "model.safetensors").unlink()
+    refused = merge_from(hub, pair, "org/single")
+    assert refused.returncode == 1
+    assert "peanut-merge: " in refused.stderr
+    assert "safetensors" in refused.stderr
+
+
+def test_an_unreachable_hub(hub: Hub, pair: Pair) -> None:
+    refused = merge_from(hub, pair, "org/single", HF_ENDPOINT="http://127.0.0.1:9")
+    assert refused.returncode == 1
+    assert "no folder 'org/single' here, and org/single is neither whole in the local cache nor" in refused.stderr
+    assert "Traceback" not in refused.stderr
