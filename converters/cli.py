@@ -254,24 +254,29 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM; not a KeyboardInterrupt, which typer would answer by itself."""
+
+
 def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
     """Run one command: a refusal is one line on stderr and exit code 1."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name=name, help=help_text)(command)
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
+        raise _Stopped(number)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         app(prog_name=name)
     except PeanutError as error:
         message = " ".join(str(error).split())
         _err.print(f"{name}: {message}", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _Stopped as stopped:
         _err.print(f"{name}: stopped; nothing was left")
-        sys.exit(130)
+        sys.exit(128 + int(stopped.args[0]))
     sys.exit(0)
 
 

@@ -153,7 +153,7 @@ def run_merge(
             (staging / "README.md").write_text(build_model_card(plan), encoding="utf-8")
             write_json(staging / "config.json", plan.config)  # last: what makes it look like a model
     except OSError as error:
-        raise OutputError(f"{output} could not be written: {error}; nothing was left there") from error
+        raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
     return MergeResult(output, plan, verification, time.perf_counter() - start)
 
 
