@@ -3,23 +3,14 @@
 import json
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from converters._version import __version__
 from converters.errors import OptionError, PeanutError
-
-if TYPE_CHECKING:
-    from converters.executor import MergeResult
-    from converters.plan import Plan
-
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-_out = Console(highlight=False, soft_wrap=True)
 
 _MERGE_HELP = """Merge a trained PEANuT adapter into its base model: W = W0 + f(W0; θ).
 
@@ -80,6 +71,7 @@ def _merge(
     as_json: _Json = False,
     version: _Version = False,
 ) -> None:
+    from converters import console
     from converters.executor import check_merge, default_output, find_device, prepare_merge, run_merge
 
     plan = prepare_merge(
@@ -90,13 +82,13 @@ def _merge(
     find_device(device)
     check_merge(plan, target, overwrite)
     for note in plan.notes:
-        _err.print(f"note: {note}", markup=False)
+        console.err.print(f"note: {note}", markup=False)
     if dry_run:
-        _print_plan(plan, target, as_json)
+        console.print_plan(plan, target, as_json)
         return
-    with _progress(plan.total_size * (2 if verify else 1), "merging", as_bytes=True) as advance:
+    with console.Progress(plan.total_size * (2 if verify else 1), "merging", as_bytes=True) as advance:
         result = run_merge(plan, target, device=device, overwrite=overwrite, verify=verify, advance=advance)
-    _print_result(result, as_json)
+    console.print_result(result, as_json)
 
 
 def _inspect(
@@ -110,7 +102,7 @@ def _inspect(
     as_json: _Json = False,
     version: _Version = False,
 ) -> None:
-    from converters import inspection
+    from converters import console, inspection
     from converters.checkpoint import open_checkpoint
     from converters.hub import find_base
     from converters.layouts import load_adapter
@@ -123,17 +115,17 @@ def _inspect(
     if base is not None:
         source = find_base(base, revision, token)
         checkpoint = open_checkpoint(source.folder, source.repo_id, source.revision)
-        with _progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
+        with console.Progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
             norms = inspection.delta_norms(opened, checkpoint, advance)
         if record_base:
-            _err.print(f"recorded the base in {inspection.record_base(opened, checkpoint)}", markup=False)
+            console.err.print(f"recorded the base in {inspection.record_base(opened, checkpoint)}", markup=False)
     if as_json:
         rows = [{"module": n.module, "shape": n.shape, "delta": n.delta, "weight": n.weight} for n in norms]
         print(json.dumps({**facts, **({"norms": rows} if base else {})}, indent=2))
         return
-    _print_facts(facts)
+    console.print_facts(facts)
     if norms:
-        _print_norms(norms)
+        console.print_norms(norms)
 
 
 def read_labels(path: Path) -> list[str]:
@@ -151,107 +143,6 @@ def read_labels(path: Path) -> list[str]:
     if len(set(value)) != len(value):
         raise OptionError(f"{path}: a label stands twice")
     return value
-
-
-class _progress:  # noqa: N801 - used as a function
-    """A progress bar on stderr, nothing where stderr is no terminal."""
-
-    def __init__(self, total: int, what: str, as_bytes: bool) -> None:
-        from rich import progress
-
-        middle = [progress.DownloadColumn()] if as_bytes else [progress.MofNCompleteColumn()]
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            *middle,
-            progress.TimeRemainingColumn(),
-            console=_err,
-            transient=True,
-            disable=not _err.is_terminal,
-        )
-        self._task = self._bar.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._bar.start()
-        return lambda amount: self._bar.advance(self._task, amount)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-
-def _print_plan(plan: "Plan", target: Path, as_json: bool) -> None:
-    counts = Counter(tensor.action.value for tensor in plan.tensors)
-    shards = {shard: sum(tensor.nbytes for tensor in tensors) for shard, tensors in plan.shards.items()}
-    if as_json:
-        actions = {tensor.name: tensor.action.value for tensor in plan.tensors}
-        print(json.dumps({
-            "output": str(target), "total_size": plan.total_size, "shards": shards, "counts": counts,
-            "tensors": actions, "dropped": dict(plan.dropped), "notes": plan.notes, "dry_run": True,
-        }, indent=2))  # fmt: skip
-        return
-    _out.print(f"would write {target}: {_size(plan.total_size)}", markup=False)
-    for shard, size in shards.items():
-        _out.print(f"  {shard}  {_size(size)}", markup=False)
-    _out.print("  " + ", ".join(f"{n} {action}" for action, n in sorted(counts.items())))
-    for name, reason in plan.dropped.items():
-        _out.print(f"  left out: {name} ({reason})", markup=False)
-
-
-def _print_result(result: "MergeResult", as_json: bool) -> None:
-    counts = Counter(tensor.action.value for tensor in result.plan.tensors)
-    checked = result.verification
-    if as_json:
-        print(json.dumps({
-            "output": str(result.output), "total_size": result.plan.total_size, "counts": counts,
-            "dropped": dict(result.plan.dropped), "notes": result.plan.notes, "seconds": round(result.seconds, 3),
-            "adapter_digest": result.plan.adapter.digest, "base_fingerprint": result.plan.base.fingerprint,
-            "verification": checked.summary() if checked else None,
-        }, indent=2))  # fmt: skip
-        return
-    _out.print(f"wrote {result.output}: {_size(result.plan.total_size)} in {result.seconds:.1f} s", markup=False)
-    _out.print("  " + ", ".join(f"{n} {action}" for action, n in sorted(counts.items())))
-    if checked:
-        _out.print(
-            f"  verified: {checked.tensors} tensors, {checked.recomputed} numbers recomputed in float64, "
-            f"largest error {checked.max_ulp:.3f} ulp"
-        )
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in facts.items():
-        shown = (
-            ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if key == "parameters" else value
-        )
-        table.add_row(key.replace("_", " "), "-" if shown in (None, "") else str(shown))
-    _out.print(table)
-
-
-def _print_norms(norms: list[Any]) -> None:
-    from rich.table import Table
-
-    kinds: dict[str, list[float]] = {}
-    for norm in norms:
-        kinds.setdefault(norm.module.rsplit(".", 1)[-1], []).append(norm.relative)
-    table = Table(
-        "module",
-        "layers",
-        "|f(W0)| / |W0| mean",
-        "min",
-        "max",
-        title="size of the update",
-        title_justify="left",
-    )
-    for kind, values in sorted(kinds.items(), key=lambda item: -max(item[1])):
-        mean = sum(values) / len(values)
-        table.add_row(kind, str(len(values)), *(f"{v:.4f}" for v in (mean, min(values), max(values))))
-    _out.print(table)
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 class _Stopped(BaseException):
@@ -272,10 +163,10 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
         app(prog_name=name)
     except PeanutError as error:
         message = " ".join(str(error).split())
-        _err.print(f"{name}: {message}", markup=False)
+        print(f"{name}: {message}", file=sys.stderr)
         sys.exit(1)
     except _Stopped as stopped:
-        _err.print(f"{name}: stopped; nothing was left")
+        print(f"{name}: stopped; nothing was left", file=sys.stderr)
         sys.exit(128 + int(stopped.args[0]))
     sys.exit(0)
 

@@ -1,7 +1,6 @@
 """Opening a base, and holding it against what the adapter was trained on."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +153,7 @@ def test_shards_that_are_not_whole(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weight_map"):
         prepare_merge(base, pair.adapter)
     index.write_text(json.dumps(content))
-    os.unlink(shards[1])
+    shards[1].unlink()
     with pytest.raises(CheckpointError, match=f"the shard {shards[1].name} is missing"):
         prepare_merge(base, pair.adapter)
 
