@@ -7,6 +7,7 @@ PEFT's does neither.
 """
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "bench"
 SMOLLM2 = ROOT / "build" / "bases" / "smollm2-135m-instruct"
 RUNS = 5
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+CASES = {
+    "SmolLM2-135M": (SMOLLM2, WORK / "adapter-135m"),
+    "random Llama 1.1B": (WORK / "llama-1.1b", WORK / "adapter-1.1b"),
+}
 
 PEFT = """
 import sys
@@ -26,29 +30,6 @@ base, adapter, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
 """
-
-
-def prepare() -> dict[str, tuple[Path, Path]]:
-    """Name -> (base, adapter); made if they are not there."""
-    import torch
-    from peft import PeanutConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    big = WORK / "llama-1.1b"
-    torch.manual_seed(0)
-    if not (big / "config.json").exists():
-        config = LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-            num_key_value_heads=4, vocab_size=32000,
-        )  # fmt: skip
-        LlamaForCausalLM(config).bfloat16().save_pretrained(big)
-    cases = {"SmolLM2-135M": (SMOLLM2, WORK / "adapter-135m"), "random Llama 1.1B": (big, WORK / "adapter-1.1b")}
-    for base, adapter in cases.values():
-        if not (adapter / "adapter_config.json").exists():
-            model = AutoModelForCausalLM.from_pretrained(base)
-            settings = PeanutConfig(r=32, target_modules=TARGETS, init_weights=False, scaling=0.1)
-            get_peft_model(model, settings).save_pretrained(adapter)
-    return cases
 
 
 def compare(base: Path, adapter: Path) -> tuple[Cost, Cost]:
@@ -71,10 +52,12 @@ def compare(base: Path, adapter: Path) -> tuple[Cost, Cost]:
 
 def main() -> None:
     """Print the table that stands in benchmarks/README.md."""
+    # in a process of its own: a large parent would show up in the peak of its children
+    subprocess.run([sys.executable, Path(__file__).with_name("make_inputs.py"), SMOLLM2, WORK], check=True)
     print(f"{machine()}, {RUNS} runs each, medians\n")
     print("| model | | wall | CPU | peak RSS | peak anonymous |")
     print("|---|---|---|---|---|---|")
-    for name, (base, adapter) in prepare().items():
+    for name, (base, adapter) in CASES.items():
         ours, peft = compare(base, adapter)
         for who, cost in (("peanut-merge", ours), ("PEFT", peft)):
             print(

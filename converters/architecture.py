@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.errors import TargetError
+from converters.errors import PeanutError, TargetError
 
 # PEFT's task types (peft/utils/peft_types.py) and the auto class that loads such a model
 AUTO_CLASSES = {
@@ -76,7 +76,7 @@ def build_architecture(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:
         raise TargetError(
             f"the names of adapter and base do not agree as they stand, and transformers "
@@ -84,9 +84,18 @@ def build_architecture(
             + ("; models with remote code are not run" if config.get("auto_map") else "")
         )
     settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    native = transformers.CONFIG_MAPPING[model_type].from_dict(settings)
-    with torch.device("meta"):
-        model = _build(transformers, native, class_name, task_type)
+    try:
+        native = transformers.CONFIG_MAPPING[model_type].from_dict(settings)
+        with torch.device("meta"):
+            model = _build(transformers, native, class_name, task_type)
+    except PeanutError:
+        raise
+    except Exception as error:  # whatever a model's constructor raises for a config it cannot make sense of
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TargetError(
+            f"transformers {transformers.__version__} cannot build {class_name or model_type} from the base's "
+            f"config ({type(error).__name__}: {cause})"
+        ) from None
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.errors import AlreadyMergedError, CheckpointError, QuantizedBaseError
+from converters.errors import CheckpointError, QuantizedBaseError
 from converters.manifest import MANIFEST_NAME
 from converters.tensor_file import TensorInfo, TensorReader, read_header
 
@@ -59,6 +59,11 @@ class Checkpoint:
         return (self.repo_id or str(self.folder.resolve())).rsplit("/", 1)[-1]
 
     @property
+    def is_merged(self) -> bool:
+        """Whether this toolkit wrote it: its weights already hold an adapter."""
+        return (self.folder / MANIFEST_NAME).exists()
+
+    @property
     def architecture(self) -> str | None:
         """The class the config names first."""
         names = self.config.get("architectures") or [None]
@@ -105,17 +110,11 @@ def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | No
     Raises:
         CheckpointError: no model there, an incomplete or corrupt one, or not safetensors.
         QuantizedBaseError: its weights are quantised.
-        AlreadyMergedError: this toolkit wrote it.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} is an adapter, wanted a base model; pass it with --adapter")
         raise CheckpointError(f"{folder}: no config.json; wanted a folder with a transformers model")
-    if (folder / MANIFEST_NAME).exists():
-        raise AlreadyMergedError(
-            f"{folder} was written by peanut-merge (it has a {MANIFEST_NAME}): f(W0; θ) is only right on the "
-            "original weights; give the base that was merged from"
-        )
     config = read_json(folder / "config.json", "model config")
     _refuse_quantized_config(folder, config)
     shards, weight_map = _shards(folder)
@@ -140,7 +139,7 @@ def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | No
 
 def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file() and not index.is_file():
+    if (folder / SINGLE_FILE).is_file():  # as in transformers, it wins over an index
         return (SINGLE_FILE,), None
     if index.is_file():
         weight_map = read_json(index, "shard index").get("weight_map")

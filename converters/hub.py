@@ -63,7 +63,7 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     )
 
     where = f"{repo_id}@{revision}" if revision else repo_id
-    small = ["config.json", INDEX_FILE, *COMPANION_PATTERNS]
+    small = ["config.json", INDEX_FILE, SINGLE_FILE, *COMPANION_PATTERNS]
     try:
         try:
             folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=small))
@@ -74,11 +74,10 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
                 raise
             folder = Path(config).parent
         index = folder / INDEX_FILE
-        shards = [SINGLE_FILE]
-        if index.is_file():
+        if index.is_file() and not (folder / SINGLE_FILE).is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not all((folder / shard).is_file() for shard in shards):
-            snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
+            if not all((folder / shard).is_file() for shard in shards):
+                snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
         return folder
     except GatedRepoError:
         raise HubError(

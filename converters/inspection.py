@@ -88,7 +88,7 @@ def record_base(adapter: Adapter, base: Checkpoint) -> Path:
 
     Checks first that the adapter fits the base. Returns the file, `peanut_base.json`.
     """
-    plan_merge(base, adapter)
+    plan_merge(base, adapter, force_base=True)
     path = adapter.folder / BASE_RECORD
     identity = {"name": base.name, "repo_id": base.repo_id, "revision": base.revision}
     write_json(path, {**identity, "fingerprint": base.fingerprint})

@@ -11,7 +11,7 @@ from typing import Any
 from converters import model_config
 from converters.adapter import Adapter
 from converters.checkpoint import SINGLE_FILE, Checkpoint
-from converters.errors import BaseMismatchError, OptionError, QuantizedBaseError
+from converters.errors import AlreadyMergedError, BaseMismatchError, OptionError, QuantizedBaseError
 from converters.hub_names import SHORT_NAMES, is_hub_id
 from converters.targets import find_targets
 from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorSpec
@@ -147,10 +147,19 @@ def plan_merge(
 def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
     """Hold the base against what the adapter's training recorded; returns what to tell the user.
 
-    Raises `BaseMismatchError` unless `force`, when a recorded fingerprint or Hub id is another.
+    Raises, unless `force`, `BaseMismatchError` when a recorded fingerprint or Hub id is another, and
+    `AlreadyMergedError` when this toolkit wrote the base and the adapter was not recorded on it.
     """
     cure = "give that base, or --force-base if you know they are the same weights"
     recorded = adapter.base_fingerprint
+    if base.is_merged and recorded != base.fingerprint:
+        message = f"{base.folder} was written by peanut-merge: an adapter is in its weights already"
+        if not force:
+            raise AlreadyMergedError(
+                f"{message}, and f(W0; θ) is only right on the W0 it was trained on; give the base that was merged "
+                "from, or --force-base if this adapter was trained on the merged weights"
+            )
+        return [f"forced: {message}"]
     if recorded is not None and recorded != base.fingerprint:
         message = f"the adapter was recorded on a base with fingerprint {recorded}, this one has {base.fingerprint}"
         if not force:

@@ -112,12 +112,18 @@ class TensorReader:
         if self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=torch.uint8)
         if info.file not in self._files:
-            self._files[info.file] = os.open(info.file, os.O_RDONLY)
+            try:
+                self._files[info.file] = os.open(info.file, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{info.file}: cannot be opened ({error})") from None
         into = self._buffer[:size]
         view = into.numpy().data
         done = 0
         while done < size:
-            got = os.preadv(self._files[info.file], [view[done:]], info.offset + start + done)
+            try:
+                got = os.preadv(self._files[info.file], [view[done:]], info.offset + start + done)
+            except OSError as error:
+                raise CheckpointError(f"{info.file}: cannot read {info.name} ({error})") from None
             if got == 0:
                 raise CheckpointError(
                     f"{info.file}: ended in the middle of {info.name}; it was truncated while it was read"

@@ -94,6 +94,9 @@ CONFIGS = {
     "negative depth": ({"depth": -1}, "depth = -1; wanted"),
     "scaling as text": ({"scaling": "1"}, "scaling = '1'; wanted a finite number"),
     "infinite scaling": ({"scaling": float("inf")}, "scaling = inf; wanted a finite number"),
+    "activation as a list": ({"act_fn": ["relu"]}, "wanted the name of an activation"),
+    "base as a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path = 3; wanted a str or null"),
+    "mapping as text": ({"auto_mapping": "x"}, "auto_mapping = 'x'; wanted a dict or null"),
     "other targets": (
         {"target_modules": ["k_proj"]},
         "the weights adapt model.layers.0.self_attn.q_proj, the config",

@@ -1,16 +1,19 @@
 """Opening a base, and holding it against what the adapter was trained on."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pair, tiny_llama
+from conftest import Pair, save_adapter, tiny_llama, unmerged
 from safetensors.torch import load_file, save_file
 from test_adapter import edit_config
+from test_zoo import output_of
+from transformers import LlamaForCausalLM
 
-from converters import load_adapter, merge, open_checkpoint, prepare_merge, record_base
+from converters import load_adapter, merge, open_checkpoint, prepare_merge, record_base, run_merge
 from converters.errors import (
     AdapterConfigError,
     AlreadyMergedError,
@@ -87,10 +90,23 @@ def test_a_local_folder_under_another_name_is_only_noted(pair: Pair) -> None:
     assert prepare_merge(pair.base, pair.adapter).notes == ()
 
 
-def test_a_merged_base_is_refused(pair: Pair) -> None:
+def test_a_merged_base_is_refused_unless_the_adapter_was_trained_on_it(pair: Pair) -> None:
     merge(pair.base, pair.adapter, pair.output)
-    with pytest.raises(AlreadyMergedError, match="was written by peanut-merge .* only right on the original weights"):
-        merge(pair.output, pair.adapter, pair.output.with_name("twice"))
+    again = pair.output.with_name("twice")
+    with pytest.raises(
+        AlreadyMergedError, match="was written by peanut-merge.* only right on the W0 it was trained on"
+    ):
+        merge(pair.output, pair.adapter, again)
+    assert not again.exists()
+    assert any("forced" in n for n in prepare_merge(pair.output, pair.adapter, force_base=True).notes)
+    second = again.with_name("second-adapter")
+    save_adapter(tiny_llama().from_pretrained(pair.output), second, seed=2)
+    record_base(load_adapter(second), open_checkpoint(pair.output))
+    merge(pair.output, second, again)
+    merged = tiny_llama().from_pretrained(again).eval()
+    ids = {"input_ids": torch.arange(3, 12)[None]}
+    expected = output_of(unmerged(LlamaForCausalLM, pair.output, second), ids)
+    assert (output_of(merged, ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +144,18 @@ def test_a_truncated_base_is_refused(pair: Pair, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model.safetensors: not a whole safetensors file .* fetch it again"):
         prepare_merge(pair.base, pair.adapter)
+
+
+def test_a_base_that_shrinks_while_it_is_read(pair: Pair) -> None:
+    plan = prepare_merge(pair.base, pair.adapter)
+    file = pair.base / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 4000)
+    with pytest.raises(CheckpointError, match=r"ended in the middle of .* truncated while it was read"):
+        run_merge(plan, pair.output)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be opened .*No such file"):
+        run_merge(plan, pair.output)
+    assert sorted(p.name for p in pair.base.parent.iterdir()) == ["adapter", "base"]
 
 
 def test_a_lying_header_is_refused(pair: Pair) -> None:

@@ -119,6 +119,29 @@ def test_text_base_without_the_head(tmp_path: Path, family: str, base_class: str
     assert set(pooler) <= set(result.plan.dropped) or family == "Bert"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("task", "end"), [("SEQ_CLS", "SequenceClassification"), ("TOKEN_CLS", "TokenClassification")]
+)
+def test_a_language_model_becomes_a_classifier(tmp_path: Path, tied: bool, task: str, end: str) -> None:
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model_class = getattr(tf, f"LlamaFor{end}")
+    model = model_class.from_pretrained(tmp_path / "base", num_labels=4, pad_token_id=0)
+    save_adapter(model, tmp_path / "adapter", task_type=task)
+    fresh = model_class.from_pretrained(tmp_path / "base", num_labels=4, pad_token_id=0)
+    expected = output_of(PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval(), {"input_ids": IDS})
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged, info = model_class.from_pretrained(tmp_path / "merged", output_loading_info=True, pad_token_id=0)
+    assert (output_of(merged.eval(), {"input_ids": IDS}) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert set(result.plan.dropped) == (set() if tied else {"lm_head.weight"})
+    assert merged.config.num_labels == 4
+
+
 @pytest.mark.parametrize("names", ["new", "old"])
 def test_wrapped_multimodal_language_model(tmp_path: Path, names: str) -> None:
     torch.manual_seed(0)
@@ -226,6 +249,31 @@ def test_half_a_grown_vocabulary_is_refused(tmp_path: Path) -> None:
     model.resize_token_embeddings(101)
     save_adapter(model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
     with pytest.raises(BaseMismatchError, match=r"lm_head.weight has shape \(96, 32\).*wants \(101, 32\)"):
+        prepare_merge(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_a_head_of_another_width_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tf.ViTModel(tf.ViTConfig(**VISION)).save_pretrained(tmp_path / "base")
+    other = tf.ViTForImageClassification(tf.ViTConfig(**{**VISION, "intermediate_size": 80}, num_labels=3))
+    save_adapter(other, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["classifier"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights["base_model.model.classifier.weight"] = torch.zeros(3, 40)
+    save_file(weights, file)
+    with pytest.raises(
+        BaseMismatchError, match=r"classifier.weight has shape \(3, 40\) in the adapter, ViTForImageCl"
+    ):
+        prepare_merge(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_a_base_that_transformers_cannot_build(tmp_path: Path) -> None:
+    vit_with_head(tmp_path / "base", tmp_path / "adapter")
+    edit_json(tmp_path / "base" / "config.json", hidden_size="wide")
+    with pytest.raises(TargetError, match="cannot build ViTForImageClassification from the base's config"):
+        prepare_merge(tmp_path / "base", tmp_path / "adapter")
+    edit_json(tmp_path / "base" / "config.json", model_type="my_model", auto_map={"AutoModel": "m.Model"})
+    with pytest.raises(TargetError, match="does not know the model type 'my_model' .* remote code are not run"):
         prepare_merge(tmp_path / "base", tmp_path / "adapter")
 
 

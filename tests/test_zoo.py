@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers as tf
 from conftest import Pair, unmerged
+from peft.tuners.peanut.layer import PeanutLayer
+from test_rounding import excess
 
 from converters import merge
 
@@ -176,3 +178,30 @@ def test_merged_equals_unmerged_peft(name: str, make_pair: Callable[..., Pair]) 
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (found - base).abs().max() > 1e-3 * expected.abs().max()  # the adapter does something
     assert result.verification is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ZOO)
+def test_merged_half_precision_weights_are_rounded_once(
+    name: str, dtype: torch.dtype, make_pair: Callable[..., Pair]
+) -> None:
+    """Every merged weight against PEFT's own delta, evaluated in float64 on the base's numbers."""
+    animal = ZOO[name]
+    torch.manual_seed(4)
+    model = animal.model()
+    pair = make_pair(
+        model, dtype, target_modules=animal.targets, depth=animal.depth, act_fn=animal.act_fn, **animal.settings
+    )
+    merge(pair.base, pair.adapter, pair.output)
+    merged = type(model).from_pretrained(pair.output, dtype="auto").state_dict()
+    oracle = unmerged(type(model), pair.base, pair.adapter).double()
+    layers = {n: m for n, m in oracle.named_modules() if isinstance(m, PeanutLayer)}
+    right = total = 0
+    for module, layer in layers.items():
+        with torch.no_grad():
+            exact = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        off = excess(merged[module.removeprefix("base_model.model.") + ".weight"].to(dtype), exact)
+        assert off.max() <= 2.0**-10
+        right, total = right + int((off == 0).sum()), total + off.numel()
+    assert layers
+    assert right >= 0.999 * total

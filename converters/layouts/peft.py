@@ -122,6 +122,10 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         )
     if missing := sorted(_MATH_FIELDS - set(config)):
         raise AdapterConfigError(f"{where}: '{missing[0]}' is missing")
+    for key in ("base_model_name_or_path", "revision", "task_type", "auto_mapping"):
+        kind = dict if key == "auto_mapping" else str
+        if not isinstance(config.get(key), kind | None):
+            raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; wanted a {kind.__name__} or null")
     for key, low in (("r", 1), ("depth", 0)):
         value = config[key]
         if type(value) is not int or value < low:
@@ -130,6 +134,8 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     if type(scaling) not in (int, float) or not abs(scaling) < float("inf"):
         raise AdapterConfigError(f"{where}: scaling = {scaling!r}; wanted a finite number")
     act_fn = config["act_fn"]
+    if not isinstance(act_fn, str):
+        raise AdapterConfigError(f"{where}: act_fn = {act_fn!r}; wanted the name of an activation")
     if act_fn in WITH_UNSAVED_PARAMETERS:
         raise AdapterConfigError(
             f"{where}: act_fn '{act_fn}' has trained parameters of its own, and PEFT did not save them; "
