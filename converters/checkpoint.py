@@ -66,8 +66,8 @@ class Checkpoint:
     @property
     def architecture(self) -> str | None:
         """The class the config names first."""
-        names = self.config.get("architectures") or [None]
-        return str(names[0]) if names[0] else None
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else None
 
     @cached_property
     def fingerprint(self) -> str:
