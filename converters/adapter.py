@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.errors import AdapterConfigError, ThetaError
+from converters.errors import ThetaError
 from converters.targeting import Targeting
 from converters.theta_store import ThetaStore
 from converters.tweaker import Orientation, Tweaker
-
-# written beside an adapter by `record_base`: the base it belongs to
-BASE_RECORD = "peanut_base.json"
 
 
 @dataclass(frozen=True)
@@ -125,20 +121,3 @@ def digest_of(store: ThetaStore, names: Mapping[str, str], facts: Mapping[str, o
         digest.update(json.dumps([names[key], str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def read_base_record(folder: Path) -> str | None:
-    """The base fingerprint recorded beside an adapter, or None.
-
-    Raises `AdapterConfigError` when the record is damaged.
-    """
-    path = folder / BASE_RECORD
-    if not path.exists():
-        return None
-    try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterConfigError(f"{path} is damaged ({error!r}); remove it, or record the base again") from None
-    if not isinstance(fingerprint, str) or not re.fullmatch(r"[\w-]+:[0-9a-f]+", fingerprint):
-        raise AdapterConfigError(f"{path}: '{fingerprint}' is no fingerprint; remove it, or record the base again")
-    return fingerprint

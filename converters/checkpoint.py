@@ -158,7 +158,10 @@ def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
             f"{folder} holds its weights as pickles ({pickles[0]}), wanted safetensors; convert them once with "
             "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), with the class of the model"
         )
-    raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; wanted safetensors weights")
+    raise CheckpointError(
+        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; wanted safetensors weights (a model that is only to be "
+        "had as pickles has to be saved once with transformers' save_pretrained)"
+    )
 
 
 def _refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-COMPANION_PATTERNS = (
-    "generation_config.json",
+_TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -11,19 +10,24 @@ COMPANION_PATTERNS = (
     "merges*.txt",
     "*.model",
     "*.tiktoken",
+)
+_USE_PATTERNS = (
+    "generation_config.json",
     "normalizer.json",
     "chat_template*",
     "additional_chat_templates/*.jinja",
     "*processor_config.json",
+)
+_BASE_PATTERNS = (
     "*.py",  # modelling code that the config's auto_map names; copied, never run
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
+COMPANION_PATTERNS = (*_TOKENIZER_PATTERNS, *_USE_PATTERNS, *_BASE_PATTERNS)
 
 # a folder that holds one of these brings a whole tokenizer: the base's files would only mix with it
 _TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json")
-_TOKENIZER_PATTERNS = COMPANION_PATTERNS[1:8]
 
 
 def find_companions(base: Path, adapter: Path) -> dict[str, Path]:
@@ -31,11 +35,10 @@ def find_companions(base: Path, adapter: Path) -> dict[str, Path]:
 
     If the adapter folder holds a tokenizer, none of the base's tokenizer files are taken.
     """
-    found = _matching(base, COMPANION_PATTERNS)
-    own = _matching(adapter, tuple(p for p in COMPANION_PATTERNS if p not in ("*.py", "LICENSE*", "NOTICE*")))
-    if any(mark in own for mark in _TOKENIZER_MARKS):
-        found = {name: path for name, path in found.items() if name not in _matching(base, _TOKENIZER_PATTERNS)}
-    return {**found, **own}
+    own = _matching(adapter, (*_TOKENIZER_PATTERNS, *_USE_PATTERNS))
+    own_tokenizer = any(mark in own for mark in _TOKENIZER_MARKS)
+    wanted = (*_USE_PATTERNS, *_BASE_PATTERNS) if own_tokenizer else COMPANION_PATTERNS
+    return {**_matching(base, wanted), **own}
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:

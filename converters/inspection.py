@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from converters.adapter import BASE_RECORD, Adapter
+from converters.adapter import Adapter
 from converters.checkpoint import Checkpoint
-from converters.manifest import write_json
+from converters.identity import write_base_record
 from converters.plan import plan_merge
 from converters.tensor_file import TensorReader
 from converters.tweaker import block_rows, factors_of_blocks
@@ -89,7 +89,4 @@ def record_base(adapter: Adapter, base: Checkpoint) -> Path:
     Checks first that the adapter fits the base. Returns the file, `peanut_base.json`.
     """
     plan_merge(base, adapter, force_base=True)
-    path = adapter.folder / BASE_RECORD
-    identity = {"name": base.name, "repo_id": base.repo_id, "revision": base.revision}
-    write_json(path, {**identity, "fingerprint": base.fingerprint})
-    return path
+    return write_base_record(adapter, base)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,16 +11,13 @@ from typing import Any
 from converters import model_config
 from converters.adapter import Adapter
 from converters.checkpoint import SINGLE_FILE, Checkpoint
-from converters.errors import AlreadyMergedError, BaseMismatchError, OptionError, QuantizedBaseError
-from converters.hub_names import SHORT_NAMES, is_hub_id
-from converters.targets import find_targets
+from converters.errors import OptionError, QuantizedBaseError
+from converters.identity import check_base
+from converters.targets import Targets, find_targets
 from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorSpec
 from converters.tweaker import check_fits
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-# names the Hub used before every model had an owner
-_OLD_HUB_NAMES = {new.rsplit("/", 1)[-1].lower(): new for new in SHORT_NAMES.values()}
 
 
 class Action(str, Enum):
@@ -107,31 +104,11 @@ def plan_merge(
         raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
     identity_notes = check_base(base, adapter, force_base)
     found = find_targets(base, adapter, labels)
-    main = _main_dtype(base.tensors.values())
-    tensors: list[TensorPlan] = []
-    for output, name in found.kept.items():
-        info = base.tensors[name]
-        own = output in base.tensors or output.endswith(f".{name}")
-        action = Action.KEPT if own else Action.ADDED
-        tensors.append(TensorPlan(output, action, _dtype_of(info.dtype, dtype), info.shape, info))
-    for target in found.targets:
-        info = base.tensors[target.base_name]
-        theta = adapter.modules[target.module]
-        check_fits(theta.orientation, theta.size, info.shape, info.name)
-        if not info.is_float:
-            raise QuantizedBaseError(f"{info.name} is {info.dtype}; wanted a floating-point weight to merge into")
-        action = (
-            Action.ADDED if target.output_name not in base.tensors and info.name in found.kept else Action.UPDATED
-        )
-        tensors.append(
-            TensorPlan(target.output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, target.module)
-        )
-    for output, saved in found.replaced.items():
-        known = base.tensors.get(output)
-        own_dtype = known.dtype if known is not None and known.is_float else main
-        shape = adapter.store.shapes[adapter.saved[saved]]
-        action = Action.ADDED if known is None else Action.REPLACED
-        tensors.append(TensorPlan(output, action, _dtype_of(own_dtype, dtype), shape, None, saved=saved))
+    tensors = [
+        *_kept(base, found, dtype),
+        *_updated(base, adapter, found, dtype),
+        *_replaced(base, adapter, found, dtype),
+    ]
     shards = _shard(base, tensors, max_shard_size)
     output_dtype = DTYPE_OPTIONS[dtype] or _main_dtype(tensors)
     return Plan(
@@ -144,43 +121,33 @@ def plan_merge(
     )
 
 
-def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
-    """Hold the base against what the adapter's training recorded; returns what to tell the user.
-
-    Raises, unless `force`, `BaseMismatchError` when a recorded fingerprint or Hub id is another, and
-    `AlreadyMergedError` when this toolkit wrote the base and the adapter was not recorded on it.
-    """
-    cure = "give that base, or --force-base if you know they are the same weights"
-    recorded = adapter.base_fingerprint
-    if base.is_merged and recorded != base.fingerprint:
-        message = f"{base.folder} was written by peanut-merge: an adapter is in its weights already"
-        if not force:
-            raise AlreadyMergedError(
-                f"{message}, and f(W0; θ) is only right on the W0 it was trained on; give the base that was merged "
-                "from, or --force-base if this adapter was trained on the merged weights"
-            )
-        return [f"forced: {message}"]
-    if recorded is not None and recorded != base.fingerprint:
-        message = f"the adapter was recorded on a base with fingerprint {recorded}, this one has {base.fingerprint}"
-        if not force:
-            raise BaseMismatchError(f"{message}; {cure}")
-        return [f"forced: {message}"]
-    trained_on = adapter.base_name
-    if trained_on is None or recorded is not None:
-        return []
-    same = _hub_key(trained_on) == _hub_key(base.repo_id or base.name)
-    if base.repo_id is not None and is_hub_id(trained_on) and not same:
-        message = f"the adapter was trained on {trained_on}, the base is {base.repo_id}"
-        if not force:
-            raise BaseMismatchError(f"{message}; {cure}")
-        return [f"forced: {message}"]
-    if base.repo_id is None and trained_on.rstrip("/").rsplit("/", 1)[-1].lower() != base.name.lower():
-        return [f"the adapter was trained on '{trained_on}'; taking the local {base.name} to be the same weights"]
-    return []
+def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
+    for output, name in found.kept.items():
+        info = base.tensors[name]
+        own = output in base.tensors or output.endswith(f".{name}")  # else a copy under another name
+        yield TensorPlan(output, Action.KEPT if own else Action.ADDED, _dtype_of(info.dtype, dtype), info.shape, info)
 
 
-def _hub_key(name: str) -> str:
-    return _OLD_HUB_NAMES.get(name.lower(), name).lower()
+def _updated(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:
+    kept = set(found.kept.values())
+    for target in found.targets:
+        info, theta = base.tensors[target.base_name], adapter.modules[target.module]
+        check_fits(theta.orientation, theta.size, info.shape, info.name)
+        if not info.is_float:
+            raise QuantizedBaseError(f"{info.name} is {info.dtype}; wanted a floating-point weight to merge into")
+        beside = target.output_name not in base.tensors and info.name in kept  # a head that was tied to it
+        action = Action.ADDED if beside else Action.UPDATED
+        yield TensorPlan(target.output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, target.module)
+
+
+def _replaced(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:
+    main = _main_dtype(base.tensors.values())
+    for output, saved in found.replaced.items():
+        known = base.tensors.get(output)
+        own = known.dtype if known is not None and known.is_float else main
+        shape = adapter.store.shapes[adapter.saved[saved]]
+        action = Action.ADDED if known is None else Action.REPLACED
+        yield TensorPlan(output, action, _dtype_of(own, dtype), shape, None, saved=saved)
 
 
 def _dtype_of(own: str, option: str) -> str:

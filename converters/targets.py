@@ -79,9 +79,10 @@ def _direct(base: Checkpoint, adapter: Adapter) -> Targets | None:
     }
     if untrained_modules(adapter, linear - set(pairs), pairs):
         return None
+    updated = set(pairs.values())
     return Targets(
         targets=tuple(Target(module, name, name) for module, name in pairs.items()),
-        kept={name: name for name in base.tensors if name not in set(pairs.values())},
+        kept={name: name for name in base.tensors if name not in updated},
         config=base.config,
     )
 

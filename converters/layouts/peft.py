@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.activations import ACTIVATIONS, WITH_UNSAVED_PARAMETERS
-from converters.adapter import Adapter, ModuleTheta, digest_of, read_base_record
+from converters.adapter import Adapter, ModuleTheta, digest_of
 from converters.errors import AdapterConfigError, LayoutError, ThetaError
+from converters.identity import read_base_record
 from converters.targeting import Targeting
 from converters.theta_store import ThetaStore, open_store
 from converters.tweaker import Orientation
