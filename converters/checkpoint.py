@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError, QuantizedBaseError
-from converters.manifest import MANIFEST_NAME
+from converters.json_files import read_json
 from converters.tensor_file import TensorInfo, TensorReader, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MANIFEST_NAME = "peanut_manifest.json"  # only in what this toolkit wrote
 
 # fingerprint: tensors up to this size are read whole, larger ones at evenly spaced places
 _WHOLE_BYTES = 64 << 10
@@ -91,17 +92,6 @@ def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:
         return [(0, nbytes)]
     last = nbytes - _SAMPLE_BYTES
     return [(last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from `path`. Raises `CheckpointError` naming `what` if it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot read the {what} ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the {what} is a JSON {type(value).__name__}, wanted an object")
-    return value
 
 
 def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:

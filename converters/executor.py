@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from converters.adapter import Adapter
-from converters.checkpoint import INDEX_FILE, open_checkpoint
+from converters.checkpoint import INDEX_FILE, MANIFEST_NAME, open_checkpoint
 from converters.companions import find_companions
 from converters.errors import NonFiniteError, OptionError, OutputError
 from converters.hub import find_base
+from converters.json_files import write_json
 from converters.layouts import load_adapter
-from converters.manifest import MANIFEST_NAME, build_manifest, write_json
+from converters.manifest import build_manifest
 from converters.model_card import build_model_card
 from converters.plan import Plan, TensorPlan, parse_size, plan_merge
 from converters.publish import check_output, check_space, staged

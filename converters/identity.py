@@ -8,7 +8,7 @@ from converters.adapter import Adapter
 from converters.checkpoint import Checkpoint
 from converters.errors import AdapterConfigError, AlreadyMergedError, BaseMismatchError
 from converters.hub_names import SHORT_NAMES, is_hub_id
-from converters.manifest import write_json
+from converters.json_files import write_json
 
 # beside an adapter: the base it belongs to
 BASE_RECORD = "peanut_base.json"

@@ -3,22 +3,20 @@
 `peanut_manifest.json` holds no dates and no paths, so that the same merge gives the same bytes.
 """
 
-import json
 import platform
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors
+import torch
 
 from converters._version import __version__
 from converters.hub_names import is_hub_id
+from converters.plan import Plan
 
-if TYPE_CHECKING:
-    from converters.plan import Plan
-
-MANIFEST_NAME = "peanut_manifest.json"
 FORMAT_VERSION = 1
 
 
-def build_manifest(plan: "Plan", options: dict[str, Any], hashes: dict[str, str], verified: Any) -> dict[str, Any]:
+def build_manifest(plan: Plan, options: dict[str, Any], hashes: dict[str, str], verified: Any) -> dict[str, Any]:
     """The manifest of a merge.
 
     Args:
@@ -27,9 +25,6 @@ def build_manifest(plan: "Plan", options: dict[str, Any], hashes: dict[str, str]
         hashes: xxh3_128 of every output tensor.
         verified: the result of the verification, or None if it was turned off.
     """
-    import safetensors
-    import torch
-
     adapter, base = plan.adapter, plan.base
     theta = next(iter(adapter.modules.values()))
     return {
@@ -79,8 +74,3 @@ def build_manifest(plan: "Plan", options: dict[str, Any], hashes: dict[str, str]
         },
         "dropped": dict(plan.dropped),
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON the way transformers writes its configs."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,8 +3,8 @@
 import json
 from collections import Counter
 
+from converters.checkpoint import MANIFEST_NAME
 from converters.hub_names import is_hub_id
-from converters.manifest import MANIFEST_NAME
 from converters.plan import Plan
 
 _PIPELINES = {

@@ -13,7 +13,8 @@ from converters.adapter import Adapter
 from converters.checkpoint import SINGLE_FILE, Checkpoint
 from converters.errors import OptionError, QuantizedBaseError
 from converters.identity import check_base
-from converters.targets import Targets, find_targets
+from converters.renamed_targets import find_renamed_targets
+from converters.targets import Targets, find_direct_targets
 from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorSpec
 from converters.tweaker import check_fits
 
@@ -103,7 +104,9 @@ def plan_merge(
     if dtype not in DTYPE_OPTIONS:
         raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
     identity_notes = check_base(base, adapter, force_base)
-    found = find_targets(base, adapter, labels)
+    found = find_direct_targets(base, adapter) if labels is None else None
+    if found is None:
+        found = find_renamed_targets(base, adapter, labels)
     tensors = [
         *_kept(base, found, dtype),
         *_updated(base, adapter, found, dtype),

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from converters.checkpoint import MANIFEST_NAME
 from converters.errors import NoSpaceError, OutputExistsError
-from converters.manifest import MANIFEST_NAME
 
 # room beside the weights: tokenizer, manifest, file system overhead
 _SPARE_BYTES = 32 << 20

@@ -9,8 +9,9 @@ import torch
 from converters import model_config
 from converters.adapter import Adapter
 from converters.architecture import HEAD_TASKS, Architecture, build_architecture
-from converters.checkpoint import Checkpoint, read_json
+from converters.checkpoint import Checkpoint
 from converters.errors import BaseMismatchError, OptionError, TargetError
+from converters.json_files import read_json
 from converters.targets import Target, Targets, not_found, refuse_untrained, untrained_modules
 
 
@@ -27,7 +28,19 @@ class _Draft:
 
 
 def find_renamed_targets(base: Checkpoint, adapter: Adapter, labels: list[str] | None) -> Targets:
-    """See `targets.find_targets`."""
+    """Settle every name by way of transformers' model class.
+
+    Args:
+        base: the base.
+        adapter: the adapter.
+        labels: class labels for a head that comes with the adapter.
+
+    Raises:
+        TargetError: a weight of the adapter finds no tensor (the message has the nearest names).
+        ThetaError: a module the config names has no θ.
+        BaseMismatchError: sizes of adapter and base do not fit each other.
+        OptionError: labels that do not fit the head.
+    """
     arch = _choose_architecture(base, adapter)
     switched = bool(adapter.saved) and arch.name != base.architecture
     names = _BaseNames(base, arch, switched)

@@ -46,27 +46,7 @@ class Targets:
     notes: tuple[str, ...] = ()
 
 
-def find_targets(base: Checkpoint, adapter: Adapter, labels: list[str] | None = None) -> Targets:
-    """Settle every name.
-
-    Args:
-        base: the base.
-        adapter: the adapter.
-        labels: class labels for a head that comes with the adapter.
-
-    Raises:
-        TargetError: a weight of the adapter finds no tensor (the message has the nearest names).
-        ThetaError: a module the config names has no θ.
-    """
-    direct = _direct(base, adapter) if labels is None else None
-    if direct is not None:
-        return direct
-    from converters.renamed_targets import find_renamed_targets
-
-    return find_renamed_targets(base, adapter, labels)
-
-
-def _direct(base: Checkpoint, adapter: Adapter) -> Targets | None:
+def find_direct_targets(base: Checkpoint, adapter: Adapter) -> Targets | None:
     """Names as they stand, if all agree and nothing but layers is touched; else None."""
     if adapter.saved:
         return None  # a head or an embedding: class, labels, ties and sizes are to be checked

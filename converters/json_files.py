@@ -1,0 +1,23 @@
+"""JSON objects on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from `path`. Raises `CheckpointError` naming `what` if it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot read the {what} ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: the {what} is a JSON {type(value).__name__}, wanted an object")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON the way transformers writes its configs."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
