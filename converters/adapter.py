@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import ThetaError
+from converters.finite import all_finite
 from converters.targeting import Targeting
 from converters.theta_store import ThetaStore
 from converters.tweaker import Orientation, Tweaker
@@ -115,7 +116,7 @@ def digest_of(store: ThetaStore, names: Mapping[str, str], facts: Mapping[str, o
         tensor = store.tensor(key)
         if not tensor.is_floating_point():
             raise ThetaError(f"{key} is {tensor.dtype}; wanted floating-point θ")
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ThetaError(f"{key} holds {bad} NaN or Inf of {tensor.numel()} numbers; the training diverged")
         digest.update(json.dumps([names[key], str(tensor.dtype), list(tensor.shape)]).encode())

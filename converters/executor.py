@@ -15,6 +15,7 @@ from converters.adapter import Adapter
 from converters.checkpoint import INDEX_FILE, MANIFEST_NAME, open_checkpoint
 from converters.companions import find_companions
 from converters.errors import NonFiniteError, OptionError, OutputError
+from converters.finite import all_finite
 from converters.hub import find_base
 from converters.json_files import write_json
 from converters.layouts import load_adapter
@@ -203,7 +204,9 @@ def merged_pieces(
 ) -> Iterator[Tensor]:
     """One output tensor, in consecutive pieces of rows on the CPU."""
     if tensor.saved is not None:
-        yield _cast(adapter.saved_tensor(tensor.saved), tensor)
+        saved = adapter.saved_tensor(tensor.saved)
+        for block in torch.split(saved, block_rows(saved[:1].numel())) if saved.dim() else [saved]:
+            yield _cast(block, tensor)
         return
     info = tensor.source
     if info is None:
@@ -227,19 +230,14 @@ def merged_pieces(
 
 def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
     cast = numbers.to(FLOAT_DTYPES[tensor.dtype]).contiguous()
-    return cast if not _is_finite(numbers) else _finite(cast, tensor)  # an Inf of the base stays one
+    return cast if not all_finite(numbers) else _finite(cast, tensor)  # an Inf of the base stays one
 
 
 def _finite(merged: Tensor, tensor: TensorPlan) -> Tensor:
-    if not _is_finite(merged):
+    if not all_finite(merged):
         cure = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
         raise NonFiniteError(
             f"{tensor.name}: merged weights do not fit {tensor.dtype} (NaN, or larger than "
             f"{torch.finfo(merged.dtype).max:g}){cure}"
         )
     return merged
-
-
-def _is_finite(numbers: Tensor) -> bool:
-    # a sum is many times faster than isfinite, and finite only if all are; a huge sum is looked at again
-    return bool(numbers.sum(dtype=torch.float32).isfinite()) or bool(numbers.isfinite().all())
