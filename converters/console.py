@@ -85,6 +85,8 @@ def print_result(result: MergeResult, as_json: bool) -> None:
 def print_facts(facts: dict[str, Any]) -> None:
     """The facts of an adapter, a line each."""
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         shown = (
             ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if key == "parameters" else value

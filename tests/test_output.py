@@ -1,11 +1,12 @@
 """The output folder: shards, config, companions, manifest, model card; and that nothing existing is damaged."""
 
-import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
-from collections import namedtuple
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,6 +183,7 @@ def test_overwrite_replaces_at_the_end_only(pair: Pair, monkeypatch: pytest.Monk
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base", "merged"]
 
 
+# only a system without renameat2 takes this path, and there is none here
 def test_overwrite_where_folders_cannot_be_exchanged_in_one_step(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     merge(pair.base, pair.adapter, pair.output)
     monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
@@ -234,18 +236,37 @@ def test_two_runs_to_one_output(pair: Pair) -> None:
     assert not (pair.output / "half.safetensors").exists()
 
 
-def test_no_space_is_seen_ahead(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(100, 90, 10))
-    with pytest.raises(NoSpaceError, match=r"needs 0.00 GB, the disk of .* has 0.00 GB free"):
+def test_no_space_is_seen_ahead(pair: Pair) -> None:
+    """A base with one more tensor of a terabyte: a sparse file, of which only the header is read."""
+    size = 10**12
+    file = pair.base / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header["extra.table"] = {"dtype": "I64", "shape": [size // 8], "data_offsets": [len(data), len(data) + size]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    os.truncate(file, 8 + len(text) + len(data) + size)
+    with pytest.raises(NoSpaceError, match=r"down needs 1000.00 GB, the disk of .* has \d+.\d\d GB free"):
         merge(pair.base, pair.adapter, pair.output / "deep" / "down")
     assert not pair.output.exists()
 
 
-def test_a_full_disk_leaves_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", raise_error(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OutputError, match="could not be written: .*No space left on device; it is as it was before"):
-        merge(pair.base, pair.adapter, pair.output)
+@pytest.mark.parametrize("limit", [1_000, 30_000, 85_000])
+def test_a_write_that_fails_leaves_nothing(pair: Pair, limit: int) -> None:
+    """The system lets no file grow beyond `limit` bytes: it fails in the header, or in the weights."""
+    program = Path(sys.executable).parent / "peanut-merge"
+    command = [program, "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert "could not be written: [Errno 27] File too large" in done.stderr
+    assert "it is as it was before" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]
 
 
