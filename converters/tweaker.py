@@ -102,10 +102,6 @@ class Factors:
     up: Tensor  # (out, r)
     down: Tensor  # (r, in)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of the delta weight, (stop - start, in)."""
-        return self.up[start:stop] @ self.down
-
     def merge_rows(self, w0: Tensor, start: int, dtype: torch.dtype) -> Tensor:
         """`W0 + delta` for the rows of `w0` (n, in), which begin at row `start`; summed wide, rounded once."""
         up = self.up[start : start + w0.shape[0]]
