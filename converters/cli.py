@@ -1,6 +1,7 @@
 """The commands `peanut-merge` and `peanut-inspect`: parse, call, print. Results on stdout, the rest on stderr."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -115,6 +116,8 @@ def _inspect(
     if base is not None:
         source = find_base(base, revision, token)
         checkpoint = open_checkpoint(source.folder, source.repo_id, source.revision)
+        if source.note:
+            console.err.print(f"note: {source.note}", markup=False)
         with console.Progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
             norms = inspection.delta_norms(opened, checkpoint, advance)
         if record_base:
@@ -157,6 +160,8 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
     def stop(number: int, frame: object) -> NoReturn:
         raise _Stopped(number)
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
@@ -166,7 +171,7 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
         print(f"{name}: {message}", file=sys.stderr)
         sys.exit(1)
     except _Stopped as stopped:
-        print(f"{name}: stopped; nothing was left", file=sys.stderr)
+        print(f"{name}: stopped; nothing half-written was left", file=sys.stderr)
         sys.exit(128 + int(stopped.args[0]))
     sys.exit(0)
 

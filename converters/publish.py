@@ -118,7 +118,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{output} appeared while it was being written; choose another -o")
     else:
         _exchange(staging, output)
-        shutil.rmtree(staging)  # by now the old output
+        shutil.rmtree(staging, ignore_errors=True)  # by now the old output
     _sync_directory(output.parent)
 
 

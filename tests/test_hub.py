@@ -38,6 +38,7 @@ def test_downloads_what_it_needs_once_and_works_offline(hub: Hub, pair: Pair, ba
     edit_config(pair.adapter, base_model_name_or_path=base)
     first = merge_from(hub, pair, base)
     assert first.returncode == 0, first.stderr
+    assert first.stderr == ""  # quiet in pipes, downloads included
     wanted = {p.name for p in hub.models[base].iterdir()} - {"pytorch_model.bin", "model.onnx", "README.md"}
     assert set(hub.downloads) == wanted
     assert set(hub.downloads.values()) == {1}

@@ -121,6 +121,6 @@ def test_a_stopped_command_cleans_up_and_says_so(work: Pair, number: signal.Sign
         child.send_signal(number)
         _, said = child.communicate()
     assert child.returncode == 128 + number
-    assert said.strip() == "peanut-merge: stopped; nothing was left"
+    assert said.strip() == "peanut-merge: stopped; nothing half-written was left"
     assert not output.exists()
     assert not staging.exists()
