@@ -28,7 +28,8 @@ from converters.tweaker import block_rows, factors_of_blocks
 from converters.verify import Verification, verify_output
 
 # W0 and f often cancel. In float32 such a sum can be off by many units in its last place once it is rounded to
-# bfloat16; float64 costs a quarter more arithmetic, and makes the rounding right whatever the blocks and threads
+# bfloat16; float64 costs a quarter more arithmetic at rank 32 and twice at rank 64, and makes the rounding right
+# whatever the blocks and threads
 EVALUATION_DTYPE = torch.float64
 
 # told how many more bytes are done; a merge writes `plan.total_size`, its verification reads as many again
