@@ -127,18 +127,25 @@ def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | No
     return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata)
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard of a shard index. Raises `CheckpointError` unless shards are files in the same folder."""
+    weight_map = read_json(index, "shard index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map in it")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: '{name}' is not a file name in the same folder")
+    return weight_map
+
+
 def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file():  # as in transformers, it wins over an index
         return (SINGLE_FILE,), None
     if index.is_file():
-        weight_map = read_json(index, "shard index").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: no weight_map in it")
-        names = tuple(sorted(set(map(str, weight_map.values()))))
+        weight_map = read_weight_map(index)
+        names = tuple(sorted(set(weight_map.values())))
         for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: '{name}' is not a file name in the same folder")
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder}: the shard {name} is missing; fetch the model again")
         return names, weight_map

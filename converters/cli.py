@@ -118,10 +118,11 @@ def _inspect(
         checkpoint = open_checkpoint(source.folder, source.repo_id, source.revision)
         if source.note:
             console.err.print(f"note: {source.note}", markup=False)
-        with console.Progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
-            norms = inspection.delta_norms(opened, checkpoint, advance)
         if record_base:
             console.err.print(f"recorded the base in {inspection.record_base(opened, checkpoint)}", markup=False)
+            opened = load_adapter(adapter)
+        with console.Progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
+            norms = inspection.delta_norms(opened, checkpoint, advance)
     if as_json:
         rows = [{"module": n.module, "shape": n.shape, "delta": n.delta, "weight": n.weight} for n in norms]
         print(json.dumps({**facts, **({"norms": rows} if base else {})}, indent=2))

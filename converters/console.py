@@ -1,6 +1,7 @@
 """What the commands show: results on stdout, progress and the rest on stderr."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,22 +97,21 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def print_norms(norms: Sequence[DeltaNorm]) -> None:
-    """Relative size of the updates, by kind of module, the largest first."""
-    kinds: dict[str, list[float]] = {}
+    """The size of each update relative to its weight: a row a layer, a column a kind of module."""
+    cells: dict[str, dict[str, float]] = {}
     for norm in norms:
-        kinds.setdefault(norm.module.rsplit(".", 1)[-1], []).append(norm.relative)
-    table = Table(
-        "module",
-        "layers",
-        "|f(W0)| / |W0| mean",
-        "min",
-        "max",
-        title="size of the update",
-        title_justify="left",
-    )
-    for kind, values in sorted(kinds.items(), key=lambda item: -max(item[1])):
-        mean = sum(values) / len(values)
-        table.add_row(kind, str(len(values)), *(f"{v:.4f}" for v in (mean, min(values), max(values))))
+        found = re.match(r"(.*\.\d+)\.(.+)", norm.module)  # up to the last number: model.layers.3
+        layer, kind = found.groups() if found else ("", norm.module)
+        cells.setdefault(layer, {})[kind] = norm.relative
+    kinds = sorted({kind for row in cells.values() for kind in row})
+    short = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    headers = short if len(set(short)) == len(kinds) else kinds
+    table = Table("|f(W0)| / |W0|", *headers, title="size of the update")
+    for layer, row in cells.items():
+        table.add_row(layer, *(f"{row[kind]:.4f}" if kind in row else "-" for kind in kinds))
+    table.add_section()
+    columns = [[row[kind] for row in cells.values() if kind in row] for kind in kinds]
+    table.add_row("mean", *(f"{sum(column) / len(column):.4f}" for column in columns))
     out.print(table)
 
 

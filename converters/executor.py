@@ -1,5 +1,6 @@
 """The streaming executor: read, evaluate, write, one block at a time. Nothing holds the model."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from converters.companions import find_companions
 from converters.errors import NonFiniteError, OptionError, OutputError
 from converters.finite import all_finite
 from converters.hub import find_base
+from converters.hub_names import SHORT_NAMES
 from converters.json_files import write_json
 from converters.layouts import load_adapter
 from converters.manifest import build_manifest
@@ -74,7 +76,7 @@ def merge(
         base: local folder, Hub id, or short name (`llama2-7b`, ...).
         adapter: folder of the adapter.
         output: folder to write; `./<base>-<adapter>` by default.
-        revision, token: for a base on the Hub.
+        revision, token: for a base on the Hub; the revision is by default the one the adapter's config names.
         dtype: `auto` (each tensor's own), `bf16`, `fp16`, `fp32`.
         device: where f is evaluated: `auto`, `cpu`, `cuda`, `cuda:N`.
         max_shard_size: like `5GB`; `base` keeps the base's sharding.
@@ -107,12 +109,19 @@ def prepare_merge(
     """Open base and adapter and plan their merge; see `merge`. Writes nothing."""
     limit = parse_size(max_shard_size)
     opened_adapter = load_adapter(adapter)  # before the base: a wrong adapter should not cost a download
+    if revision is None and _is_trained_on(opened_adapter, str(base)):
+        revision = opened_adapter.base_revision
     source = find_base(str(base), revision, token)
     opened_base = open_checkpoint(source.folder, source.repo_id, source.revision)
     plan = plan_merge(
         opened_base, opened_adapter, dtype=dtype, max_shard_size=limit, labels=labels, force_base=force_base
     )
     return replace(plan, notes=(source.note, *plan.notes)) if source.note else plan
+
+
+def _is_trained_on(adapter: Adapter, base: str) -> bool:
+    """Whether `base` names, on the Hub, what the adapter's config says it was trained on."""
+    return not Path(base).expanduser().is_dir() and adapter.base_name == SHORT_NAMES.get(base, base)
 
 
 def default_output(plan: Plan) -> Path:
@@ -147,12 +156,8 @@ def run_merge(
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, staging / name)
             verification = verify_output(staging, plan, hashes, reader, advance) if verify else None
-            options = {
-                "dtypes": sorted({tensor.dtype for tensor in plan.tensors}),
-                "shards": len(plan.shards),
-            }
             verified = verification.summary() if verification else None
-            write_json(staging / MANIFEST_NAME, build_manifest(plan, options, hashes, verified))
+            write_json(staging / MANIFEST_NAME, build_manifest(plan, hashes, verified))
             (staging / "README.md").write_text(build_model_card(plan), encoding="utf-8")
             write_json(staging / "config.json", plan.config)  # last: what makes it look like a model
     except OSError as error:
@@ -164,12 +169,9 @@ def find_device(device: str) -> torch.device:
     """`auto` is the first GPU, or the CPU. Raises `OptionError` for what is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise OptionError(f"device '{device}' is unknown; wanted auto, cpu, cuda or cuda:N")
+    found = torch.device(device)
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
         raise OptionError(f"device '{device}' is not there: this PyTorch sees {count} CUDA devices; use --device cpu")

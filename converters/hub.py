@@ -1,10 +1,9 @@
 """Where a base comes from: a local folder, a Hub id, or the short name of a model of the paper."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.checkpoint import INDEX_FILE, SINGLE_FILE
+from converters.checkpoint import INDEX_FILE, SINGLE_FILE, read_weight_map
 from converters.companions import COMPANION_PATTERNS
 from converters.errors import CheckpointError, HubError, OptionError
 from converters.hub_names import SHORT_NAMES, is_hub_id
@@ -75,7 +74,7 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
             folder = Path(config).parent
         index = folder / INDEX_FILE
         if index.is_file() and not (folder / SINGLE_FILE).is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_weight_map(index).values()))
             if not all((folder / shard).is_file() for shard in shards):
                 snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
         return folder
@@ -96,6 +95,6 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
             f"no folder '{repo_id}' here, and {where} is neither whole in the local cache nor "
             f"to be had from the Hub ({cause})"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError, KeyError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise HubError(f"fetching {where} from the Hub failed: {cause}") from None

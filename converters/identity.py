@@ -1,6 +1,5 @@
 """Whether a base is the one an adapter was trained on: `f(W0; θ)` is only right on that W0."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from converters.adapter import Adapter
 from converters.checkpoint import Checkpoint
 from converters.errors import AdapterConfigError, AlreadyMergedError, BaseMismatchError
 from converters.hub_names import SHORT_NAMES, is_hub_id
-from converters.json_files import write_json
+from converters.json_files import read_json, write_json
 
 # beside an adapter: the base it belongs to
 BASE_RECORD = "peanut_base.json"
@@ -25,10 +24,7 @@ def read_base_record(folder: Path) -> str | None:
     path = folder / BASE_RECORD
     if not path.exists():
         return None
-    try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterConfigError(f"{path} is damaged ({error!r}); remove it, or record the base again") from None
+    fingerprint = read_json(path, "record of the base", AdapterConfigError).get("fingerprint")
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[\w-]+:[0-9a-f]+", fingerprint):
         raise AdapterConfigError(f"{path}: '{fingerprint}' is no fingerprint; remove it, or record the base again")
     return fingerprint

@@ -1,5 +1,6 @@
 """What an adapter is, and with a base, how strongly it acts where."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def delta_norms(
             squares = sum(float(b.to(dtype).square().sum(dtype=torch.float64)) for b in reader.row_blocks(info, rows))
             found.append(DeltaNorm(tensor.module, shape, factors.norm(), squares**0.5))
             advance(1)
-    return found
+    return sorted(found, key=lambda norm: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", norm.module)])
 
 
 def record_base(adapter: Adapter, base: Checkpoint) -> Path:

@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, PeanutError
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from `path`. Raises `CheckpointError` naming `what` if it is not one."""
+def read_json(path: Path, what: str, error_class: type[PeanutError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object from `path`. Raises `error_class`, naming `what`, if it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot read the {what} ({error})") from None
+        raise error_class(f"{path}: cannot read the {what} ({error})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the {what} is a JSON {type(value).__name__}, wanted an object")
+        raise error_class(f"{path}: the {what} is a JSON {type(value).__name__}, wanted an object")
     return value
 
 

@@ -4,10 +4,8 @@
 """
 
 import platform
+from importlib.metadata import version
 from typing import Any
-
-import safetensors
-import torch
 
 from converters._version import __version__
 from converters.hub_names import is_hub_id
@@ -16,12 +14,11 @@ from converters.plan import Plan
 FORMAT_VERSION = 1
 
 
-def build_manifest(plan: Plan, options: dict[str, Any], hashes: dict[str, str], verified: Any) -> dict[str, Any]:
+def build_manifest(plan: Plan, hashes: dict[str, str], verified: Any) -> dict[str, Any]:
     """The manifest of a merge.
 
     Args:
         plan: what was done.
-        options: the options that shaped the output.
         hashes: xxh3_128 of every output tensor.
         verified: the result of the verification, or None if it was turned off.
     """
@@ -32,8 +29,7 @@ def build_manifest(plan: Plan, options: dict[str, Any], hashes: dict[str, str], 
         "generator": f"peanut-serve {__version__}",
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
         "base": {
             "name": base.name,
@@ -53,7 +49,7 @@ def build_manifest(plan: Plan, options: dict[str, Any], hashes: dict[str, str], 
                 "scaling": theta.scaling,
             }
         ],
-        "options": options,
+        "options": dict(plan.options),
         "verified": verified,
         "tensors": {
             tensor.name: {

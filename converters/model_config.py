@@ -39,11 +39,11 @@ def with_labels(config: Mapping[str, Any], labels: list[str]) -> dict[str, Any]:
 
 
 def labels_of(config: Mapping[str, Any]) -> list[str] | None:
-    """The class labels a config states in order, or None if it states none."""
+    """The class labels a config states in order, or None if it states none that are."""
     table = config.get("id2label")
-    if not isinstance(table, dict) or not table:
+    if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
         return None
-    return [str(label) for _, label in sorted(table.items(), key=lambda item: int(item[0]))]
+    return [str(table[str(i)]) for i in range(len(table))] or None
 
 
 def _map_nested(config: Mapping[str, Any], keys: tuple[str, ...], value: Any, only: Any = None) -> dict[str, Any]:

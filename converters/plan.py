@@ -66,6 +66,7 @@ class Plan:
     shards: Mapping[str, tuple[TensorPlan, ...]]  # file name -> tensors in file order
     dropped: Mapping[str, str]  # base tensor -> why it is left out
     config: Mapping[str, Any]
+    options: Mapping[str, Any]  # what was chosen, for the manifest
     notes: tuple[str, ...]
 
     @property
@@ -120,6 +121,7 @@ def plan_merge(
         shards=shards,
         dropped=found.dropped,
         config=model_config.with_dtype(found.config, output_dtype),
+        options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
         notes=(*identity_notes, *found.notes),
     )
 

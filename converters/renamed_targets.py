@@ -10,7 +10,7 @@ from converters import model_config
 from converters.adapter import Adapter
 from converters.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.checkpoint import Checkpoint
-from converters.errors import BaseMismatchError, OptionError, TargetError
+from converters.errors import AdapterConfigError, BaseMismatchError, OptionError, TargetError
 from converters.json_files import read_json
 from converters.targets import Target, Targets, not_found, refuse_untrained, untrained_modules
 
@@ -53,7 +53,14 @@ def find_renamed_targets(base: Checkpoint, adapter: Adapter, labels: list[str] |
     _settle_ties(draft, adapter, arch, names)
     _settle_sizes(draft, base, adapter, arch, labels)
     _check_complete(draft, base, adapter, switched)
-    return Targets(tuple(draft.targets), draft.kept, draft.config, draft.replaced, draft.dropped, tuple(draft.notes))
+    return Targets(
+        tuple(draft.targets),
+        draft.kept,
+        draft.config,
+        draft.replaced,
+        draft.dropped,
+        tuple(dict.fromkeys(draft.notes)),
+    )
 
 
 def _choose_architecture(base: Checkpoint, adapter: Adapter) -> Architecture:
@@ -196,15 +203,14 @@ def _settle_labels(draft: _Draft, base: Checkpoint, adapter: Adapter, labels: li
     beside = adapter.folder / "config.json"
     found, origin = labels, "given"
     if found is None and beside.is_file():
-        found, origin = model_config.labels_of(read_json(beside, "config beside the adapter")), f"in {beside}"
+        found, origin = model_config.labels_of(read_json(beside, "model config", AdapterConfigError)), f"in {beside}"
     if found is not None and len(found) != size:
         raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs")
     if found is None:
         found = model_config.labels_of(base.config)
         if found is not None and len(found) == size:
-            draft.notes.append(
-                f"labels are the base's ({', '.join(found[:5])}...): pass --labels if the head differs"
-            )
+            shown = ", ".join(found[:5]) + (", ..." if size > 5 else "")
+            draft.notes.append(f"labels are the base's ({shown}): pass --labels if the head was trained on others")
         else:
             found = [f"LABEL_{i}" for i in range(size)]
             draft.notes.append(f"the adapter stores no labels: they are LABEL_0 to LABEL_{size - 1}; pass --labels")

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from converters.errors import ThetaError
+from converters.errors import CheckpointError, ThetaError
 from converters.tensor_file import read_header
 
 
@@ -26,8 +26,6 @@ class SafetensorsStore:
     """θ in a safetensors file; tensors are mapped, not copied."""
 
     def __init__(self, path: Path) -> None:
-        from converters.errors import CheckpointError
-
         try:
             infos, _ = read_header(path)
         except CheckpointError as error:

@@ -200,7 +200,7 @@ def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="peft_type VERA, wanted PEANUT"):
         load_adapter(pair.adapter)
     (pair.adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterConfigError, match="not valid JSON"):
+    with pytest.raises(AdapterConfigError, match="cannot read the adapter config"):
         load_adapter(pair.adapter)
 
 

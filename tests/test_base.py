@@ -69,7 +69,7 @@ def test_a_recorded_base_is_held_to(pair: Pair) -> None:
     with pytest.raises(AdapterConfigError, match="'3' is no fingerprint"):
         load_adapter(pair.adapter)
     path.write_text("[")
-    with pytest.raises(AdapterConfigError, match="is damaged"):
+    with pytest.raises(AdapterConfigError, match="cannot read the record of the base"):
         load_adapter(pair.adapter)
 
 
@@ -176,6 +176,9 @@ def test_shards_that_are_not_whole(pair: Pair, tmp_path: Path) -> None:
         prepare_merge(base, pair.adapter)
     index.write_text(json.dumps({**content, "weight_map": {"x": "../../etc/passwd"}}))
     with pytest.raises(CheckpointError, match="is not a file name in the same folder"):
+        prepare_merge(base, pair.adapter)
+    index.write_text(json.dumps({"weight_map": {"x": 3}}))
+    with pytest.raises(CheckpointError, match="'3' is not a file name"):
         prepare_merge(base, pair.adapter)
     index.write_text(json.dumps({"metadata": {}}))
     with pytest.raises(CheckpointError, match="no weight_map"):

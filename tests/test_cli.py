@@ -151,7 +151,10 @@ def test_inspect_with_a_base_shows_where_the_adapter_acts(pair: Pair) -> None:
         delta = delta_weight(w0.double(), adapter.tweaker(row["module"]))
         assert row["delta"] == pytest.approx(float(delta.norm()), rel=1e-5)
         assert row["weight"] == pytest.approx(float(w0.norm()), rel=1e-5)
-    assert "size of the update" in run("peanut-inspect", pair.adapter, "--base", pair.base).stdout
+    shown = run("peanut-inspect", pair.adapter, "--base", pair.base).stdout
+    for row in norms:  # each of them stands in the table
+        assert f"{row['delta'] / row['weight']:.4f}" in shown
+    assert "model.layers.1" in shown
 
 
 def test_inspect_records_the_base(pair: Pair) -> None:
@@ -160,6 +163,22 @@ def test_inspect_records_the_base(pair: Pair) -> None:
     assert done.returncode == 0
     assert (pair.adapter / "peanut_base.json").exists()
     assert run("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output).returncode == 0
+
+
+def test_inspect_records_a_merged_base(pair: Pair) -> None:
+    """An adapter that was trained on a merged model: recording it is how to say so."""
+    assert run("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output).returncode == 0
+    done = run("peanut-inspect", pair.adapter, "--base", pair.output, "--record-base")
+    assert done.returncode == 0, done.stderr
+    second = pair.output.with_name("second")
+    assert run("peanut-merge", "--base", pair.output, "--adapter", pair.adapter, "-o", second).returncode == 0
+
+
+def test_every_public_name_resolves() -> None:
+    import converters
+
+    assert all(getattr(converters, name) is not None for name in converters.__all__)
+    assert callable(converters.merge)
 
 
 def test_importing_converters_imports_no_model_code() -> None:

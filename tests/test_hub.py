@@ -94,8 +94,35 @@ def test_a_model_with_pickles_only(hub: Hub, pair: Pair) -> None:
     (pair.base / "model.safetensors").unlink()
     refused = merge_from(hub, pair, "org/single")
     assert refused.returncode == 1
-    assert "peanut-merge: " in refused.stderr
-    assert "safetensors" in refused.stderr
+    assert "wanted safetensors weights" in refused.stderr
+    assert "saved once with transformers' save_pretrained" in refused.stderr
+    assert "pytorch_model.bin" not in hub.downloads
+
+
+def test_the_revision_the_training_recorded_is_taken(hub: Hub, pair: Pair) -> None:
+    edit_config(pair.adapter, base_model_name_or_path="org/single", revision="v9")
+    refused = merge_from(hub, pair, "org/single")
+    assert refused.stderr.strip() == "peanut-merge: org/single has no revision 'v9' on the Hub"
+    assert merge_from(hub, pair, "org/single", "--revision", "main").returncode == 0
+    edit_config(pair.adapter, revision="v1")
+    assert merge_from(hub, pair, "org/single", "--overwrite").returncode == 0
+
+
+def test_offline_with_a_cache_that_another_program_filled(hub: Hub, pair: Pair) -> None:
+    """It lacks a companion that nobody needs, which is fine; weights it may not lack."""
+    edit_config(pair.adapter, base_model_name_or_path="org/sharded")
+    assert merge_from(hub, pair, "org/sharded").returncode == 0
+    snapshot = next(pair.base.parent.glob(f"cache/**/snapshots/{COMMIT}"))
+    (snapshot / "tokenizer.json").unlink()
+    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = merge_from(hub, pair, "org/sharded", "--overwrite", **offline)
+    assert done.returncode == 0, done.stderr
+    assert not (pair.output / "tokenizer.json").exists()
+    next(snapshot.glob("model-*.safetensors")).unlink()
+    refused = merge_from(hub, pair, "org/sharded", "--overwrite", **offline)
+    assert refused.returncode == 1
+    assert "neither whole in the local cache" in refused.stderr
+    assert (pair.output / "config.json").exists()
 
 
 def test_an_unreachable_hub(hub: Hub, pair: Pair) -> None:

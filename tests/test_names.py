@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_zoo import ENCODER, IDS, VISION, image, llava, output_of
 
 from converters import load_adapter, merge, open_checkpoint, prepare_merge
-from converters.errors import BaseMismatchError, OptionError, TargetError, ThetaError
+from converters.errors import AdapterConfigError, BaseMismatchError, OptionError, TargetError, ThetaError
 
 OLD_VIT = (
     ("vit.layers.", "vit.encoder.layer."),
@@ -174,6 +174,12 @@ def test_a_head_of_the_bases_size_keeps_its_labels_and_says_so(tmp_path: Path) -
     assert given.config["label2id"] == {"x": 0, "y": 1, "z": 2}
     (tmp_path / "adapter" / "config.json").write_text(json.dumps({"id2label": {"0": "p", "1": "q", "2": "r"}}))
     assert prepare_merge(tmp_path / "base", tmp_path / "adapter").config["id2label"]["2"] == "r"
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps({"id2label": {"cat": 0, "dog": 1}}))
+    assert prepare_merge(tmp_path / "base", tmp_path / "adapter").config["id2label"]["2"] == "cow"
+    (tmp_path / "adapter" / "config.json").write_text("{")
+    with pytest.raises(AdapterConfigError, match="cannot read the model config"):
+        prepare_merge(tmp_path / "base", tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").unlink()
     with pytest.raises(OptionError, match="2 labels were given, the adapter's head has 3 outputs"):
         prepare_merge(tmp_path / "base", tmp_path / "adapter", labels=["x", "y"])
 

@@ -127,6 +127,8 @@ def test_manifest(make_pair: Callable[..., Pair]) -> None:
     assert manifest["base"]["fingerprint"] == result.plan.base.fingerprint
     assert manifest["adapters"][0]["digest"] == result.plan.adapter.digest
     assert manifest["verified"]["tensors"] == len(actions)
+    assert manifest["options"] == {"dtype": "auto", "max_shard_size": 5 * 10**9, "labels": None, "force_base": False}
+    assert set(manifest["versions"]) == {"python", "torch", "transformers", "safetensors"}
     assert str(pair.base.parent) not in (pair.output / MANIFEST).read_text()
 
 

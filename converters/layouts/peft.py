@@ -5,7 +5,6 @@ A (r, out), B (out, r) and inner layers (r, r): the columns orientation (`peft/t
 `modules_to_save` appear as `base_model.model.<module>.<parameter>`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from converters.activations import ACTIVATIONS, WITH_UNSAVED_PARAMETERS
 from converters.adapter import Adapter, ModuleTheta, digest_of
 from converters.errors import AdapterConfigError, LayoutError, ThetaError
 from converters.identity import read_base_record
+from converters.json_files import read_json
 from converters.targeting import Targeting
 from converters.theta_store import ThetaStore, open_store
 from converters.tweaker import Orientation
@@ -102,14 +102,7 @@ def read(folder: Path, evidence: str) -> Adapter:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise AdapterConfigError(f"{path}: a JSON {type(config).__name__}, wanted an object")
-    return config
+    return read_json(folder / CONFIG_NAME, "adapter config", AdapterConfigError)
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
