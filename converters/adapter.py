@@ -3,32 +3,35 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from converters.activations import NEGATIVE_SLOPE
 from converters.errors import ThetaError
 from converters.finite import all_finite
 from converters.targeting import Targeting
 from converters.theta_store import ThetaStore
-from converters.tweaker import Orientation, Tweaker
+from converters.tweaker import Orientation, Tweaker, WeightShape, check_shapes
 
 
 @dataclass(frozen=True)
 class ModuleTheta:
-    """Where θ of one module lies in the store, and what the config says of it."""
+    """Where θ of one module lies in the store, and what the layout says of it; see `Tweaker`."""
 
     orientation: Orientation
     a: str
     b: str
-    encoders: tuple[str, ...]
-    decoders: tuple[str, ...]
-    r: int
-    size: int  # d of the tweaker: `out` for columns, `in` for rows
-    act_fn: str
-    scaling: float
+    encoders: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    residual: bool = True
+    output_act_fn: str | None = None
+    negative_slope: float = NEGATIVE_SLOPE
+    fan_in_fan_out: bool = False  # the config says that the weight is stored as (in, out)
 
     @property
     def depth(self) -> int:
@@ -36,9 +39,14 @@ class ModuleTheta:
         return len(self.encoders)
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """All its keys in the store."""
-        return (self.a, self.b, *self.encoders, *self.decoders)
+    def parts(self) -> dict[str, str]:
+        """Part of the tweaker (`A`, `B`, `encoders.0`, ...) -> key in the store."""
+        return {
+            "A": self.a,
+            "B": self.b,
+            **{f"encoders.{i}": key for i, key in enumerate(self.encoders)},
+            **{f"decoders.{i}": key for i, key in enumerate(self.decoders)},
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,26 +54,35 @@ class Adapter:
     """An opened adapter. Nothing of θ is held in memory; `tweaker` reads one module.
 
     Attributes:
-        folder: where it lies.
+        path: the folder or file it was read from.
         layout: the on-disk convention, `evidence` what told it.
         modules: module name, as the training saw it -> θ.
-        saved: tensor name of a `modules_to_save` module, as the training saw it -> key in the store.
-        targeting: what the config says is adapted, if the layout says it.
-        digest: SHA-256 of θ and everything of the config that the mathematics needs.
+        saved: tensor name that the adapter replaces whole (modules_to_save, heads, biases) -> key in the store.
+        embedded: name of a base weight that was saved along -> key in the store.
+        targeting: what is known of the modules that must have θ.
+        digest: SHA-256 of θ and everything that the mathematics needs.
+        rival: another layout that the weights alone could as well be in; a base decides (see `plan`).
+        labels: class labels of its head, if recorded.
+        repo_id, revision: where on the Hub it came from, if it did.
         base_name, base_revision: what it was trained on, as recorded by the training.
-        task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...).
+        task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...), or IMAGE_CLS.
         model_class: class of transformers that was trained, if recorded.
         base_fingerprint: identity of the base, where someone recorded it (see `record_base`).
     """
 
-    folder: Path
+    path: Path
     layout: str
     evidence: str
     store: ThetaStore
     modules: Mapping[str, ModuleTheta]
     saved: Mapping[str, str]
-    targeting: Targeting | None
     digest: str
+    embedded: Mapping[str, str] = field(default_factory=dict)
+    targeting: Targeting | None = None
+    rival: str | None = None
+    labels: tuple[str, ...] | None = None
+    repo_id: str | None = None
+    revision: str | None = None
     base_name: str | None = None
     base_revision: str | None = None
     task_type: str | None = None
@@ -73,17 +90,34 @@ class Adapter:
     base_fingerprint: str | None = None
 
     @property
+    def folder(self) -> Path:
+        """The folder it lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """Short name: of the folder, of the file without its ending, or the last part of the Hub id."""
+        if self.repo_id is not None:
+            return self.repo_id.rsplit("/", 1)[-1]
+        path = self.path.resolve()
+        return path.name if path.is_dir() else path.stem
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in θ, without `modules_to_save`."""
-        return sum(count(self.store.shapes[key]) for theta in self.modules.values() for key in theta.keys)
+        """Numbers in θ, without what is replaced whole."""
+        return sum(count(self.store.shapes[key]) for theta in self.modules.values() for key in theta.parts.values())
+
+    def rank(self, module: str) -> int:
+        """r of one module."""
+        return self.store.shapes[self.modules[module].a][0]
+
+    def weight_shape(self, module: str) -> WeightShape:
+        """(out, in) of the weight that θ of `module` was made for, as far as θ tells."""
+        theta = self.modules[module]
+        return theta.orientation.weight_shape(self.store.shapes[theta.a], self.store.shapes[theta.b])
 
     def tweaker(self, module: str) -> Tweaker:
-        """θ of one module. Raises `ThetaError` if its tensors do not fit each other."""
+        """θ of one module."""
         theta = self.modules[module]
         return Tweaker(
             theta.orientation,
@@ -93,11 +127,22 @@ class Adapter:
             tuple(self.store.tensor(key) for key in theta.decoders),
             theta.act_fn,
             theta.scaling,
+            theta.residual,
+            theta.output_act_fn,
+            theta.negative_slope,
         )
 
     def saved_tensor(self, name: str) -> Tensor:
-        """One tensor of `modules_to_save`."""
+        """One tensor that the adapter replaces whole."""
         return self.store.tensor(self.saved[name])
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """An adapter among several: its delta weights are multiplied by `weight` and summed with the others'."""
+
+    adapter: Adapter
+    weight: float = 1.0
 
 
 def count(shape: tuple[int, ...]) -> int:
@@ -105,12 +150,29 @@ def count(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def digest_of(store: ThetaStore, names: Mapping[str, str], facts: Mapping[str, object]) -> str:
-    """SHA-256 over `facts` and the tensors, each under the layout-free name `names` gives its key.
+def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Mapping[str, str]) -> str:
+    """Check that θ of every module fits itself and is finite; returns the digest of it all.
+
+    The digest is a SHA-256 of every tensor under a name that does not depend on the layout, and of all that
+    the mathematics needs.
 
     Raises:
-        ThetaError: a tensor is not floating, or holds NaN or Inf.
+        ThetaError: shapes that do not fit each other; a tensor that is not floating, or holds NaN or Inf.
     """
+    names = {key: f"saved {name}" for name, key in saved.items()}
+    facts = {}
+    for module, theta in modules.items():
+        names |= {key: f"{module} {part}" for part, key in theta.parts.items()}
+        facts[module] = [
+            theta.orientation.value, theta.act_fn, theta.scaling, theta.residual, theta.output_act_fn,
+            theta.negative_slope, theta.fan_in_fan_out,
+        ]  # fmt: skip
+        encoders, decoders = ([store.shapes[key] for key in keys] for keys in (theta.encoders, theta.decoders))
+        try:
+            a, b = store.shapes[theta.a], store.shapes[theta.b]
+            check_shapes(theta.orientation, a, b, encoders, decoders, theta.residual)
+        except ThetaError as error:
+            raise ThetaError(f"{module}: {error}") from None
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key in sorted(names, key=lambda key: names[key]):
         tensor = store.tensor(key)

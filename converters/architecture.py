@@ -20,11 +20,12 @@ AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
+    "IMAGE_CLS": "AutoModelForImageClassification",  # PEFT has no such type; the authors' vision code trains it
 }
 
 
 # the tasks whose model class is decided by the head that comes with the adapter
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "IMAGE_CLS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +130,8 @@ def _build(transformers: Any, config: Any, class_name: str | None, task_type: st
     auto = getattr(transformers, AUTO_CLASSES.get(task_type or "", "AutoModel"))
     try:
         return auto.from_config(config)
-    except ValueError as error:
+    except ValueError:
         raise TargetError(
-            f"transformers has no {auto.__name__.removeprefix('AutoModel') or 'model'} for model type "
-            f"{config.model_type} ({str(error).splitlines()[0]})"
+            f"transformers {transformers.__version__} has no {auto.__name__} for the model type {config.model_type}; "
+            "is this the base it was trained on?"
         ) from None

@@ -44,6 +44,8 @@ class Checkpoint:
         shards: file names in order; one for a single file.
         repo_id: Hub id it came from, if it did.
         revision: commit on the Hub, if it came from there.
+        metadata: of the safetensors files.
+        holder: what keeps `folder` alive, if it is temporary.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class Checkpoint:
     repo_id: str | None = None
     revision: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    holder: object = None  # keeps a temporary folder alive
 
     @property
     def name(self) -> str:
@@ -94,13 +97,16 @@ def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:
     return [(last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]
 
 
-def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
-    """Open the base in `folder`. Reads the config and the headers, no weights.
+def open_checkpoint(
+    folder: str | Path, repo_id: str | None = None, revision: str | None = None, holder: object = None
+) -> Checkpoint:
+    """Open the base in `folder`. Reads the config and the headers, no weights. See `Checkpoint` for the rest.
 
     Raises:
         CheckpointError: no model there, an incomplete or corrupt one, or not safetensors.
         QuantizedBaseError: its weights are quantised.
     """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} is an adapter, wanted a base model; pass it with --adapter")
@@ -124,7 +130,7 @@ def open_checkpoint(folder: Path, repo_id: str | None = None, revision: str | No
             "the download is incomplete or mixed"
         )
     _refuse_quantized_tensors(folder, tensors)
-    return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata)
+    return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata, holder)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -12,8 +12,14 @@ import typer
 
 from converters._version import __version__
 from converters.errors import OptionError, PeanutError
+from converters.layout_names import LAYOUT_SUMMARIES
 
-_MERGE_HELP = """Merge a trained PEANuT adapter into its base model: W = W0 + f(W0; θ).
+# click keeps the line breaks of a paragraph that begins with \b
+_LAYOUTS = "Layouts, seen by themselves where possible (else --layout):\n\n\b\n" + "\n".join(
+    f"  {name:20} {summary}" for name, summary in LAYOUT_SUMMARIES.items()
+)
+
+_MERGE_HELP = f"""Merge a trained PEANuT adapter into its base model: W = W0 + f(W0; θ).
 
 Writes a checkpoint that transformers and vLLM load as any other model. Nothing is written until everything
 that can be refused was refused, and the output appears whole or not at all.
@@ -24,22 +30,40 @@ Examples:
 
   peanut-merge --base ./smollm2 --adapter ./json -o ./smollm2-json --dtype bf16
 
-  peanut-merge --base org/model --revision v1.0 --adapter ./a --dry-run
+  peanut-merge --base llama2-7b --adapter ./gsm8k --adapter ./style=0.5
+
+  peanut-merge --base roberta-base --adapter ./mrpc/pytorch_model.bin --scaling 0.1 --labels labels.json
+
+{_LAYOUTS}
 """
 
-_INSPECT_HELP = """Show what an adapter is; with a base, how strongly it acts where.
+_INSPECT_HELP = f"""Show what an adapter is; with a base, how strongly it acts where.
 
 Examples:
 
   peanut-inspect ./gsm8k
 
-  peanut-inspect ./gsm8k --base llama2-7b
+  peanut-inspect ./gsm8k --base llama2-7b --plot gsm8k.png
 
   peanut-inspect ./gsm8k --base llama2-7b --record-base
+
+{_LAYOUTS}
 """
 
-_Base = Annotated[str, typer.Option("--base", help="Folder, Hub id, or llama2-7b, llama3-8b, qwen3-8b, ...")]
+_Base = Annotated[
+    str,
+    typer.Option("--base", help="Folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ..., or 'self': see the README."),
+]
 _Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the base on the Hub.")]
+_AdapterRevision = Annotated[
+    str | None, typer.Option("--adapter-revision", help="Branch, tag or commit of an adapter on the Hub.")
+]
+_Layout = Annotated[
+    str | None, typer.Option("--layout", help="Layout of the adapter, where it cannot be seen: see below.")
+]
+_Scaling = Annotated[
+    float | None, typer.Option("--scaling", help="Scale s of f, where the adapter does not store it.")
+]
 _Token = Annotated[str | None, typer.Option("--token", help="Hub token; HF_TOKEN works as well.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -55,9 +79,17 @@ _Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_
 
 def _merge(
     base: _Base,
-    adapter: Annotated[Path, typer.Option("--adapter", help="Folder of the trained adapter.")],
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", help="Folder, weights or Hub id; again to sum several, PATH=0.5 scales.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: ./<base>-<adapter>")] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="merged (a checkpoint), or peft (an HF PEFT adapter).")
+    ] = "merged",
+    layout: _Layout = None,
+    scaling: _Scaling = None,
     revision: _Revision = None,
+    adapter_revision: _AdapterRevision = None,
     token: _Token = None,
     dtype: Annotated[str, typer.Option(help="auto (as the base), bf16, fp16 or fp32.")] = "auto",
     device: Annotated[str, typer.Option(help="Where f is evaluated: auto, cpu, cuda, cuda:N.")] = "auto",
@@ -72,18 +104,32 @@ def _merge(
     as_json: _Json = False,
     version: _Version = False,
 ) -> None:
+    if output_format not in ("merged", "peft"):
+        raise OptionError(f"--format {output_format} is unknown; wanted merged or peft")
     from converters import console
-    from converters.executor import check_merge, default_output, find_device, prepare_merge, run_merge
+    from converters.adapter_specs import open_weighted
+    from converters.executor import check_merge, find_device, run_merge
+    from converters.labels import read_labels
+    from converters.merging import prepare_merge
 
+    adapters = open_weighted(adapter, layout=layout, scaling=scaling, revision=adapter_revision, token=token)
     plan = prepare_merge(
-        base, adapter, revision=revision, token=token, dtype=dtype, max_shard_size=max_shard_size,
+        base, adapters, revision=revision, token=token, dtype=dtype, max_shard_size=max_shard_size,
         labels=read_labels(labels) if labels else None, force_base=force_base,
     )  # fmt: skip
-    target = output or default_output(plan)
+    target = output or plan.default_output
     find_device(device)
-    check_merge(plan, target, overwrite)
     for note in plan.notes:
         console.err.print(f"note: {note}", markup=False)
+    if output_format == "peft":
+        from converters.peft_adapter import plan_peft_adapter, write_peft_adapter
+
+        converted = plan_peft_adapter(plan, output or Path(f"{plan.name}-peft"), overwrite)
+        if not dry_run:
+            write_peft_adapter(converted, overwrite=overwrite)
+        console.print_peft_adapter(converted, dry_run, as_json)
+        return
+    check_merge(plan, target, overwrite)
     if dry_run:
         console.print_plan(plan, target, as_json)
         return
@@ -93,60 +139,63 @@ def _merge(
 
 
 def _inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the trained adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder, weights or Hub id of the trained adapter.")],
     base: Annotated[str | None, typer.Option("--base", help="The base it was trained on: adds the norms.")] = None,
+    layout: _Layout = None,
+    scaling: _Scaling = None,
     revision: _Revision = None,
+    adapter_revision: _AdapterRevision = None,
     token: _Token = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw where the adapter acts (png, svg, pdf).")] = None,
     record_base: Annotated[
         bool, typer.Option("--record-base", help="Write the base's fingerprint beside the adapter.")
     ] = False,
     as_json: _Json = False,
     version: _Version = False,
 ) -> None:
-    from converters import console, inspection
-    from converters.checkpoint import open_checkpoint
-    from converters.hub import find_base
+    from converters import console, description, inspection
+    from converters.adapter import Weighted
+    from converters.errors import MissingScalingError
     from converters.layouts import load_adapter
+    from converters.merging import open_base
+    from converters.plot import check_plot, plot_norms
 
-    if record_base and base is None:
-        raise OptionError("--record-base needs --base")
-    opened = load_adapter(adapter)
-    facts = inspection.describe(opened)
+    for name, wanted in (("--record-base", record_base), ("--plot", plot)):
+        if wanted and base is None:
+            raise OptionError(f"{name} needs --base")
+    if plot is not None:
+        check_plot(plot)
+    unscaled = False
+    try:
+        opened = load_adapter(adapter, layout=layout, scaling=scaling, revision=adapter_revision, token=token)
+    except MissingScalingError:
+        if base is not None:
+            raise
+        unscaled = True  # what it is can be told without
+        opened = load_adapter(adapter, layout=layout, scaling=1.0, revision=adapter_revision, token=token)
     norms: list[inspection.DeltaNorm] = []
     if base is not None:
-        source = find_base(base, revision, token)
-        checkpoint = open_checkpoint(source.folder, source.repo_id, source.revision)
-        if source.note:
-            console.err.print(f"note: {source.note}", markup=False)
+        checkpoint, notes = open_base(base, [Weighted(opened)], revision=revision, token=token)
+        for note in notes:
+            console.err.print(f"note: {note}", markup=False)
         if record_base:
             console.err.print(f"recorded the base in {inspection.record_base(opened, checkpoint)}", markup=False)
-            opened = load_adapter(adapter)
+            opened = load_adapter(adapter, layout=layout, scaling=scaling)
         with console.Progress(len(opened.modules), "evaluating f", as_bytes=False) as advance:
             norms = inspection.delta_norms(opened, checkpoint, advance)
+    if plot is not None:
+        plot_norms(norms, f"where {opened.name} acts", plot)
+    facts, shapes = description.describe(opened), description.module_shapes(opened)
+    if unscaled:
+        facts |= {"scaling": "not stored: to merge it, give --scaling", "digest": None}
     if as_json:
         rows = [{"module": n.module, "shape": n.shape, "delta": n.delta, "weight": n.weight} for n in norms]
-        print(json.dumps({**facts, **({"norms": rows} if base else {})}, indent=2))
+        print(json.dumps({**facts, "shapes": shapes, **({"norms": rows} if base else {})}, indent=2))
         return
     console.print_facts(facts)
+    console.print_shapes(shapes)
     if norms:
         console.print_norms(norms)
-
-
-def read_labels(path: Path) -> list[str]:
-    """Class labels from a JSON list, or from an id2label object. Raises `OptionError` for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            value = [value[str(i)] for i in range(len(value))]
-    except (OSError, ValueError, KeyError) as error:
-        raise OptionError(
-            f"{path}: wanted a JSON list of labels, or an object from '0', '1', ... ({error})"
-        ) from None
-    if not isinstance(value, list) or not all(isinstance(label, str) for label in value) or not value:
-        raise OptionError(f"{path}: wanted a JSON list of strings")
-    if len(set(value)) != len(value):
-        raise OptionError(f"{path}: a label stands twice")
-    return value
 
 
 class _Stopped(BaseException):
@@ -170,6 +219,9 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
     except PeanutError as error:
         message = " ".join(str(error).split())
         print(f"{name}: {message}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a file that cannot be read, a disk that is full
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
     except _Stopped as stopped:
         print(f"{name}: stopped; nothing half-written was left", file=sys.stderr)

@@ -30,12 +30,14 @@ COMPANION_PATTERNS = (*_TOKENIZER_PATTERNS, *_USE_PATTERNS, *_BASE_PATTERNS)
 _TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json")
 
 
-def find_companions(base: Path, adapter: Path) -> dict[str, Path]:
+def find_companions(base: Path, adapter: Path | None) -> dict[str, Path]:
     """Relative name -> file to copy. The adapter's files win: training may have added tokens.
+
+    `adapter` is None for an adapter that is a file: what lies beside it may be anything.
 
     If the adapter folder holds a tokenizer, none of the base's tokenizer files are taken.
     """
-    own = _matching(adapter, (*_TOKENIZER_PATTERNS, *_USE_PATTERNS))
+    own = _matching(adapter, (*_TOKENIZER_PATTERNS, *_USE_PATTERNS)) if adapter is not None else {}
     own_tokenizer = any(mark in own for mark in _TOKENIZER_MARKS)
     wanted = (*_USE_PATTERNS, *_BASE_PATTERNS) if own_tokenizer else COMPANION_PATTERNS
     return {**_matching(base, wanted), **own}

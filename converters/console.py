@@ -1,7 +1,6 @@
 """What the commands show: results on stdout, progress and the rest on stderr."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 
 from rich import progress
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from converters.description import shortened, split_module
 from converters.executor import MergeResult
-from converters.inspection import DeltaNorm
+from converters.inspection import DeltaNorm, norm_table
+from converters.peft_adapter import PeftAdapterPlan
 from converters.plan import Plan
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -70,7 +71,8 @@ def print_result(result: MergeResult, as_json: bool) -> None:
         print(json.dumps({
             "output": str(result.output), "total_size": result.plan.total_size, "counts": counts,
             "dropped": dict(result.plan.dropped), "notes": result.plan.notes, "seconds": round(result.seconds, 3),
-            "adapter_digest": result.plan.adapter.digest, "base_fingerprint": result.plan.base.fingerprint,
+            "adapter_digests": [weighted.adapter.digest for weighted in result.plan.adapters],
+            "base_fingerprint": result.plan.base.fingerprint,
             "verification": checked.summary() if checked else None,
         }, indent=2))  # fmt: skip
         return
@@ -81,6 +83,22 @@ def print_result(result: MergeResult, as_json: bool) -> None:
             f"  verified: {checked.tensors} tensors, {checked.recomputed} numbers recomputed in float64, "
             f"largest error {checked.max_ulp:.3f} ulp"
         )
+
+
+def print_peft_adapter(converted: PeftAdapterPlan, dry_run: bool, as_json: bool) -> None:
+    """What was, or would be, written as a PEFT adapter."""
+    whole: list[str] = converted.config["modules_to_save"] or []
+    counts = {"modules": len(converted.modules), "modules_to_save": whole}
+    settings = {key: converted.config[key] for key in ("r", "depth", "act_fn", "scaling")}
+    if as_json:
+        facts = {"output": str(converted.output), **counts, **settings, "notes": converted.plan.notes}
+        print(json.dumps({**facts, **({"dry_run": True} if dry_run else {})}, indent=2))
+        return
+    shown = ", ".join(f"{key} = {value}" for key, value in settings.items())
+    out.print(
+        f"{'would write' if dry_run else 'wrote'} {converted.output}: an HF PEFT adapter, {shown}", markup=False
+    )
+    out.print(f"  {len(converted.modules)} modules, whole: {', '.join(whole) or 'none'}", markup=False)
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -96,18 +114,25 @@ def print_facts(facts: dict[str, Any]) -> None:
     out.print(table)
 
 
+def print_shapes(shapes: dict[str, dict[str, Any]]) -> None:
+    """Shapes of θ: a row for the modules that differ in their layer alone and have the same."""
+    kinds = {module: split_module(module)[1] for module in shapes}
+    short = shortened(set(kinds.values()))
+    groups: Counter[tuple[str, ...]] = Counter()
+    for module, facts in shapes.items():
+        groups[(short[kinds[module]], *(str(facts[key]) for key in ("A", "B", "r", "depth")))] += 1
+    table = Table("module", "A", "B", "r", "depth", "layers", title="shapes of θ")
+    for row, times in groups.items():
+        table.add_row(*row, str(times))
+    out.print(table)
+
+
 def print_norms(norms: Sequence[DeltaNorm]) -> None:
     """The size of each update relative to its weight: a row a layer, a column a kind of module."""
-    cells: dict[str, dict[str, float]] = {}
-    for norm in norms:
-        found = re.match(r"(.*\.\d+)\.(.+)", norm.module)  # up to the last number: model.layers.3
-        layer, kind = found.groups() if found else ("", norm.module)
-        cells.setdefault(layer, {})[kind] = norm.relative
-    kinds = sorted({kind for row in cells.values() for kind in row})
-    short = [kind.rsplit(".", 1)[-1] for kind in kinds]
-    headers = short if len(set(short)) == len(kinds) else kinds
-    table = Table("|f(W0)| / |W0|", *headers, title="size of the update")
-    for layer, row in cells.items():
+    layers, kinds, cells = norm_table(norms)
+    table = Table(*(Column(name, overflow="fold") for name in ("layer", *kinds)), title="size of |f(W0)| / |W0|")
+    for layer in layers:
+        row = cells[layer]
         table.add_row(layer, *(f"{row[kind]:.4f}" if kind in row else "-" for kind in kinds))
     table.add_section()
     columns = [[row[kind] for row in cells.values() if kind in row] for kind in kinds]

@@ -9,15 +9,18 @@ PeanutError
 │   ├── CheckpointError         missing, truncated, corrupt, or not safetensors
 │   ├── QuantizedBaseError      quantised weights cannot be merged into
 │   ├── AlreadyMergedError      f(W0; θ) needs the original W0
-│   ├── BaseMismatchError       not the base the adapter was trained on
-│   └── HubError                a download from the Hub failed
+│   └── BaseMismatchError       not the base the adapter was trained on
+├── HubError                    a download from the Hub failed
 ├── TargetError                 an adapter weight finds no tensor in the base
 ├── OutputError                 the output cannot be written
 │   ├── OutputExistsError       the folder exists, or another run is writing it
 │   ├── NoSpaceError            not enough room on the disk
 │   └── NonFiniteError          a merged weight is NaN or does not fit the output dtype
 ├── VerificationError           what was written is not what was computed
-└── OptionError                 an option has no meaning here
+├── ConversionError             the format asked for cannot say what the adapter does
+├── OptionError                 an option has no meaning here
+│   └── MissingScalingError     the adapter does not store its scale
+└── MissingDependencyError      a package of an extra is not installed
 """
 
 
@@ -61,8 +64,8 @@ class BaseMismatchError(BaseModelError):
     """The base is not the one the adapter was trained on."""
 
 
-class HubError(BaseModelError):
-    """The base cannot be had from the Hub."""
+class HubError(PeanutError):
+    """A base or an adapter cannot be had from the Hub."""
 
 
 class TargetError(PeanutError):
@@ -89,5 +92,17 @@ class VerificationError(PeanutError):
     """The written files are not what was computed."""
 
 
+class ConversionError(PeanutError):
+    """The format that was asked for cannot say what the adapter does."""
+
+
 class OptionError(PeanutError):
     """An option that has no meaning, or not for this input."""
+
+
+class MissingScalingError(OptionError):
+    """The adapter does not store its scale, and none was given."""
+
+
+class MissingDependencyError(PeanutError):
+    """A package is not installed; the message names the extra that brings it."""

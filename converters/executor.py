@@ -5,28 +5,26 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from converters.adapter import Adapter
-from converters.checkpoint import INDEX_FILE, MANIFEST_NAME, open_checkpoint
+from converters.checkpoint import INDEX_FILE, MANIFEST_NAME
 from converters.companions import find_companions
 from converters.errors import NonFiniteError, OptionError, OutputError
+from converters.evaluation import Factors, block_rows, factors_of_blocks, merge_rows
 from converters.finite import all_finite
-from converters.hub import find_base
-from converters.hub_names import SHORT_NAMES
 from converters.json_files import write_json
-from converters.layouts import load_adapter
 from converters.manifest import build_manifest
 from converters.model_card import build_model_card
-from converters.plan import Plan, TensorPlan, parse_size, plan_merge
+from converters.plan import Plan
 from converters.publish import check_output, check_space, staged
-from converters.tensor_file import FLOAT_DTYPES, TensorReader, TensorWriter
-from converters.tweaker import block_rows, factors_of_blocks
+from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorReader, TensorWriter
+from converters.tensor_plan import TensorPlan
+from converters.tweaker import Tweaker
 from converters.verify import Verification, verify_output
 
 # W0 and f often cancel. In float32 such a sum can be off by many units in its last place once it is rounded to
@@ -55,83 +53,9 @@ class MergeResult:
     seconds: float
 
 
-def merge(
-    base: str | Path,
-    adapter: str | Path,
-    output: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    max_shard_size: str = "5GB",
-    labels: list[str] | None = None,
-    overwrite: bool = False,
-    force_base: bool = False,
-    verify: bool = True,
-) -> MergeResult:
-    """Merge a trained adapter into a base checkpoint: every adapted weight becomes `W0 + f(W0; θ)`.
-
-    Args:
-        base: local folder, Hub id, or short name (`llama2-7b`, ...).
-        adapter: folder of the adapter.
-        output: folder to write; `./<base>-<adapter>` by default.
-        revision, token: for a base on the Hub; the revision is by default the one the adapter's config names.
-        dtype: `auto` (each tensor's own), `bf16`, `fp16`, `fp32`.
-        device: where f is evaluated: `auto`, `cpu`, `cuda`, `cuda:N`.
-        max_shard_size: like `5GB`; `base` keeps the base's sharding.
-        labels: class labels for a classification head that comes with the adapter.
-        overwrite: replace an output of an earlier merge, at the end and at once.
-        force_base: merge although the adapter was trained on another base.
-        verify: check the written files before they are published.
-
-    Raises:
-        PeanutError: see `converters.errors`; whichever it is, no output was written or changed.
-    """
-    plan = prepare_merge(
-        base, adapter, revision=revision, token=token, dtype=dtype, max_shard_size=max_shard_size, labels=labels,
-        force_base=force_base,
-    )  # fmt: skip
-    return run_merge(plan, output, device=device, overwrite=overwrite, verify=verify)
-
-
-def prepare_merge(
-    base: str | Path,
-    adapter: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    dtype: str = "auto",
-    max_shard_size: str = "5GB",
-    labels: list[str] | None = None,
-    force_base: bool = False,
-) -> Plan:
-    """Open base and adapter and plan their merge; see `merge`. Writes nothing."""
-    limit = parse_size(max_shard_size)
-    opened_adapter = load_adapter(adapter)  # before the base: a wrong adapter should not cost a download
-    if revision is None and _is_trained_on(opened_adapter, str(base)):
-        revision = opened_adapter.base_revision
-    source = find_base(str(base), revision, token)
-    opened_base = open_checkpoint(source.folder, source.repo_id, source.revision)
-    plan = plan_merge(
-        opened_base, opened_adapter, dtype=dtype, max_shard_size=limit, labels=labels, force_base=force_base
-    )
-    return replace(plan, notes=(source.note, *plan.notes)) if source.note else plan
-
-
-def _is_trained_on(adapter: Adapter, base: str) -> bool:
-    """Whether `base` names, on the Hub, what the adapter's config says it was trained on."""
-    return not Path(base).expanduser().is_dir() and adapter.base_name == SHORT_NAMES.get(base, base)
-
-
-def default_output(plan: Plan) -> Path:
-    """`./<base>-<adapter>`."""
-    return Path(f"{plan.base.name}-{plan.adapter.name}")
-
-
 def check_merge(plan: Plan, output: Path, overwrite: bool) -> None:
     """Everything that can be refused about the output. Raises `OutputError` of one kind or another."""
-    check_output(output, overwrite, plan.base.folder, plan.adapter.folder)
+    check_output(output, overwrite, plan.base.folder, *(weighted.adapter.path for weighted in plan.adapters))
     check_space(output, plan.total_size)
 
 
@@ -144,15 +68,16 @@ def run_merge(
     verify: bool = True,
     advance: Advance = lambda size: None,
 ) -> MergeResult:
-    """Carry out a plan; see `merge`. `advance` is told of bytes written, then of bytes verified."""
-    output = Path(output) if output is not None else default_output(plan)
+    """Carry out a plan; see `converters.merge`. `advance` is told of bytes written, then of bytes verified."""
+    output = Path(output) if output is not None else plan.default_output
     where = find_device(device)
     check_merge(plan, output, overwrite)
     start = time.perf_counter()
     try:
         with staged(output, overwrite) as staging, TensorReader() as reader:
             hashes = _write_weights(plan, staging, reader, where, advance)
-            for name, source in find_companions(plan.base.folder, plan.adapter.folder).items():
+            own = plan.head.path if plan.head.path.is_dir() else None
+            for name, source in find_companions(plan.base.folder, own).items():
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, staging / name)
             verification = verify_output(staging, plan, hashes, reader, advance) if verify else None
@@ -190,7 +115,7 @@ def _write_weights(
             stack.callback(writer.close)
             for tensor in tensors:
                 writer.begin(tensor.name)
-                for piece in merged_pieces(tensor, plan.adapter, reader, device):
+                for piece in merged_pieces(tensor, plan, reader, device):
                     writer.write(piece)
                     advance(piece.nbytes)
                 hashes[tensor.name] = writer.end()
@@ -202,33 +127,36 @@ def _write_weights(
     return hashes
 
 
-def merged_pieces(
-    tensor: TensorPlan, adapter: Adapter, reader: TensorReader, device: torch.device
-) -> Iterator[Tensor]:
+def merged_pieces(tensor: TensorPlan, plan: Plan, reader: TensorReader, device: torch.device) -> Iterator[Tensor]:
     """One output tensor, in consecutive pieces of rows on the CPU."""
     if tensor.saved is not None:
-        saved = adapter.saved_tensor(tensor.saved)
+        saved = plan.head.saved_tensor(tensor.saved)
         for block in torch.split(saved, block_rows(saved[:1].numel())) if saved.dim() else [saved]:
             yield _cast(block, tensor)
         return
     info = tensor.source
     if info is None:
         raise ValueError(f"{tensor.name}: neither saved nor from the base")
-    if tensor.module is None:
-        if tensor.dtype == info.dtype:
-            yield from reader.chunks(info)
-        else:
-            for block in reader.row_blocks(info, block_rows(info.row_size)):
-                yield _cast(block, tensor)
-        return
-    tweaker = adapter.tweaker(tensor.module)
     rows = block_rows(info.row_size)
+    if tensor.terms:
+        terms = [evaluate(plan.tweaker(term), info, reader, EVALUATION_DTYPE, device) for term in tensor.terms]
+        start = 0
+        for block in reader.row_blocks(info, rows):
+            yield _finite(merge_rows(block, terms, start, FLOAT_DTYPES[tensor.dtype]).cpu(), tensor)
+            start += block.shape[0]
+    elif tensor.dtype == info.dtype:
+        yield from reader.chunks(info)
+    else:
+        for block in reader.row_blocks(info, rows):
+            yield _cast(block, tensor)
+
+
+def evaluate(
+    tweaker: Tweaker, info: TensorInfo, reader: TensorReader, dtype: torch.dtype, device: torch.device
+) -> Factors:
+    """The factors of one update, from a weight on disk."""
     shape = (info.shape[0], info.shape[1])
-    factors = factors_of_blocks(reader.row_blocks(info, rows), shape, tweaker, EVALUATION_DTYPE, device)
-    start = 0
-    for block in reader.row_blocks(info, rows):
-        yield _finite(factors.merge_rows(block, start, FLOAT_DTYPES[tensor.dtype]).cpu(), tensor)
-        start += block.shape[0]
+    return factors_of_blocks(reader.row_blocks(info, block_rows(info.row_size)), shape, tweaker, dtype, device)
 
 
 def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:

@@ -1,12 +1,20 @@
-"""Where a base comes from: a local folder, a Hub id, or the short name of a model of the paper."""
+"""Where a base and an adapter come from: a local path, a Hub id, or the short name of a model of the paper."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.adapter_source import CONFIG_NAME, PEFT_WEIGHTS, AdapterSource
 from converters.checkpoint import INDEX_FILE, SINGLE_FILE, read_weight_map
 from converters.companions import COMPANION_PATTERNS
-from converters.errors import CheckpointError, HubError, OptionError
+from converters.errors import CheckpointError, HubError, LayoutError, OptionError
 from converters.hub_names import SHORT_NAMES, is_hub_id
+
+# what an adapter's repository may hold of use; weights of other layouts are looked at only if these have none
+_ADAPTER_WEIGHTS = (*PEFT_WEIGHTS, "peanut_theta.safetensors")
+_ADAPTER_FILES = (CONFIG_NAME, "peanut_config.json", "peanut_base.json", "config.json", "labels.json")
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
@@ -49,35 +57,79 @@ def find_base(base: str, revision: str | None = None, token: str | None = None) 
     return BaseSource(path, repo_id, path.name, note)
 
 
+def find_adapter(adapter: str, revision: str | None = None, token: str | None = None) -> AdapterSource:
+    """Resolve `--adapter`: a folder or file of that name wins, then the Hub.
+
+    Args:
+        adapter: folder, file of weights, or Hub id (`user/name`).
+        revision: branch, tag or commit on the Hub.
+        token: Hub token, as for `find_base`.
+
+    Raises:
+        LayoutError: nothing there, and the name cannot be a Hub id.
+        OptionError: `revision` for a local path.
+        HubError: the download failed.
+    """
+    path = Path(adapter).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise OptionError(f"--adapter-revision {revision} has no meaning for the local path {adapter}")
+        return AdapterSource(path)
+    if "/" not in adapter or not is_hub_id(adapter):
+        raise LayoutError(f"{adapter} is not there; wanted the folder of a trained adapter, its weights, or a Hub id")
+    with _hub_errors(adapter, revision):
+        from huggingface_hub import snapshot_download
+
+        wanted = [*_ADAPTER_FILES, *_ADAPTER_WEIGHTS, *COMPANION_PATTERNS]
+        folder = _snapshot(adapter, revision, token, wanted, CONFIG_NAME)
+        if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
+            snapshot_download(adapter, revision=folder.name, token=token, allow_patterns=list(_OTHER_WEIGHTS))
+    return AdapterSource(folder, adapter, folder.name)
+
+
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     """The cached snapshot with just what a merge reads: config, companions, safetensors."""
+    small = ["config.json", INDEX_FILE, SINGLE_FILE, *COMPANION_PATTERNS]
+    with _hub_errors(repo_id, revision):
+        from huggingface_hub import snapshot_download
+
+        folder = _snapshot(repo_id, revision, token, small, "config.json")
+        index = folder / INDEX_FILE
+        if index.is_file() and not (folder / SINGLE_FILE).is_file():
+            shards = sorted(set(read_weight_map(index).values()))
+            if not all((folder / shard).is_file() for shard in shards):
+                snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
+    return folder
+
+
+def _snapshot(repo_id: str, revision: str | None, token: str | None, patterns: list[str], main_file: str) -> Path:
     from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+    except IncompleteSnapshotError:
+        # offline, with a cache that another program filled: it may lack files nobody needs
+        found = try_to_load_from_cache(repo_id, main_file, revision=revision)
+        if not isinstance(found, str):
+            raise
+        return Path(found).parent
+
+
+@contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a `HubError` that says what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        IncompleteSnapshotError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     where = f"{repo_id}@{revision}" if revision else repo_id
-    small = ["config.json", INDEX_FILE, SINGLE_FILE, *COMPANION_PATTERNS]
     try:
-        try:
-            folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=small))
-        except IncompleteSnapshotError:
-            # offline, with a cache that another program filled: it may lack files nobody needs
-            config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-            if not isinstance(config, str):
-                raise
-            folder = Path(config).parent
-        index = folder / INDEX_FILE
-        if index.is_file() and not (folder / SINGLE_FILE).is_file():
-            shards = sorted(set(read_weight_map(index).values()))
-            if not all((folder / shard).is_file() for shard in shards):
-                snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
-        return folder
+        yield
     except GatedRepoError:
         raise HubError(
             f"{where} is gated: accept its licence on the Hub, then pass --token or set HF_TOKEN"

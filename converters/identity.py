@@ -30,9 +30,9 @@ def read_base_record(folder: Path) -> str | None:
     return fingerprint
 
 
-def write_base_record(adapter: Adapter, base: Checkpoint) -> Path:
-    """Record `base` beside `adapter` as the one it was trained on; returns the file."""
-    path = adapter.folder / BASE_RECORD
+def write_base_record(folder: Path, base: Checkpoint) -> Path:
+    """Record `base` beside the adapter in `folder` as the one it was trained on; returns the file."""
+    path = folder / BASE_RECORD
     identity = {"name": base.name, "repo_id": base.repo_id, "revision": base.revision}
     write_json(path, {**identity, "fingerprint": base.fingerprint})
     return path

@@ -1,19 +1,21 @@
-"""What an adapter is, and with a base, how strongly it acts where."""
+"""How strongly an adapter acts where, on its base."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from converters.adapter import Adapter
+from converters.adapter import Adapter, Weighted
 from converters.checkpoint import Checkpoint
+from converters.description import shortened, split_module
+from converters.errors import OptionError, OutputError
+from converters.evaluation import block_rows
+from converters.executor import evaluate
 from converters.identity import write_base_record
 from converters.plan import plan_merge
 from converters.tensor_file import TensorReader
-from converters.tweaker import block_rows, factors_of_blocks
 
 
 @dataclass(frozen=True)
@@ -31,35 +33,6 @@ class DeltaNorm:
         return self.delta / self.weight if self.weight else float("inf")
 
 
-def describe(adapter: Adapter) -> dict[str, Any]:
-    """The facts of an adapter, as JSON has them."""
-    thetas = list(adapter.modules.values())
-    kinds = sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})
-
-    def one_or_many(values: set[Any]) -> Any:
-        return next(iter(values)) if len(values) == 1 else sorted(values)
-
-    return {
-        "adapter": adapter.name,
-        "layout": adapter.layout,
-        "evidence": adapter.evidence,
-        "kind": "PEANuT",
-        "orientation": one_or_many({theta.orientation.value for theta in thetas}),
-        "r": one_or_many({theta.r for theta in thetas}),
-        "depth": one_or_many({theta.depth for theta in thetas}),
-        "act_fn": one_or_many({theta.act_fn for theta in thetas}),
-        "scaling": one_or_many({theta.scaling for theta in thetas}),
-        "parameters": adapter.parameter_count,
-        "modules": len(adapter.modules),
-        "targets": kinds,
-        "modules_to_save": sorted(adapter.saved),
-        "trained_on": adapter.base_name,
-        "task_type": adapter.task_type,
-        "recorded_base": adapter.base_fingerprint,
-        "digest": adapter.digest,
-    }
-
-
 def delta_norms(
     adapter: Adapter, base: Checkpoint, advance: Callable[[int], None] = lambda count: None
 ) -> list[DeltaNorm]:
@@ -67,27 +40,46 @@ def delta_norms(
 
     Raises what `plan_merge` raises when the adapter does not belong to the base; `advance` counts modules.
     """
-    plan = plan_merge(base, adapter)
+    plan = plan_merge(base, [Weighted(adapter)])
     found = []
+    cpu = torch.device("cpu")
     with TensorReader() as reader:
         for tensor in plan.tensors:
-            if tensor.module is None or tensor.source is None:
-                continue
-            info, tweaker = tensor.source, adapter.tweaker(tensor.module)
-            rows, dtype = block_rows(info.row_size), torch.float32
-            shape = (info.shape[0], info.shape[1])
-            cpu = torch.device("cpu")
-            factors = factors_of_blocks(reader.row_blocks(info, rows), shape, tweaker, dtype, cpu)
-            squares = sum(float(b.to(dtype).square().sum(dtype=torch.float64)) for b in reader.row_blocks(info, rows))
-            found.append(DeltaNorm(tensor.module, shape, factors.norm(), squares**0.5))
-            advance(1)
+            for term in tensor.terms:
+                if tensor.source is None:
+                    continue
+                info, rows = tensor.source, block_rows(tensor.source.row_size)
+                factors = evaluate(plan.tweaker(term), info, reader, torch.float32, cpu)
+                blocks = reader.row_blocks(info, rows)
+                squares = sum(float(b.float().square().sum(dtype=torch.float64)) for b in blocks)
+                found.append(DeltaNorm(term.module, (info.shape[0], info.shape[1]), factors.norm(), squares**0.5))
+                advance(1)
     return sorted(found, key=lambda norm: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", norm.module)])
+
+
+def norm_table(norms: Sequence[DeltaNorm]) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:
+    """Relative norms as a table: (layers, kinds of module, layer -> kind -> norm), layers in order, names short."""
+    cells: dict[str, dict[str, float]] = {}
+    for norm in norms:
+        layer, kind = split_module(norm.module)
+        cells.setdefault(layer, {})[kind] = norm.relative
+    kinds = shortened({kind for row in cells.values() for kind in row})
+    layers = shortened(cells, least=2)
+    named = {layers[layer]: {kinds[kind]: value for kind, value in row.items()} for layer, row in cells.items()}
+    return list(named), sorted(kinds.values()), named
 
 
 def record_base(adapter: Adapter, base: Checkpoint) -> Path:
     """Write the base's identity beside the adapter, so that every other base is refused from then on.
 
     Checks first that the adapter fits the base. Returns the file, `peanut_base.json`.
+
+    Raises `OptionError` for an adapter that is no local folder, `OutputError` when it cannot be written.
     """
-    plan_merge(base, adapter, force_base=True)
-    return write_base_record(adapter, base)
+    if adapter.repo_id is not None or not adapter.path.is_dir():
+        raise OptionError(f"the base can be recorded in an adapter's own folder only, and {adapter.path} is none")
+    plan_merge(base, [Weighted(adapter)], force_base=True)
+    try:
+        return write_base_record(adapter.folder, base)
+    except OSError as error:
+        raise OutputError(f"the base could not be recorded in {adapter.folder}: {error}") from error

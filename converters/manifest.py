@@ -8,6 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from converters._version import __version__
+from converters.adapter import Weighted
+from converters.description import settings_of
 from converters.hub_names import is_hub_id
 from converters.plan import Plan
 
@@ -22,33 +24,8 @@ def build_manifest(plan: Plan, hashes: dict[str, str], verified: Any) -> dict[st
         hashes: xxh3_128 of every output tensor.
         verified: the result of the verification, or None if it was turned off.
     """
-    adapter, base = plan.adapter, plan.base
-    theta = next(iter(adapter.modules.values()))
     return {
-        "format_version": FORMAT_VERSION,
-        "generator": f"peanut-serve {__version__}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
-        },
-        "base": {
-            "name": base.name,
-            "repo_id": base.repo_id,
-            "revision": base.revision,
-            "fingerprint": base.fingerprint,
-        },
-        "adapters": [
-            {
-                "name": adapter.name,
-                "layout": adapter.layout,
-                "digest": adapter.digest,
-                "trained_on": adapter.base_name if is_hub_id(adapter.base_name or "") else None,
-                "r": theta.r,
-                "depth": theta.depth,
-                "act_fn": theta.act_fn,
-                "scaling": theta.scaling,
-            }
-        ],
+        **provenance(plan),
         "options": dict(plan.options),
         "verified": verified,
         "tensors": {
@@ -69,4 +46,38 @@ def build_manifest(plan: Plan, hashes: dict[str, str], verified: Any) -> dict[st
             for tensor in tensors
         },
         "dropped": dict(plan.dropped),
+    }
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """The part of the manifest that tells of what something was made."""
+    base = plan.base
+    return {
+        "format_version": FORMAT_VERSION,
+        "generator": f"peanut-serve {__version__}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+        "base": {
+            "name": base.name,
+            "repo_id": base.repo_id,
+            "revision": base.revision,
+            "fingerprint": base.fingerprint,
+        },
+        "adapters": [_adapter(weighted) for weighted in plan.adapters],
+    }
+
+
+def _adapter(weighted: Weighted) -> dict[str, Any]:
+    adapter = weighted.adapter
+    return {
+        "name": adapter.name,
+        "repo_id": adapter.repo_id,
+        "revision": adapter.revision,
+        "layout": adapter.layout,
+        "digest": adapter.digest,
+        "weight": weighted.weight,
+        "trained_on": adapter.base_name if is_hub_id(adapter.base_name or "") else None,
+        **settings_of(adapter),
     }

@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 
+from converters.adapter import Weighted
 from converters.checkpoint import MANIFEST_NAME
+from converters.description import settings_of
 from converters.hub_names import is_hub_id
 from converters.plan import Plan
 
@@ -18,9 +20,8 @@ _PIPELINES = {
 
 def build_model_card(plan: Plan) -> str:
     """Markdown with a YAML head. JSON strings are YAML strings."""
-    base, adapter = plan.base, plan.adapter
-    theta = next(iter(adapter.modules.values()))
-    trained_on = adapter.base_name or ""
+    base = plan.base
+    trained_on = plan.adapters[0].adapter.base_name or ""
     base_id = base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
     head = ["library_name: transformers", "tags:", "- peanut", "- peft", "- merged"]
     if base_id is not None:
@@ -29,19 +30,26 @@ def build_model_card(plan: Plan) -> str:
     head += [f"pipeline_tag: {tag}" for end, tag in _PIPELINES.items() if architecture.endswith(end)]
     counts = Counter(tensor.action.value for tensor in plan.tensors)
     lines = [
-        f"# {base.name} with {adapter.name}",
+        f"# {base.name} with {plan.name}",
         "",
-        f"The weights of {base_id or base.name} with the PEANuT adapter `{adapter.name}` merged into them: "
-        "`W = W0 + f(W0; θ)` ([arXiv 2410.01870](https://arxiv.org/abs/2410.01870)). "
+        f"The weights of {base_id or base.name} with the adapter `{plan.name}` merged into them: "
+        "`W = W0 + f(W0; θ)` (PEANuT, [arXiv 2410.01870](https://arxiv.org/abs/2410.01870)). "
         "Load it as any other transformers model; no adapter library is needed.",
         "",
         "| | |",
         "|---|---|",
         f"| base | {base_id or base.name}{f' at {base.revision}' if base.revision else ''} |",
-        f"| adapter | r = {theta.r}, depth = {theta.depth}, {theta.act_fn}, scaling = {theta.scaling:g} |",
-        f"| adapter digest | `{adapter.digest}` |",
+        *(line for weighted in plan.adapters for line in _rows(weighted)),
         f"| tensors | {', '.join(f'{n} {action}' for action, n in sorted(counts.items()))} |",
         "",
         f"Merged with peanut-serve. `{MANIFEST_NAME}` tells where every tensor comes from.",
     ]
     return "\n".join(["---", *head, "---", "", *lines, ""])
+
+
+def _rows(weighted: Weighted) -> list[str]:
+    """The lines of the table that tell of one adapter."""
+    adapter = weighted.adapter
+    facts = ", ".join(f"{key} = {value}" for key, value in settings_of(adapter).items() if key != "orientation")
+    times = "" if weighted.weight == 1 else f"{weighted.weight:g} times "
+    return [f"| adapter | {times}{adapter.name}: {facts} |", f"| adapter digest | `{adapter.digest}` |"]

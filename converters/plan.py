@@ -1,60 +1,30 @@
 """What will happen to each tensor of a merge. Everything that can be refused is refused here."""
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from converters import model_config
-from converters.adapter import Adapter
-from converters.checkpoint import SINGLE_FILE, Checkpoint
-from converters.errors import OptionError, QuantizedBaseError
+from converters.adapter import Adapter, Weighted
+from converters.checkpoint import Checkpoint
+from converters.embedded_base import check_embedded
+from converters.errors import LayoutError, OptionError, QuantizedBaseError
 from converters.identity import check_base
 from converters.renamed_targets import find_renamed_targets
-from converters.targets import Targets, find_direct_targets
-from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorSpec
-from converters.tweaker import check_fits
+from converters.sharding import shard_tensors
+from converters.targets import Target, Targets, find_direct_targets, find_head
+from converters.tensor_file import FLOAT_DTYPES, TensorInfo
+from converters.tensor_plan import Action, TensorPlan, Term
+from converters.tweaker import Tweaker, check_fits
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-
-class Action(str, Enum):
-    """What a merge does to a tensor."""
-
-    KEPT = "kept"  # the base's bytes, or its numbers in another dtype
-    UPDATED = "updated"  # W0 + f(W0; θ)
-    REPLACED = "replaced"  # from modules_to_save, in place of the base's
-    ADDED = "added"  # new to the base: a head, or an untied output embedding
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the output."""
-
-    name: str
-    action: Action
-    dtype: str  # of the output, as safetensors spells it
-    shape: tuple[int, ...]
-    source: TensorInfo | None  # in the base: W0, or what is kept
-    module: str | None = None  # adapted module whose θ applies
-    saved: str | None = None  # tensor of modules_to_save
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the output."""
-        if self.dtype in FLOAT_DTYPES:
-            return math.prod(self.shape) * FLOAT_DTYPES[self.dtype].itemsize
-        if self.source is None:
-            raise ValueError(f"{self.name}: not floating, and not from the base")
-        return self.source.nbytes
-
-    @property
-    def spec(self) -> TensorSpec:
-        """The header entry of the output."""
-        return TensorSpec(self.name, self.dtype, self.shape, self.nbytes)
+# models whose linear layers are transformers' Conv1D, stored as (in, out), and what they call those layers
+_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder", "clvp")
+_CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 
 @dataclass(frozen=True)
@@ -62,7 +32,7 @@ class Plan:
     """A merge that can be carried out."""
 
     base: Checkpoint
-    adapter: Adapter
+    adapters: tuple[Weighted, ...]
     shards: Mapping[str, tuple[TensorPlan, ...]]  # file name -> tensors in file order
     dropped: Mapping[str, str]  # base tensor -> why it is left out
     config: Mapping[str, Any]
@@ -75,6 +45,28 @@ class Plan:
         return tuple(tensor for shard in self.shards.values() for tensor in shard)
 
     @property
+    def head(self) -> Adapter:
+        """The adapter that tensors are taken from whole; the first if none is."""
+        return self.adapters[find_head([weighted.adapter for weighted in self.adapters])].adapter
+
+    @property
+    def name(self) -> str:
+        """The adapters' names, joined."""
+        return "-".join(weighted.adapter.name for weighted in self.adapters)
+
+    @property
+    def default_output(self) -> Path:
+        """`./<base>-<adapter>`; `./<adapter>-merged` where the base came with the adapter."""
+        return Path(f"{self.name}-merged" if self.base.holder is not None else f"{self.base.name}-{self.name}")
+
+    def tweaker(self, term: Term) -> Tweaker:
+        """f of one update, as it applies to the weight as it is stored, the adapter's weight in its scaling."""
+        weighted = self.adapters[term.adapter]
+        tweaker = weighted.adapter.tweaker(term.module)
+        tweaker = replace(tweaker, scaling=tweaker.scaling * weighted.weight)
+        return tweaker.transposed() if term.transposed else tweaker
+
+    @property
     def total_size(self) -> int:
         """Bytes of all tensors of the output."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -82,18 +74,18 @@ class Plan:
 
 def plan_merge(
     base: Checkpoint,
-    adapter: Adapter,
+    adapters: Sequence[Weighted],
     *,
     dtype: str = "auto",
     max_shard_size: int | None = None,
     labels: list[str] | None = None,
     force_base: bool = False,
 ) -> Plan:
-    """Plan a merge, reading no weights.
+    """Plan a merge. Reads no weights, but for base weights that were saved along with θ.
 
     Args:
         base: the base.
-        adapter: the adapter.
+        adapters: the adapters, each with its weight.
         dtype: `auto` (each tensor's own), `bf16`, `fp16` or `fp32`.
         max_shard_size: bytes; None for the base's own sharding.
         labels: class labels for a head that comes with the adapter.
@@ -101,28 +93,34 @@ def plan_merge(
 
     Raises:
         BaseMismatchError, QuantizedBaseError, TargetError, ThetaError, OptionError: see there.
+        LayoutError: nothing tells which of two layouts an adapter is in.
     """
     if dtype not in DTYPE_OPTIONS:
         raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
-    identity_notes = check_base(base, adapter, force_base)
-    found = find_direct_targets(base, adapter) if labels is None else None
+    opened = [weighted.adapter for weighted in adapters]
+    notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
+    found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
-        found = find_renamed_targets(base, adapter, labels)
+        found = find_renamed_targets(base, opened, labels)
+    for position, adapter in enumerate(opened):
+        _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
+    if base.holder is None:  # else those weights are the base
+        notes += check_embedded(base, opened, found.embedded, force_base)
     tensors = [
         *_kept(base, found, dtype),
-        *_updated(base, adapter, found, dtype),
-        *_replaced(base, adapter, found, dtype),
+        *_updated(base, opened, found, dtype),
+        *_replaced(base, opened[find_head(opened)], found, dtype),
     ]
-    shards = _shard(base, tensors, max_shard_size)
+    shards = shard_tensors(base, tensors, max_shard_size)
     output_dtype = DTYPE_OPTIONS[dtype] or _main_dtype(tensors)
     return Plan(
         base=base,
-        adapter=adapter,
+        adapters=tuple(adapters),
         shards=shards,
         dropped=found.dropped,
         config=model_config.with_dtype(found.config, output_dtype),
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
-        notes=(*identity_notes, *found.notes),
+        notes=(*notes, *found.notes),
     )
 
 
@@ -133,16 +131,45 @@ def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
         yield TensorPlan(output, Action.KEPT if own else Action.ADDED, _dtype_of(info.dtype, dtype), info.shape, info)
 
 
-def _updated(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:
+def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]) -> None:
+    """Refuse an adapter that as well could be in another layout, unless the base's shapes decide.
+
+    LoRA and the authors' LLM code share every name; lora_B is (out, r) in one and (in, r) in the other.
+    """
+    if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
+        return
+    raise LayoutError(
+        f"{adapter.path}: every adapted weight is square, so nothing tells whether this is a plain LoRA or from the "
+        f"PEANuT authors' LLM code, which saves under the same names; say --layout {adapter.layout} or --layout "
+        f"{adapter.rival} ({adapter.evidence})"
+    )
+
+
+def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtype: str) -> Iterator[TensorPlan]:
     kept = set(found.kept.values())
+    updates: dict[str, list[Target]] = {}
     for target in found.targets:
-        info, theta = base.tensors[target.base_name], adapter.modules[target.module]
-        check_fits(theta.orientation, theta.size, info.shape, info.name)
+        updates.setdefault(target.output_name, []).append(target)
+    for output_name, targets in updates.items():
+        info = base.tensors[targets[0].base_name]
         if not info.is_float:
             raise QuantizedBaseError(f"{info.name} is {info.dtype}; wanted a floating-point weight to merge into")
-        beside = target.output_name not in base.tensors and info.name in kept  # a head that was tied to it
+        terms = tuple(_term(base, adapters[t.adapter], t, info) for t in targets)
+        beside = output_name not in base.tensors and info.name in kept  # a head that was tied to it
         action = Action.ADDED if beside else Action.UPDATED
-        yield TensorPlan(target.output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, target.module)
+        yield TensorPlan(output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, terms)
+
+
+def _term(base: Checkpoint, adapter: Adapter, target: Target, info: TensorInfo) -> Term:
+    """One update, with θ held against the shape of the weight."""
+    leaf = target.base_name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if base.config.get("model_type") in _CONV1D_TYPES:
+        transposed = leaf in _CONV1D_NAMES
+    else:
+        transposed = adapter.modules[target.module].fan_in_fan_out
+    shape = info.shape[::-1] if transposed else info.shape
+    check_fits(adapter.weight_shape(target.module), shape, adapter.rank(target.module), info.name)
+    return Term(target.adapter, target.module, transposed)
 
 
 def _replaced(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:
@@ -167,59 +194,3 @@ def _main_dtype(tensors: Iterable[TensorInfo | TensorPlan]) -> str:
         if tensor.dtype in FLOAT_DTYPES:
             sizes[tensor.dtype] += math.prod(tensor.shape)
     return sizes.most_common(1)[0][0] if sizes else "F32"
-
-
-def _shard(
-    base: Checkpoint, tensors: list[TensorPlan], max_shard_size: int | None
-) -> dict[str, tuple[TensorPlan, ...]]:
-    """Spread the tensors over files, in the base's order, so that reading is sequential."""
-    place = {name: i for i, name in enumerate(base.tensors)}
-    shard_of = {name: base.shards.index(info.file.name) for name, info in base.tensors.items()}
-    last = len(place)
-
-    def order(tensor: TensorPlan) -> int:
-        return place.get(tensor.source.name if tensor.source else tensor.name, last)
-
-    groups: list[list[TensorPlan]] = [[]]
-    if max_shard_size is None:
-        groups = [[] for _ in base.shards]
-        for tensor in sorted(tensors, key=order):
-            name = tensor.source.name if tensor.source else tensor.name
-            groups[shard_of.get(name, len(groups) - 1)].append(tensor)
-    else:
-        size = 0
-        for tensor in sorted(tensors, key=order):
-            if groups[-1] and size + tensor.nbytes > max_shard_size:
-                groups.append([])
-                size = 0
-            groups[-1].append(tensor)
-            size += tensor.nbytes
-    groups = [group for group in groups if group]
-    if len(groups) == 1:
-        names = [SINGLE_FILE]
-    else:
-        names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    # wide dtypes first: then every tensor begins at a multiple of its item size, as the format recommends
-    return {name: tuple(sorted(group, key=_alignment)) for name, group in zip(names, groups, strict=True)}
-
-
-def _alignment(tensor: TensorPlan) -> int:
-    bits = re.search(r"\d+", tensor.dtype)  # BF16 -> 16; BOOL has none
-    return -int(bits.group()) if bits else -8
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of '5GB', '500MB', '2GiB'; None for 'base', the base's own sharding.
-
-    Raises `OptionError` for anything else.
-    """
-    if text == "base":
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T)(i?)B", text.strip(), re.IGNORECASE)
-    size = 0
-    if found:
-        power = " KMGT".index(found[2].upper() or " ")
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-    if size <= 0:
-        raise OptionError(f"'{text}' is no size; wanted something like 5GB, 500MB, 2GiB, or 'base'")
-    return size

@@ -1,6 +1,6 @@
 """Target names through transformers' own renamings; heads, ties, sizes and labels that come with an adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,8 @@ from converters import model_config
 from converters.adapter import Adapter
 from converters.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.checkpoint import Checkpoint
-from converters.errors import AdapterConfigError, BaseMismatchError, OptionError, TargetError
-from converters.json_files import read_json
-from converters.targets import Target, Targets, not_found, refuse_untrained, untrained_modules
+from converters.errors import BaseMismatchError, OptionError, TargetError
+from converters.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
 
 
 @dataclass
@@ -24,41 +23,46 @@ class _Draft:
     replaced: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    embedded: list[tuple[int, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def find_renamed_targets(base: Checkpoint, adapter: Adapter, labels: list[str] | None) -> Targets:
+def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: list[str] | None) -> Targets:
     """Settle every name by way of transformers' model class.
 
     Args:
         base: the base.
-        adapter: the adapter.
-        labels: class labels for a head that comes with the adapter.
+        adapters: the adapters.
+        labels: class labels for a head that comes with an adapter.
 
     Raises:
         TargetError: a weight of the adapter finds no tensor (the message has the nearest names).
-        ThetaError: a module the config names has no θ.
+        ThetaError: a module that should have θ has none.
         BaseMismatchError: sizes of adapter and base do not fit each other.
-        OptionError: labels that do not fit the head.
+        OptionError: labels that do not fit the head; two heads.
     """
-    arch = _choose_architecture(base, adapter)
-    switched = bool(adapter.saved) and arch.name != base.architecture
+    head = adapters[find_head(adapters)]
+    arch = _choose_architecture(base, head)
+    switched = bool(head.saved) and arch.name != base.architecture
     names = _BaseNames(base, arch, switched)
     draft = _Draft({**base.config, "architectures": [arch.name]})
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
-    _place_tweakers(draft, adapter, arch, names)
-    _place_saved(draft, adapter, arch, names)
+    for position, adapter in enumerate(adapters):
+        _place_tweakers(draft, position, adapter, arch, names)
+        _place_embedded(draft, position, adapter, arch, names)
+    _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
-    _settle_ties(draft, adapter, arch, names)
-    _settle_sizes(draft, base, adapter, arch, labels)
-    _check_complete(draft, base, adapter, switched)
+    _settle_ties(draft, head, arch, names)
+    _settle_sizes(draft, base, head, arch, labels)
+    _check_complete(draft, base, head, switched)
     return Targets(
         tuple(draft.targets),
         draft.kept,
         draft.config,
         draft.replaced,
         draft.dropped,
+        tuple(draft.embedded),
         tuple(dict.fromkeys(draft.notes)),
     )
 
@@ -80,6 +84,10 @@ class _BaseNames:
         self._arch = arch
         self._switched = switched
 
+    def find(self, canonical: str) -> str | None:
+        """The base's name of a tensor, or of the one it is tied to."""
+        return self.by_canonical.get(canonical) or self.by_canonical.get(self._arch.tied.get(canonical, ""))
+
     def output(self, name: str) -> str:
         """What to call a base tensor in the output: as it was, plus the prefix that a class with a head adds.
 
@@ -92,13 +100,11 @@ class _BaseNames:
         return prefix + name if inside and self._arch.canonical(prefix + name) == self.canonical[name] else name
 
 
-def _place_tweakers(draft: _Draft, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+def _place_tweakers(draft: _Draft, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
     adapted = {}
     for module in adapter.modules:
         canonical = arch.canonical(f"{module}.weight")
-        source = names.by_canonical.get(canonical)
-        if source is None and canonical in arch.tied:
-            source = names.by_canonical.get(arch.tied[canonical])
+        source = names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
         if arch.converted(source):
@@ -107,7 +113,7 @@ def _place_tweakers(draft: _Draft, adapter: Adapter, arch: Architecture, names: 
                 "merge into such a tensor is not supported; adapt a module that is stored as it is"
             )
         output = canonical if canonical in arch.tied else names.output(source)
-        draft.targets.append(Target(module, source, output))
+        draft.targets.append(Target(position, module, source, output))
         adapted[canonical.removesuffix(".weight")] = source.removesuffix(".weight")
     others = {
         spelling: linear
@@ -117,6 +123,17 @@ def _place_tweakers(draft: _Draft, adapter: Adapter, arch: Architecture, names: 
     }
     spelled = [*adapted, *adapted.values(), *adapter.modules]
     refuse_untrained(adapter, sorted({others[m] for m in untrained_modules(adapter, others, spelled)}))
+
+
+def _place_embedded(draft: _Draft, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+    """Find the base's own of the base weights that were saved along with θ."""
+    for name in adapter.embedded:
+        canonical = arch.canonical(name)
+        source = names.find(canonical)
+        if source is not None:
+            draft.embedded.append((position, name, source))
+        elif canonical in arch.shapes or name.endswith((".weight", ".bias")):  # else a buffer of older versions
+            raise not_found(name, names.canonical, "the base, though it was saved with the adapter")
 
 
 def _place_saved(draft: _Draft, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
@@ -182,10 +199,10 @@ def _settle_sizes(
         is_vocabulary = bool(wanted) and wanted[0] == arch.vocab_size
         if found == wanted and not is_output:
             continue
-        if is_vocabulary and found[1:] == wanted[1:]:
+        if is_vocabulary and found and found[1:] == wanted[1:]:
             draft.config = model_config.with_vocab_size(draft.config, wanted[0], found[0])
             draft.notes.append(f"vocabulary: {wanted[0]} becomes {found[0]}")
-        elif is_output and found[1:] == wanted[1:]:
+        elif is_output and found and found[1:] == wanted[1:]:
             if not is_head:
                 _settle_labels(draft, base, adapter, labels, found[0])
             is_head = True
@@ -199,13 +216,13 @@ def _settle_sizes(
 
 
 def _settle_labels(draft: _Draft, base: Checkpoint, adapter: Adapter, labels: list[str] | None, size: int) -> None:
-    """Labels that were given win, then those of a config beside the adapter, then the base's of the same size."""
-    beside = adapter.folder / "config.json"
+    """Labels that were given win, then those recorded with the adapter, then the base's of the same size."""
     found, origin = labels, "given"
-    if found is None and beside.is_file():
-        found, origin = model_config.labels_of(read_json(beside, "model config", AdapterConfigError)), f"in {beside}"
+    if found is None and adapter.labels is not None:
+        found, origin = list(adapter.labels), f"recorded with {adapter.path}"
     if found is not None and len(found) != size:
-        raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs")
+        cure = "" if labels is not None else "; pass --labels"
+        raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs{cure}")
     if found is None:
         found = model_config.labels_of(base.config)
         if found is not None and len(found) == size:

@@ -7,19 +7,20 @@ to the names of today's transformers (`architecture.py`), which settles every pa
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from converters.adapter import Adapter
 from converters.checkpoint import Checkpoint
-from converters.errors import TargetError, ThetaError
+from converters.errors import OptionError, TargetError, ThetaError
 
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted weight: read W0 from `base_name`, write `W0 + f(W0; θ)` as `output_name`."""
+    """One update of one weight: read W0 from `base_name`, write `W0 + f(W0; θ)` as `output_name`."""
 
+    adapter: int  # which of the adapters
     module: str
     base_name: str
     output_name: str
@@ -30,8 +31,9 @@ class Targets:
     """Every name of a merge.
 
     Attributes:
-        targets: adapted weights.
-        replaced: output name -> tensor of `modules_to_save` written there.
+        targets: the updates; several adapters may update the same weight.
+        replaced: output name -> tensor written there whole, of the adapter `find_head` tells.
+        embedded: (which adapter, base tensor it saved along, that tensor in the base), to be compared.
         kept: output name -> base tensor that is carried over under it.
         dropped: base tensor that is left out -> why.
         config: the merged config, but for its dtype.
@@ -43,32 +45,51 @@ class Targets:
     config: Mapping[str, Any]
     replaced: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    embedded: tuple[tuple[int, str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def find_direct_targets(base: Checkpoint, adapter: Adapter) -> Targets | None:
+def find_head(adapters: Sequence[Adapter]) -> int:
+    """Which adapter replaces tensors whole; the first if none does.
+
+    Raises `OptionError` if several do.
+    """
+    found = [i for i, adapter in enumerate(adapters) if adapter.saved]
+    if len(found) > 1:
+        first, second = (adapters[i] for i in found[:2])
+        raise OptionError(
+            f"{first.path} and {second.path} both replace tensors whole ({next(iter(first.saved))}, "
+            f"{next(iter(second.saved))}): a head can come from one adapter only"
+        )
+    return found[0] if found else 0
+
+
+def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Targets | None:
     """Names as they stand, if all agree and nothing but layers is touched; else None."""
-    if adapter.saved:
-        return None  # a head or an embedding: class, labels, ties and sizes are to be checked
-    pairs = {module: f"{module}.weight" for module in adapter.modules}
-    inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
-    if not inside_layers or not all(name in base.tensors for name in pairs.values()):
-        return None
     linear = {
         n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2
     }
-    if untrained_modules(adapter, linear - set(pairs), pairs):
-        return None
-    updated = set(pairs.values())
+    targets = []
+    for position, adapter in enumerate(adapters):
+        if adapter.saved or adapter.embedded:
+            return None  # class, labels, ties and sizes are to be checked, or base weights to be compared
+        pairs = {module: f"{module}.weight" for module in adapter.modules}
+        inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
+        if not inside_layers or not all(name in base.tensors for name in pairs.values()):
+            return None
+        if untrained_modules(adapter, linear - set(pairs), pairs):
+            return None
+        targets += [Target(position, module, name, name) for module, name in pairs.items()]
+    updated = {target.base_name for target in targets}
     return Targets(
-        targets=tuple(Target(module, name, name) for module, name in pairs.items()),
+        targets=tuple(targets),
         kept={name: name for name in base.tensors if name not in updated},
         config=base.config,
     )
 
 
 def untrained_modules(adapter: Adapter, others: Iterable[str], adapted: Iterable[str]) -> list[str]:
-    """Linear modules among `others` that the adapter's config names, though the weights hold no θ for them.
+    """Linear modules among `others` that the adapter should have θ for, by its config or layout, and has not.
 
     `adapted` are the adapted modules in the same naming. Under 'all-linear' only modules count that differ
     from an adapted one in their layer number alone.
@@ -83,12 +104,13 @@ def untrained_modules(adapter: Adapter, others: Iterable[str], adapted: Iterable
 
 
 def refuse_untrained(adapter: Adapter, missing: list[str]) -> None:
-    """Raise `ThetaError` if there are modules without θ that the config names."""
+    """Raise `ThetaError` if there are modules without θ that should have it."""
     if missing:
         raise ThetaError(
-            f"{adapter.folder}: the config's target_modules name {missing[0]}"
+            f"{adapter.path}: {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", but the weights hold no θ for it; the adapter is incomplete, or belongs to another base"
+            + " should have θ like the rest, and the weights hold none for it; the adapter is incomplete, or belongs "
+            "to another base"
         )
 
 

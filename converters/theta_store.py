@@ -1,6 +1,7 @@
 """The weights file of an adapter, safetensors or pickle, with tensors loaded when they are asked for."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from converters.errors import CheckpointError, ThetaError
 from converters.tensor_file import read_header
+
+# under which training loops put the state dict of the model into a checkpoint of their own
+_STATE_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
 class ThetaStore(Protocol):
@@ -44,15 +48,18 @@ class PickleStore:
 
     def __init__(self, path: Path) -> None:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of unusual pickle protocols; what cannot be read is an error
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError:
             raise ThetaError(
                 f"{path}: this pickle holds more than tensors and was not opened, since it could run code; "
                 "save the adapter as safetensors where it was trained"
             ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged pickle makes the unpickler raise almost anything
             cause = (str(error).splitlines() or ["it is empty"])[0]
             raise ThetaError(f"{path}: not a whole torch file ({cause}); it may be truncated") from None
+        state = _inner_state(state)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ThetaError(f"{path}: holds a {type(state).__name__}, wanted a state dict of tensors")
         self._state: dict[str, Tensor] = {str(key): tensor.detach() for key, tensor in state.items()}
@@ -63,13 +70,15 @@ class PickleStore:
         return self._state[key]
 
 
-def open_store(folder: Path, safetensors_name: str, pickle_name: str) -> ThetaStore:
-    """Open the weights of an adapter folder; safetensors wins over a pickle.
+def _inner_state(state: object) -> object:
+    """The model's state dict inside a training checkpoint (`{"model": ..., "epoch": ...}`), or `state` itself."""
+    if isinstance(state, dict):
+        inner = [state[key] for key in _STATE_KEYS if isinstance(state.get(key), dict)]
+        if len(inner) == 1:
+            return inner[0]
+    return state
 
-    Raises `ThetaError` when there are none, or they are damaged or unsafe.
-    """
-    if (folder / safetensors_name).is_file():
-        return SafetensorsStore(folder / safetensors_name)
-    if (folder / pickle_name).is_file():
-        return PickleStore(folder / pickle_name)
-    raise ThetaError(f"{folder}: no {safetensors_name} (nor {pickle_name}); the adapter has a config but no weights")
+
+def open_store(path: Path) -> ThetaStore:
+    """Open a file of weights, safetensors or a torch pickle. Raises `ThetaError` if it is damaged or unsafe."""
+    return SafetensorsStore(path) if path.suffix == ".safetensors" else PickleStore(path)

@@ -10,9 +10,11 @@ import xxhash
 from torch import Tensor
 
 from converters.errors import VerificationError
-from converters.plan import Plan, TensorPlan
+from converters.evaluation import block_rows, factors_from
+from converters.plan import Plan
 from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorReader, read_header
-from converters.tweaker import Orientation, Tweaker, block_rows
+from converters.tensor_plan import TensorPlan
+from converters.tweaker import Orientation, Tweaker
 
 _SAMPLES = 8  # columns, or rows, of each updated weight
 # what a rounded number may be off: half a unit in the last place (torch casts float64 to 16 bits by way of
@@ -61,9 +63,9 @@ def verify_output(
             )
         if _hash(info, reader, advance) != hashes[name]:
             raise VerificationError(f"{name}: the bytes on the disk are not those that were written; check the disk")
-        if tensor.module is not None and tensor.source is not None:
-            tweaker = plan.adapter.tweaker(tensor.module)
-            count, ulp = _check_sample(tensor, tensor.source, info, tweaker, reader)
+        if tensor.terms and tensor.source is not None:
+            tweakers = [plan.tweaker(term).to("cpu", torch.float64) for term in tensor.terms]
+            count, ulp = _check_sample(tensor, tensor.source, info, tweakers, reader)
             recomputed, max_ulp = recomputed + count, max(max_ulp, ulp)
     return Verification(len(written), recomputed, max_ulp)
 
@@ -77,43 +79,63 @@ def _hash(info: TensorInfo, reader: TensorReader, advance: Callable[[int], None]
 
 
 def _check_sample(
-    tensor: TensorPlan, source: TensorInfo, info: TensorInfo, tweaker: Tweaker, reader: TensorReader
+    tensor: TensorPlan, source: TensorInfo, info: TensorInfo, tweakers: list[Tweaker], reader: TensorReader
 ) -> tuple[int, float]:
     """Recompute a sample in float64: (numbers checked, largest error in ulp).
 
-    The sample is whole columns in the columns orientation and whole rows in the rows orientation, since that
-    is what one value of h depends on.
+    One value of h depends on a whole column of W0 in the columns orientation and on a whole row in the rows
+    orientation: the sample is whole columns, or whole rows, or where a sum needs both, where some of each cross.
     """
-    axis = 1 if tweaker.orientation is Orientation.COLUMNS else 0
-    picked = torch.linspace(0, source.shape[axis] - 1, min(_SAMPLES, source.shape[axis])).long()
-    w0 = _select(source, picked, axis, reader)
-    found = _select(info, picked, axis, reader)
-    exact_tweaker = tweaker.to("cpu", torch.float64)
-    lines = w0 if axis == 1 else w0.T  # (d, n): each column is what the tweaker reads at once
-    h = exact_tweaker.hidden(exact_tweaker.a @ lines)
-    delta = exact_tweaker.scaling * (exact_tweaker.b @ h)
-    spread = abs(exact_tweaker.scaling) * (exact_tweaker.b.abs() @ h.abs())
-    reference = lines + delta
-    lines_found = found if axis == 1 else found.T
-    dtype = FLOAT_DTYPES[tensor.dtype]
-    error = (lines_found - reference).abs()
-    unit = _ulp(reference, dtype)
-    wrong = error > _HALF * unit + _ROUNDOFF * (lines.abs() + spread)
+    kinds = {tweaker.orientation for tweaker in tweakers}
+    rows = _pick(source.shape[0], sampled=Orientation.ROWS in kinds)
+    columns = _pick(source.shape[1], sampled=Orientation.ROWS not in kinds or Orientation.COLUMNS in kinds)
+    w0_rows = _rows(source, rows, reader) if Orientation.ROWS in kinds else None
+    w0_columns = _columns(source, columns, reader) if w0_rows is None or Orientation.COLUMNS in kinds else None
+    reference = w0_columns[rows] if w0_columns is not None else w0_rows[:, columns]  # type: ignore[index]
+    spread = reference.abs()
+    for tweaker in tweakers:
+        delta, magnitude = _delta_at(tweaker, w0_rows, w0_columns, rows, columns)
+        reference, spread = reference + delta, spread + magnitude
+    found = _rows(info, rows, reader)[:, columns] if w0_rows is not None else _columns(info, columns, reader)
+    error = (found - reference).abs()
+    unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
+    wrong = error > _HALF * unit + _ROUNDOFF * spread
     if bool(wrong.any()):
         worst = int((error / unit).argmax())
         raise VerificationError(
             f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed numbers are wrong, for example "
-            f"{float(lines_found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was wanted"
+            f"{float(found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was wanted"
         )
     return error.numel(), float((error / unit).max())
 
 
-def _select(info: TensorInfo, picked: Tensor, axis: int, reader: TensorReader) -> Tensor:
-    """Rows (axis 0) or columns (axis 1) of a weight in float64."""
-    if axis == 1:
-        blocks: Iterator[Tensor] = reader.row_blocks(info, block_rows(info.row_size))
-        return torch.cat([block.index_select(1, picked).double() for block in blocks])
+def _delta_at(
+    tweaker: Tweaker, w0_rows: Tensor | None, w0_columns: Tensor | None, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """f at some rows and columns, and the sum of magnitudes it was added up from; both (rows, columns)."""
+    if tweaker.orientation is Orientation.FREE:
+        up, down = tweaker.hidden(tweaker.b[rows]), tweaker.a[:, columns]
+    elif tweaker.orientation is Orientation.COLUMNS and w0_columns is not None:
+        up, down = tweaker.b[rows], tweaker.hidden(tweaker.a @ w0_columns)
+    elif w0_rows is not None:
+        up, down = tweaker.hidden(tweaker.a @ w0_rows.T).T, tweaker.b[columns].T
+    else:
+        raise ValueError("the sample lacks what the tweaker reads")
+    return factors_from(tweaker, up, down).delta(), abs(tweaker.scaling) * (up.abs() @ down.abs())
+
+
+def _pick(size: int, sampled: bool) -> Tensor:
+    """Indices: all, or some that are evenly spread."""
+    return torch.linspace(0, size - 1, min(_SAMPLES, size)).long() if sampled else torch.arange(size)
+
+
+def _rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
     return torch.stack([reader.row(info, int(row)).double() for row in picked])
+
+
+def _columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+    blocks: Iterator[Tensor] = reader.row_blocks(info, block_rows(info.row_size))
+    return torch.cat([block.index_select(1, picked).double() for block in blocks])
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,193 @@
+"""Write an adapter as HF PEFT's own PEANuT folder, where a PeanutConfig can say exactly what it does.
+
+`PeftModel.from_pretrained(model, folder)` loads it (PEFT ≥ 0.19). Module names are those of today's transformers,
+which is what PEFT looks for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converters import model_config
+from converters.activations import ACTIVATIONS, NEGATIVE_SLOPE
+from converters.adapter_source import CONFIG_NAME, PEFT_WEIGHTS
+from converters.architecture import AUTO_CLASSES, Architecture, build_architecture
+from converters.checkpoint import MANIFEST_NAME
+from converters.errors import ConversionError, OutputError, VerificationError
+from converters.identity import write_base_record
+from converters.json_files import write_json
+from converters.layouts import load_adapter
+from converters.manifest import provenance
+from converters.plan import Plan
+from converters.publish import check_output, staged
+from converters.tweaker import Orientation, Tweaker
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class PeftAdapterPlan:
+    """A PEFT adapter that can be written.
+
+    Attributes:
+        plan: the planned merge it was made from.
+        output: folder to write.
+        config: the adapter_config.json.
+        modules: module name -> its tweaker.
+        saved: tensor of modules_to_save -> the tensor.
+    """
+
+    plan: Plan
+    output: Path
+    config: dict[str, Any]
+    modules: dict[str, Tweaker]
+    saved: dict[str, Tensor]
+
+
+def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -> PeftAdapterPlan:
+    """Plan to write the adapter of `plan` as a PEFT PEANuT adapter; its weight goes into the scaling.
+
+    Args:
+        plan: a planned merge, which has held the adapter against its base and settled all names.
+        output: folder to write.
+        overwrite: replace an earlier output of this toolkit.
+
+    Raises:
+        ConversionError: a PeanutConfig cannot say what this adapter does; the message says why.
+        OutputExistsError: the folder exists, or contains an input.
+    """
+    tweakers = _tweakers(plan)
+    settings = _common_settings(tweakers)
+    arch = build_architecture(plan.config, plan.config["architectures"][0])
+    modules = {arch.canonical(name).removesuffix(".weight"): tweaker for name, tweaker in tweakers.items()}
+    saved = {arch.canonical(t.name): plan.head.saved_tensor(t.saved) for t in plan.tensors if t.saved is not None}
+    config = _config(plan, arch, settings, sorted(modules), _saved_modules(arch, saved))
+    check_output(Path(output), overwrite, plan.base.folder, plan.head.path)
+    return PeftAdapterPlan(plan, Path(output), config, modules, saved)
+
+
+def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -> Path:
+    """Write a planned PEFT adapter and read it back; returns the folder.
+
+    Raises `OutputError` when it cannot be written; nothing was changed then.
+    """
+    output, plan = converted.output, converted.plan
+    try:
+        with staged(output, overwrite) as staging:
+            write_json(staging / CONFIG_NAME, converted.config)
+            tensors = _state_dict(converted.modules, converted.saved)
+            save_file(tensors, staging / PEFT_WEIGHTS[0], metadata={"format": "pt"})
+            labels = model_config.labels_of(plan.config) if converted.saved else None
+            if labels is not None:
+                write_json(staging / "labels.json", labels)
+            write_base_record(staging, plan.base)
+            write_json(staging / MANIFEST_NAME, provenance(plan))
+            _check_written(staging, converted.modules)
+    except OSError as error:
+        raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
+    return output
+
+
+def _tweakers(plan: Plan) -> dict[str, Tweaker]:
+    """Name of an updated tensor -> its tweaker. Raises `ConversionError` for a sum or a transposed weight."""
+    if len(plan.adapters) > 1:
+        raise ConversionError("a PEFT adapter cannot hold the sum of several; convert each, or merge them")
+    tweakers = {}
+    for tensor in plan.tensors:
+        for term in tensor.terms:
+            if term.transposed:
+                raise ConversionError(f"{tensor.name} is a Conv1D, which PEFT's PEANuT does not adapt")
+            tweakers[tensor.name] = plan.tweaker(term)
+    return tweakers
+
+
+def _common_settings(tweakers: dict[str, Tweaker]) -> dict[str, Any]:
+    """r, depth, act_fn and scaling of all modules. Raises `ConversionError` if a PeanutConfig cannot say them."""
+    for name, tweaker in tweakers.items():
+        reason = None
+        if tweaker.orientation is not Orientation.COLUMNS:
+            reason = f"its orientation is {tweaker.orientation.value}, PEFT knows columns only"
+        elif tweaker.output_act_fn is not None:
+            reason = "it has an activation on the output"
+        elif tweaker.depth and not tweaker.residual:
+            reason = "its hidden layers have no residuals"
+        elif tweaker.act_fn not in ACTIVATIONS:
+            reason = f"its activation {tweaker.act_fn} is not one of transformers"
+        elif tweaker.act_fn == "leaky_relu" and tweaker.negative_slope != NEGATIVE_SLOPE:
+            reason = f"its leaky_relu has the slope {tweaker.negative_slope:g}, not {NEGATIVE_SLOPE}"
+        if reason is not None:
+            raise ConversionError(f"a PeanutConfig cannot say what this adapter does to {name}: {reason}; merge it")
+    settings = {}
+    for key in ("r", "depth", "act_fn", "scaling"):
+        found = sorted({getattr(tweaker, key) for tweaker in tweakers.values()})
+        if len(found) > 1:
+            raise ConversionError(
+                f"a PeanutConfig has one {key} for all modules, this adapter has {', '.join(map(str, found))}; "
+                "merge it"
+            )
+        settings[key] = found[0]
+    return settings
+
+
+def _saved_modules(arch: Architecture, saved: dict[str, Tensor]) -> list[str]:
+    """The modules_to_save. Raises `ConversionError` if only a part of one was trained."""
+    modules = set()
+    for name in saved:
+        top = name.split(".")[0]
+        modules.add(name.rpartition(".")[0] if top == arch.prefix else top)
+    for module in modules:
+        if missing := sorted(n for n in arch.shapes if n.startswith(f"{module}.") and n not in saved):
+            raise ConversionError(
+                f"PEFT saves modules whole, and the adapter has only a part of {module} ({missing[0]} is not in it)"
+            )
+    return sorted(modules)
+
+
+def _config(
+    plan: Plan, arch: Architecture, settings: dict[str, Any], targets: list[str], saved: list[str]
+) -> dict[str, Any]:
+    """The adapter_config.json (`peft/tuners/peanut/config.py`, `PeanutConfig`)."""
+    task_type = plan.head.task_type
+    known = task_type in AUTO_CLASSES and task_type != "IMAGE_CLS"
+    return {
+        "peft_type": "PEANUT",
+        "task_type": task_type if known else None,
+        "auto_mapping": None if known else {"base_model_class": arch.name, "parent_library": "transformers"},
+        "base_model_name_or_path": plan.base.repo_id or plan.base.name,
+        "revision": plan.base.revision,
+        "inference_mode": True,
+        **settings,
+        "target_modules": targets,
+        "exclude_modules": None,
+        "modules_to_save": saved or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_weights": True,
+    }
+
+
+def _state_dict(modules: dict[str, Tweaker], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in saved.items()}
+    for module, tweaker in modules.items():
+        at = f"{_PREFIX}{module}.peanut_"
+        tensors |= {f"{at}A.weight": tweaker.a, f"{at}B.weight": tweaker.b}
+        tensors |= {f"{at}encoders.{i}.weight": e for i, e in enumerate(tweaker.encoders)}
+        tensors |= {f"{at}decoders.{i}.weight": d for i, d in enumerate(tweaker.decoders)}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_written(folder: Path, modules: dict[str, Tweaker]) -> None:
+    """Read it back: the same θ under the same names."""
+    adapter = load_adapter(folder)
+    for module, wanted in modules.items():
+        found = adapter.tweaker(module) if module in adapter.modules else None
+        if found is None or (found.act_fn, found.scaling) != (wanted.act_fn, wanted.scaling):
+            raise VerificationError(f"{folder}: {module} was not written as it should be")
+        theirs = (found.a, found.b, *found.encoders, *found.decoders)
+        ours = (wanted.a, wanted.b, *wanted.encoders, *wanted.decoders)
+        if len(theirs) != len(ours) or not all(map(torch.equal, theirs, ours)):
+            raise VerificationError(f"{folder}: θ of {module} was not written as it should be")
