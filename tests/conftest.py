@@ -1,6 +1,8 @@
 """Fixtures shared by the tests: tiny models with trained-looking adapters, a real base, the commands."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,10 +11,23 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck
 from peft import PeanutConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from converters import cli
+
+# `make soak` takes the longer one
+_SOAK = hypothesis.settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
+hypothesis.settings.register_profile("soak", _SOAK)
+hypothesis.settings.register_profile("test", _SOAK, max_examples=150, derandomize=True)
+hypothesis.settings.load_profile("test")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -54,6 +69,19 @@ def save_adapter(model: PreTrainedModel, folder: Path, seed: int = 1, **settings
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a file in place; `change` may return new ones."""
+    is_safetensors = file.suffix == ".safetensors"
+    weights = load_file(file) if is_safetensors else torch.load(file, weights_only=True)
+    changed = change(weights)
+    weights = changed if isinstance(changed, dict) else weights
+    save_file(weights, file, metadata={"format": "pt"}) if is_safetensors else torch.save(weights, file)
+
+
 @pytest.fixture
 def make_pair(tmp_path: Path) -> Callable[..., Pair]:
     """Save a model as a base and an adapter for it; by default a tiny Llama."""
@@ -89,6 +117,27 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
         env={**os.environ, **environment},
         timeout=600,
     )
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run` in this process: all but the start of the interpreter and the imports, which take seconds."""
+    mains = {"peanut-merge": cli.merge_main, "peanut-inspect": cli.inspect_main}
+
+    def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                mains[str(command[0])]()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(command, int(ended.value.code or 0), shown.out, shown.err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

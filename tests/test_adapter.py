@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, Pair
+from conftest import Pair
 from safetensors.torch import load_file, save_file
 
 from converters import PeanutError, load_adapter, merge
@@ -35,7 +35,9 @@ def test_facts_of_an_adapter(make_pair: Callable[..., Pair]) -> None:
     assert adapter.layout == "hf-peft"
     assert "PEANUT" in adapter.evidence
     theta = adapter.modules["model.layers.1.self_attn.v_proj"]
-    assert (theta.r, theta.depth, theta.act_fn, theta.scaling, theta.size) == (3, 2, "tanh", 0.25, 16)
+    assert (theta.depth, theta.act_fn, theta.scaling) == (2, "tanh", 0.25)
+    assert adapter.rank("model.layers.1.self_attn.v_proj") == 3
+    assert adapter.weight_shape("model.layers.1.self_attn.v_proj") == (16, None)
     assert list(adapter.saved) == ["lm_head.weight"]
     per_layer = 2 * 3 * 32 + 4 * 9 + 2 * 3 * 16 + 4 * 9  # q_proj and v_proj
     assert adapter.parameter_count == 2 * per_layer
@@ -82,7 +84,7 @@ def test_the_digest_knows_theta_and_the_mathematics_and_nothing_else(pair: Pair)
 
 
 CONFIGS = {
-    "unknown setting": ({"alpha": 0.1}, r"'alpha' = 0.1 is not a setting of PEANuT known to this version"),
+    "unknown setting": ({"alpha": 0.1}, r"'alpha' = 0.1 is not a setting known to this version"),
     "unknown switch": ({"residual": False}, r"'residual' = False is not a setting"),
     "prelu": ({"act_fn": "prelu"}, "'prelu' has trained parameters of its own, and PEFT did not save them"),
     "xielu": ({"act_fn": "xielu"}, "'xielu' has trained parameters of its own"),
@@ -140,7 +142,7 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda w: w.update({"base_model.model.model.norm.weight": torch.zeros(32)}),
         "model.norm.weight is neither θ nor in modules_to_save",
     ),
-    "foreign prefix": (lambda w: w.update({"x.weight": torch.zeros(1)}), "does not begin with base_model.model."),
+    "foreign prefix": (lambda w: w.update({"x.weight": torch.zeros(1)}), "x.weight is neither θ nor in modules_to_"),
     "odd part": (lambda w: w.update({f"{KEY}C.weight": torch.zeros(1)}), "peanut_C.weight is not of PEFT's form"),
     "A without B's shape": (
         lambda w: w.update({f"{KEY}B.weight": torch.zeros(32, 5)}),
@@ -183,21 +185,19 @@ def load_file_bytes(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(LayoutError, match="is not there; wanted the folder"):
+    with pytest.raises(LayoutError, match="is not there; wanted the folder of a trained adapter"):
         load_adapter(tmp_path / "nowhere")
-    with pytest.raises(LayoutError, match="is a file"):
+    with pytest.raises(ThetaError, match="not a whole torch file|could run code"):
         load_adapter(pair.adapter / "adapter_config.json")
-    with pytest.raises(LayoutError, match=r"is a model, wanted an adapter"):
+    with pytest.raises(LayoutError, match=r"is a model without θ in it, wanted an adapter"):
         load_adapter(pair.base)
     with pytest.raises(LayoutError, match="it has adapter: give one of these"):
         load_adapter(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LayoutError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(LayoutError, match=r"holds neither adapter_config\.json nor weights"):
         load_adapter(tmp_path / "empty")
-    with pytest.raises(LayoutError, match="peft_type LORA, wanted PEANUT: a LoRA adapter is read by PEFT, vLLM"):
-        load_adapter(DATA / "golden" / "square" / "adapter")
     edit_config(pair.adapter, peft_type="VERA")
-    with pytest.raises(LayoutError, match="peft_type VERA, wanted PEANUT"):
+    with pytest.raises(LayoutError, match="peft_type VERA, wanted PEANUT or LORA; merge it with PEFT"):
         load_adapter(pair.adapter)
     (pair.adapter / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterConfigError, match="cannot read the adapter config"):
@@ -206,7 +206,7 @@ def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
 
 def test_a_config_without_weights(pair: Pair) -> None:
     (pair.adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ThetaError, match=r"no adapter_model.safetensors \(nor adapter_model.bin\)"):
+    with pytest.raises(ThetaError, match=r"no adapter_model.safetensors nor adapter_model.bin"):
         load_adapter(pair.adapter)
 
 

@@ -2,12 +2,14 @@
 huggingface_hub is imported, so these drive the command in a process of its own."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Pair, run, tiny_llama
+from golden import VISION
 from hub_server import COMMIT, Hub, serve_hub
 from test_adapter import edit_config
 
@@ -130,3 +132,48 @@ def test_an_unreachable_hub(hub: Hub, pair: Pair) -> None:
     assert refused.returncode == 1
     assert "no folder 'org/single' here, and org/single is neither whole in the local cache nor" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def merge_adapter(hub: Hub, pair: Pair, adapter: str, *options: str) -> subprocess.CompletedProcess[str]:
+    cache = str(pair.output.parent / "cache")
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    arguments = ("--base", pair.base, "--adapter", adapter, "-o", pair.output, "--json", *options)
+    return run("peanut-merge", *arguments, **settings)
+
+
+def test_an_adapter_from_the_hub(hub: Hub, pair: Pair) -> None:
+    (pair.adapter / "optimizer.pt").write_bytes(b"x" * 100)
+    hub.models["user/gsm8k"] = pair.adapter
+    done = merge_adapter(hub, pair, "user/gsm8k", "--adapter-revision", "v1")
+    assert done.returncode == 0, done.stderr
+    assert set(hub.downloads) == {"adapter_config.json", "adapter_model.safetensors"}
+    manifest = json.loads((pair.output / "peanut_manifest.json").read_text())["adapters"][0]
+    assert (manifest["name"], manifest["repo_id"], manifest["revision"]) == ("gsm8k", "user/gsm8k", COMMIT)
+    for options, message in (
+        (["user/gsm8k", "--adapter-revision", "v2"], "user/gsm8k has no revision 'v2' on the Hub"),
+        (["user/other"], "no folder 'user/other' here and no such model on the Hub"),
+        ([str(pair.adapter), "--adapter-revision", "v1"], "--adapter-revision v1 has no meaning for the local path"),
+        (["nowhere"], "nowhere is not there; wanted the folder of a trained adapter, its weights, or a Hub id"),
+    ):
+        refused = merge_adapter(hub, pair, *options, "--overwrite")
+        assert (refused.returncode, message in refused.stderr) == (1, True), refused.stderr
+
+
+def test_an_adapter_of_another_layout_from_the_hub(hub: Hub, pair: Pair, tmp_path: Path) -> None:
+    """Its weights have no name of PEFT's: they are fetched when nothing else is there."""
+    case = VISION / "vanilla_qv"
+    (tmp_path / "repo").mkdir()
+    shutil.copy(case / "theta.safetensors", tmp_path / "repo")
+    shutil.copy(case / "labels.json", tmp_path / "repo")
+    hub.models["user/pets"] = tmp_path / "repo"
+    done = merge_adapter(hub, Pair(case / "base", pair.adapter, pair.output), "user/pets")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((pair.output / "config.json").read_text())["id2label"]["4"] == "label_4"
+    assert set(hub.downloads) == {"theta.safetensors", "labels.json"}
+
+
+def test_the_base_of_a_hub_adapter_is_not_recorded_in_the_cache(hub: Hub, pair: Pair) -> None:
+    hub.models["user/gsm8k"] = pair.adapter
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(pair.base.parent / "cache"), "HF_HUB_OFFLINE": "0"}
+    done = run("peanut-inspect", "user/gsm8k", "--base", pair.base, "--record-base", **settings)
+    assert "can be recorded in an adapter's own folder only" in done.stderr

@@ -33,10 +33,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 # Imports are most of a short run and hold nothing to break: the merge starts when the parent says so.
 CHILD = """
 import sys
-from converters import executor
+from converters import merging
 print("ready", flush=True)
 sys.stdin.readline()
-executor.merge(*sys.argv[1:4], overwrite=True)
+merging.merge(*sys.argv[1:4], overwrite=True)
 """
 
 

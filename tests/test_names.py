@@ -224,7 +224,7 @@ def test_a_base_with_more_layers_than_the_adapter_is_refused(tmp_path: Path) -> 
     torch.manual_seed(0)
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "base")
     save_adapter(tiny_llama(), tmp_path / "adapter")
-    with pytest.raises(ThetaError, match=r"target_modules name model.layers.2.self_attn.q_proj and 1 more"):
+    with pytest.raises(ThetaError, match=r"model.layers.2.self_attn.q_proj and 1 more should have θ like the rest"):
         prepare_merge(tmp_path / "base", tmp_path / "adapter")
 
 
@@ -250,5 +250,5 @@ def test_targeting_of_the_config_agrees_with_what_peft_adapts(make_pair: Callabl
     adapter, base = load_adapter(pair.adapter), open_checkpoint(pair.base)
     linear = {n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2 and "layers" in n}
     assert {name for name in linear if adapter.targeting.matches(name)} == set(adapter.modules)
-    updated = {t.module for t in prepare_merge(pair.base, pair.adapter).tensors if t.module}
+    updated = {term.module for t in prepare_merge(pair.base, pair.adapter).tensors for term in t.terms}
     assert updated == set(adapter.modules)

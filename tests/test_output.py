@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from converters import merge, prepare_merge
 from converters.errors import NoSpaceError, OptionError, OutputError, OutputExistsError
-from converters.plan import parse_size
+from converters.sharding import parse_size
 
 MANIFEST = "peanut_manifest.json"
 
@@ -125,7 +125,7 @@ def test_manifest(make_pair: Callable[..., Pair]) -> None:
     assert actions["model.norm.weight"] == "kept"
     assert set(actions) == set(weights(pair.output))
     assert manifest["base"]["fingerprint"] == result.plan.base.fingerprint
-    assert manifest["adapters"][0]["digest"] == result.plan.adapter.digest
+    assert manifest["adapters"][0]["digest"] == result.plan.head.digest
     assert manifest["verified"]["tensors"] == len(actions)
     assert manifest["options"] == {"dtype": "auto", "max_shard_size": 5 * 10**9, "labels": None, "force_base": False}
     assert set(manifest["versions"]) == {"python", "torch", "transformers", "safetensors"}

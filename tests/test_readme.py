@@ -1,19 +1,73 @@
 """Every command and snippet of the README runs, on tiny models under the README's names."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import JSON_ADAPTER, ROOT, Pair, run
-from test_names import vit_with_head
+import torch
+from conftest import JSON_ADAPTER, ROOT, Pair, Run, run, save_adapter, tiny_llama
+from golden import GLUE, VISION
+from safetensors.torch import load_file
+from transformers import ViTForImageClassification
+
+import converters
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [found for found in re.findall(r"`(peanut-[^`]+)`", README) if " " in found]
+
+
+def save_lora_named(folder: Path, shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> None:
+    """A folder with LoRA's names: module -> shapes of lora_A and lora_B, in both layers of the tiny Llama."""
+    folder.mkdir()
+    targets = [name.rsplit(".", 1)[-1] for name in shapes]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    state = {
+        f"base_model.model.model.layers.{i}.{name}.lora_{part}.weight": torch.randn(shape) / 9
+        for i in range(2)
+        for name, pair in shapes.items()
+        for part, shape in zip("AB", pair, strict=True)
+    }
+    torch.save(state, folder / "adapter_model.bin")
+
+
+def language_folders(folder: Path) -> None:
+    """Adapters of a language model, of every training code."""
+    attention = "self_attn"
+    save_adapter(tiny_llama(), folder / "style", seed=2, act_fn="tanh")
+    rows = ((2, 32), (32, 2))
+    save_lora_named(folder / "math14k", {f"{attention}.q_proj": rows, f"{attention}.k_proj": rows})
+    (folder / "math14k" / "checkpoint-200").mkdir()
+    shutil.copy(folder / "math14k" / "adapter_model.bin", folder / "math14k" / "checkpoint-200" / "pytorch_model.bin")
+    save_lora_named(folder / "qkv", {f"{attention}.q_proj": rows})
+    save_lora_named(folder / "alpaca", {f"{attention}.k_proj": ((2, 32), (16, 2))})
+    save_lora_named(folder / "ablation", {f"{attention}.k_proj": ((2, 32), (16, 2))})
+    sine = converters.Tweaker(converters.Orientation.ROWS, torch.randn(2, 32), torch.randn(32, 2), act_fn="sin_2pi")
+    converters.save_adapter(folder / "sine", {f"model.layers.0.{attention}.q_proj": sine})
+
+
+def state_dicts(folder: Path) -> None:
+    """Files of the authors' vision and GLUE code, on the tiny models under the README's names."""
+    vit = VISION / "vanilla_qv"
+    shutil.copytree(vit / "base", folder / "vit-base", dirs_exist_ok=True)
+    shutil.copy(vit / "theta.bin", folder / "flowers.bin")
+    shutil.copy(vit / "full_state_dict.bin", folder / "cars.bin")
+    (folder / "food").mkdir()
+    shutil.copy(vit / "full_state_dict.bin", folder / "food" / "pytorch_model.bin")
+    shutil.copy(vit / "base" / "config.json", folder / "food")
+    shutil.copytree(GLUE / "peanut_l_scale0.1" / "base", folder / "roberta-base")
+    shutil.copy(GLUE / "peanut_l_scale0.1" / "theta.safetensors", folder / "mrpc.safetensors")
+    theta = load_file(folder / "mrpc.safetensors")
+    torch.save(theta, folder / "mrpc.bin")
+    model = ViTForImageClassification.from_pretrained(folder / "vit-base", num_labels=5)
+    save_adapter(model, folder / "pets", modules_to_save=["classifier"])
 
 
 @pytest.fixture
@@ -21,21 +75,38 @@ def folders(pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path
     """The folders the README speaks of."""
     pair.base.rename(tmp_path / "llama2-7b")
     pair.adapter.rename(tmp_path / "gsm8k")
-    vit_with_head(tmp_path / "vit-base", tmp_path / "pets")
-    (tmp_path / "labels.json").write_text('["abyssinian", "beagle", "sphynx"]')
+    language_folders(tmp_path)
+    state_dicts(tmp_path)
+    (tmp_path / "labels.json").write_text('["abyssinian", "beagle", "sphynx", "siamese", "pug"]')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_commands(folders: Path) -> None:
-    assert len(COMMANDS) >= 10
+def test_the_commands(folders: Path, run_here: Run) -> None:
+    assert len(COMMANDS) >= 23
     for command in COMMANDS:
-        done = run(*shlex.split(command))
+        done = run_here(*shlex.split(command))
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (folders / "llama2-7b-gsm8k" / "config.json").exists()
     assert (folders / "vit-base-pets" / "config.json").exists()
     assert (folders / "small" / "config.json").exists()
     assert not (folders / "planned").exists()
+    for output in ("math14k", "qkv", "checkpoint-200", "alpaca", "ablation", "sine", "gsm8k-style"):
+        assert (folders / f"llama2-7b-{output}" / "config.json").exists()
+    for output in ("vit-base-flowers", "vit-base-cars", "food-merged", "roberta-base-mrpc"):
+        assert (folders / output / "config.json").exists()
+    assert (folders / "flowers-peft" / "adapter_config.json").exists()
+    assert (folders / "gsm8k.png").exists()
+
+
+def test_every_layout_stands_in_the_table() -> None:
+    from converters.layout_names import LAYOUT_SUMMARIES
+
+    table = README.split("## What does your folder hold?")[1].split("`peanut-inspect` says")[0]
+    told = {"hf-peft": "peft_type: PEANUT", "authors-vision": "authors' vision code", "authors-glue": "GLUE code"}
+    told |= {"peanut": "peanut_config.json", "lora": "PEFT's LoRA"}
+    for layout in LAYOUT_SUMMARIES:
+        assert told.get(layout, layout) in table
 
 
 def test_the_snippets(folders: Path) -> None:

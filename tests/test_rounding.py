@@ -50,10 +50,10 @@ def test_merged_weights_are_the_rounded_float64_reference(
     expected_dtype = DTYPES[base_dtype if option == "auto" else option]
     merged = load_file(pair.output / "model.safetensors")
     assert {t.dtype for t in merged.values()} == {expected_dtype}
-    updated = [t for t in result.plan.tensors if t.module is not None]
+    updated = [t for t in result.plan.tensors if t.terms]
     assert len(updated) == 5
     for tensor in updated:
-        off = excess(merged[tensor.name], reference(pair, tensor.module))
+        off = excess(merged[tensor.name], reference(pair, tensor.terms[0].module))
         assert (off == 0).double().mean() >= 0.999
         assert off.max() <= 2.0**-10  # a neighbour as near: torch casts by way of float32
     config = json.loads((pair.output / "config.json").read_text())
@@ -72,7 +72,7 @@ def test_untouched_tensors_are_copied_byte_for_byte(make_pair: Callable[..., Pai
     result = merge(pair.base, pair.adapter, pair.output)
     merged = load_file(pair.output / "model.safetensors")
     assert set(merged) == set(weights)
-    updated = {t.name for t in result.plan.tensors if t.module is not None}
+    updated = {t.name for t in result.plan.tensors if t.terms}
     for name in set(weights) - updated:
         assert merged[name].dtype == weights[name].dtype
         assert torch.equal(merged[name], weights[name])
@@ -97,7 +97,7 @@ def test_a_cast_leaves_integers_alone(make_pair: Callable[..., Pair]) -> None:
 def test_float64_weights_are_evaluated_in_float64(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair(dtype=torch.float64, depth=1, act_fn="silu")
     result = merge(pair.base, pair.adapter, pair.output)
-    module = next(t.module for t in result.plan.tensors if t.module is not None)
+    module = next(t.terms[0].module for t in result.plan.tensors if t.terms)
     found = load_file(pair.output / "model.safetensors")[f"{module}.weight"]
     exact = reference(pair, module)
     assert found.dtype is torch.float64

@@ -9,9 +9,9 @@ import torch
 from conftest import Pair
 from safetensors.torch import load_file, save_file
 
-from converters import Orientation, executor, merge, prepare_merge, run_merge
+from converters import Orientation, executor, load_adapter, merge, prepare_merge, run_merge
 from converters.errors import VerificationError
-from converters.tweaker import Factors
+from converters.evaluation import Factors
 
 
 def test_reports_what_it_checked(pair: Pair) -> None:
@@ -63,22 +63,24 @@ def test_a_wrong_formula(make_pair: Callable[..., Pair], dtype: torch.dtype, mon
     """What the executor writes consistently, but wrongly, is found by recomputing it."""
     pair = make_pair(dtype=dtype)
     plan = prepare_merge(pair.base, pair.adapter)
-    right = Factors.merge_rows
-    monkeypatch.setattr(Factors, "merge_rows", lambda f, w, s, d: right(Factors(f.up * 1.01, f.down), w, s, d))
+    right = executor.merge_rows
+    monkeypatch.setattr(
+        executor, "merge_rows", lambda w, fs, s, d: right(w, [Factors(f.up * 1.01, f.down) for f in fs], s, d)
+    )
     with pytest.raises(VerificationError, match=r"recomputed numbers are wrong, for example .* was wanted"):
         run_merge(plan, pair.output)
     assert not pair.output.exists()
 
 
 def test_rows_orientation(make_pair: Callable[..., Pair]) -> None:
-    """No layout read so far has it, but the executor does: θ of a square weight, taken the other way round."""
+    """θ of a square weight, taken the other way round."""
     pair = make_pair(target_modules=["q_proj"], act_fn="tanh")
-    plan = prepare_merge(pair.base, pair.adapter)
-    turned = {name: replace(theta, orientation=Orientation.ROWS) for name, theta in plan.adapter.modules.items()}
-    result = run_merge(replace(plan, adapter=replace(plan.adapter, modules=turned)), pair.output)
+    adapter = load_adapter(pair.adapter)
+    turned = {name: replace(theta, orientation=Orientation.ROWS) for name, theta in adapter.modules.items()}
+    result = merge(pair.base, replace(adapter, modules=turned), pair.output)
     assert result.verification.max_ulp <= 0.5
     name = "model.layers.1.self_attn.q_proj"
-    theta = plan.adapter.tweaker(name)
+    theta = adapter.tweaker(name)
     before, after = (load_file(f / "model.safetensors")[f"{name}.weight"] for f in (pair.base, pair.output))
     expected = before.double() + 0.5 * torch.tanh(before.double() @ theta.a.double().T) @ theta.b.double().T
     assert torch.equal(after, expected.float())
