@@ -207,7 +207,10 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name=name, help=help_text)(command)
 
+    signals: list[int] = []
+
     def stop(number: int, frame: object) -> NoReturn:
+        signals.append(number)
         raise _Stopped(number)
 
     if not sys.stderr.isatty():
@@ -216,16 +219,14 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
     signal.signal(signal.SIGINT, stop)
     try:
         app(prog_name=name)
-    except PeanutError as error:
-        message = " ".join(str(error).split())
-        print(f"{name}: {message}", file=sys.stderr)
+    except (_Stopped, Exception) as error:
+        if signals:  # where C code was interrupted, it may have raised something else in place of _Stopped
+            print(f"{name}: stopped; nothing half-written was left", file=sys.stderr)
+            sys.exit(128 + signals[0])
+        if not isinstance(error, PeanutError | OSError):
+            raise
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:  # a file that cannot be read, a disk that is full
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except _Stopped as stopped:
-        print(f"{name}: stopped; nothing half-written was left", file=sys.stderr)
-        sys.exit(128 + int(stopped.args[0]))
     sys.exit(0)
 
 

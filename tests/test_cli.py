@@ -4,12 +4,13 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Pair, run
+from conftest import Pair, Run, run
 from test_adapter import edit_config
 
 from converters import __version__
@@ -198,3 +199,22 @@ def test_a_merge_of_a_language_model_imports_no_model_code(pair: Pair) -> None:
     code += "print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_stop_that_c_code_turns_into_another_error_is_still_a_stop(
+    pair: Pair, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen with Ctrl-C inside safetensors: its bindings raised a ValueError in place of ours."""
+    from converters.theta_store import SafetensorsStore
+
+    def interrupted(store: SafetensorsStore, key: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(SafetensorsStore, "tensor", interrupted)
+    done = run_here("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "peanut-merge: stopped; nothing half-written was left\n"
+    assert not pair.output.exists()
