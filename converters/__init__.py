@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from converters.inspection import record_base
     from converters.layouts import load_adapter
     from converters.layouts.native import save_adapter
-    from converters.merging import merge, prepare_merge
+    from converters.merging import merge, merge_each, prepare_merge
     from converters.plan import Plan
     from converters.tweaker import Orientation, Tweaker
 
@@ -33,6 +33,7 @@ _HOME = {
     "factors": "evaluation",
     "load_adapter": "layouts",
     "merge": "merging",
+    "merge_each": "merging",
     "open_checkpoint": "checkpoint",
     "open_adapters": "adapter_specs",
     "prepare_merge": "merging",
@@ -56,6 +57,7 @@ __all__ = [
     "factors",
     "load_adapter",
     "merge",
+    "merge_each",
     "open_adapters",
     "open_checkpoint",
     "prepare_merge",

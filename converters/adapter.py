@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +136,10 @@ class Adapter:
         """One tensor that the adapter replaces whole."""
         return self.store.tensor(self.saved[name])
 
+    def saved_blocks(self, name: str) -> Iterator[Tensor]:
+        """The same in blocks of rows."""
+        return self.store.blocks(self.saved[name])
+
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
@@ -175,12 +179,14 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
             raise ThetaError(f"{module}: {error}") from None
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key in sorted(names, key=lambda key: names[key]):
-        tensor = store.tensor(key)
-        if not tensor.is_floating_point():
-            raise ThetaError(f"{key} is {tensor.dtype}; wanted floating-point θ")
-        if not all_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ThetaError(f"{key} holds {bad} NaN or Inf of {tensor.numel()} numbers; the training diverged")
-        digest.update(json.dumps([names[key], str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        dtype, shape = store.dtypes[key], store.shapes[key]
+        if not dtype.is_floating_point:
+            raise ThetaError(f"{key} is {dtype}; wanted floating-point θ")
+        digest.update(json.dumps([names[key], str(dtype), list(shape)]).encode())
+        bad = 0
+        for block in store.blocks(key):
+            bad += 0 if all_finite(block) else int((~torch.isfinite(block)).sum())
+            digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if bad:
+            raise ThetaError(f"{key} holds {bad} NaN or Inf of {count(shape)} numbers; the training diverged")
     return digest.hexdigest()

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.errors import CheckpointError, QuantizedBaseError
+from converters.file_state import FileState
 from converters.json_files import read_json
-from converters.tensor_file import TensorInfo, TensorReader, read_header
+from converters.tensor_file import TensorInfo, read_header
+from converters.tensor_reader import TensorReader
+
+if TYPE_CHECKING:
+    from converters.hub_stream import ShardStream
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,7 +50,10 @@ class Checkpoint:
         repo_id: Hub id it came from, if it did.
         revision: commit on the Hub, if it came from there.
         metadata: of the safetensors files.
+        states: the files as they were when the headers were read.
         holder: what keeps `folder` alive, if it is temporary.
+        stream: what fetches the shards, if they are not there.
+        samples: tensor -> its digest in `sample_digests`, of what was streamed.
     """
 
     folder: Path
@@ -56,6 +64,9 @@ class Checkpoint:
     revision: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     holder: object = None  # keeps a temporary folder alive
+    states: Mapping[Path, FileState | None] = field(default_factory=dict)
+    stream: "ShardStream | None" = None
+    samples: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -73,6 +84,11 @@ class Checkpoint:
         names = self.config.get("architectures")
         return str(names[0]) if isinstance(names, list) and names else None
 
+    @property
+    def knows_fingerprint(self) -> bool:
+        """Whether the weights are there, or have been."""
+        return self.stream is None or self.samples.keys() >= self.tensors.keys()
+
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the weights: a SHA-256 over every tensor's name, dtype, shape and sampled bytes.
@@ -80,14 +96,33 @@ class Checkpoint:
         Small tensors count whole, large ones by 16 evenly spaced pieces of 4 KiB, so a 7B model takes
         milliseconds. Two fine-tunings of one model differ; sharding and file names do not matter.
         """
+        missing = [info for name, info in self.tensors.items() if name not in self.samples]
+        samples = {**self.samples, **sample_digests(missing)}
         digest = hashlib.sha256(b"peanut-serve base fingerprint v1")
-        with TensorReader() as reader:
-            for name in sorted(self.tensors):
-                info = self.tensors[name]
-                digest.update(json.dumps([name, info.dtype, info.shape]).encode())
-                for start, size in _sample_ranges(info.nbytes):
-                    digest.update(reader.range(info, start, size))
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(json.dumps([name, info.dtype, info.shape, samples[name]]).encode())
         return "sampled-sha256:" + digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file is not as it was when it was opened."""
+        for file, state in self.states.items():
+            if FileState.of(file) != state:
+                raise CheckpointError(
+                    f"{file} changed while it was merged; nothing was written; merge again when nothing writes to it"
+                )
+
+
+def sample_digests(infos: Iterable[TensorInfo]) -> dict[str, str]:
+    """Tensor -> SHA-256 of its sampled bytes."""
+    digests = {}
+    with TensorReader() as reader:
+        for info in infos:
+            digest = hashlib.sha256()
+            for start, size in _sample_ranges(info.nbytes):
+                digest.update(reader.range(info, start, size))
+            digests[info.name] = digest.hexdigest()
+    return digests
 
 
 def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:
@@ -98,7 +133,11 @@ def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:
 
 
 def open_checkpoint(
-    folder: str | Path, repo_id: str | None = None, revision: str | None = None, holder: object = None
+    folder: str | Path,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    holder: object = None,
+    stream: "ShardStream | None" = None,
 ) -> Checkpoint:
     """Open the base in `folder`. Reads the config and the headers, no weights. See `Checkpoint` for the rest.
 
@@ -113,11 +152,14 @@ def open_checkpoint(
         raise CheckpointError(f"{folder}: no config.json; wanted a folder with a transformers model")
     config = read_json(folder / "config.json", "model config")
     _refuse_quantized_config(folder, config)
-    shards, weight_map = _shards(folder)
+    shards, weight_map = _shards(
+        folder, lambda name: (folder / name).is_file() if stream is None else stream.has(name)
+    )
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    states = {folder / shard: FileState.of(folder / shard) for shard in shards if stream is None}
     for shard in shards:
-        infos, found = read_header(folder / shard)
+        infos, found = read_header(folder / shard) if stream is None else stream.header(shard)
         metadata.update(found)
         for info in infos:
             if info.name in tensors:
@@ -130,7 +172,7 @@ def open_checkpoint(
             "the download is incomplete or mixed"
         )
     _refuse_quantized_tensors(folder, tensors)
-    return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata, holder)
+    return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata, holder, states, stream)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -144,15 +186,15 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+def _shards(folder: Path, has: Callable[[str], bool]) -> tuple[tuple[str, ...], dict[str, str] | None]:
     index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():  # as in transformers, it wins over an index
+    if has(SINGLE_FILE):  # as in transformers, it wins over an index
         return (SINGLE_FILE,), None
     if index.is_file():
         weight_map = read_weight_map(index)
         names = tuple(sorted(set(weight_map.values())))
         for name in names:
-            if not (folder / name).is_file():
+            if not has(name):
                 raise CheckpointError(f"{folder}: the shard {name} is missing; fetch the model again")
         return names, weight_map
     pickles = sorted(p.name for p in folder.glob("*.bin"))

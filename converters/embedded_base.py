@@ -13,7 +13,9 @@ from converters.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
 from converters.errors import BaseMismatchError, CheckpointError, OptionError
 from converters.evaluation import block_rows
 from converters.json_files import read_json, write_json
-from converters.tensor_file import FLOAT_DTYPES, TensorReader, TensorSpec, TensorWriter
+from converters.shard_writer import ShardWriter
+from converters.tensor_file import FLOAT_DTYPES, TensorSpec
+from converters.tensor_reader import TensorReader
 
 SELF = "self"  # --base self
 
@@ -37,16 +39,12 @@ def check_embedded(
     with TensorReader() as reader:
         for position, name, base_name in pairs:
             adapter, info = adapters[position], base.tensors[base_name]
-            found = adapter.store.tensor(adapter.embedded[name])
-            if not (found.is_floating_point() and info.is_float):
+            key = adapter.embedded[name]
+            if not (adapter.store.dtypes[key].is_floating_point and info.is_float):
                 continue
-            same = tuple(found.shape) == info.shape and all(
-                _equal(block, part)
-                for block, part in zip(
-                    reader.row_blocks(info, block_rows(info.row_size)),
-                    torch.split(found, block_rows(info.row_size)) if found.dim() else [found],
-                    strict=True,
-                )
+            blocks = reader.row_blocks(info, block_rows(info.row_size))
+            same = adapter.store.shapes[key] == info.shape and all(
+                _equal(block, part) for block, part in zip(blocks, adapter.store.blocks(key), strict=True)
             )
             if not same:
                 different.append((adapter, name))
@@ -80,7 +78,7 @@ def open_embedded(adapter: Adapter) -> Checkpoint:
         OptionError: the adapter holds no base weights.
         CheckpointError: there is no config.json beside it.
     """
-    names = {n: k for n, k in sorted(adapter.embedded.items()) if adapter.store.tensor(k).dtype in _DTYPE_NAMES}
+    names = {n: k for n, k in sorted(adapter.embedded.items()) if adapter.store.dtypes[k] in _DTYPE_NAMES}
     if not names:
         raise OptionError(f"--base {SELF}: {adapter.path} holds θ only, no base weights; give the base")
     if not (adapter.folder / "config.json").is_file():
@@ -106,16 +104,15 @@ def _write(adapter: Adapter, names: Mapping[str, str], folder: Path) -> None:
     write_json(folder / "config.json", read_json(adapter.folder / "config.json", "model config"))
     specs = []
     for name, key in names.items():
-        tensor = adapter.store.tensor(key)
-        specs.append(TensorSpec(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes))
-    writer = TensorWriter(folder / SINGLE_FILE, specs, {"format": "pt"})
+        dtype, shape = adapter.store.dtypes[key], adapter.store.shapes[key]
+        specs.append(TensorSpec(name, _DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize))
+    writer = ShardWriter(folder / SINGLE_FILE, specs, {"format": "pt"})
     try:
         for name, key in names.items():
-            writer.begin(name)
-            tensor = adapter.store.tensor(key)
-            for block in torch.split(tensor, block_rows(math.prod(tensor.shape[1:]))) if tensor.dim() else [tensor]:
-                writer.write(block.contiguous())
-            writer.end()
+            done = 0
+            for block in adapter.store.blocks(key):
+                writer.write(name, done, block.contiguous())
+                done += block.nbytes
         writer.finish()
     finally:
         writer.close()

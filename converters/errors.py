@@ -10,10 +10,11 @@ PeanutError
 │   ├── QuantizedBaseError      quantised weights cannot be merged into
 │   ├── AlreadyMergedError      f(W0; θ) needs the original W0
 │   └── BaseMismatchError       not the base the adapter was trained on
-├── HubError                    a download from the Hub failed
+├── HubError                    a download from the Hub, or an upload to it, failed
 ├── TargetError                 an adapter weight finds no tensor in the base
 ├── OutputError                 the output cannot be written
-│   ├── OutputExistsError       the folder exists, or another run is writing it
+│   ├── OutputExistsError       the folder exists
+│   │   └── OutputBusyError     another run is writing it
 │   ├── NoSpaceError            not enough room on the disk
 │   └── NonFiniteError          a merged weight is NaN or does not fit the output dtype
 ├── VerificationError           what was written is not what was computed
@@ -65,7 +66,7 @@ class BaseMismatchError(BaseModelError):
 
 
 class HubError(PeanutError):
-    """A base or an adapter cannot be had from the Hub."""
+    """Something cannot be had from the Hub, or not be uploaded to it."""
 
 
 class TargetError(PeanutError):
@@ -78,6 +79,10 @@ class OutputError(PeanutError):
 
 class OutputExistsError(OutputError):
     """The output folder exists, or another run is writing it."""
+
+
+class OutputBusyError(OutputExistsError):
+    """Another run is writing the output."""
 
 
 class NoSpaceError(OutputError):

@@ -1,8 +1,8 @@
-"""Evaluating f(W0; θ): the two factors of an update, from blocks of W0, and the merged rows. See `tweaker.py`."""
+"""Evaluating f(W0; θ) from row blocks of W0: merged rows, and the two factors of an update. See `tweaker.py`."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from converters.activations import NEGATIVE_SLOPE, find_activation
 from converters.tweaker import Orientation, Tweaker, check_fits
 
-# float64 bytes of W0 in flight: measured; two blocks of this size stay inside a CPU's cache
-BLOCK_BYTES = 2 << 20
+# float64 bytes of one block of W0, and the fewest rows in it: measured (benchmarks/README.md). In smaller blocks the
+# calls cost as much as the numbers, larger ones leave the cache
+BLOCK_BYTES = 8 << 20
+LEAST_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +31,15 @@ class Factors:
 
     def delta(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start : stop` of the delta weight, (n, in)."""
-        return self.add_to(torch.zeros((), dtype=self.up.dtype, device=self.up.device), start, stop)
-
-    def add_to(self, total: Tensor, start: int, stop: int | None) -> Tensor:
-        """`total` plus rows `start : stop` of the delta weight."""
         up = self.up[start:stop]
+        return self.add_to(torch.zeros(len(up), self.down.shape[1], dtype=up.dtype, device=up.device), up)
+
+    def add_to(self, total: Tensor, up: Tensor) -> Tensor:
+        """`total` (n, in), changed in place, plus the rows of the delta weight whose left factor is `up` (n, r)."""
         if self.output_act_fn is None:
-            return torch.addmm(total, up, self.down)
+            return total.addmm_(up, self.down)
         act = find_activation(self.output_act_fn, self.negative_slope)
-        return total + self.scaling * act(up @ self.down)
+        return total.add_(act(up @ self.down), alpha=self.scaling)
 
     def norm(self) -> float:
         """Frobenius norm of the delta weight; from two r × r Gram matrices where it is low-rank."""
@@ -49,17 +51,9 @@ class Factors:
         return math.sqrt(sum(float(block) for block in blocks))
 
 
-def merge_rows(w0: Tensor, terms: Sequence[Factors], start: int, dtype: torch.dtype) -> Tensor:
-    """`W0 + Σ delta` for the rows of `w0` (n, in), which begin at row `start`; summed wide, rounded once."""
-    total = w0.to(terms[0].up.device, terms[0].up.dtype)
-    for term in terms:
-        total = term.add_to(total, start, start + w0.shape[0])
-    return total.to(dtype)
-
-
 def block_rows(width: int) -> int:
     """How many rows of a weight with `width` columns make one block."""
-    return max(1, BLOCK_BYTES // (8 * max(1, width)))
+    return max(LEAST_ROWS, BLOCK_BYTES // (8 * max(1, width)))
 
 
 def factors_from(tweaker: Tweaker, up: Tensor, down: Tensor) -> Factors:
@@ -69,44 +63,74 @@ def factors_from(tweaker: Tweaker, up: Tensor, down: Tensor) -> Factors:
     return Factors(up, down, tweaker.output_act_fn, tweaker.scaling, tweaker.negative_slope)
 
 
-def factors_of_blocks(
-    blocks: Iterable[Tensor],
-    shape: tuple[int, int],
-    tweaker: Tweaker,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Factors:
-    """The factors, from the row blocks of W0 in order; holds one block and `(out + in) * r` numbers.
+class Update:
+    """The update of one weight, evaluated while the row blocks of W0 pass by.
+
+    In the columns orientation h needs all rows: `see` every block of a first pass, then `settle`. Then, and in the
+    other orientations at once, `up` and `add_to` give the merged rows of each block. Holds `(out + in) * r` numbers.
 
     Args:
-        blocks: consecutive row blocks of W0, each (n, in), of any floating dtype; not read if θ is free of W0.
-        shape: (out, in) of W0.
         tweaker: θ of the module.
+        width: columns of W0.
         dtype: what to evaluate in.
         device: where to evaluate.
     """
-    out, width = shape
-    theta = tweaker.to(device, dtype)
-    if theta.orientation is Orientation.FREE:
-        return factors_from(theta, theta.hidden(theta.b), theta.a)
-    start = 0
-    if theta.orientation is Orientation.COLUMNS:
-        projected = torch.zeros(theta.r, width, dtype=dtype, device=device)
+
+    def __init__(self, tweaker: Tweaker, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._theta = theta = tweaker.to(device, dtype)
+        self.needs_pass = theta.orientation is Orientation.COLUMNS
+        if self.needs_pass:
+            self._projected = torch.zeros(theta.r, width, dtype=dtype, device=device)
+            self._terms = factors_from(theta, theta.b, self._projected)
+        elif theta.orientation is Orientation.ROWS:
+            self._terms = factors_from(theta, theta.b[:0], theta.b.T.contiguous())
+        else:
+            self._terms = factors_from(theta, theta.hidden(theta.b), theta.a)
+
+    def see(self, w0: Tensor, start: int) -> None:
+        """Take in rows of W0 (n, in) that begin at row `start`."""
+        self._projected.addmm_(self._theta.a[:, start : start + w0.shape[0]], w0)
+
+    def settle(self) -> None:
+        """All rows were seen."""
+        self._terms = replace(self._terms, down=self._theta.hidden(self._projected))
+        del self._projected
+
+    def up(self, w0: Tensor, start: int) -> Tensor:
+        """Rows of the left factor (n, r) for rows of W0 (n, in) that begin at row `start`."""
+        if self._theta.orientation is not Orientation.ROWS:
+            return self._terms.up[start : start + w0.shape[0]]
+        h = self._theta.hidden(self._theta.a @ w0.T).T
+        return h if self._theta.output_act_fn else h * self._theta.scaling
+
+    def add_to(self, total: Tensor, up: Tensor) -> Tensor:
+        """`total` (n, in), changed in place, plus the rows of the update that `up` tells."""
+        return self._terms.add_to(total, up)
+
+    def factors(self, blocks: Iterable[Tensor]) -> Factors:
+        """The factors of the whole update, from all row blocks of W0 in order; not read if θ is free of W0."""
+        if self.needs_pass:
+            for start, w0 in self._numbered(blocks):
+                self.see(w0, start)
+            self.settle()
+        if self._theta.orientation is not Orientation.ROWS:
+            return self._terms
+        return replace(self._terms, up=torch.cat([self.up(w0, start) for start, w0 in self._numbered(blocks)]))
+
+    def _numbered(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Blocks in the dtype and on the device of θ, each with the number of its first row."""
+        start = 0
         for block in blocks:
-            stop = start + block.shape[0]
-            projected.addmm_(theta.a[:, start:stop], block.to(device, dtype))
-            start = stop
-        return factors_from(theta, theta.b, theta.hidden(projected))
-    up = torch.empty(out, theta.r, dtype=dtype, device=device)
-    for block in blocks:
-        stop = start + block.shape[0]
-        up[start:stop] = theta.hidden(theta.a @ block.to(device, dtype).T).T
-        start = stop
-    return factors_from(theta, up, theta.b.T)
+            yield start, block.to(self._theta.a.device, self._theta.a.dtype)
+            start += block.shape[0]
 
 
-def _split(w0: Tensor) -> Iterator[Tensor]:
-    yield from torch.split(w0, block_rows(w0.shape[1]))
+def merge_rows(w0: Tensor, updates: Sequence[Update], start: int) -> Tensor:
+    """`W0 + Σ delta` for the rows `w0` (n, in) that begin at row `start`; `w0` is overwritten."""
+    ups = [update.up(w0, start) for update in updates]  # all of them read W0, before it changes
+    for update, up in zip(updates, ups, strict=True):
+        w0 = update.add_to(w0, up)
+    return w0
 
 
 def factors(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> Factors:
@@ -126,7 +150,8 @@ def factors(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> F
     check_fits(tweaker.orientation.weight_shape(tweaker.a.shape, tweaker.b.shape), tuple(w0.shape), tweaker.r)
     if dtype is None:
         dtype = torch.float64 if torch.float64 in (w0.dtype, tweaker.a.dtype) else torch.float32
-    return factors_of_blocks(_split(w0), (w0.shape[0], w0.shape[1]), tweaker, dtype, w0.device)
+    update = Update(tweaker, w0.shape[1], dtype, w0.device)
+    return update.factors(torch.split(w0, block_rows(w0.shape[1])))
 
 
 def delta_weight(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> Tensor:

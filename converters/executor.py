@@ -1,39 +1,22 @@
-"""The streaming executor: read, evaluate, write, one block at a time. Nothing holds the model."""
+"""Carrying out merges: every tensor of the base is read once for all outputs; nothing holds the model."""
 
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from converters.checkpoint import INDEX_FILE, MANIFEST_NAME
-from converters.companions import find_companions
-from converters.errors import NonFiniteError, OptionError, OutputError
-from converters.evaluation import Factors, block_rows, factors_of_blocks, merge_rows
-from converters.finite import all_finite
-from converters.json_files import write_json
-from converters.manifest import build_manifest
-from converters.model_card import build_model_card
+from converters.checkpoint import sample_digests
+from converters.draft import Advance, Draft
+from converters.errors import CheckpointError, NonFiniteError, OutputError, VerificationError
+from converters.identity import check_base
+from converters.job_plan import JobPlan, plan_jobs, written_sizes
+from converters.pipeline import Pipeline
 from converters.plan import Plan
 from converters.publish import check_output, check_space, staged
-from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorReader, TensorWriter
-from converters.tensor_plan import TensorPlan
-from converters.tweaker import Tweaker
-from converters.verify import Verification, verify_output
-
-# W0 and f often cancel. In float32 such a sum can be off by many units in its last place once it is rounded to
-# bfloat16; float64 costs a quarter more arithmetic at rank 32 and twice at rank 64, and makes the rounding right
-# whatever the blocks and threads
-EVALUATION_DTYPE = torch.float64
-
-# told how many more bytes are done; a merge writes `plan.total_size`, its verification reads as many again
-Advance = Callable[[int], None]
+from converters.recheck import is_finished
+from converters.verify import Verification
+from converters.worker import find_devices
 
 
 @dataclass(frozen=True)
@@ -44,19 +27,35 @@ class MergeResult:
         output: the folder.
         plan: what was done to each tensor.
         verification: None if it was turned off.
-        seconds: wall time of writing and verifying.
+        seconds: wall time of writing and verifying, of all outputs that were written together.
+        taken_over: tensors that an earlier run had written.
     """
 
     output: Path
     plan: Plan
     verification: Verification | None
     seconds: float
+    taken_over: int = 0
 
 
-def check_merge(plan: Plan, output: Path, overwrite: bool) -> None:
-    """Everything that can be refused about the output. Raises `OutputError` of one kind or another."""
-    check_output(output, overwrite, plan.base.folder, *(weighted.adapter.path for weighted in plan.adapters))
-    check_space(output, plan.total_size)
+def check_merge(
+    plans: Mapping[Path, Plan], overwrite: bool, share: bool = False, resume: bool = False
+) -> dict[Path, Plan]:
+    """Everything that can be refused about outputs; returns those that are to be written.
+
+    With `resume`, an output that is there and whole already is not.
+
+    Raises `OutputError` of one kind or another.
+    """
+    todo = {output: plan for output, plan in plans.items() if not (resume and is_finished(output, plan))}
+    inputs = {weighted.adapter.path for plan in todo.values() for weighted in plan.adapters}
+    inputs |= {plan.base.folder for plan in todo.values()}
+    for output in todo:
+        check_output(output, overwrite, inputs)
+    sizes = dict(zip(todo, written_sizes(todo.values(), share), strict=True))
+    streams = [plan.base.stream for plan in todo.values() if plan.base.stream is not None]
+    check_space({**sizes, **{stream.folder: stream.most_bytes for stream in streams}})
+    return todo
 
 
 def run_merge(
@@ -66,109 +65,117 @@ def run_merge(
     device: str = "auto",
     overwrite: bool = False,
     verify: bool = True,
+    share: bool = False,
+    resume: bool = False,
     advance: Advance = lambda size: None,
 ) -> MergeResult:
-    """Carry out a plan; see `converters.merge`. `advance` is told of bytes written, then of bytes verified."""
+    """Carry out a plan; see `converters.merge`. `advance` is told of bytes written and of bytes verified."""
     output = Path(output) if output is not None else plan.default_output
-    where = find_device(device)
-    check_merge(plan, output, overwrite)
-    start = time.perf_counter()
+    return run_merges(
+        {output: plan}, device=device, overwrite=overwrite, verify=verify, share=share, resume=resume, advance=advance
+    )[0]
+
+
+def run_merges(
+    plans: Mapping[Path, Plan],
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    verify: bool = True,
+    share: bool = False,
+    resume: bool = False,
+    advance: Advance = lambda size: None,
+) -> list[MergeResult]:
+    """Carry out plans on one base together, output folder -> plan; see `converters.merge_each`."""
+    devices = find_devices(device)
+    todo = check_merge(plans, overwrite, share, resume)
+    results = {
+        output: MergeResult(output, plan, None, 0.0, len(plan.tensors))
+        for output, plan in plans.items()
+        if output not in todo
+    }
+    if todo:
+        start = time.perf_counter()
+        try:
+            with ExitStack() as stack:
+                drafts = []
+                for output, plan in todo.items():
+                    folder = stack.enter_context(staged(output, overwrite, keep=resume))
+                    drafts.append(stack.enter_context(Draft(plan, folder, advance)))
+                with _seeing_removal(drafts):
+                    _write_weights(drafts, Pipeline(devices), share, verify, resume)
+                    _check_streamed_base(todo.values())
+                    verifications = [draft.finish(verify) for draft in drafts]
+                _check_inputs_unchanged(todo.values())
+        except OSError as error:
+            names = ", ".join(map(str, todo))
+            raise OutputError(f"{names} could not be written: {error}; it is as it was before") from error
+        seconds = time.perf_counter() - start
+        for output, draft, verification in zip(todo, drafts, verifications, strict=True):
+            results[output] = MergeResult(output, draft.plan, verification, seconds, draft.taken_over)
+    return [results[output] for output in plans]
+
+
+@contextmanager
+def _seeing_removal(drafts: Sequence[Draft]) -> Iterator[None]:
+    """Where a staging folder was removed meanwhile, say that instead of what came of it."""
     try:
-        with staged(output, overwrite) as staging, TensorReader() as reader:
-            hashes = _write_weights(plan, staging, reader, where, advance)
-            own = plan.head.path if plan.head.path.is_dir() else None
-            for name, source in find_companions(plan.base.folder, own).items():
-                (staging / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, staging / name)
-            verification = verify_output(staging, plan, hashes, reader, advance) if verify else None
-            verified = verification.summary() if verification else None
-            write_json(staging / MANIFEST_NAME, build_manifest(plan, hashes, verified))
-            (staging / "README.md").write_text(build_model_card(plan), encoding="utf-8")
-            write_json(staging / "config.json", plan.config)  # last: what makes it look like a model
-    except OSError as error:
-        raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
-    return MergeResult(output, plan, verification, time.perf_counter() - start)
+        yield
+    except (OSError, CheckpointError):
+        gone = next((draft.folder for draft in drafts if not draft.folder.is_dir()), None)
+        if gone is None:
+            raise
+        raise OSError(f"{gone} was removed while it was written") from None
 
 
-def find_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. Raises `OptionError` for what is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise OptionError(f"device '{device}' is unknown; wanted auto, cpu, cuda or cuda:N")
-    found = torch.device(device)
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise OptionError(f"device '{device}' is not there: this PyTorch sees {count} CUDA devices; use --device cpu")
-    return found
+def _write_weights(drafts: Sequence[Draft], pipeline: Pipeline, share: bool, verify: bool, resume: bool) -> None:
+    base = drafts[0].plan.base
+    planned = plan_jobs(drafts, share, verify)
+    try:
+        pipeline.run(planned.take_over)
+        with closing(_base_files(planned, drafts, resume)) as files:
+            for file in files:
+                pipeline.run(planned.of_file[file])
+        pipeline.run(planned.without_source)
+        pipeline.run(planned.links)
+    except (NonFiniteError, VerificationError):
+        base.check_unchanged()  # if it changed, that is why
+        raise
 
 
-def _write_weights(
-    plan: Plan, folder: Path, reader: TensorReader, device: torch.device, advance: Advance
-) -> dict[str, str]:
-    """Write every shard and the index; returns the hash of each tensor."""
-    hashes: dict[str, str] = {}
-    metadata = {**plan.base.metadata, "format": "pt"}
-    for shard, tensors in plan.shards.items():
-        with ExitStack() as stack:
-            writer = TensorWriter(folder / shard, [tensor.spec for tensor in tensors], metadata)
-            stack.callback(writer.close)
-            for tensor in tensors:
-                writer.begin(tensor.name)
-                for piece in merged_pieces(tensor, plan, reader, device):
-                    writer.write(piece)
-                    advance(piece.nbytes)
-                hashes[tensor.name] = writer.end()
-            writer.finish()
-    if len(plan.shards) > 1:
-        weight_map = {tensor.name: shard for shard, tensors in plan.shards.items() for tensor in tensors}
-        index: dict[str, Any] = {"metadata": {"total_size": plan.total_size}, "weight_map": weight_map}
-        write_json(folder / INDEX_FILE, index)
-    return hashes
-
-
-def merged_pieces(tensor: TensorPlan, plan: Plan, reader: TensorReader, device: torch.device) -> Iterator[Tensor]:
-    """One output tensor, in consecutive pieces of rows on the CPU."""
-    if tensor.saved is not None:
-        saved = plan.head.saved_tensor(tensor.saved)
-        for block in torch.split(saved, block_rows(saved[:1].numel())) if saved.dim() else [saved]:
-            yield _cast(block, tensor)
+def _base_files(planned: JobPlan, drafts: Sequence[Draft], resume: bool) -> Generator[Path]:
+    """The files of the base in turn; of a streamed one only those of which something is not known yet."""
+    base = drafts[0].plan.base
+    if base.stream is None:
+        yield from planned.of_file
         return
-    info = tensor.source
-    if info is None:
-        raise ValueError(f"{tensor.name}: neither saved nor from the base")
-    rows = block_rows(info.row_size)
-    if tensor.terms:
-        terms = [evaluate(plan.tweaker(term), info, reader, EVALUATION_DTYPE, device) for term in tensor.terms]
-        start = 0
-        for block in reader.row_blocks(info, rows):
-            yield _finite(merge_rows(block, terms, start, FLOAT_DTYPES[tensor.dtype]).cpu(), tensor)
-            start += block.shape[0]
-    elif tensor.dtype == info.dtype:
-        yield from reader.chunks(info)
-    else:
-        for block in reader.row_blocks(info, rows):
-            yield _cast(block, tensor)
+    for draft in drafts:
+        base.samples.update(draft.journal.samples)
+    infos = {file: [info for info in base.tensors.values() if info.file == file] for file in planned.of_file}
+    wanted = [
+        file
+        for file, jobs in planned.of_file.items()
+        if not all(job.is_finished for job in jobs) or any(info.name not in base.samples for info in infos[file])
+    ]
+    with closing(base.stream.fetch(wanted, keep=resume)) as fetched:
+        for file in fetched:
+            samples = sample_digests(infos[file])
+            base.samples.update(samples)
+            for draft in drafts:
+                draft.journal.record_samples(samples)
+            yield file
 
 
-def evaluate(
-    tweaker: Tweaker, info: TensorInfo, reader: TensorReader, dtype: torch.dtype, device: torch.device
-) -> Factors:
-    """The factors of one update, from a weight on disk."""
-    shape = (info.shape[0], info.shape[1])
-    return factors_of_blocks(reader.row_blocks(info, block_rows(info.row_size)), shape, tweaker, dtype, device)
+def _check_streamed_base(plans: Iterable[Plan]) -> None:
+    """Now that the fingerprint is known."""
+    for plan in plans:
+        if plan.base.stream is not None:
+            for weighted in plan.adapters:
+                check_base(plan.base, weighted.adapter, plan.options["force_base"])
 
 
-def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
-    cast = numbers.to(FLOAT_DTYPES[tensor.dtype]).contiguous()
-    return cast if not all_finite(numbers) else _finite(cast, tensor)  # an Inf of the base stays one
-
-
-def _finite(merged: Tensor, tensor: TensorPlan) -> Tensor:
-    if not all_finite(merged):
-        cure = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
-        raise NonFiniteError(
-            f"{tensor.name}: merged weights do not fit {tensor.dtype} (NaN, or larger than "
-            f"{torch.finfo(merged.dtype).max:g}){cure}"
-        )
-    return merged
+def _check_inputs_unchanged(plans: Iterable[Plan]) -> None:
+    for plan in plans:
+        plan.base.check_unchanged()
+        for weighted in plan.adapters:
+            weighted.adapter.store.check_unchanged()

@@ -5,6 +5,13 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # numbers looked at once: nothing the size of the tensor is allocated
 
+# of the formats whose bits are a sign, an exponent and a fraction: an exponent of all ones means Inf or NaN
+_BITS = {
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+}
+
 
 def all_finite(numbers: Tensor) -> bool:
     """Whether `numbers` holds no NaN and no infinity."""
@@ -12,5 +19,7 @@ def all_finite(numbers: Tensor) -> bool:
 
 
 def _chunk_is_finite(numbers: Tensor) -> bool:
-    # a sum is many times faster than isfinite, and finite only if all are; a huge sum is looked at again
-    return bool(numbers.sum(dtype=torch.float32).isfinite()) or bool(numbers.isfinite().all())
+    if numbers.dtype not in _BITS or not numbers.numel():
+        return bool(numbers.isfinite().all())
+    integer, magnitude, infinity = _BITS[numbers.dtype]  # many times faster than isfinite
+    return int((numbers.view(integer) & magnitude).amax()) < infinity

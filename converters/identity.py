@@ -41,12 +41,15 @@ def write_base_record(folder: Path, base: Checkpoint) -> Path:
 def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
     """Hold the base against what the adapter's training recorded; returns what to tell the user.
 
+    Of a base whose weights are still on the Hub the fingerprint is not known: check it again when it is.
+
     Raises, unless `force`, `BaseMismatchError` when a recorded fingerprint or Hub id is another, and
     `AlreadyMergedError` when this toolkit wrote the base and the adapter was not recorded on it.
     """
     cure = "give that base, or --force-base if you know they are the same weights"
     recorded = adapter.base_fingerprint
-    if base.is_merged and recorded != base.fingerprint:
+    differs = recorded is not None and base.knows_fingerprint and recorded != base.fingerprint
+    if base.is_merged and (recorded is None or differs):
         message = f"{base.folder} was written by peanut-merge: an adapter is in its weights already"
         if not force:
             raise AlreadyMergedError(
@@ -54,7 +57,7 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
                 "from, or --force-base if this adapter was trained on the merged weights"
             )
         return [f"forced: {message}"]
-    if recorded is not None and recorded != base.fingerprint:
+    if differs:
         message = f"the adapter was recorded on a base with fingerprint {recorded}, this one has {base.fingerprint}"
         if not force:
             raise BaseMismatchError(f"{message}; {cure}")

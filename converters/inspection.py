@@ -11,11 +11,10 @@ from converters.adapter import Adapter, Weighted
 from converters.checkpoint import Checkpoint
 from converters.description import shortened, split_module
 from converters.errors import OptionError, OutputError
-from converters.evaluation import block_rows
-from converters.executor import evaluate
+from converters.evaluation import Update, block_rows
 from converters.identity import write_base_record
 from converters.plan import plan_merge
-from converters.tensor_file import TensorReader
+from converters.tensor_reader import TensorReader
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ def delta_norms(
                 if tensor.source is None:
                     continue
                 info, rows = tensor.source, block_rows(tensor.source.row_size)
-                factors = evaluate(plan.tweaker(term), info, reader, torch.float32, cpu)
+                update = Update(plan.tweaker(term), info.shape[1], torch.float32, cpu)
+                factors = update.factors(reader.row_blocks(info, rows))
                 blocks = reader.row_blocks(info, rows)
                 squares = sum(float(b.float().square().sum(dtype=torch.float64)) for b in blocks)
                 found.append(DeltaNorm(term.module, (info.shape[0], info.shape[1]), factors.norm(), squares**0.5))

@@ -16,16 +16,17 @@ from converters.plan import Plan
 FORMAT_VERSION = 1
 
 
-def build_manifest(plan: Plan, hashes: dict[str, str], verified: Any) -> dict[str, Any]:
+def build_manifest(plan: Plan, hashes: dict[str, str], fingerprint: str, verified: Any) -> dict[str, Any]:
     """The manifest of a merge.
 
     Args:
         plan: what was done.
         hashes: xxh3_128 of every output tensor.
+        fingerprint: of the base.
         verified: the result of the verification, or None if it was turned off.
     """
     return {
-        **provenance(plan),
+        **provenance(plan, fingerprint),
         "options": dict(plan.options),
         "verified": verified,
         "tensors": {
@@ -49,7 +50,7 @@ def build_manifest(plan: Plan, hashes: dict[str, str], verified: Any) -> dict[st
     }
 
 
-def provenance(plan: Plan) -> dict[str, Any]:
+def provenance(plan: Plan, fingerprint: str) -> dict[str, Any]:
     """The part of the manifest that tells of what something was made."""
     base = plan.base
     return {
@@ -63,7 +64,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
             "name": base.name,
             "repo_id": base.repo_id,
             "revision": base.revision,
-            "fingerprint": base.fingerprint,
+            "fingerprint": fingerprint,
         },
         "adapters": [_adapter(weighted) for weighted in plan.adapters],
     }

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class Plan:
         tweaker = replace(tweaker, scaling=tweaker.scaling * weighted.weight)
         return tweaker.transposed() if term.transposed else tweaker
 
+    def sharing(self, shared: Collection[str]) -> "Plan":
+        """The same plan with the base tensors `shared`, which are the same in several outputs, in their own files."""
+        limit = self.options["max_shard_size"]
+        return replace(self, shards=shard_tensors(self.base, self.tensors, limit, shared))
+
     @property
     def total_size(self) -> int:
         """Bytes of all tensors of the output."""
@@ -104,6 +109,11 @@ def plan_merge(
         found = find_renamed_targets(base, opened, labels)
     for position, adapter in enumerate(opened):
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
+    if base.stream is not None and found.embedded:
+        raise OptionError(
+            "--stream: the adapter holds weights of its base, which have to be compared with the base before; "
+            "leave out --stream"
+        )
     if base.holder is None:  # else those weights are the base
         notes += check_embedded(base, opened, found.embedded, force_base)
     tensors = [

@@ -10,18 +10,19 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.checkpoint import MANIFEST_NAME
-from converters.errors import NoSpaceError, OutputExistsError
+from converters.errors import NoSpaceError, OutputBusyError, OutputExistsError
 
 # room beside the weights: tokenizer, manifest, file system overhead
 _SPARE_BYTES = 32 << 20
 
 
-def check_output(output: Path, overwrite: bool, *inputs: Path) -> None:
+def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that would damage something.
 
     Raises:
@@ -43,35 +44,52 @@ def check_output(output: Path, overwrite: bool, *inputs: Path) -> None:
         )
 
 
-def check_space(output: Path, size: int) -> None:
-    """Raise `NoSpaceError` unless the disk of `output` has room for `size` bytes."""
-    parent = next(path for path in output.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < size + _SPARE_BYTES:
-        raise NoSpaceError(
-            f"{output} needs {size / 1e9:.2f} GB, the disk of {parent} has {free / 1e9:.2f} GB free; "
-            "free some, or choose another -o"
-        )
+def check_space(sizes: Mapping[Path, int]) -> None:
+    """Raise `NoSpaceError` unless the disks have room for outputs, path -> bytes, that are written together."""
+    needed: Counter[int] = Counter()
+    for output, size in sizes.items():
+        parent = next(path for path in output.absolute().parents if path.is_dir())
+        disk = parent.stat().st_dev
+        needed[disk] += size + _SPARE_BYTES - _allocated(_staging_of(output))
+        free = shutil.disk_usage(parent).free
+        if free < needed[disk]:
+            raise NoSpaceError(
+                f"{output} needs {size / 1e9:.2f} GB, the disk of {parent} has {free / 1e9:.2f} GB free"
+                + (f" for {len(sizes)} outputs" if len(sizes) > 1 else "")
+                + "; free some, or choose another -o"
+            )
+
+
+def _staging_of(output: Path) -> Path:
+    return output.absolute().with_name(f".{output.name}.peanut-staging")
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes on the disk that an earlier run left: they are written again, or gone on with."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes `output` when the block ends without an exception.
 
-    On an exception it is removed, and an existing `output` is as it was.
+    On an exception it is removed, and an existing `output` is as it was. With `keep` it is not, and what a run left
+    there before is still in it.
 
-    Raises `OutputExistsError` when another run is writing the same output.
+    Raises `OutputBusyError` when another run is writing the same output.
     """
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = output.absolute().with_name(f".{output.name}.peanut-staging")
+    staging = _staging_of(output)
     lock = _lock(staging)
     try:
-        _empty(staging)
+        if not keep:
+            empty(staging)
         yield staging
         _sync_tree(staging)
         _publish(staging, output.absolute(), overwrite)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
     finally:
         os.close(lock)
@@ -92,12 +110,12 @@ def _lock(staging: Path) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise OutputExistsError(f"another run is writing this output (it holds {staging}); wait for it") from None
+            raise OutputBusyError(f"another run is writing this output (it holds {staging}); wait for it") from None
         os.close(descriptor)
 
 
-def _empty(folder: Path) -> None:
-    """Remove what a killed run left."""
+def empty(folder: Path) -> None:
+    """Remove what a run left."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

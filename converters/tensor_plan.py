@@ -47,6 +47,16 @@ class TensorPlan:
         return self.source.nbytes
 
     @property
+    def is_copy(self) -> bool:
+        """Whether it is the base's bytes."""
+        return self.source is not None and not self.terms and self.saved is None and self.source.dtype == self.dtype
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it is the base's tensor, under the same name."""
+        return self.is_copy and self.source is not None and self.source.name == self.name
+
+    @property
     def spec(self) -> TensorSpec:
         """The header entry of the output."""
         return TensorSpec(self.name, self.dtype, self.shape, self.nbytes)

@@ -1,6 +1,6 @@
-"""Check written weights against θ and the base, before they are published."""
+"""Check written weights against θ and the base."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor
 from converters.errors import VerificationError
 from converters.evaluation import block_rows, factors_from
 from converters.plan import Plan
-from converters.tensor_file import FLOAT_DTYPES, TensorInfo, TensorReader, read_header
+from converters.tensor_file import FLOAT_DTYPES, TensorInfo, read_header
 from converters.tensor_plan import TensorPlan
+from converters.tensor_reader import TensorReader
 from converters.tweaker import Orientation, Tweaker
 
 _SAMPLES = 8  # columns, or rows, of each updated weight
@@ -37,66 +38,107 @@ class Verification:
     recomputed: int
     max_ulp: float
 
+    @classmethod
+    def of(cls, tensors: int, checks: Iterable[tuple[int, float]]) -> "Verification":
+        """From the (numbers recomputed, largest error) of each tensor."""
+        checks = list(checks)
+        return cls(tensors, sum(count for count, _ in checks), max((ulp for _, ulp in checks), default=0.0))
+
     def summary(self) -> dict[str, Any]:
         """As the manifest has it."""
         return asdict(self)
 
 
-def verify_output(
-    folder: Path, plan: Plan, hashes: dict[str, str], reader: TensorReader, advance: Callable[[int], None]
-) -> Verification:
-    """Re-open the output and hold it against the plan, the hashes, θ and the base.
+@dataclass(frozen=True)
+class FactorCheck:
+    """How well factors were checked.
 
-    Raises `VerificationError` naming the first tensor that is not as it should be.
+    Attributes:
+        recomputed: numbers of delta weights that were recomputed in float64.
+        max_error: largest error of a delta, relative to the largest delta of the same weight.
     """
+
+    recomputed: int
+    max_error: float
+
+
+def check_headers(folder: Path, plan: Plan) -> None:
+    """Re-open the shards. Raises `VerificationError` unless they hold the tensors of the plan."""
     written = {info.name: info for shard in plan.shards for info in read_header(folder / shard)[0]}
     wanted = {tensor.name: tensor for tensor in plan.tensors}
     if set(written) != set(wanted):
         raise VerificationError(f"the output lacks or has too many tensors: {sorted(set(written) ^ set(wanted))[:3]}")
-    recomputed = 0
-    max_ulp = 0.0
     for name, info in written.items():
         tensor = wanted[name]
         if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
             raise VerificationError(
                 f"{name} was written as {info.dtype} {info.shape}, wanted {tensor.dtype} {tensor.shape}"
             )
-        if _hash(info, reader, advance) != hashes[name]:
-            raise VerificationError(f"{name}: the bytes on the disk are not those that were written; check the disk")
-        if tensor.terms and tensor.source is not None:
-            tweakers = [plan.tweaker(term).to("cpu", torch.float64) for term in tensor.terms]
-            count, ulp = _check_sample(tensor, tensor.source, info, tweakers, reader)
-            recomputed, max_ulp = recomputed + count, max(max_ulp, ulp)
-    return Verification(len(written), recomputed, max_ulp)
 
 
-def _hash(info: TensorInfo, reader: TensorReader, advance: Callable[[int], None]) -> str:
-    digest = xxhash.xxh3_128()
-    for piece in reader.chunks(info):
-        digest.update(piece.numpy().data)
-        advance(piece.nbytes)
-    return digest.hexdigest()
-
-
-def _check_sample(
-    tensor: TensorPlan, source: TensorInfo, info: TensorInfo, tweakers: list[Tweaker], reader: TensorReader
+def verify_tensor(
+    written: TensorInfo,
+    tensor: TensorPlan,
+    tweakers: Sequence[Tweaker],
+    digest: str,
+    reader: TensorReader,
 ) -> tuple[int, float]:
-    """Recompute a sample in float64: (numbers checked, largest error in ulp).
+    """Read one tensor of the output back, and recompute a sample of an updated one in float64.
+
+    Args:
+        written: where it lies in the output.
+        tensor: what it should be.
+        tweakers: its updates, in float64.
+        digest: xxh3_128 of what was written.
+        reader: reads both the output and the base.
+
+    Returns: (numbers recomputed, their largest error in ulp).
+
+    Raises `VerificationError` when the bytes are others, or a recomputed number is wrong.
+    """
+    wrong = f"{tensor.name}: the bytes on the disk are not those that were written; check the disk"
+    if not tweakers or tensor.source is None:
+        if reader.hash(written) != digest:
+            raise VerificationError(wrong)
+        return 0, 0.0
+    rows, columns = _sample(tensor, tweakers)
+    found_digest, found = _hash_and_pick(written, rows, columns, reader)
+    if found_digest != digest:
+        raise VerificationError(wrong)
+    return check_numbers(found, tensor, rows, columns, tweakers, reader)
+
+
+def _hash_and_pick(info: TensorInfo, rows: Tensor, columns: Tensor, reader: TensorReader) -> tuple[str, Tensor]:
+    """The hash of a matrix, and its numbers at `rows` (increasing) and `columns` in float64, in one pass."""
+    digest, picked, start = xxhash.xxh3_128(), [], 0
+    for block in reader.row_blocks(info, block_rows(info.row_size)):
+        digest.update(block.reshape(-1).view(torch.uint8).numpy().data)
+        inside = rows[(rows >= start) & (rows < start + block.shape[0])] - start
+        part = block if len(inside) == len(block) else block.index_select(0, inside)
+        picked.append(part.index_select(1, columns).double())
+        start += block.shape[0]
+    return digest.hexdigest(), torch.cat(picked)
+
+
+def check_numbers(
+    found: Tensor,
+    tensor: TensorPlan,
+    rows: Tensor,
+    columns: Tensor,
+    tweakers: Sequence[Tweaker],
+    reader: TensorReader,
+) -> tuple[int, float]:
+    """Recompute an updated weight at `rows` and `columns`, and compare it with `found`, which it has there.
 
     One value of h depends on a whole column of W0 in the columns orientation and on a whole row in the rows
-    orientation: the sample is whole columns, or whole rows, or where a sum needs both, where some of each cross.
+    orientation: those are read from the base, apart from what the merge read.
+
+    Returns: (numbers checked, their largest error in ulp).
+
+    Raises `VerificationError` if one is not the float64 value, rounded once.
     """
-    kinds = {tweaker.orientation for tweaker in tweakers}
-    rows = _pick(source.shape[0], sampled=Orientation.ROWS in kinds)
-    columns = _pick(source.shape[1], sampled=Orientation.ROWS not in kinds or Orientation.COLUMNS in kinds)
-    w0_rows = _rows(source, rows, reader) if Orientation.ROWS in kinds else None
-    w0_columns = _columns(source, columns, reader) if w0_rows is None or Orientation.COLUMNS in kinds else None
-    reference = w0_columns[rows] if w0_columns is not None else w0_rows[:, columns]  # type: ignore[index]
-    spread = reference.abs()
-    for tweaker in tweakers:
-        delta, magnitude = _delta_at(tweaker, w0_rows, w0_columns, rows, columns)
-        reference, spread = reference + delta, spread + magnitude
-    found = _rows(info, rows, reader)[:, columns] if w0_rows is not None else _columns(info, columns, reader)
+    w0, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    reference = w0 + delta
     error = (found - reference).abs()
     unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
     wrong = error > _HALF * unit + _ROUNDOFF * spread
@@ -107,6 +149,55 @@ def _check_sample(
             f"{float(found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was wanted"
         )
     return error.numel(), float((error / unit).max())
+
+
+def check_factors(
+    up: Tensor,
+    down: Tensor,
+    tensor: TensorPlan,
+    tweakers: Sequence[Tweaker],
+    dtype: torch.dtype,
+    reader: TensorReader,
+) -> tuple[int, float]:
+    """Recompute a sample of the sum of updates of one weight in float64, and compare it with `up @ down`.
+
+    Args:
+        up, down: factors that were rounded to `dtype`, (out, r) and (r, in), in float64.
+        tensor: the weight.
+        tweakers: its updates, in float64.
+        dtype: of the factors.
+        reader: reads the base.
+
+    Returns: (numbers recomputed, the largest error relative to the largest delta among them).
+
+    Raises `VerificationError` if an error is larger than rounding each factor once makes it.
+    """
+    rows, columns = _sample(tensor, tweakers)
+    _, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    up, down, tiny = up[rows], down[:, columns], torch.finfo(dtype).smallest_normal
+    error = (up @ down - delta).abs()
+    rounding = torch.finfo(dtype).eps * ((up.abs() + tiny) @ (down.abs() + tiny))
+    if bool((wrong := error > rounding + _ROUNDOFF * spread).any()):
+        raise VerificationError(f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed deltas are wrong")
+    return error.numel(), float(error.max() / delta.abs().max().clamp(min=torch.finfo(delta.dtype).tiny))
+
+
+def _recompute(
+    tensor: TensorPlan, rows: Tensor, columns: Tensor, tweakers: Sequence[Tweaker], reader: TensorReader
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W0, the sum of its updates, and the magnitudes all of that was added up from; each (rows, columns), float64."""
+    source = tensor.source
+    if source is None:
+        raise ValueError(f"{tensor.name} is not from the base")
+    kinds = {tweaker.orientation for tweaker in tweakers}
+    w0_rows = read_rows(source, rows, reader) if Orientation.ROWS in kinds else None
+    w0_columns = read_columns(source, columns, reader) if w0_rows is None or Orientation.COLUMNS in kinds else None
+    w0 = w0_columns[rows] if w0_columns is not None else w0_rows[:, columns]  # type: ignore[index]
+    total, spread = torch.zeros_like(w0), w0.abs()
+    for tweaker in tweakers:
+        delta, magnitude = _delta_at(tweaker, w0_rows, w0_columns, rows, columns)
+        total, spread = total + delta, spread + magnitude
+    return w0, total, spread
 
 
 def _delta_at(
@@ -124,16 +215,26 @@ def _delta_at(
     return factors_from(tweaker, up, down).delta(), abs(tweaker.scaling) * (up.abs() @ down.abs())
 
 
+def _sample(tensor: TensorPlan, tweakers: Sequence[Tweaker]) -> tuple[Tensor, Tensor]:
+    """Rows and columns to recompute: some of those that need much of W0 each, all of the others."""
+    kinds = {tweaker.orientation for tweaker in tweakers}
+    rows = _pick(tensor.shape[0], sampled=Orientation.ROWS in kinds)
+    columns = _pick(tensor.shape[1], sampled=Orientation.ROWS not in kinds or Orientation.COLUMNS in kinds)
+    return rows, columns
+
+
 def _pick(size: int, sampled: bool) -> Tensor:
     """Indices: all, or some that are evenly spread."""
     return torch.linspace(0, size - 1, min(_SAMPLES, size)).long() if sampled else torch.arange(size)
 
 
-def _rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+def read_rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+    """Some rows of a matrix, in float64."""
     return torch.stack([reader.row(info, int(row)).double() for row in picked])
 
 
-def _columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+def read_columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+    """Some columns of a matrix, in float64. Holds one block beside them."""
     blocks: Iterator[Tensor] = reader.row_blocks(info, block_rows(info.row_size))
     return torch.cat([block.index_select(1, picked).double() for block in blocks])
 
