@@ -1,15 +1,15 @@
 """Where a base and an adapter come from: a local path, a Hub id, or the short name of a model of the paper."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters.adapter_source import CONFIG_NAME, PEFT_WEIGHTS, AdapterSource
-from converters.checkpoint import INDEX_FILE, SINGLE_FILE, read_weight_map
+from converters.checkpoint import INDEX_FILE, MANIFEST_NAME, SINGLE_FILE, read_weight_map
 from converters.companions import COMPANION_PATTERNS
-from converters.errors import CheckpointError, HubError, LayoutError, OptionError
+from converters.errors import CheckpointError, LayoutError, OptionError
+from converters.hub_errors import hub_errors
 from converters.hub_names import SHORT_NAMES, is_hub_id
+from converters.hub_stream import ShardStream
 
 # what an adapter's repository may hold of use; weights of other layouts are looked at only if these have none
 _ADAPTER_WEIGHTS = (*PEFT_WEIGHTS, "peanut_theta.safetensors")
@@ -19,31 +19,38 @@ _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base that now lies in `folder`. `note` says what was taken where that was a choice."""
+    """A base that now lies in `folder`, its weights perhaps in `stream`.
+
+    `note` says what was taken where that was a choice.
+    """
 
     folder: Path
     repo_id: str | None = None
     revision: str | None = None
     note: str | None = None
+    stream: ShardStream | None = None
 
 
-def find_base(base: str, revision: str | None = None, token: str | None = None) -> BaseSource:
+def find_base(base: str, revision: str | None = None, token: str | None = None, stream: bool = False) -> BaseSource:
     """Resolve `--base`: a folder of that name wins, then the short names, then the Hub.
 
     Args:
         base: folder, short name (`llama2-7b`, ...) or Hub id (`user/model`).
         revision: branch, tag or commit on the Hub.
         token: Hub token; by default the one huggingface-hub finds (HF_TOKEN, `hf auth login`).
+        stream: leave the weights on the Hub for now.
 
     Raises:
         CheckpointError: no such folder, and the name cannot be a Hub id.
-        OptionError: `revision` for a local folder.
+        OptionError: `revision` or `stream` for a local folder.
         HubError: the download failed.
     """
     folder = Path(base).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise OptionError(f"--revision {revision} has no meaning for the local folder {base}")
+        if stream:
+            raise OptionError(f"--stream has no meaning for the local folder {base}; wanted a Hub id")
         shadows = base in SHORT_NAMES
         note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
         return BaseSource(folder, note=note)
@@ -52,9 +59,10 @@ def find_base(base: str, revision: str | None = None, token: str | None = None) 
     repo_id = SHORT_NAMES.get(base, base)
     if not is_hub_id(repo_id):
         raise CheckpointError(f"no folder {base}, and this is no Hub id; check the path")
-    path = _download(repo_id, revision, token)
+    path = _download(repo_id, revision, token, weights=not stream)
     note = f"base: {base} is {repo_id} on the Hub, revision {path.name}" if repo_id != base else None
-    return BaseSource(path, repo_id, path.name, note)
+    shards = ShardStream(repo_id, path.name, token) if stream else None
+    return BaseSource(path, repo_id, path.name, note, shards)
 
 
 def find_adapter(adapter: str, revision: str | None = None, token: str | None = None) -> AdapterSource:
@@ -77,7 +85,7 @@ def find_adapter(adapter: str, revision: str | None = None, token: str | None = 
         return AdapterSource(path)
     if "/" not in adapter or not is_hub_id(adapter):
         raise LayoutError(f"{adapter} is not there; wanted the folder of a trained adapter, its weights, or a Hub id")
-    with _hub_errors(adapter, revision):
+    with hub_errors(adapter, revision):
         from huggingface_hub import snapshot_download
 
         wanted = [*_ADAPTER_FILES, *_ADAPTER_WEIGHTS, *COMPANION_PATTERNS]
@@ -87,15 +95,17 @@ def find_adapter(adapter: str, revision: str | None = None, token: str | None = 
     return AdapterSource(folder, adapter, folder.name)
 
 
-def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """The cached snapshot with just what a merge reads: config, companions, safetensors."""
-    small = ["config.json", INDEX_FILE, SINGLE_FILE, *COMPANION_PATTERNS]
-    with _hub_errors(repo_id, revision):
+def _download(repo_id: str, revision: str | None, token: str | None, weights: bool) -> Path:
+    """The cached snapshot with just what a merge reads: config, companions, safetensors, a mark of a merge."""
+    small = ["config.json", INDEX_FILE, MANIFEST_NAME, *COMPANION_PATTERNS]
+    if weights:
+        small.append(SINGLE_FILE)
+    with hub_errors(repo_id, revision):
         from huggingface_hub import snapshot_download
 
         folder = _snapshot(repo_id, revision, token, small, "config.json")
         index = folder / INDEX_FILE
-        if index.is_file() and not (folder / SINGLE_FILE).is_file():
+        if weights and index.is_file() and not (folder / SINGLE_FILE).is_file():
             shards = sorted(set(read_weight_map(index).values()))
             if not all((folder / shard).is_file() for shard in shards):
                 snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
@@ -114,39 +124,3 @@ def _snapshot(repo_id: str, revision: str | None, token: str | None, patterns: l
         if not isinstance(found, str):
             raise
         return Path(found).parent
-
-
-@contextmanager
-def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a `HubError` that says what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"{repo_id}@{revision}" if revision else repo_id
-    try:
-        yield
-    except GatedRepoError:
-        raise HubError(
-            f"{where} is gated: accept its licence on the Hub, then pass --token or set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise HubError(
-            f"no folder '{repo_id}' here and no such model on the Hub; check the name, "
-            "or pass --token if it is private"
-        ) from None
-    except RevisionNotFoundError:
-        raise HubError(f"{repo_id} has no revision '{revision}' on the Hub") from None
-    except LocalEntryNotFoundError as error:
-        cause = str(error).splitlines()[0]
-        raise HubError(
-            f"no folder '{repo_id}' here, and {where} is neither whole in the local cache nor "
-            f"to be had from the Hub ({cause})"
-        ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HubError(f"fetching {where} from the Hub failed: {cause}") from None
