@@ -15,18 +15,17 @@ from torch import Tensor
 from converters import model_config
 from converters.activations import ACTIVATIONS, NEGATIVE_SLOPE
 from converters.adapter_source import CONFIG_NAME, PEFT_WEIGHTS
-from converters.architecture import AUTO_CLASSES, Architecture, build_architecture
+from converters.architecture import Architecture, build_architecture
 from converters.checkpoint import MANIFEST_NAME
 from converters.errors import ConversionError, OutputError, VerificationError
 from converters.identity import write_base_record
 from converters.json_files import write_json
 from converters.layouts import load_adapter
 from converters.manifest import provenance
+from converters.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
 from converters.plan import Plan
 from converters.publish import check_output, staged
 from converters.tweaker import Orientation, Tweaker
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +62,10 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
     tweakers = _tweakers(plan)
     settings = _common_settings(tweakers)
     arch = build_architecture(plan.config, plan.config["architectures"][0])
-    modules = {arch.canonical(name).removesuffix(".weight"): tweaker for name, tweaker in tweakers.items()}
-    saved = {arch.canonical(t.name): plan.head.saved_tensor(t.saved) for t in plan.tensors if t.saved is not None}
-    config = _config(plan, arch, settings, sorted(modules), _saved_modules(arch, saved))
-    check_output(Path(output), overwrite, plan.base.folder, plan.head.path)
+    modules = {module_name(arch, name): tweaker for name, tweaker in tweakers.items()}
+    saved = saved_tensors(plan, arch)
+    config = _config(plan, arch, settings, sorted(modules), saved_modules(arch, saved))
+    check_output(Path(output), overwrite, (plan.base.folder, plan.head.path))
     return PeftAdapterPlan(plan, Path(output), config, modules, saved)
 
 
@@ -85,7 +84,7 @@ def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -
             if labels is not None:
                 write_json(staging / "labels.json", labels)
             write_base_record(staging, plan.base)
-            write_json(staging / MANIFEST_NAME, provenance(plan))
+            write_json(staging / MANIFEST_NAME, provenance(plan, plan.base.fingerprint))
             _check_written(staging, converted.modules)
     except OSError as error:
         raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
@@ -133,33 +132,13 @@ def _common_settings(tweakers: dict[str, Tweaker]) -> dict[str, Any]:
     return settings
 
 
-def _saved_modules(arch: Architecture, saved: dict[str, Tensor]) -> list[str]:
-    """The modules_to_save. Raises `ConversionError` if only a part of one was trained."""
-    modules = set()
-    for name in saved:
-        top = name.split(".")[0]
-        modules.add(name.rpartition(".")[0] if top == arch.prefix else top)
-    for module in modules:
-        if missing := sorted(n for n in arch.shapes if n.startswith(f"{module}.") and n not in saved):
-            raise ConversionError(
-                f"PEFT saves modules whole, and the adapter has only a part of {module} ({missing[0]} is not in it)"
-            )
-    return sorted(modules)
-
-
 def _config(
     plan: Plan, arch: Architecture, settings: dict[str, Any], targets: list[str], saved: list[str]
 ) -> dict[str, Any]:
     """The adapter_config.json (`peft/tuners/peanut/config.py`, `PeanutConfig`)."""
-    task_type = plan.head.task_type
-    known = task_type in AUTO_CLASSES and task_type != "IMAGE_CLS"
     return {
+        **base_facts(plan, arch),
         "peft_type": "PEANUT",
-        "task_type": task_type if known else None,
-        "auto_mapping": None if known else {"base_model_class": arch.name, "parent_library": "transformers"},
-        "base_model_name_or_path": plan.base.repo_id or plan.base.name,
-        "revision": plan.base.revision,
-        "inference_mode": True,
         **settings,
         "target_modules": targets,
         "exclude_modules": None,
@@ -171,9 +150,9 @@ def _config(
 
 
 def _state_dict(modules: dict[str, Tweaker], saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in saved.items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     for module, tweaker in modules.items():
-        at = f"{_PREFIX}{module}.peanut_"
+        at = f"{PREFIX}{module}.peanut_"
         tensors |= {f"{at}A.weight": tweaker.a, f"{at}B.weight": tweaker.b}
         tensors |= {f"{at}encoders.{i}.weight": e for i, e in enumerate(tweaker.encoders)}
         tensors |= {f"{at}decoders.{i}.weight": d for i, d in enumerate(tweaker.decoders)}
