@@ -1,1 +1,5 @@
-"""Serving of PEANuT task variants. The converters it builds on are in `converters`."""
+"""Serve PEANuT adapters: by name on vLLM (`peanut-serve`, or vLLM with this package installed), and offline."""
+
+from peanut_serve.offline import LoraRequests
+
+__all__ = ["LoraRequests"]

@@ -1,0 +1,53 @@
+"""What vLLM finds through its entry points; see `register`."""
+
+import logging
+import multiprocessing
+import os
+
+from peanut_serve.settings import ADAPTERS, Settings
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+_RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+def register() -> None:
+    """`vllm.general_plugins`: vLLM calls this in the server, the engine and every worker, sometimes twice.
+
+    Mends LoRA on the CPU. Where PEANUT_ADAPTERS is set, serves PEANuT adapters by name.
+    """
+    _mend_cpu_lora()
+    if os.environ.get(ADAPTERS) and multiprocessing.parent_process() is None:
+        _serve_adapters()
+
+
+def _mend_cpu_lora() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    name = "peanut_serve.vllm_plugin.cpu_lora.GroupedPunicaWrapperCPU"
+    setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: name))  # noqa: B010
+
+
+def _serve_adapters() -> None:
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    if "peanut" in LoRAResolverRegistry.get_supported_resolvers():
+        return
+    from peanut_serve.vllm_plugin.live_adapters import watch
+    from peanut_serve.vllm_plugin.resolver import PeanutResolver
+
+    resolver = PeanutResolver(Settings.read())
+    LoRAResolverRegistry.register_resolver("peanut", resolver)
+    watch(resolver)
+    if _RUNTIME_LORA not in os.environ:
+        _resolve_without_routes()
+
+
+def _resolve_without_routes() -> None:
+    """Let vLLM ask resolvers, without the routes that load any path a client names."""
+    from vllm.entrypoints.serve.lora import api_router
+
+    os.environ[_RUNTIME_LORA] = "1"
+    api_router.attach_router = lambda app: None
