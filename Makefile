@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test test-gpu lint bench bench-merge bench-serving soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -16,17 +16,28 @@ test: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	$(VENV)/bin/python -m pytest
 
+test-gpu: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m gpu
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.test
+bench: bench-merge bench-serving
+
+bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
-	$(VENV)/bin/python benchmarks/merge_vs_peft.py
+	rm -f build/bench/results.jsonl
+	$(VENV)/bin/python benchmarks/merge.py
+
+bench-serving: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	$(VENV)/bin/python benchmarks/serving.py
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak
+	PEANUT_SOAK=1 $(VENV)/bin/python -m pytest tests/test_serving_soak.py
 
 clean:
 	rm -rf build $(VENV)
