@@ -19,6 +19,7 @@ from peft import PeanutConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import peanut_serve.cli
 from converters import cli
 
 # `make soak` takes the longer one
@@ -122,7 +123,11 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`run` in this process: all but the start of the interpreter and the imports, which take seconds."""
-    mains = {"peanut-merge": cli.merge_main, "peanut-inspect": cli.inspect_main}
+    mains = {
+        "peanut-merge": cli.merge_main,
+        "peanut-inspect": cli.inspect_main,
+        "peanut-serve": peanut_serve.cli.main,
+    }
 
     def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

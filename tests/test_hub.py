@@ -26,13 +26,22 @@ def hub(pair: Pair, tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
+def hub_settings(hub: Hub, pair: Pair) -> dict[str, str]:
+    cache = str(pair.output.parent / "cache")
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_CACHE": cache,
+        "HF_ASSETS_CACHE": f"{cache}-assets",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
 def merge_from(
     hub: Hub, pair: Pair, base: str, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    cache = str(pair.base.parent / "cache")
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     arguments = ("--base", base, "--adapter", pair.adapter, "-o", pair.output, "--json", *options)
-    return run("peanut-merge", *arguments, **{**settings, **environment})
+    return run("peanut-merge", *arguments, **{**hub_settings(hub, pair), **environment})
 
 
 @pytest.mark.parametrize("base", ["org/single", "org/sharded"])
@@ -135,10 +144,8 @@ def test_an_unreachable_hub(hub: Hub, pair: Pair) -> None:
 
 
 def merge_adapter(hub: Hub, pair: Pair, adapter: str, *options: str) -> subprocess.CompletedProcess[str]:
-    cache = str(pair.output.parent / "cache")
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     arguments = ("--base", pair.base, "--adapter", adapter, "-o", pair.output, "--json", *options)
-    return run("peanut-merge", *arguments, **settings)
+    return run("peanut-merge", *arguments, **hub_settings(hub, pair))
 
 
 def test_an_adapter_from_the_hub(hub: Hub, pair: Pair) -> None:
@@ -174,6 +181,5 @@ def test_an_adapter_of_another_layout_from_the_hub(hub: Hub, pair: Pair, tmp_pat
 
 def test_the_base_of_a_hub_adapter_is_not_recorded_in_the_cache(hub: Hub, pair: Pair) -> None:
     hub.models["user/gsm8k"] = pair.adapter
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(pair.base.parent / "cache"), "HF_HUB_OFFLINE": "0"}
-    done = run("peanut-inspect", "user/gsm8k", "--base", pair.base, "--record-base", **settings)
+    done = run("peanut-inspect", "user/gsm8k", "--base", pair.base, "--record-base", **hub_settings(hub, pair))
     assert "can be recorded in an adapter's own folder only" in done.stderr

@@ -1,11 +1,15 @@
 """A run that is killed leaves no output folder, or a complete one."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from safetensors.torch import load_file
 
 from converters import merge
 
-KILLS = 32
+KILLS = 200
 
 
 @pytest.fixture(scope="module")
@@ -30,83 +34,105 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return pair
 
 
-# Imports are most of a short run and hold nothing to break: the merge starts when the parent says so.
-CHILD = """
-import sys
-from converters import merging
+# Imports are most of a short run and hold nothing to break: one process has done them, and forks for every merge.
+FORKING = """
+import json, os, sys
+from converters import executor, merging, verify  # all that a merge imports
 print("ready", flush=True)
-sys.stdin.readline()
-merging.merge(*sys.argv[1:4], overwrite=True)
+for line in sys.stdin:
+    arguments, options = json.loads(line)
+    if (child := os.fork()) == 0:
+        try:
+            merging.merge(*arguments, **options)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def kill_at(work: Pair, seconds: float, how: signal.Signals) -> bool:
-    """Start a merge, kill it after a while; whether it had already ended."""
-    command = [sys.executable, "-c", CHILD, work.base, work.adapter, work.output]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdin is not None
-        child.stdout.readline()
-        child.stdin.write("go\n")
-        child.stdin.flush()
+class Forker:
+    """Starts merges, and kills them."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", FORKING]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def kill_at(self, work: Pair, seconds: float, **options: object) -> bool:
+        """Start a merge, kill it after a while; whether it had already ended."""
+        arguments = [str(work.base), str(work.adapter), str(work.output)]
+        self.process.stdin.write(json.dumps([arguments, options]) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
         time.sleep(seconds)
-        ended = child.poll() is not None
-        child.send_signal(how)
-    return ended
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        status = int(self.process.stdout.readline())
+        assert status in (0, -signal.SIGKILL)
+        return status == 0
+
+
+@pytest.fixture
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.process.kill()
+    forker.process.communicate()
 
 
 def snapshot(folder: Path) -> dict[str, bytes] | None:
-    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else None
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} if folder.exists() else None
 
 
 def looks_like_a_model(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
-def test_killed_at_random_moments(work: Pair) -> None:
-    start = time.perf_counter()
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_at_random_moments(work: Pair, forker: Forker, resume: bool) -> None:
+    """No output, or the whole one, byte for byte; with `resume` every run goes on with what the killed ones left."""
     merge(work.base, work.adapter, work.output)
-    duration = time.perf_counter() - start
     whole = snapshot(work.output)
     assert whole is not None
-    for path in work.output.iterdir():
-        path.unlink()
-    work.output.rmdir()
-    moments, limit = random.Random(7), duration
+    shutil.rmtree(work.output)
+    moments, limit = random.Random(7), 1.0
     seen = {"none": 0, "complete": 0}
-    for _ in range(KILLS):
-        ended = kill_at(work, moments.uniform(0, limit), signal.SIGKILL)
+    for _ in range(KILLS // 2):
+        ended = forker.kill_at(work, moments.uniform(0, limit), resume=resume)
         limit *= 0.8 if ended else 1.25  # about every second run is hit, however fast the machine is
         found = snapshot(work.output)
-        assert found in (None, whole)  # byte for byte
+        assert found in (None, whole)
         seen["none" if found is None else "complete"] += 1
         for path in work.output.parent.iterdir():
             if path.name.startswith("."):  # what was left does not load as a model, unless it is the whole one
                 assert path.name == ".merged.peanut-staging"
                 assert not looks_like_a_model(path) or snapshot(path) == whole
         if found is not None:
-            for path in work.output.iterdir():
-                path.unlink()
-            work.output.rmdir()
-    assert seen["none"] >= 3, seen
-    assert seen["complete"] >= 1, seen
-    merge(work.base, work.adapter, work.output)  # what killed runs left is cleaned up
+            shutil.rmtree(work.output)
+    assert seen["none"] >= KILLS // 10, seen
+    assert seen["complete"] >= KILLS // 10, seen
+    merge(work.base, work.adapter, work.output, resume=resume)
     assert snapshot(work.output) == whole
     assert sorted(p.name for p in work.output.parent.iterdir()) == ["adapter", "base", "merged"]
+    shutil.rmtree(work.output)
 
 
-def test_a_killed_overwrite_leaves_the_old_or_the_new(work: Pair) -> None:
-    merge(work.base, work.adapter, work.output, overwrite=True, dtype="bf16")
+def test_a_killed_overwrite_leaves_the_old_or_the_new(work: Pair, forker: Forker) -> None:
+    merge(work.base, work.adapter, work.output, dtype="bf16")
     old = snapshot(work.output)
     moments = random.Random(8)
-    for _ in range(8):
-        kill_at(work, moments.uniform(0, 1.0), signal.SIGKILL)
+    for _ in range(20):
+        forker.kill_at(work, moments.uniform(0, 1.0), overwrite=True)
         found = snapshot(work.output)
         assert found is not None
         if found != old:
             assert load_file(work.output / "model.safetensors")["lm_head.weight"].dtype is torch.float32
             assert json.loads((work.output / "config.json").read_text())["dtype"] == "float32"
             merge(work.base, work.adapter, work.output, overwrite=True, dtype="bf16")
+    shutil.rmtree(work.output)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

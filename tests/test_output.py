@@ -176,7 +176,7 @@ def test_overwrite_replaces_at_the_end_only(pair: Pair, monkeypatch: pytest.Monk
     (pair.output / "mine.txt").write_text("x")
     before = content(pair.output)
     with pytest.raises(OutputError, match="disk on fire; it is as it was before"), monkeypatch.context() as patch:
-        patch.setattr("converters.executor.build_model_card", raise_error(OSError("disk on fire")))
+        patch.setattr("converters.draft.build_model_card", raise_error(OSError("disk on fire")))
         merge(pair.base, pair.adapter, pair.output, overwrite=True, dtype="bf16")
     assert content(pair.output) == before
     merge(pair.base, pair.adapter, pair.output, overwrite=True, dtype="bf16")

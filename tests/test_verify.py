@@ -9,9 +9,9 @@ import torch
 from conftest import Pair
 from safetensors.torch import load_file, save_file
 
-from converters import Orientation, executor, load_adapter, merge, prepare_merge, run_merge
+from converters import Orientation, draft, load_adapter, merge, prepare_merge, run_merge, shard_writer
 from converters.errors import VerificationError
-from converters.evaluation import Factors
+from converters.evaluation import Update
 
 
 def test_reports_what_it_checked(pair: Pair) -> None:
@@ -24,16 +24,16 @@ def test_reports_what_it_checked(pair: Pair) -> None:
 
 
 def damaged(pair: Pair, change: Callable[[dict[str, torch.Tensor]], object], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Merge with the written file damaged before it is verified; the message."""
-    verify = executor.verify_output
+    """Merge with the written file damaged before its header is verified; the message."""
+    check = draft.check_headers
 
-    def damage_and_verify(folder: Path, *arguments: object) -> object:
+    def damage_and_check(folder: Path, *arguments: object) -> object:
         weights = load_file(folder / "model.safetensors")
         change(weights)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return verify(folder, *arguments)
+        return check(folder, *arguments)
 
-    monkeypatch.setattr(executor, "verify_output", damage_and_verify)
+    monkeypatch.setattr(draft, "check_headers", damage_and_check)
     with pytest.raises(VerificationError) as caught:
         merge(pair.base, pair.adapter, pair.output)
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]
@@ -41,10 +41,23 @@ def damaged(pair: Pair, change: Callable[[dict[str, torch.Tensor]], object], mon
 
 
 def test_a_flipped_bit_in_an_untouched_tensor(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flip(weights: dict[str, torch.Tensor]) -> None:
-        weights["lm_head.weight"].view(torch.int32)[50, 7] ^= 1
+    """Between writing and reading back."""
+    start_writeback = shard_writer.ShardWriter.start_writeback
 
-    assert "lm_head.weight: the bytes on the disk are not those" in damaged(pair, flip, monkeypatch)
+    def flip_and_start(self: shard_writer.ShardWriter, name: str) -> None:
+        start_writeback(self, name)
+        if name == "lm_head.weight":
+            place = self.places[name]
+            with place.file.open("r+b") as file:
+                file.seek(place.offset + 1001)
+                byte = file.read(1)
+                file.seek(place.offset + 1001)
+                file.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(shard_writer.ShardWriter, "start_writeback", flip_and_start)
+    with pytest.raises(VerificationError, match=r"lm_head.weight: the bytes on the disk are not those"):
+        merge(pair.base, pair.adapter, pair.output)
+    assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]
 
 
 def test_a_missing_tensor(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +76,7 @@ def test_a_wrong_formula(make_pair: Callable[..., Pair], dtype: torch.dtype, mon
     """What the executor writes consistently, but wrongly, is found by recomputing it."""
     pair = make_pair(dtype=dtype)
     plan = prepare_merge(pair.base, pair.adapter)
-    right = executor.merge_rows
-    monkeypatch.setattr(
-        executor, "merge_rows", lambda w, fs, s, d: right(w, [Factors(f.up * 1.01, f.down) for f in fs], s, d)
-    )
+    monkeypatch.setattr(Update, "up", lambda self, w0, start, right=Update.up: right(self, w0, start) * 1.01)
     with pytest.raises(VerificationError, match=r"recomputed numbers are wrong, for example .* was wanted"):
         run_merge(plan, pair.output)
     assert not pair.output.exists()

@@ -1,0 +1,124 @@
+"""What `peanut-serve` tells vLLM."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Pair, Run, run, save_adapter, tiny_llama
+from hub_server import serve_hub
+from test_hub import hub_settings
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from converters.errors import AdapterError
+from peanut_serve.adapter_roots import AdapterRoots
+from peanut_serve.launch_options import Found, find_adapters, vllm_options
+
+
+@pytest.fixture
+def tasks(pair: Pair, tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    shutil.copytree(pair.adapter, folder / "small")
+    save_adapter(tiny_llama(), folder / "large", r=40, target_modules=["down_proj"])
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_model.safetensors").write_bytes(b"no")
+    return folder
+
+
+def parsed(options: list[str]) -> object:
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+
+
+def test_ranks_and_slots_are_those_of_the_adapters(pair: Pair, tasks: Path) -> None:
+    found = find_adapters(AdapterRoots([tasks]))
+    assert found.ranks == {"large": 40, "small": 4}
+    assert set(found.broken) == {"broken"}
+    arguments = parsed(vllm_options(str(pair.base), found, []))
+    assert (arguments.model_tag, arguments.host, arguments.enable_lora) == (str(pair.base), "127.0.0.1", True)
+    assert (arguments.max_lora_rank, arguments.max_loras, arguments.max_cpu_loras) == (64, 2, 2)
+    assert arguments.lora_target_modules == ["down_proj", "q_proj", "v_proj"]
+    assert arguments.served_model_name == ["base"]
+
+
+def test_what_is_given_wins(pair: Pair, tasks: Path) -> None:
+    given = [
+        "--max-lora-rank=128",
+        "--host",
+        "0.0.0.0",
+        "--max_loras",
+        "5",
+        "--served-model-name",
+        "mine",
+        "--port",
+        "1",
+    ]
+    arguments = parsed(vllm_options(str(pair.base), find_adapters(AdapterRoots([tasks])), given))
+    assert (arguments.max_lora_rank, arguments.host, arguments.max_loras, arguments.port) == (128, "0.0.0.0", 5, 1)
+    assert arguments.max_cpu_loras is None  # vLLM's own: as many as max_loras
+    assert arguments.served_model_name == ["mine"]
+
+
+def test_no_adapters_yet_and_those_of_lm_head() -> None:
+    arguments = parsed(vllm_options("org/base", Found({}, frozenset(), {}), []))
+    assert (arguments.model_tag, arguments.max_lora_rank, arguments.max_loras) == ("org/base", 16, 1)
+    assert arguments.lora_target_modules is None
+    found = Found({"a": 4}, frozenset({"q_proj", "lm_head"}), {})
+    assert parsed(vllm_options("llama2-7b", found, [])).lora_target_modules is None
+    assert parsed(vllm_options("llama2-7b", found, [])).model_tag == "meta-llama/Llama-2-7b-hf"
+
+
+def test_many_adapters_share_slots() -> None:
+    found = Found({f"task-{i}": 8 for i in range(500)}, frozenset({"q_proj"}), {})
+    arguments = parsed(vllm_options("org/base", found, []))
+    assert (arguments.max_loras, arguments.max_cpu_loras) == (8, 64)
+
+
+def test_a_rank_that_vllm_does_not_serve() -> None:
+    with pytest.raises(AdapterError, match="the adapter b has rank 513, vLLM serves up to 512; merge it"):
+        vllm_options("org/base", Found({"a": 4, "b": 513}, frozenset(), {}), [])
+
+
+def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = run_here("peanut-serve", "--base", pair.base, "--adapters", tmp_path / "nothing")
+    assert (done.returncode, "neither a folder of adapters nor a Hub id" in done.stderr) == (1, True)
+    command = ("peanut-serve", "--base", pair.base, "--adapters", tasks)
+    done = run_here(*command, "--cache-size", "many")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 2)  # and the note of the broken adapter
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    done = run_here(*command)
+    assert "VLLM_PLUGINS is other, without peanut_serve; add it" in done.stderr
+    assert "note: broken will not be served: " in done.stderr
+
+
+def test_an_adapter_on_the_hub(pair: Pair) -> None:
+    with serve_hub({"me/style": pair.adapter}) as hub:
+        command = ("peanut-serve", "--base", pair.base, "--adapters", "me/style", "--dry-run")
+        done = run(*command, **hub_settings(hub, pair))
+    assert "adapters: me/style" in done.stdout, done.stderr
+
+
+def test_vllm_finds_the_plugin_and_its_routes_stay_shut(tasks: Path, tmp_path: Path) -> None:
+    """As in `PEANUT_ADAPTERS=... vllm serve`: what vLLM's own start does before it builds the server."""
+    script = """
+import json, os
+from vllm.plugins import load_general_plugins
+from vllm.lora.resolver import LoRAResolverRegistry
+load_general_plugins()
+from fastapi import FastAPI
+from vllm.entrypoints.serve.lora import api_router
+app = FastAPI()
+api_router.attach_router(app)
+routes = [route.path for route in app.routes if "lora" in route.path]
+print(json.dumps([sorted(LoRAResolverRegistry.get_supported_resolvers()), routes]))
+"""
+    for allowed, expected in ((None, False), ("1", True)):
+        environment = {**os.environ, "PEANUT_ADAPTERS": str(tasks), "PEANUT_CACHE": str(tmp_path / "cache")}
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": allowed} if allowed else {}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        resolvers, routes = json.loads(done.stdout.splitlines()[-1])
+        assert "peanut" in resolvers
+        assert bool(routes) == expected  # who asks vLLM for them gets them
