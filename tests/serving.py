@@ -65,6 +65,9 @@ def serving(base: Path, adapters: Path, folder: Path, *options: str, **variables
     try:
         _wait(server)
         yield server
+    except BaseException:
+        print(log.read_text()[-20_000:])  # pytest shows it beside what failed
+        raise
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -20,7 +20,8 @@ MIXES = {
 def wrapper(kind: type[PunicaWrapperCPU], mix: list[int], prefill: bool) -> PunicaWrapperCPU:
     made = kind(256, 256, torch.device("cpu"))
     mapping = LoRAMapping(tuple(mix), tuple(mix), is_prefill=prefill)
-    made.update_metadata(mapping, [11, 7, None, 9], SLOTS, 100)  # slot -> adapter
+    slots = [11, 7, None, 9]  # the adapter in each
+    made.update_metadata(mapping, slots, SLOTS + 1, 100)  # one more: so does vLLM's model_manager.py
     return made
 
 

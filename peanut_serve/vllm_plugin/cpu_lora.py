@@ -48,7 +48,7 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         self._of_samples = group_rows(self.sampler_indices)
         self._own = None
         if len(self._of_tokens) > 1 and len(slots) <= _FEW_TOKENS:
-            self._own = (slots[:, None] == torch.arange(max_loras)).float()
+            self._own = (slots[:, None] == torch.arange(len(lora_index_to_id))).float()
 
     def add_lora_linear(
         self,
