@@ -145,6 +145,27 @@ def test_a_replaced_adapter_answers_at_once_and_anew(server: Server, roots: Path
     assert "changing" not in {model.id for model in server.client.models.list()}
 
 
+def test_two_versions_in_one_batch(server: Server, roots: Path) -> None:
+    """A request in flight stays with the version it began with, beside requests for the new one."""
+    shutil.copytree(roots / "smollm2-json", roots / "flying")
+    long = {"extra_body": {"ignore_eos": True}}
+    old = answer(server.client, "smollm2-json", QUESTIONS[1], 150, **long)
+    new = answer(server.client, "smollm2-upper", QUESTIONS[1], 8)
+    chat = [{"role": "user", "content": QUESTIONS[1]}]
+    stream = server.client.chat.completions.create(
+        model="flying", messages=chat, temperature=0, max_tokens=150, stream=True, **long
+    )
+    pieces = [next(stream)]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(roots / "smollm2-upper" / name, roots / "flying" / name)
+    assert answer(server.client, "flying", QUESTIONS[1], 8) == new != old[: len(new)]
+    with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
+        assert b'vllm:num_requests_running{engine="0",model_name="smollm2-135m-instruct"} 1.0' in metrics.read()
+    pieces += stream
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == old
+    shutil.rmtree(roots / "flying")
+
+
 def refused(server: Server, roots: Path, name: str) -> str:
     """Why an adapter is not served; the server lives."""
     with pytest.raises(openai.BadRequestError) as error:

@@ -14,8 +14,12 @@ _RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 def register() -> None:
     """`vllm.general_plugins`: vLLM calls this in the server, the engine and every worker, sometimes twice.
 
-    Mends LoRA on the CPU. Where PEANUT_ADAPTERS is set, serves PEANuT adapters by name.
+    Mends LoRA: on the CPU, and where an adapter is replaced. Where PEANUT_ADAPTERS is set, serves PEANuT adapters by
+    name.
     """
+    from peanut_serve.vllm_plugin.lora_identity import tell_versions_apart
+
+    tell_versions_apart()
     _mend_cpu_lora()
     if os.environ.get(ADAPTERS) and multiprocessing.parent_process() is None:
         _serve_adapters()
