@@ -64,7 +64,7 @@ class PeanutResolver(LoRAResolver):
             if source is None:
                 return None
             start = time.perf_counter()
-            exported = await asyncio.to_thread(self._exporter(base_model_name).export, source)
+            exported = await _in_thread(self._exporter(base_model_name), source)
             self._check_limits(exported)
         except (PeanutError, OSError) as error:
             reason = " ".join(str(error).split())
@@ -103,6 +103,21 @@ class PeanutResolver(LoRAResolver):
         if reason is not None:
             exported.lease.release()
             raise RefusedByLimitsError(reason)
+
+
+async def _in_thread(exporter: LoraExporter, source: AdapterSource) -> Exported:
+    """Export without holding up the server. If the request is cancelled meanwhile, nobody holds what comes of it."""
+    exporting = asyncio.ensure_future(asyncio.to_thread(exporter.export, source))
+    try:
+        return await asyncio.shield(exporting)
+    except asyncio.CancelledError:
+        exporting.add_done_callback(_let_go)
+        raise
+
+
+def _let_go(exporting: "asyncio.Future[Exported]") -> None:
+    if not exporting.cancelled() and exporting.exception() is None:
+        exporting.result().lease.release()
 
 
 class RefusedByLimitsError(PeanutError):
