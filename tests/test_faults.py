@@ -154,10 +154,16 @@ def test_a_base_replaced_in_the_middle(pair: Pair, at_read: Callable[..., None])
 
 
 def test_an_adapter_that_changes(pair: Pair, at_read: Callable[..., None]) -> None:
+    """In place: truncated for a moment, it would be refused for that if another thread read just then."""
     file = pair.adapter / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-4:] = bytes(4)
-    at_read(40, lambda: file.write_bytes(data))
+
+    def overwrite() -> None:
+        with file.open("r+b") as opened:
+            opened.write(data)
+
+    at_read(40, overwrite)
     refused(pair, ThetaError, r"adapter_model.safetensors changed while it was merged")
 
 
