@@ -1,6 +1,6 @@
 """LoRA adapters beside base and merged checkpoint in vLLM: prefill and decode; and what evaluating an adapter takes.
 
-    make bench-serving                          (about 15 minutes; with 7B: 15 GB of disk)
+    make bench-serving                          (about 25 minutes; with 7B: 15 GB of disk)
     python benchmarks/serving.py --no-7b
 
 Every engine is a process of its own, on SmolLM2 in float32: 8 requests at once, of 128 tokens each (prefill: for one
