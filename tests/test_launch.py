@@ -94,6 +94,15 @@ def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     assert "note: broken will not be served: " in done.stderr
 
 
+def test_one_api_server(pair: Pair, tasks: Path, run_here: Run) -> None:
+    """Also where vLLM would start one for each data-parallel rank: adapters are resolved in one of them."""
+    found = find_adapters(AdapterRoots([tasks]))
+    assert parsed(vllm_options(str(pair.base), found, ["--data-parallel-size", "2"])).api_server_count == 1
+    assert parsed(vllm_options(str(pair.base), found, ["--headless"])).api_server_count is None
+    done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, "--api-server-count=2")
+    assert (done.returncode, "--api-server-count must be 1" in done.stderr) == (1, True)
+
+
 def test_an_adapter_on_the_hub(pair: Pair) -> None:
     with serve_hub({"me/style": pair.adapter}) as hub:
         command = ("peanut-serve", "--base", pair.base, "--adapters", "me/style", "--dry-run")
