@@ -11,7 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -146,24 +148,35 @@ def test_a_replaced_adapter_answers_at_once_and_anew(server: Server, roots: Path
 
 
 def test_two_versions_in_one_batch(server: Server, roots: Path) -> None:
-    """A request in flight stays with the version it began with, beside requests for the new one."""
+    """A request in flight stays with the version it began with, beside one for the new; others take their slots."""
     shutil.copytree(roots / "smollm2-json", roots / "flying")
-    long = {"extra_body": {"ignore_eos": True}}
-    old = answer(server.client, "smollm2-json", QUESTIONS[1], 150, **long)
-    new = answer(server.client, "smollm2-upper", QUESTIONS[1], 8)
-    chat = [{"role": "user", "content": QUESTIONS[1]}]
-    stream = server.client.chat.completions.create(
-        model="flying", messages=chat, temperature=0, max_tokens=150, stream=True, **long
-    )
-    pieces = [next(stream)]
+    old, new = (answer(server.client, task, QUESTIONS[1], 16) for task in ("smollm2-json", "smollm2-upper"))
+    assert old != new
+    streams = [flying(server)]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(roots / "smollm2-upper" / name, roots / "flying" / name)
-    assert answer(server.client, "flying", QUESTIONS[1], 8) == new != old[: len(new)]
+    streams.append(flying(server))
+    assert answer(server.client, "smollm2-math", QUESTIONS[2]) == "4 + 5 = 9. The answer is 9"
+    assert answer(server.client, "smollm2-json", QUESTIONS[1], 16) == old
     with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
-        assert b'vllm:num_requests_running{engine="0",model_name="smollm2-135m-instruct"} 1.0' in metrics.read()
-    pieces += stream
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == old
+        running = re.search(rb"vllm:num_requests_running{.*} (.*)", metrics.read())
+    assert float(running[1]) == 2  # they were in flight all the time
+    for stream, wanted in zip(streams, (old, new), strict=True):
+        assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices).startswith(wanted)
     shutil.rmtree(roots / "flying")
+
+
+def flying(server: Server) -> Iterator[Any]:
+    """Stream a long answer that has begun."""
+    stream = server.client.chat.completions.create(
+        model="flying",
+        messages=[{"role": "user", "content": QUESTIONS[1]}],
+        temperature=0,
+        max_tokens=300,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    return chain([next(stream)], stream)
 
 
 def refused(server: Server, roots: Path, name: str) -> str:
