@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import AdapterError, MissingDependencyError, OptionError, PeanutError
-from converters.hub_names import SHORT_NAMES
+from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
+from converters.hub_names import SHORT_NAMES, is_hub_id
 from converters.layouts import load_adapter
 from converters.lora_adapter import VLLM_RANKS
 from peanut_serve.adapter_roots import AdapterRoots
@@ -52,7 +52,9 @@ def find_adapters(roots: AdapterRoots) -> Found:
 def vllm_options(base: str, found: Found, given: Sequence[str]) -> list[str]:
     """The command line of `vllm serve`: what is needed, unless `given` has it, and then what is given.
 
-    Raises `AdapterError` when vLLM has no LoRA of such a rank.
+    Raises:
+        CheckpointError: the base is no folder, and cannot be a Hub id.
+        AdapterError: vLLM has no LoRA of such a rank.
     """
     rank = max([_LEAST_RANK, *found.ranks.values()])
     slots = min(max(len(found.ranks), 1), _MOST_SLOTS)
@@ -62,6 +64,8 @@ def vllm_options(base: str, found: Found, given: Sequence[str]) -> list[str]:
         raise AdapterError(f"the adapter {name} has rank {rank}, vLLM serves up to {VLLM_RANKS[-1]}; merge it")
     folder = Path(base).expanduser()
     model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
+    if not folder.is_dir() and not is_hub_id(model):
+        raise CheckpointError(f"no folder {base}, and this is no Hub id; check the path")
     defaults = {
         "--host": ["127.0.0.1"],
         "--served-model-name": [folder.resolve().name if folder.is_dir() else base],

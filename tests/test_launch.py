@@ -85,6 +85,8 @@ def test_a_rank_that_vllm_does_not_serve() -> None:
 def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = run_here("peanut-serve", "--base", pair.base, "--adapters", tmp_path / "nothing")
     assert (done.returncode, "neither a folder of adapters nor a Hub id" in done.stderr) == (1, True)
+    done = run_here("peanut-serve", "--base", tmp_path / "none", "--adapters", tasks, "--dry-run")
+    assert (done.returncode, "none, and this is no Hub id; check the path" in done.stderr) == (1, True)
     command = ("peanut-serve", "--base", pair.base, "--adapters", tasks)
     done = run_here(*command, "--cache-size", "many")
     assert (done.returncode, done.stderr.count("\n")) == (1, 2)  # and the note of the broken adapter
