@@ -34,6 +34,7 @@ bench-merge: $(VENV)/.test
 bench-serving: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	$(VENV)/bin/python benchmarks/serving.py
+	$(VENV)/bin/python benchmarks/lora_operators.py
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak
