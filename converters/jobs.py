@@ -1,6 +1,6 @@
 """The jobs of a merge: each writes, and checks, everything that is made of one tensor of the base."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,16 +10,13 @@ from torch import Tensor
 
 from converters.byte_copy import SourceError, copy_file
 from converters.draft import Draft
-from converters.errors import CheckpointError, NonFiniteError
-from converters.evaluation import Update, block_rows, merge_rows
-from converters.finite import all_finite
+from converters.errors import CheckpointError
 from converters.journal import Written
-from converters.plan import Plan
-from converters.tensor_file import FLOAT_DTYPES, TensorInfo
+from converters.tensor_blocks import unchanged_blocks, updated_blocks
+from converters.tensor_file import TensorInfo
 from converters.tensor_plan import TensorPlan
-from converters.tensor_reader import TensorReader
 from converters.verify import verify_tensor
-from converters.worker import EVALUATION_DTYPE, Worker
+from converters.worker import Worker
 
 
 class Output:
@@ -188,58 +185,12 @@ class FileJob:
 
 def _write_updated(source: TensorInfo, outputs: Sequence[Output], worker: Worker) -> None:
     """`W0 + Σ f(W0; θ)` for each output."""
-    updates = [
-        [
-            Update(output.draft.plan.tweaker(term), source.shape[1], EVALUATION_DTYPE, worker.device)
-            for term in output.tensor.terms
-        ]
-        for output in outputs
-    ]
-    first = [update for several in updates for update in several if update.needs_pass]
-    if first:
-        for start, w0 in worker.wide_blocks(source):
-            for update in first:
-                update.see(w0, start)
-        for update in first:
-            update.settle()
-    for start, w0 in worker.wide_blocks(source):
-        for output, several in zip(outputs, updates, strict=True):
-            block = w0 if output is outputs[-1] else worker.copy_of(w0)
-            merged = merge_rows(block, several, start)
-            output.put(_finite(worker.rounded(merged, FLOAT_DTYPES[output.tensor.dtype]), output.tensor))
+    merges = [(output.draft.plan, output.tensor) for output in outputs]
+    for index, merged in updated_blocks(source, merges, worker):
+        outputs[index].put(merged)
 
 
 def _write_unchanged(output: Output, worker: Worker) -> None:
     for block in unchanged_blocks(output.tensor, output.draft.plan, worker.reader):
         worker.check_stopped()
         output.put(block)
-
-
-def unchanged_blocks(tensor: TensorPlan, plan: Plan, reader: TensorReader) -> Iterator[Tensor]:
-    """A tensor of the base or of the adapter that is written in another dtype, in blocks of rows.
-
-    Raises `NonFiniteError` when the numbers do not fit the dtype.
-    """
-    if tensor.source is not None:
-        blocks = reader.row_blocks(tensor.source, block_rows(tensor.source.row_size))
-    elif tensor.saved is not None:
-        blocks = plan.head.saved_blocks(tensor.saved)
-    else:
-        raise ValueError(f"{tensor.name}: neither saved nor from the base")
-    for block in blocks:
-        yield _cast(block, tensor)
-
-
-def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
-    cast = numbers.to(FLOAT_DTYPES[tensor.dtype]).contiguous()
-    return cast if not all_finite(numbers) else _finite(cast, tensor)  # an Inf of the base stays one
-
-
-def _finite(merged: Tensor, tensor: TensorPlan) -> Tensor:
-    if not all_finite(merged):
-        cure = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
-        raise NonFiniteError(
-            f"{tensor.name}: merged weights do not fit {tensor.dtype} (NaN, or larger than "
-            f"{torch.finfo(merged.dtype).max:g}){cure}"
-        )
-    return merged

@@ -93,8 +93,20 @@ def plan_lora_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
         overwrite: replace an earlier output of this toolkit.
 
     Raises:
-        ConversionError: LoRA cannot say what the adapter does, or vLLM could not serve it; the message says why.
+        ConversionError: see `as_lora`.
         OutputExistsError: the folder exists, or contains an input.
+    """
+    converted = as_lora(plan, Path(output))
+    inputs = [plan.base.folder, *(weighted.adapter.path for weighted in plan.adapters)]
+    check_output(Path(output), overwrite, inputs)
+    return converted
+
+
+def as_lora(plan: Plan, output: Path) -> LoraAdapterPlan:
+    """A planned merge as a LoRA adapter. Looks at no output.
+
+    Raises:
+        ConversionError: LoRA cannot say what the adapter does, or vLLM could not serve it; the message says why.
     """
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     modules = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
@@ -120,9 +132,7 @@ def plan_lora_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
         "init_lora_weights": True,
     }
     dtype = DTYPE_OPTIONS[plan.options["dtype"]] or "F32"
-    inputs = [plan.base.folder, *(weighted.adapter.path for weighted in plan.adapters)]
-    check_output(Path(output), overwrite, inputs)
-    return LoraAdapterPlan(plan, Path(output), dtype, config, modules, saved)
+    return LoraAdapterPlan(plan, output, dtype, config, modules, saved)
 
 
 def write_lora_adapter(

@@ -11,10 +11,10 @@ from converters.adapter import Weighted
 from converters.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from converters.errors import BaseMismatchError, CheckpointError, VerificationError
 from converters.evaluation import block_rows
-from converters.jobs import unchanged_blocks
 from converters.json_files import read_json
 from converters.manifest import build_manifest
 from converters.plan import Plan, plan_merge
+from converters.tensor_blocks import unchanged_blocks
 from converters.tensor_file import TensorInfo
 from converters.tensor_plan import TensorPlan
 from converters.tensor_reader import TensorReader

@@ -102,6 +102,10 @@ class TensorReader:
         for start in range(0, info.shape[0], rows):
             yield self._rows(info, start, min(rows, info.shape[0] - start))
 
+    def whole(self, info: TensorInfo) -> Tensor:
+        """A copy of a floating tensor."""
+        return self._read(info, 0, info.nbytes).clone().view(info.torch_dtype).reshape(info.shape)
+
     def row(self, info: TensorInfo, index: int) -> Tensor:
         """One row of a floating tensor."""
         return self._rows(info, index, 1)[0]
