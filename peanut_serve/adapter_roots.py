@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import OptionError
+from converters.checkpoint import INDEX_FILE, SINGLE_FILE
+from converters.errors import LayoutError, OptionError, PeanutError
 from converters.hub_names import is_hub_id
+from converters.layouts import load_adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -73,6 +75,11 @@ class AdapterRoots:
             raise OptionError(f"the adapter {name} is there twice: {found[0]} and {found[1]}; rename one")
         return AdapterSource(name, found[0]) if found else None
 
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Whether something may be called so."""
+        return bool(_NAME.fullmatch(name)) or ("/" in name and is_hub_id(name))
+
     def names(self) -> list[str]:
         """Every name that can be asked for."""
         entries = {
@@ -90,3 +97,17 @@ def _candidates(folder: Path, name: str) -> Sequence[Path]:
     if inside.is_dir():
         return [inside] if any(path.suffix in _FILES for path in inside.iterdir()) else []
     return [path for path in (inside.with_name(name + ending) for ending in _FILES) if path.is_file()]
+
+
+def looks_merged(source: Path) -> bool:
+    """Whether a folder holds a whole model, with no θ in it."""
+    has_weights = (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file()
+    if not has_weights or not (source / "config.json").is_file():
+        return False
+    try:
+        load_adapter(source)
+    except LayoutError:
+        return True
+    except PeanutError:
+        pass  # θ, and something is wrong with it
+    return False

@@ -9,7 +9,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from vllm.config import VllmConfig
+from vllm.config import LoRAConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
@@ -90,19 +90,28 @@ class PeanutResolver(LoRAResolver):
             )
         return self._exporters[base]
 
+    def fits(self, r: int, kinds: frozenset[str]) -> bool:
+        """Whether vLLM was started with room for such an adapter; no if it was started without LoRA."""
+        limits = self._config.lora_config if self._config else None
+        return limits is not None and _refusal(limits, r, kinds) is None
+
     def _check_limits(self, exported: Exported) -> None:
         """Refuse what vLLM would refuse without saying why to the client, or would leave out in silence."""
         limits = self._config.lora_config if self._config else None
-        reason = None
-        if limits is not None and exported.r > limits.max_lora_rank:
-            reason = f"its rank is {exported.r}, and vLLM runs with --max-lora-rank {limits.max_lora_rank}"
-        elif limits is not None and limits.target_modules is not None:
-            allowed = {part for kind in limits.target_modules for part in _PACKED.get(kind, (kind,))}
-            if odd := sorted(exported.kinds - allowed):
-                reason = f"it updates {odd[0]}, and vLLM runs with --lora-target-modules without it"
+        reason = _refusal(limits, exported.r, exported.kinds) if limits is not None else None
         if reason is not None:
             exported.lease.release()
             raise RefusedByLimitsError(reason)
+
+
+def _refusal(limits: LoRAConfig, r: int, kinds: frozenset[str]) -> str | None:
+    if r > limits.max_lora_rank:
+        return f"its rank is {r}, and vLLM runs with --max-lora-rank {limits.max_lora_rank}"
+    if limits.target_modules is not None:
+        allowed = {part for kind in limits.target_modules for part in _PACKED.get(kind, (kind,))}
+        if odd := sorted(kinds - allowed):
+            return f"it updates {odd[0]}, and vLLM runs with --lora-target-modules without it"
+    return None
 
 
 async def _in_thread(exporter: LoraExporter, source: AdapterSource) -> Exported:

@@ -1,0 +1,128 @@
+"""Evaluated weights of recent variants in host memory, bounded: a repeated swap costs a copy, and no evaluation."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from converters.checkpoint import Checkpoint
+from converters.tensor_file import TensorInfo
+from peanut_serve.host_weights import HostMemoryError, HostWeights
+from peanut_serve.variant_versions import Version, host_copy
+
+
+class HostCache:
+    """Weights by digest. For one event loop; evaluation runs in threads, one at a time.
+
+    What is held or pinned stays; of the rest, the least recently used goes when there is no room.
+
+    Args:
+        limit: bytes.
+        evaluate: how a version becomes weights.
+    """
+
+    def __init__(self, limit: int, evaluate: Callable[[Version], HostWeights] = Version.evaluate) -> None:
+        self.limit = limit
+        self._evaluate = evaluate
+        self._weights: dict[str, HostWeights] = {}  # the least recently used first
+        self._holds: Counter[str] = Counter()
+        self._pins: set[str] = set()
+        self._evaluating = asyncio.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return sum(weights.nbytes for weights in self._weights.values())
+
+    def get(self, digest: str) -> HostWeights | None:
+        """The weights, if they are there."""
+        return self._weights.get(digest)
+
+    async def load(self, version: Version) -> HostWeights:
+        """The weights of a version, evaluated unless they are there. They may go as soon as nobody holds them.
+
+        Raises `HostMemoryError` when they do not fit beside those that have to stay, and what evaluation raises.
+        """
+        async with self._evaluating:
+            weights = self._weights.pop(version.digest, None)
+            if weights is None:
+                self._make_room(version)
+                weights = await asyncio.to_thread(self._evaluate, version)
+            self._weights[version.digest] = weights
+            return weights
+
+    @contextmanager
+    def holding(self, digest: str) -> Iterator[None]:
+        """The weights stay meanwhile, once they are there."""
+        self._holds[digest] += 1
+        try:
+            yield
+        finally:
+            self._holds[digest] -= 1
+
+    def pin(self, digest: str, pinned: bool) -> None:
+        """Keep weights for good, or no longer."""
+        if pinned:
+            self._pins.add(digest)
+        else:
+            self._pins.discard(digest)
+
+    def drop(self, digest: str) -> None:
+        """Let weights go, unless they are held."""
+        self._pins.discard(digest)
+        if digest in self._weights and not self._stays(digest):
+            self._weights.pop(digest).close()
+
+    def close(self) -> None:
+        """Let everything go."""
+        for weights in self._weights.values():
+            weights.close()
+        self._weights.clear()
+
+    def _stays(self, digest: str) -> bool:
+        return digest in self._pins or self._holds[digest] > 0
+
+    def _make_room(self, version: Version) -> None:
+        staying = sum(weights.nbytes for digest, weights in self._weights.items() if self._stays(digest))
+        if staying + version.nbytes > self.limit:
+            raise HostMemoryError(
+                f"the weights take {version.nbytes >> 20} MiB; --host-cache is {self.limit >> 20} MiB, of which "
+                f"{staying >> 20} MiB are in use or pinned; give it more, or unpin a variant"
+            )
+        for digest in [digest for digest in self._weights if not self._stays(digest)]:
+            if self.nbytes + version.nbytes <= self.limit:
+                return
+            self._weights.pop(digest).close()
+
+
+class BaseWeights:
+    """W0, to go back to: the base's files, or copies of those tensors that variants change.
+
+    Args:
+        base: the checkpoint.
+        on_host: copy to host memory what is asked for, before it is needed.
+    """
+
+    def __init__(self, base: Checkpoint, on_host: bool) -> None:
+        self._on_host = on_host
+        self._base = base
+        self._copies: list[HostWeights] = []
+        self.tensors: dict[str, TensorInfo] = dict(base.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copies."""
+        return sum(copy.nbytes for copy in self._copies)
+
+    async def prepare(self, names: Iterable[str]) -> None:
+        """Make sure that tensors can be read.
+
+        Raises `CheckpointError` when the base's files are not what they were, `HostMemoryError` without room.
+        """
+        copied = {name for copy in self._copies for name in copy.tensors}
+        if not self._on_host:
+            self._base.check_unchanged()
+        elif missing := [name for name in names if name not in copied]:
+            copy = await asyncio.to_thread(host_copy, self._base, missing)
+            self._copies.append(copy)
+            self.tensors |= copy.tensors
