@@ -41,7 +41,9 @@ class Canary:
 
     def distance(self, other: "Canary") -> float:
         """Largest difference of logprobs; infinite where others are not finite, or other tokens are likely."""
-        pairs = list(zip(self.logprobs, other.logprobs, strict=True))
+        if len(self.logprobs) != len(other.logprobs):
+            return math.inf
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
         differences = [abs(value - b.get(token, math.nan)) for a, b in pairs for token, value in a.items()]
         if not differences or not all(map(math.isfinite, differences)):
             return math.inf

@@ -133,15 +133,18 @@ class Catalogue:
         """
         variant = self._own(name)
         async with variant.lock:
-            earlier = [known for known in variant.record.previous if digest is None or known.startswith(digest)]
+            known = list(variant.record.previous)
+            if variant.error is not None and variant.record.digest is not None:
+                known.insert(0, variant.record.digest)  # what it stood for until its files broke
+            earlier = [one for one in known if digest is None or one.startswith(digest)]
             if not earlier:
-                known = ", ".join(known[:12] for known in variant.record.previous) or "none"
-                raise VariantError(f"{name} has no such earlier version; it has {known}")
-            source, _ = await asyncio.to_thread(self._look, variant)
+                listed = ", ".join(one[:12] for one in known) or "none"
+                raise VariantError(f"{name} has no such earlier version; it has {listed}")
+            source, state = await asyncio.to_thread(self._look, variant)
             version = await asyncio.to_thread(self._reopen, variant, source, earlier[0])
             if version is None:
                 raise VariantError(f"version {earlier[0][:12]} of {name} cannot be had any more")
-            await self._move(variant, version, variant.record.seen)
+            await self._move(variant, version, state)
         return variant
 
     def register(self, name: str, source: str) -> Variant:
@@ -179,8 +182,7 @@ class Catalogue:
 
     def remember_active(self, name: str) -> None:
         """Remember what an operator has activated."""
-        self.records = self.records.model_copy(update={"active": name})
-        self._save({})
+        self._save({}, active=name)
 
     def _own(self, name: str) -> Variant:
         variant = self.find(name)
@@ -223,7 +225,8 @@ class Catalogue:
         old = variant.record
         previous = [digest for digest in [old.digest, *old.previous] if digest not in (None, version.digest)]
         moved = old.model_copy(update={"digest": version.digest, "previous": previous[:_PREVIOUS], "seen": state})
-        self._save({variant.name: moved})
+        if self._variants.get(variant.name) is variant:  # else it was unregistered meanwhile, and serves a last time
+            self._save({variant.name: moved})
         variant.record, variant.version, variant.error = moved, version, None
         logger.info("variant=%s digest=%s kind=%s", variant.name, version.digest[:12], version.kind.value)
 
@@ -252,11 +255,11 @@ class Catalogue:
             return None
         return version if version.digest == digest else None
 
-    def _save(self, changed: Mapping[str, Record | None]) -> None:
+    def _save(self, changed: Mapping[str, Record | None], **others: str) -> None:
         """Remember changed records, None for one to forget; nothing changes in memory unless they are on the disk."""
         old = self.records.variants
         variants = {name: record for name, record in {**old, **changed}.items() if record is not None}
-        records = self.records.model_copy(update={"variants": variants})
+        records = self.records.model_copy(update={"variants": variants, **others})
         self._store.save(records)
         self.records = records
         self._store.forget(all_digests(old) - all_digests(variants))

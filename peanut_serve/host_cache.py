@@ -43,6 +43,10 @@ class HostCache:
 
         Raises `HostMemoryError` when they do not fit beside those that have to stay, and what evaluation raises.
         """
+        # a thread cannot be stopped: if its caller goes away meanwhile, what it evaluates is kept all the same
+        return await asyncio.shield(self._load(version))
+
+    async def _load(self, version: Version) -> HostWeights:
         async with self._evaluating:
             weights = self._weights.pop(version.digest, None)
             if weights is None:
@@ -107,6 +111,7 @@ class BaseWeights:
         self._on_host = on_host
         self._base = base
         self._copies: list[HostWeights] = []
+        self._copying = asyncio.Lock()
         self.tensors: dict[str, TensorInfo] = dict(base.tensors)
 
     @property
@@ -119,10 +124,15 @@ class BaseWeights:
 
         Raises `CheckpointError` when the base's files are not what they were, `HostMemoryError` without room.
         """
-        copied = {name for copy in self._copies for name in copy.tensors}
-        if not self._on_host:
+        if self._on_host:
+            await asyncio.shield(self._copy(names))  # as above
+        else:
             self._base.check_unchanged()
-        elif missing := [name for name in names if name not in copied]:
-            copy = await asyncio.to_thread(host_copy, self._base, missing)
-            self._copies.append(copy)
-            self.tensors |= copy.tensors
+
+    async def _copy(self, names: Iterable[str]) -> None:
+        async with self._copying:
+            copied = {name for copy in self._copies for name in copy.tensors}
+            if missing := [name for name in names if name not in copied]:
+                copy = await asyncio.to_thread(host_copy, self._base, missing)
+                self._copies.append(copy)
+                self.tensors |= copy.tensors

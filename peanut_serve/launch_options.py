@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
+from converters.checkpoint import open_checkpoint
 from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
 from converters.hub_names import SHORT_NAMES, is_hub_id
 from converters.layouts import load_adapter
@@ -106,6 +107,8 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     if mode != "merged":
         defaults |= _lora_options(mode, found)
     if mode != "lora":
+        if folder.is_dir():
+            open_checkpoint(folder)  # a quantised base, or none, is refused before vLLM starts
         if odd := sorted(own & _NOT_SWAPPED):
             raise OptionError(f"{odd[0]} does not go with --mode {mode}: there is one set of weights to swap")
         defaults |= {"--worker-extension-cls": [_WORKER], "--shutdown-timeout": [_SHUTDOWN_SECONDS]}

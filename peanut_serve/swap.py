@@ -16,17 +16,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NoReturn, Protocol
 
 from converters.tensor_file import TensorInfo
+from peanut_serve import swap_metrics as metrics
 from peanut_serve.canary import Canary
 from peanut_serve.host_weights import HostWeights
 from peanut_serve.serving_errors import EngineDownError, SwapError
 from peanut_serve.variant_versions import LoadedModel, Version, places_of
 
 logger = logging.getLogger("vllm.peanut_serve")
+
+
+class EngineDiedError(SwapError):
+    """The engine died before anything was applied, and was restarted: nothing speaks against the version."""
 
 
 class Phase(str, Enum):
@@ -124,6 +129,7 @@ class Swapper:
         self._engine, self._model, self._base_places = engine, model, base_places
         self._base = self.active = Loaded(base)
         self._canaries = {base.digest: canary}
+        self._tolerance = canary.tolerance
         self.restarts = 0
 
     def changes(self, target: Loaded) -> list[TensorInfo]:
@@ -140,7 +146,8 @@ class Swapper:
             quiesce: returns when no request is in the engine.
 
         Raises `SwapError`: it failed, and the engine computes with what it did before, or with the base after a
-        restart (see `active`). Raises `EngineDownError`: not even that was possible.
+        restart (see `active`); `EngineDiedError` if the version has no part in that. Raises `EngineDownError`: not
+        even that was possible.
         """
         report, places = Report(), self.changes(target)
         report.tensors, report.nbytes = len(places), sum(place.nbytes for place in places)
@@ -164,6 +171,7 @@ class Swapper:
             self.active = self._base
             try:
                 self.restarts += 1
+                metrics.RESTARTS.inc()
                 await self._engine.restart()
                 await self._check(self._base)
             except Exception as error:
@@ -182,17 +190,21 @@ class Swapper:
 
     async def _check(self, target: Loaded) -> None:
         """Hold the canary against what the version answered before; the first time, it has only to be sound."""
-        found = await self._engine.ask_canary()
+        found = replace(await self._engine.ask_canary(), tolerance=self._tolerance)
         known = self._canaries.get(target.version.digest, found)
         known.check(found)
         self._canaries[target.version.digest] = known
 
     async def _stay(self, error: Exception, report: Report) -> NoReturn:
         """Nothing was applied yet."""
-        if self._engine.is_dead:
+        try:
+            if self._engine.is_dead:
+                raise EngineDownError("the engine has died")
+            await self._engine.resume()
+        except Exception as failure:
+            logger.error("the engine does not go on, restarting it: %s", failure)
             report.seconds |= (await self.heal()).seconds
-            raise SwapError(f"the engine died before the swap, and was restarted: {error}") from error
-        await self._engine.resume()
+            raise EngineDiedError(f"the engine died before the swap, and was restarted: {error}") from error
         raise SwapError(f"the engine could not be stopped for the swap: {error}") from error
 
     async def _roll_back(self, target: Loaded, error: Exception, report: Report) -> NoReturn:

@@ -112,6 +112,8 @@ class _Exchange:
                     return "disconnected"
                 self._admit(self._admitted)
                 self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
+                if self._is_aborted:  # before there was anything to cancel
+                    self._answering.cancel()
                 await self._finish(self._answering)
                 return "aborted" if self._is_aborted else str(self._status)
         finally:
@@ -194,7 +196,7 @@ def _variant_of(body: bytes, server: VariantServer) -> str:
     """What the request wants: `model` of the body, the base where there is none, as in vLLM."""
     try:
         value = json.loads(body or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RequestBodyError("the body is no JSON, so it does not say which variant is wanted") from None
     name = value.get("model") if isinstance(value, dict) else None
     if name is not None and not isinstance(name, str):

@@ -19,7 +19,7 @@ from peanut_serve.host_cache import BaseWeights, HostCache
 from peanut_serve.scheduling import Policy, PriceEstimate, View, next_look, next_variant
 from peanut_serve.self_test import LearningEngine
 from peanut_serve.serving_errors import EngineDownError, SwapError
-from peanut_serve.swap import Loaded, Phase, Report, Swapper
+from peanut_serve.swap import EngineDiedError, Loaded, Phase, Report, Swapper
 from peanut_serve.swap_settings import SwapSettings
 from peanut_serve.variant_store import VariantStore
 from peanut_serve.variant_versions import FitsLora, Kind, LoadedModel, Version
@@ -83,7 +83,7 @@ class VariantServer:
         roots: AdapterRoots,
         store: VariantStore,
         fits_lora: FitsLora | None,
-        on_active: Callable[[str], None],
+        on_active: Callable[[str], None] | None = None,
     ) -> None:
         base = swapper.active.version
         self.settings = settings
@@ -97,7 +97,7 @@ class VariantServer:
         self.base = base
         self.cache = HostCache(settings.host_cache)
         self.catalogue = Catalogue(base_names, base, roots, store, model, settings.device, fits_lora, self._prepare)
-        self._on_active = on_active
+        self._on_active = on_active or (lambda digest: None)
         self._wake = asyncio.Event()
         self.gate = Gate(base.digest, self._wake.set)
         self.places = Places(settings.max_queue)
@@ -111,7 +111,7 @@ class VariantServer:
         self._pause = _FIRST_PAUSE
         self._driver: asyncio.Task[None] | None = None
         self._is_stopping = False
-        on_active(base.digest)
+        self._on_active(base.digest)
 
     async def start(self) -> None:
         """Evaluate what is to be there from the start, and serve from now on. Raises `PeanutError`."""
@@ -266,12 +266,13 @@ class VariantServer:
         queues = self.gate.queues()
         metrics.WAITING.set(sum(len(queue.arrivals) for queue in queues))
         metrics.READY.set(self.is_ready)
-        if self._engine.is_dead:
+        if self._engine.is_dead or self.state == "failed":
             await self._heal()
             return
         active = self.swapper.active.version.digest
         view = View(time.monotonic(), active, self.gate.since, len(self.gate.running), queues, self._price.seconds)
-        wanted = next((d for d in self._wanted if d != active), None) or next_variant(view, self._policy)
+        operator = (d for d in self._wanted if d != active and d not in self._failures)
+        wanted = next(operator, None) or next_variant(view, self._policy)
         if wanted != active:
             await self._swap_to(wanted)
             return
@@ -291,6 +292,8 @@ class VariantServer:
                 if version.kind is not Kind.BASE and target.weights is None:
                     raise SwapError("its weights are not on the host any more")
                 report = await self.swapper.swap(target, lambda: self.gate.drain(self.settings.patience))
+            except EngineDiedError as error:
+                logger.error("%s; the requests for %s go on waiting", error, label)
             except SwapError as error:
                 self._failures[digest] = (time.monotonic(), error)
                 metrics.SWAPS.labels(label, "failed").inc()
@@ -340,7 +343,6 @@ class VariantServer:
         self.state, self.detail = "restarting", "the engine died, and is started again"
         metrics.READY.set(0)
         await self.gate.drain(patience=5.0)
-        metrics.RESTARTS.inc()
         try:
             report = await self.swapper.heal()
         except EngineDownError as error:

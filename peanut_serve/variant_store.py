@@ -129,10 +129,12 @@ class VariantStore:
         is_folder = copy.is_dir()
         temporary = copy if is_folder else copy.parent
         kept = self.folder / "theta" / digest
-        if kept.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
+        try:
             temporary.rename(kept)
+        except OSError:
+            if not kept.is_dir():
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)  # it is there already, perhaps by another name
         return kept if is_folder else kept / copy.name
 
     def discard(self, copy: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ QUESTIONS = (
     "What color is grass?",
     "Tom has 4 apples and gets 5 more. How many apples does Tom have now?",
 )
+
+
+PROGRAM = Path(sys.executable).parent / "peanut-serve"
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,24 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PEANUT_CACHE": str(folder / "evaluated")}
 
 
-@contextmanager
-def serving(base: Path, adapters: Path, folder: Path, *options: str, **variables: str) -> Iterator[Server]:
-    """Start `peanut-serve` and wait until it answers; stop it at the end."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = Path(sys.executable).parent / "peanut-serve"
-    command = [program, "--base", base, "--adapters", adapters, "--port", str(port), *options]
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    base: Path,
+    adapters: Path,
+    folder: Path,
+    *options: str,
+    program: Sequence[str | Path] = (PROGRAM,),
+    **variables: str,
+) -> Iterator[Server]:
+    """Start `peanut-serve` and wait until it answers; stop it at the end."""
+    port = free_port()
+    command = [*program, "--base", base, "--adapters", adapters, "--port", str(port), *options]
     log = folder / "server.log"
     with log.open("wb") as into:
         process = subprocess.Popen(
@@ -74,6 +87,15 @@ def serving(base: Path, adapters: Path, folder: Path, *options: str, **variables
             process.wait(60)
         finally:
             process.kill()
+
+
+def kill(server: Server, name: str) -> None:
+    """SIGKILL a process of the server's, by the name that vLLM gives it."""
+    pids = [server.process.pid]
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+    os.kill(next(pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_text().startswith(name)), signal.SIGKILL)
 
 
 def _wait(server: Server) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from admin_server import KEY, FakeControl, serving_app
 from conftest import JSON_ADAPTER, ROOT, Pair, Run, run, save_adapter, tiny_llama
 from golden import GLUE, VISION
 from hub_server import serve_hub
@@ -19,13 +20,15 @@ from test_hub import hub_settings
 from transformers import ViTForImageClassification
 
 import converters
+from peanut_serve.admin import admin_app
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 ALL_COMMANDS = [found for found in re.findall(r"`(peanut-[^`]+)`", README) if " " in found]
 HUB_COMMANDS = [command for command in ALL_COMMANDS if "--stream" in command or "--push-to-hub" in command]
-SERVE_COMMANDS = [command for command in ALL_COMMANDS if command.startswith("peanut-serve ")]
-COMMANDS = [command for command in ALL_COMMANDS if command not in (*HUB_COMMANDS, *SERVE_COMMANDS)]
+CTL_COMMANDS = [command for command in ALL_COMMANDS if command.startswith("peanut-serve ctl ")]
+SERVE_COMMANDS = [c for c in ALL_COMMANDS if c.startswith("peanut-serve ") and c not in CTL_COMMANDS]
+COMMANDS = [c for c in ALL_COMMANDS if c not in (*HUB_COMMANDS, *SERVE_COMMANDS, *CTL_COMMANDS)]
 
 
 def save_lora_named(folder: Path, shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> None:
@@ -116,12 +119,32 @@ def test_the_commands_that_need_a_hub(folders: Path, pair: Pair) -> None:
 
 
 def test_the_commands_that_serve(folders: Path, run_here: Run) -> None:
-    """What they tell vLLM; test_serving.py starts the one in the text."""
+    """What they tell vLLM; test_serving.py starts one."""
     shutil.copytree(folders / "gsm8k", folders / "tasks" / "gsm8k")
     for command in SERVE_COMMANDS:
         done = run_here(*shlex.split(command), "--dry-run")
-        assert "adapters: gsm8k" in done.stdout, done.stderr
+        assert "variants: gsm8k" in done.stdout, done.stderr
         assert "vllm serve llama2-7b --host 127.0.0.1" in done.stdout
+        assert ("--worker-extension-cls" in done.stdout) == ("--mode" in command)
+        assert ("--enable-lora" in done.stdout) == ("merged" not in command)
+
+
+def test_the_commands_that_control(monkeypatch: pytest.MonkeyPatch, run_here: Run) -> None:
+    """Beside an admin API; test_swapping.py has the one of a server with an engine."""
+    monkeypatch.setenv("PEANUT_ADMIN_KEY", KEY)
+    with serving_app(admin_app(FakeControl(), KEY)) as url:
+        monkeypatch.setenv("PEANUT_ADMIN_URL", url)
+        for command in CTL_COMMANDS:
+            done = run_here(*shlex.split(command))
+            assert done.returncode == 0, done.stderr
+
+
+def test_the_server_in_the_text(smollm2: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the block for merged variants tells vLLM; test_swapping.py starts such a server."""
+    monkeypatch.chdir(ROOT)
+    command = next(text for kind, text in BLOCKS if kind == "sh" and "--mode merged" in text)
+    done = run_here(*shlex.split(command), "--dry-run")
+    assert "variants: smollm2-json, smollm2-math, smollm2-upper" in done.stdout, done.stderr
 
 
 def test_every_layout_stands_in_the_table() -> None:

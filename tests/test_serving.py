@@ -259,7 +259,7 @@ def test_the_offline_example(smollm2: Path, tmp_path: Path) -> None:
 
 def test_the_readme(smollm2: Path, tmp_path: Path) -> None:
     """Its two commands, with another port."""
-    serve, curl = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    serve, curl, _ = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     command = shlex.split(serve)
     assert command[:2] == ["peanut-serve", "--base"]
     assert (ROOT / command[2]).samefile(smollm2)

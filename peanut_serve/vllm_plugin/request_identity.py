@@ -66,18 +66,18 @@ def _count(name: str, output: RequestOutput, generated: int) -> None:
 
 
 class PrefixSalts:
-    """Keeps the variants' prefixes apart in vLLM's prefix cache.
-
-    Attributes:
-        active: digest whose weights the engine has: no request for others is in it.
-    """
+    """Keeps the variants' prefixes apart in vLLM's prefix cache."""
 
     def __init__(self, client: AsyncLLM) -> None:
-        self.active = ""
+        self._active = ""
         self._assign = client.input_processor.assign_request_id
         client.input_processor.assign_request_id = self._assign_salted  # type: ignore[method-assign]
 
+    def activate(self, digest: str) -> None:
+        """The engine has these weights from now on; no request for others is in it."""
+        self._active = digest
+
     def _assign_salted(self, request: EngineCoreRequest) -> None:
         """`InputProcessor.assign_request_id`, which every request passes; with the client's salt, if it gave one."""
-        request.cache_salt = f"{self.active}:{request.cache_salt or ''}"
+        request.cache_salt = f"{self._active}:{request.cache_salt or ''}"
         self._assign(request)

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from functools import partial
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -103,11 +102,11 @@ async def _build(settings: SwapSettings, client: AsyncLLM, args: Namespace) -> V
     swapper = Swapper(engine, model, base_weights.tensors, base_version(base), canary)
     name_variants_in_responses()
     count_tokens(client)
-    salts = PrefixSalts(client)
+    salts = PrefixSalts(client) if settings.prefix_cache == "salted" else None
     names = args.served_model_name or [args.model]
     return VariantServer(
         settings, engine, model, swapper, base_weights, names, AdapterRoots(settings.roots),
-        VariantStore(settings.state), _fits_lora(settings), partial(setattr, salts, "active"),
+        VariantStore(settings.state), _fits_lora(settings), salts.activate if salts is not None else None,
     )  # fmt: skip
 
 
