@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
@@ -25,7 +26,8 @@ T = TypeVar("T")
 
 # an engine that does not answer for so long hangs; loading a large model from a slow disk takes minutes
 _PATIENCE_SECONDS = 600.0
-_CANARY_TOKENS, _CANARY_PROMPT = 2, 24
+_LOOK_SECONDS = 0.2
+_CANARY_TOKENS, _CANARY_PROMPT = 1, 24
 _MOST_LOGPROBS = 20
 
 
@@ -47,7 +49,8 @@ class SwapEngine:
 
     async def pause(self) -> None:
         """Nothing is scheduled from now on; what runs has finished. The caches stay, see `invalidate`."""
-        await self._within(self._client.pause_generation(mode="wait", clear_cache=False))
+        # not by pause_generation, which sleeps for 20 ms so that clients get their last outputs before it returns
+        await self._within(self._client.engine_core.pause_scheduler_async(mode="wait", clear_cache=False))
 
     async def resume(self) -> None:
         """Schedule again."""
@@ -65,7 +68,7 @@ class SwapEngine:
     async def invalidate(self) -> None:
         """Empty the prefix cache, unless salts keep variants apart in it, and the caches of encoders."""
         if not self._keeps_prefixes and not await self._within(self._client.reset_prefix_cache(reset_connector=True)):
-            raise EngineDownError("vLLM did not reset its prefix cache: something still runs", 1)
+            raise EngineDownError("vLLM did not reset its prefix cache: something still runs")
         await self._within(self._client.reset_mm_cache())
         await self._within(self._client.reset_encoder_cache())
 
@@ -111,8 +114,15 @@ class SwapEngine:
         client._run_output_handler()  # type: ignore[no-untyped-call]
 
     async def _within(self, call: Awaitable[T]) -> T:
+        """What a call returns. vLLM leaves one for ever without an answer when the engine dies meanwhile."""
+        task, deadline = asyncio.ensure_future(call), time.monotonic() + _PATIENCE_SECONDS
         try:
-            return await asyncio.wait_for(call, _PATIENCE_SECONDS)
-        except asyncio.TimeoutError:
-            await asyncio.to_thread(self._client.engine_core.shutdown)
-            raise EngineDownError(f"the engine did not answer for {_PATIENCE_SECONDS:.0f} s", 30) from None
+            while not (await asyncio.wait([task], timeout=_LOOK_SECONDS))[0]:
+                if self.is_dead:
+                    raise EngineDownError("the engine has died")
+                if time.monotonic() > deadline:
+                    await asyncio.to_thread(self._client.engine_core.shutdown)
+                    raise EngineDownError(f"the engine did not answer for {_PATIENCE_SECONDS:.0f} s")
+            return task.result()
+        finally:
+            task.cancel()

@@ -114,24 +114,23 @@ def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
 
 
 class _Maps:
-    """The anonymous files that this worker has mapped; a file that stays mapped costs a swap no page faults."""
+    """Files in host memory that this worker has mapped: what stays mapped costs the next swap no page faults."""
 
     def __init__(self) -> None:
-        self._maps: dict[tuple[str, int], Tensor] = {}
+        self._maps: dict[tuple[str, int], Tensor] = {}  # by path and inode: a path of /proc is used again
 
-    def keep_only(self, files: set[str]) -> None:
-        """Unmap the others, so that their memory is given back."""
-        self._maps = {key: mapped for key, mapped in self._maps.items() if key[0] in files}
+    def refresh(self) -> None:
+        """Unmap what the server has closed, so that its memory is given back."""
+        for path, inode in [key for key in self._maps if _inode(key[0]) != key[1]]:
+            _unpin(self._maps.pop((path, inode)))
 
-    def view(self, info: TensorInfo) -> Tensor:
-        """The tensor, without a copy."""
-        file = str(info.file)
-        with info.file.open("rb") as opened:
-            key = (file, os.fstat(opened.fileno()).st_ino)  # a path of /proc may be another file's by now
+    def whole(self, file: Path) -> Tensor:
+        """All bytes of a file."""
+        with file.open("rb") as opened:
+            key = (str(file), os.fstat(opened.fileno()).st_ino)
             if key not in self._maps:
                 self._maps[key] = _map(opened.fileno())
-        data = self._maps[key][info.offset : info.offset + info.nbytes]
-        return data.view(info.torch_dtype).reshape(info.shape)
+        return self._maps[key]
 
 
 _maps = _Maps()
@@ -144,19 +143,43 @@ def _map(descriptor: int) -> Tensor:
         warnings.simplefilter("ignore")  # that it is not writable is the point
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
     if torch.cuda.is_available():
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        code = runtime.cudaHostRegister(whole.data_ptr(), whole.nbytes, _READ_ONLY_REGISTERED)
+        code = _cuda_runtime().cudaHostRegister(whole.data_ptr(), whole.nbytes, _READ_ONLY_REGISTERED)
         if int(code) != 0:
             logger.warning("cannot pin %d MiB of host memory (%s); swaps copy more slowly", whole.nbytes >> 20, code)
     return whole
 
 
+def _unpin(whole: Tensor) -> None:
+    """Before a file is unmapped."""
+    if torch.cuda.is_available():
+        _cuda_runtime().cudaHostUnregister(whole.data_ptr())  # an error if it could not be pinned, which is no harm
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino  # noqa: PTH116
+    except OSError:
+        return None
+
+
 @contextmanager
 def _source(infos: Sequence[TensorInfo]) -> Iterator[Callable[[TensorInfo], Tensor]]:
-    """What reads tensors: from memory of the server's where they are there, else from the disk."""
-    _maps.keep_only({str(info.file) for info in infos})
+    """What reads tensors: without a copy where they are in the server's memory, else from the disk."""
+    _maps.refresh()
+    mapped = {file: _maps.whole(file) for file in {info.file for info in infos} if file.is_relative_to("/proc")}
     with TensorReader() as reader:
-        yield lambda info: _maps.view(info) if info.file.is_relative_to("/proc") else reader.whole(info)
+
+        def read(info: TensorInfo) -> Tensor:
+            if info.file not in mapped:
+                return reader.whole(info)
+            data = mapped[info.file][info.offset : info.offset + info.nbytes]
+            return data.view(info.torch_dtype).reshape(info.shape)
+
+        yield read
 
 
 @contextmanager
