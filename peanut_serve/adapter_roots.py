@@ -83,11 +83,17 @@ class AdapterRoots:
     def names(self) -> list[str]:
         """Every name that can be asked for."""
         entries = {
-            entry.stem if entry.suffix in _FILES else entry.name for f in self.folders for entry in f.iterdir()
+            entry.stem if entry.suffix in _FILES else entry.name
+            for folder in self.folders
+            if folder.is_dir()
+            for entry in folder.iterdir()
         }
-        return sorted(name for name in entries if _NAME.fullmatch(name) and self._is_there(name)) + self.hub_ids
+        return sorted(filter(self.is_there, entries)) + self.hub_ids
 
-    def _is_there(self, name: str) -> bool:
+    def is_there(self, name: str) -> bool:
+        """Whether something has that name, perhaps in two folders."""
+        if not _NAME.fullmatch(name):
+            return name in self.hub_ids
         return any(path for folder in self.folders for path in _candidates(folder, name))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters.errors import PeanutError
+from converters.errors import OptionError, PeanutError
 from converters.hub import find_adapter
 from peanut_serve.adapter_roots import AdapterRoots, AdapterSource, State, looks_merged
 from peanut_serve.serving_errors import TryLaterError, UnknownVariantError, VariantError, VariantNameError
@@ -86,7 +86,7 @@ class Catalogue:
         if name in self.bases:
             return self.bases[name]
         variant = self._variants.get(name)
-        if variant is None and self._roots.find(name) is not None:
+        if variant is None and self._roots.is_there(name):
             variant = self._variants[name] = Variant(name, Record(source=name))
         if variant is None or variant.record.hidden:
             raise UnknownVariantError(f"there is no variant {name}; there are {', '.join(self.names())}")
@@ -149,8 +149,9 @@ class Catalogue:
 
     def register(self, name: str, source: str) -> Variant:
         """Give something in the roots a name. Raises `VariantNameError`, `VariantError`."""
-        taken = name in self.bases or (name in self._variants and not self._variants[name].record.hidden)
-        if taken or (name != source and self._roots.find(name) is not None):
+        is_hidden = name in self._variants and self._variants[name].record.hidden
+        taken = name in self.bases or (name in self._variants and not is_hidden)
+        if taken or (self._roots.find(name) is not None and not (is_hidden and name == source)):
             raise VariantNameError(f"{name} is a variant already; choose another name")
         if not self._roots.is_name(name):
             raise VariantNameError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 128")
@@ -191,7 +192,10 @@ class Catalogue:
         return variant
 
     def _look(self, variant: Variant) -> tuple[AdapterSource, State]:
-        source = self._roots.find(variant.record.source)
+        try:
+            source = self._roots.find(variant.record.source)
+        except OptionError as error:  # in two folders
+            raise VariantError(str(error)) from None
         state = source.state() if source is not None else ()
         if source is None or not state:
             raise UnknownVariantError(f"the files of {variant.name} are gone")

@@ -4,10 +4,12 @@ import asyncio
 from datetime import datetime, timezone
 from pathlib import Path
 
+from converters.errors import OptionError
 from peanut_serve.adapter_roots import looks_merged
 from peanut_serve.catalogue import Variant
 from peanut_serve.control import EngineStatus, VariantState, VariantStatus
 from peanut_serve.serving_errors import VariantInUseError
+from peanut_serve.swap_driver import SwapUsage
 from peanut_serve.variant_server import Usage, VariantServer
 from peanut_serve.variant_versions import Kind
 
@@ -29,7 +31,7 @@ class VariantControl:
         """One of them."""
         server = self._server
         variant = server.catalogue.find(name)
-        usage = server.usage.get(name, Usage())
+        usage, swaps = server.usage.get(name, Usage()), server.driver.usage.get(name, SwapUsage())
         digest = variant.version.digest if variant.version is not None else variant.record.digest
         weights = server.cache.get(digest) if digest is not None else None
         ran = sum(ticket.digest == digest for ticket in server.gate.running)
@@ -46,9 +48,9 @@ class VariantControl:
             waiting=server.gate.waiting(digest) if digest is not None else 0,
             requests=usage.requests,
             last_used=datetime.fromtimestamp(usage.last_used, timezone.utc) if usage.last_used is not None else None,
-            swaps=usage.swaps,
-            last_swap_seconds=usage.last_swap_seconds,
-            error=variant.error or server.failure(digest),
+            swaps=swaps.swaps,
+            last_swap_seconds=swaps.last_seconds,
+            error=variant.error or server.driver.failure(digest),
         )
 
     def engine(self) -> EngineStatus:
@@ -56,14 +58,14 @@ class VariantControl:
         server = self._server
         digest = server.swapper.active.version.digest
         return EngineStatus(
-            state=server.state,
+            state=server.driver.state,
             active=server.catalogue.name_of(digest) or digest[:12],
             digest=digest,
             restarts=server.swapper.restarts,
             host_cache_bytes=server.cache.nbytes,
             host_cache_limit=server.cache.limit,
-            swap_seconds={phase.value: seconds for phase, seconds in server.last_report.seconds.items()},
-            detail=server.detail,
+            swap_seconds={phase.value: seconds for phase, seconds in server.driver.last_report.seconds.items()},
+            detail=server.driver.detail,
         )
 
     async def register(self, name: str, source: str) -> VariantStatus:
@@ -100,7 +102,7 @@ class VariantControl:
         """Read its source again."""
         variant = await self._server.catalogue.reload(name)
         if variant.version is not None:
-            self._server.forgive(variant.version.digest)
+            self._server.driver.forgive(variant.version.digest)
         await self._prepare(name)
         return self.variant(name)
 
@@ -129,7 +131,7 @@ class VariantControl:
         server = self._server
         if variant.name in self._preparing:
             return VariantState.PREPARING
-        if variant.error is not None or server.failure(digest) is not None:
+        if variant.error is not None or server.driver.failure(digest) is not None:
             return VariantState.FAILED
         if digest == server.swapper.active.version.digest:
             return VariantState.ACTIVE
@@ -141,6 +143,9 @@ class VariantControl:
 def _kind(variant: Variant, server: VariantServer) -> Kind:
     if variant.version is not None:
         return variant.version.kind
-    source = server.roots.find(variant.record.source)
+    try:
+        source = server.roots.find(variant.record.source)
+    except OptionError:  # in two folders
+        source = None
     is_merged = source is not None and isinstance(source.spec, Path) and looks_merged(source.spec)
     return Kind.CHECKPOINT if is_merged else Kind.ADAPTER

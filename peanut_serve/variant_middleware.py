@@ -40,7 +40,8 @@ class VariantMiddleware:
     Args:
         app: what answers.
         find_server: the server, once it is there.
-        admit: told of the request that is being handled, in its context; of None, for one that needs no weights.
+        admit: told of the request that is being handled, in its context; of None, for one that needs the
+            names, and no weights.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class VariantMiddleware:
         elif scope["method"] == "POST" and not scope["path"].endswith(_WITHOUT_WEIGHTS):
             await _Exchange(self._app, self._find_server(), self._admit, scope, receive, send).run()
         else:
-            self._admit(None)
+            if scope["method"] == "POST" or scope["path"].endswith("/models"):
+                self._admit(None)
             await self._app(scope, receive, send)
 
 
@@ -115,6 +117,8 @@ class _Exchange:
                 if self._is_aborted:  # before there was anything to cancel
                     self._answering.cancel()
                 await self._finish(self._answering)
+                if not self._status:
+                    return "disconnected"
                 return "aborted" if self._is_aborted else str(self._status)
         finally:
             await _cancel(gone)

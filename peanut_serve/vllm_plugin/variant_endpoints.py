@@ -60,7 +60,7 @@ class VariantEndpoints:
 
         def admit(request: Admitted | None) -> None:
             admitted.set(request)
-            _list_variants(server(), app.state.openai_serving_models)
+            _list_variants(server(), app.state.openai_serving_models, request)
 
         app.add_middleware(VariantMiddleware, find_server=server, admit=admit)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ class VariantEndpoints:
         @app.get("/ready", summary="Whether requests can be answered, now or after a swap")
         async def ready() -> JSONResponse:
             one = server()
-            answer = {"state": one.state, "detail": one.detail}
+            answer = {"state": one.driver.state, "detail": one.driver.detail}
             if one.is_ready:
                 return JSONResponse(answer)
             return JSONResponse(answer, 503, headers={"Retry-After": "5"})
@@ -84,7 +84,7 @@ class VariantEndpoints:
         state.peanut_variants = server
         _stop_with(server, engine_client)
         await server.start()
-        _list_variants(server, state.openai_serving_models)
+        _list_variants(server, state.openai_serving_models, None)
         if settings.admin_port is not None:
             app = admin_app(VariantControl(server), os.environ[KEY_VARIABLE])
             listener = bind(settings.admin_host, settings.admin_port)
@@ -117,12 +117,14 @@ def _fits_lora(settings: SwapSettings) -> FitsLora | None:
     return fits
 
 
-def _list_variants(server: VariantServer, models: OpenAIServingModels) -> None:
-    """Let vLLM know the names, except of those that it finds itself, as LoRA."""
+def _list_variants(server: VariantServer, models: OpenAIServingModels, request: Admitted | None) -> None:
+    """Let vLLM know a request's name, or all; but not those that it finds itself, as LoRA."""
     path = models.base_model_paths[0].model_path
-    models.base_model_paths[:] = [
-        BaseModelPath(name=name, model_path=path) for name in server.catalogue.names() if not _is_lora(server, name)
-    ]
+    known = {base.name for base in models.base_model_paths}
+    if request is not None and (request.name in known) != (request.version.kind is Kind.LORA):
+        return
+    names = [name for name in server.catalogue.names() if not _is_lora(server, name)]
+    models.base_model_paths[:] = [BaseModelPath(name=name, model_path=path) for name in names]
 
 
 def _is_lora(server: VariantServer, name: str) -> bool:
