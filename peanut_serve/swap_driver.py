@@ -94,6 +94,12 @@ class SwapDriver:
         """There is something to decide on."""
         self._wake.set()
 
+    def notice_death(self) -> None:
+        """Let nobody to an engine that has just died."""
+        if self._engine.is_dead:
+            self._gate.close()
+            self.wake()
+
     def know(self, version: Version) -> None:
         """A version may be asked for; its weights are on the host."""
         self._versions[version.digest] = version

@@ -148,6 +148,7 @@ class VariantServer:
                     await self._prepare(version)  # it may have gone before it was held
                     ticket = Ticket(self._weights_of(version), arrival, abort)
                     self.driver.check(ticket.digest)
+                    self.driver.notice_death()
                     await self.gate.enter(ticket)
                     waiting.close()
                     try:

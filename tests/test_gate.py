@@ -322,6 +322,26 @@ def test_pinned_weights_stay(run_rig: RunRig) -> None:
     run_rig(test, host_cache=2 * SIZE, pin=("v1",))
 
 
+def test_weights_that_are_needed_are_held(run_rig: RunRig) -> None:
+    """Those that requests wait for, and the active ones, to go back to."""
+
+    async def test(rig: Rig) -> None:
+        rig.engine.go.clear()
+        tasks = [await rig.asking("base"), await rig.asking("v1")]
+        for name in ("v2", "v3", "v2"):
+            await rig.server.current(name)  # takes the other place
+        rig.engine.go.set()
+        await asyncio.gather(*tasks)
+        for name in ("v3", "v2"):
+            await rig.server.current(name)
+        rig.engine.fail("apply")
+        with pytest.raises(SwapError, match="the swap failed and was rolled back"):
+            await rig.ask("v2")
+        assert identity(rig.engine.weights) == rig.expected["v1"]
+
+    run_rig(test, host_cache=2 * SIZE, max_wait=60)
+
+
 def test_what_is_preloaded(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         states = [VariantControl(rig.server).variant(name).state for name in ("v1", "v2")]
@@ -576,6 +596,8 @@ def test_a_request_that_is_ended_before_it_runs(run_rig: RunRig) -> None:
         assert call.admitted == []
         for ticket in rig.server.gate.running:
             ticket.abort()
+        await until(lambda: call.task.done() or rig.engine.running > 0)
+        assert rig.engine.running == 0
         assert await call.refusal() == (503, "EngineDownError", "1")
         assert not rig.server.gate.running
 
