@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-gpu lint bench bench-merge bench-serving soak clean
+.PHONY: demo test test-gpu lint bench bench-merge bench-serving bench-swapping soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -24,7 +24,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-serving
+bench: bench-merge bench-serving bench-swapping
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -35,6 +35,11 @@ bench-serving: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	$(VENV)/bin/python benchmarks/serving.py
 	$(VENV)/bin/python benchmarks/lora_operators.py
+
+bench-swapping: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	rm -f build/bench/swapping.jsonl
+	$(VENV)/bin/python benchmarks/swapping.py
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak

@@ -83,7 +83,7 @@ async def list_variants(control: _Controlled) -> list[VariantStatus]:
 
 @_routes.post("/variants", summary="Add a variant", status_code=201, responses=_refusals(409, 422, 503))
 async def register_variant(control: _Controlled, registration: Registration) -> VariantStatus:
-    """It is evaluated when it is first asked for."""
+    """Answers once it is evaluated, which can take minutes."""
     return await control.register(registration.name, registration.source)
 
 

@@ -35,7 +35,7 @@ class VariantStatus(_Answer):
     )
     digest: str | None = Field(description="Identity of its weights; null until they are known.")
     previous: list[str] = Field(description="Earlier digests that a rollback can go to, newest first.")
-    source: str = Field(description="Folder or Hub id.")
+    source: str = Field(description="Entry of the folders of variants, or Hub id.")
     host_bytes: int = Field(description="Size of its evaluated weights on the host.")
     pinned: bool = Field(description="Whether its weights stay on the host.")
     running: int = Field(description="Requests that the engine works on.")
@@ -65,7 +65,7 @@ class Registration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = Field(description="What requests will call it.")
-    source: str = Field(description="Folder on the server, or Hub id.")
+    source: str = Field(description="Entry of the folders of variants, or allowed Hub id.")
 
 
 class Rollback(BaseModel):
@@ -108,7 +108,7 @@ class Control(Protocol):
         ...
 
     async def register(self, name: str, source: str) -> VariantStatus:
-        """Add a variant, from a folder or Hub id on the server's side.
+        """Give an entry of the folders of variants, or an allowed Hub id, a name, and evaluate it.
 
         Raises `VariantNameError`, or `VariantError` for a source that is none.
         """
@@ -131,7 +131,7 @@ class Control(Protocol):
     async def reload(self, name: str) -> VariantStatus:
         """Read its source again; what was there is kept for a rollback.
 
-        Raises `VariantError`, `SwapError`; the variant stays what it was.
+        Raises `VariantError`: it cannot be served until its files are mended, or it is rolled back.
         """
         ...
 

@@ -39,7 +39,7 @@ Examples:
 
   peanut-serve ctl list
 
-  peanut-serve ctl register gsm8k /srv/adapters/gsm8k
+  peanut-serve ctl register gsm8k gsm8k-2026-11
 
   peanut-serve ctl activate gsm8k
 
@@ -59,7 +59,9 @@ _T = TypeVar("_T")
 _Url = Annotated[str, typer.Option("--url", envvar="PEANUT_ADMIN_URL", help="Of the admin API.")]
 _KeyFile = Annotated[Path | None, typer.Option("--key-file", help=f"With the key in it; else {KEY_VARIABLE} has it.")]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the variant.")]
-_Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder on the server, or Hub id.")]
+_Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Entry of the folders of variants, or allowed Hub id.")
+]
 _Drain = Annotated[bool, typer.Option("--drain", help="Take no more of its requests, and wait for those there are.")]
 _Digest = Annotated[str | None, typer.Option("--digest", help="One that `show` has; without, the one before.")]
 
@@ -190,7 +192,7 @@ def _print_status(status: BaseModel, as_json: bool) -> None:
     print_facts({key: escape(value) if isinstance(value, str) else value for key, value in facts.items()})
 
 
-@app.command("register", help="Add a variant: a folder on the server, or a Hub id. It is evaluated when asked for.")
+@app.command("register", help="Give an entry of the folders of variants, or an allowed Hub id, a name.")
 def _register(context: typer.Context, name: _Name, source: _Source) -> None:
     _change(context, VariantStatus, "POST", "variants", Registration(name=name, source=source))
 

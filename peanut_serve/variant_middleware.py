@@ -117,9 +117,9 @@ class _Exchange:
                 if self._is_aborted:  # before there was anything to cancel
                     self._answering.cancel()
                 await self._finish(self._answering)
-                if not self._status:
-                    return "disconnected"
-                return "aborted" if self._is_aborted else str(self._status)
+                if self._is_aborted:
+                    return "aborted"
+                return str(self._status) if self._status else "disconnected"
         finally:
             await _cancel(gone)
 
