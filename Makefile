@@ -43,7 +43,7 @@ bench-swapping: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak
-	PEANUT_SOAK=1 $(VENV)/bin/python -m pytest tests/test_serving_soak.py
+	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/test_serving_soak.py tests/test_swapping.py tests/test_swap_soak.py
 
 clean:
 	rm -rf build $(VENV)

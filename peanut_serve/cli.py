@@ -97,7 +97,7 @@ def _serve(
     from converters import console
     from peanut_serve import settings
     from peanut_serve.adapter_roots import AdapterRoots
-    from peanut_serve.launch_options import find_adapters, run_vllm, swap_variables, vllm_options
+    from peanut_serve.launch_options import check_endpoints, find_adapters, run_vllm, swap_variables, vllm_options
     from peanut_serve.swap_settings import swap_settings
 
     roots = AdapterRoots(adapters)
@@ -128,6 +128,8 @@ def _serve(
     settings.Settings.read({**os.environ, **variables})  # refuses a size that is none
     if (allowed := os.environ.get("VLLM_PLUGINS")) is not None and "peanut_serve" not in allowed.split(","):
         raise OptionError(f"VLLM_PLUGINS is {allowed}, without peanut_serve; add it, or unset the variable")
+    if mode is not _Mode.LORA:
+        check_endpoints()
     os.environ.update(variables)  # where the plugin looks, in this process and in vLLM's others
     run_vllm(options)
 

@@ -59,9 +59,7 @@ _T = TypeVar("_T")
 _Url = Annotated[str, typer.Option("--url", envvar="PEANUT_ADMIN_URL", help="Of the admin API.")]
 _KeyFile = Annotated[Path | None, typer.Option("--key-file", help=f"With the key in it; else {KEY_VARIABLE} has it.")]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the variant.")]
-_Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Entry of the folders of variants, or allowed Hub id.")
-]
+_Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of the folders of variants, or Hub id.")]
 _Drain = Annotated[bool, typer.Option("--drain", help="Take no more of its requests, and wait for those there are.")]
 _Digest = Annotated[str | None, typer.Option("--digest", help="One that `show` has; without, the one before.")]
 

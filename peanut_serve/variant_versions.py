@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from converters._version import __version__
 from converters.adapter import Weighted
@@ -23,6 +24,9 @@ from converters.tensor_reader import TensorReader
 from converters.worker import Worker, find_devices
 from peanut_serve.host_weights import HostWeights
 from peanut_serve.serving_errors import VariantError
+
+# of config.json: what does not change what the model computes
+_NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
 class Kind(str, Enum):
@@ -183,6 +187,12 @@ def open_merged(name: str, folder: Path, model: LoadedModel) -> Version:
     merged, base = open_checkpoint(folder), model.base
     if missing := sorted(set(base.tensors) - set(merged.tensors)):
         raise VariantError(f"{name}: {missing[0]} of the base is not in {folder}; is it a merge of this base?")
+    own, wanted = (_architecture(checkpoint.config) for checkpoint in (merged, base))
+    if odd := sorted(key for key in own.keys() | wanted.keys() if own.get(key) != wanted.get(key)):
+        raise VariantError(
+            f"{name}: its config says {odd[0]} {own.get(odd[0])}, the running model's {wanted.get(odd[0])}; "
+            "serve it by a vLLM of its own"
+        )
     with TensorReader() as reader:
         changed = [info for info in merged.tensors.values() if _differs(info, base.tensors.get(info.name), reader)]
         hashes = {info.name: reader.hash(info) for info in changed}
@@ -197,6 +207,10 @@ def open_merged(name: str, folder: Path, model: LoadedModel) -> Version:
         merged.check_unchanged()
 
     return Version(_digest_of("checkpoint", json.dumps(hashes), base.fingerprint), Kind.CHECKPOINT, specs, write)
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and value is not None}
 
 
 def base_version(base: Checkpoint) -> Version:

@@ -302,6 +302,10 @@ def test_merged_models(site: Site) -> None:
     assert site.digest("merged") != version.digest
     with pytest.raises(VariantError, match=f"version {version.digest[:12]} of merged cannot be had any more"):
         asyncio.run(site.catalogue.rollback("merged", None))
+    edit_json(site.tasks / "merged" / "config.json", rms_norm_eps=0.1)
+    with pytest.raises(VariantError, match=r"its config says rms_norm_eps 0.1, the running model's 1e-06"):
+        site.digest("merged")
+    shutil.copy(site.pair.base / "config.json", site.tasks / "merged")
     for change, reason in (
         (lambda tensors: {**tensors, "other.weight": tensors["lm_head.weight"] + 1}, "does not load"),
         (lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"][:9]}, r"has shape \(9, 32\)"),

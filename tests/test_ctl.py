@@ -188,7 +188,7 @@ def test_a_wait_that_is_given_up(ctl: Ctl, control: FakeControl, monkeypatch: py
 
 def test_help(ctl: Ctl) -> None:
     code, out, _ = ctl("--help")
-    assert (code, "peanut-serve ctl register gsm8k /srv/adapters/gsm8k" in out) == (0, True)
+    assert (code, "peanut-serve ctl register gsm8k gsm8k-2026-11" in out) == (0, True)
     for command in (
         "list",
         "show",

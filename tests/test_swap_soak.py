@@ -23,8 +23,7 @@ from serving import PROGRAM, Server, kill, serving
 
 pytestmark = pytest.mark.vllm
 
-SOAK = "PEANUT_SOAK" in os.environ
-SECONDS = 1800.0 if SOAK else 0.0  # the short version goes through every fault once
+SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version goes through every fault once
 CLIENTS, VARIANTS = 24, 8
 BASE = "base"
 
@@ -224,7 +223,7 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
         sizes.append(memory(server))
         if time.monotonic() - start >= SECONDS:
             break
-    if SOAK:
+    if SECONDS:
         await faults.failing_swap("exit")
         await faults.until_restarted()
     await traffic.until_right(100)
@@ -243,7 +242,6 @@ def test_no_answer_is_another_variant_s(world: World, tmp_path: Path) -> None:
             assert response.status == 200
         rolled_back = metric(server, "peanut_rollbacks_total")
         restarts = metric(server, "peanut_engine_restarts_total")
-    rounds = 2 if not SOAK else 10
-    assert rolled_back >= min(rounds, 2)
+    assert rolled_back >= 2
     assert restarts >= 1
-    assert traffic.outcomes["right"] > 10 * traffic.outcomes["500"]
+    assert traffic.outcomes["right"] > 5 * traffic.outcomes["500"]

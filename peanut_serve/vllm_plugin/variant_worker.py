@@ -190,13 +190,15 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
     is the one that was handed out last.
     """
     reload: Any = layerwise
-    make = reload.make_online_process_loader
+    make, is_over = reload.make_online_process_loader, False
 
     def make_recording(layer: torch.nn.Module, parameter: str) -> Callable[..., Any]:
         load = make(layer, parameter)
 
         @wraps(load)  # with its name, by which vLLM knows that a loader is wrapped
         def recording(*args: Any, **kwargs: Any) -> Any:
+            if is_over:
+                return load(*args, **kwargs)  # vLLM keeps the loaders
             tensors = [
                 value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta
             ]
@@ -211,7 +213,8 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
     try:
         yield
     finally:
-        reload.make_online_process_loader = make
+        reload.make_online_process_loader, is_over = make, True
+        current.clear()
 
 
 @contextmanager
