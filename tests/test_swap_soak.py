@@ -42,6 +42,7 @@ class Traffic:
         self.versions = {BASE: {-1}, **{f"task-{seed}": {seed} for seed in range(VARIANTS)}}
         self.refusals: dict[str, type[openai.APIStatusError]] = {}
         self.outcomes: Counter[str] = Counter()
+        self.clients: list[asyncio.Task[None]] = []
         self.is_over = False
 
     async def ask_for_ever(self, number: int) -> None:
@@ -79,6 +80,9 @@ class Traffic:
         wanted = self.outcomes["right"] + count
         while self.outcomes["right"] < wanted:
             await asyncio.sleep(0.05)
+            for client in self.clients:
+                if client.done():
+                    client.result()  # raises what it found
 
 
 class Faults:
@@ -197,7 +201,7 @@ def swapping(world: World, folder: Path) -> Iterator[Server]:
 async def everything(server: Server, world: World, folder: Path) -> Traffic:
     traffic = Traffic(server, world)
     faults = Faults(server, traffic, folder)
-    clients = [asyncio.create_task(traffic.ask_for_ever(number)) for number in range(CLIENTS)]
+    traffic.clients = [asyncio.create_task(traffic.ask_for_ever(number)) for number in range(CLIENTS)]
     generator, start, sizes = random.Random(7), time.monotonic(), []
 
     async def one_round() -> None:
@@ -213,9 +217,6 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
         for fault in some:
             await traffic.until_right(60)
             await fault()  # type: ignore[misc]
-            for client in clients:
-                if client.done():
-                    client.result()  # raises what it found
 
     await traffic.until_right(200)  # every canary is known by now
     while True:
@@ -228,7 +229,7 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
         await faults.until_restarted()
     await traffic.until_right(100)
     traffic.is_over = True
-    await asyncio.gather(*clients)
+    await asyncio.gather(*traffic.clients)
     print(f"{dict(traffic.outcomes)}, memory in MiB {[size >> 20 for size in sizes]}")
     if len(sizes) > 4:
         assert sizes[-1] <= max(sizes[:3]) * 1.15
