@@ -131,15 +131,17 @@ class BaseWeights:
 
         Raises `CheckpointError` when the base's files are not what they were, `HostMemoryError` without room.
         """
-        if self._on_host:
-            await asyncio.shield(self._copy(names))  # as above
-        else:
+        if not self._on_host:
             self._base.check_unchanged()
+        elif missing := self._missing(names):
+            await asyncio.shield(self._copy(missing))  # as above
 
-    async def _copy(self, names: Iterable[str]) -> None:
+    def _missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self.tensors[name] is self._base.tensors[name]]
+
+    async def _copy(self, names: list[str]) -> None:
         async with self._copying:
-            copied = {name for copy in self._copies for name in copy.tensors}
-            if missing := [name for name in names if name not in copied]:
+            if missing := self._missing(names):  # others have copied meanwhile
                 copy = await asyncio.to_thread(host_copy, self._base, missing)
                 self._copies.append(copy)
                 self.tensors |= copy.tensors

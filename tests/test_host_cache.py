@@ -87,6 +87,21 @@ def test_many_who_ask_get_one_evaluation(evaluations: Evaluations) -> None:
     run(test)
 
 
+def test_what_is_there_waits_for_no_evaluation(evaluations: Evaluations) -> None:
+    async def test(cache: HostCache) -> None:
+        ready = await cache.load(evaluations.version("a"))
+        evaluations.may_end.clear()
+        evaluating = asyncio.create_task(cache.load(evaluations.version("b")))
+        while evaluations.at_once == 0:
+            await asyncio.sleep(0.001)
+        assert await cache.load(evaluations.version("a")) is ready
+        assert not evaluating.done()
+        evaluations.may_end.set()
+        await evaluating
+
+    run(test)
+
+
 def test_the_least_recently_used_goes_first(evaluations: Evaluations) -> None:
     async def test(cache: HostCache) -> None:
         for name in "abcad":
