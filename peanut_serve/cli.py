@@ -21,14 +21,11 @@ nothing per token, and serves what LoRA cannot: heads, embeddings, merged models
 
 Examples:
 
+\b
   peanut-serve --base llama2-7b --adapters ./tasks
-
   peanut-serve --base ./smollm2 --adapters ./tasks --port 8001 --max-model-len 2048 --api-key SECRET
-
   peanut-serve --base ./smollm2 --adapters ./tasks --mode merged --host-cache 8GiB --admin-port 8001
-
   peanut-serve ctl list
-
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "gsm8k", "prompt": "6 times 7 is"}'
 """
