@@ -100,13 +100,13 @@ class Faults:
 
     async def killed(self, process: str) -> None:
         """SIGKILL the worker, or the engine."""
+        before = self.restarts()
         kill(self.server, process)
-        await self.until_restarted()
-
-    async def until_restarted(self) -> None:
-        before = metric(self.server, "peanut_engine_restarts_total")
-        while metric(self.server, "peanut_engine_restarts_total") == before:
+        while self.restarts() == before:
             await asyncio.sleep(0.1)
+
+    def restarts(self) -> float:
+        return metric(self.server, "peanut_engine_restarts_total")
 
     async def broken_theta(self, seed: int) -> None:
         """θ is truncated, then whole again."""
@@ -225,8 +225,10 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
         if time.monotonic() - start >= SECONDS:
             break
     if SECONDS:
+        before = faults.restarts()
         await faults.failing_swap("exit")
-        await faults.until_restarted()
+        while faults.restarts() == before:
+            await asyncio.sleep(0.1)
     await traffic.until_right(100)
     traffic.is_over = True
     await asyncio.gather(*traffic.clients)
