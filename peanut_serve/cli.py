@@ -116,8 +116,8 @@ def _serve(
         console.out.print(f"variants: {', '.join(found.names(mode.value)) or 'none'}", markup=False)
         console.out.print(f"vllm serve {' '.join(options)}", markup=False)
         return
-    if mode is not _Mode.MERGED:
-        variables[settings.ADAPTERS] = os.pathsep.join(names)
+    # empty, whatever the environment has: no name is to be found as LoRA as well
+    variables[settings.ADAPTERS] = os.pathsep.join(names) if mode is not _Mode.MERGED else ""
     if cache is not None:
         variables[settings.CACHE] = str(cache.expanduser().resolve())
     if cache_size is not None:

@@ -131,6 +131,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        environment = dict(os.environ)
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         capsys.readouterr()
         try:
@@ -139,6 +140,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            os.environ.clear()
+            os.environ.update(environment)  # peanut-serve leaves it for vLLM's processes
         shown = capsys.readouterr()
         return subprocess.CompletedProcess(command, int(ended.value.code or 0), shown.out, shown.err)
 

@@ -76,13 +76,13 @@ def test_orientations_and_layouts_mix(pair: Pair, tmp_path: Path) -> None:
 def test_a_wrong_sum_is_found_by_the_verification(
     pair: Pair, tmp_path: Path, kinds: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converters import jobs
+    from converters import tensor_blocks
     from converters.errors import VerificationError
 
     for name in kinds:
         save_adapter(tmp_path / name, {MODULE: variants()[name][0]})
-    right = jobs.merge_rows
-    monkeypatch.setattr(jobs, "merge_rows", lambda w, updates, start: right(w, updates[:1], start))
+    right = tensor_blocks.merge_rows
+    monkeypatch.setattr(tensor_blocks, "merge_rows", lambda w, updates, start: right(w, updates[:1], start))
     with pytest.raises(VerificationError, match="recomputed numbers are wrong"):
         merge(pair.base, [tmp_path / name for name in kinds], pair.output)
 
