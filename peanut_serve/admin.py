@@ -248,8 +248,3 @@ async def serve_on(app: FastAPI, listener: socket.socket) -> None:
         if server.started:
             await server.shutdown([listener])
         raise
-
-
-async def serve_admin(app: FastAPI, host: str, port: int) -> None:
-    """`bind` and `serve_on`, where there is nothing to do in between."""
-    await serve_on(app, bind(host, port))

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from converters.errors import OptionError
 from peanut_serve import admin
-from peanut_serve.admin import admin_app, bind, serve_admin, serve_on
+from peanut_serve.admin import admin_app, bind, serve_on
 from peanut_serve.control import Control
 
 V1 = "/admin/v1"
@@ -167,11 +167,11 @@ def test_the_openapi_document(client: httpx.Client) -> None:
     assert "security" not in document["paths"]["/healthz"]["get"]
 
 
-def test_a_port_that_is_taken(control: Control) -> None:
+def test_a_port_that_is_taken() -> None:
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(OptionError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            asyncio.run(serve_admin(admin_app(control, KEY), "127.0.0.1", port))
+            bind("127.0.0.1", port)
     with pytest.raises(OptionError, match="cannot listen on no.such.host.invalid:0"):
         bind("no.such.host.invalid", 0)
 
