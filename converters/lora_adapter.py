@@ -22,10 +22,11 @@ from converters.architecture import build_architecture
 from converters.checkpoint import MANIFEST_NAME
 from converters.draft import Advance
 from converters.errors import ConversionError, NonFiniteError, OutputError
-from converters.evaluation import Update, block_rows
+from converters.evaluation import block_rows
 from converters.finite import all_finite
 from converters.identity import write_base_record
 from converters.json_files import write_json
+from converters.low_rank import rank_of, refuse_output_activations, sum_factors
 from converters.manifest import provenance
 from converters.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
 from converters.plan import DTYPE_OPTIONS, Plan
@@ -110,7 +111,7 @@ def as_lora(plan: Plan, output: Path) -> LoraAdapterPlan:
     """
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     modules = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
-    _refuse_output_activations(plan, modules)
+    refuse_output_activations(plan, modules)
     saved = saved_tensors(plan, arch)
     whole = saved_modules(arch, saved)
     if odd := [module for module in whole if module.rsplit(".", 1)[-1] not in _VLLM_SAVED]:
@@ -121,7 +122,7 @@ def as_lora(plan: Plan, output: Path) -> LoraAdapterPlan:
     config = {
         **base_facts(plan, arch),
         "peft_type": "LORA",
-        **_ranks({module: _rank(plan, tensor) for module, tensor in modules.items()}),
+        **_ranks({module: rank_of(plan, tensor) for module, tensor in modules.items()}),
         "target_modules": sorted(modules),
         "modules_to_save": whole or None,
         "fan_in_fan_out": any(term.transposed for tensor in modules.values() for term in tensor.terms),
@@ -180,20 +181,6 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_output_activations(plan: Plan, modules: Mapping[str, TensorPlan]) -> None:
-    for module, tensor in modules.items():
-        for act_fn in (plan.tweaker(term).output_act_fn for term in tensor.terms):
-            if act_fn is not None:
-                raise ConversionError(
-                    f"the update of {module} ends in an activation ({act_fn}), so it is not of low rank: "
-                    "no LoRA can say it; merge it"
-                )
-
-
-def _rank(plan: Plan, tensor: TensorPlan) -> int:
-    return sum(plan.adapters[term.adapter].adapter.rank(term.module) for term in tensor.terms)
-
-
 def _ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
     """Ranks, and alphas that make every scale 1, also for a reader that knows no patterns of alpha."""
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -208,18 +195,14 @@ def _write_weights(converted: LoraAdapterPlan, file: Path, device: torch.device,
         for name, saved in converted.saved.items():
             writer.write(PREFIX + name, 0, _rounded(name, saved, converted.dtype))
         for module, tensor in converted.modules.items():
-            if tensor.source is None:
-                raise ValueError(f"{tensor.name} is not from the base")
-            for name, factor in zip(
-                _names(module), _factors(plan, tensor, tensor.source, reader, device), strict=True
-            ):
+            for name, factor in zip(_names(module), sum_factors(plan, tensor, reader, device), strict=True):
                 writer.write(name, 0, _rounded(name, factor, converted.dtype))
             up, down = (_read(writer.places[name], reader) for name in _names(module))
             if tensor.terms[0].transposed:
                 up, down = down.T, up.T
             tweakers = [plan.tweaker(term).to("cpu", EVALUATION_DTYPE) for term in tensor.terms]
             checks.append(check_factors(up, down, tensor, tweakers, FLOAT_DTYPES[converted.dtype], reader))
-            advance(tensor.source.nbytes)
+            advance(tensor.source.nbytes if tensor.source else 0)
         writer.finish()
     return FactorCheck(sum(count for count, _ in checks), max(error for _, error in checks))
 
@@ -228,7 +211,7 @@ def _specs(converted: LoraAdapterPlan) -> list[TensorSpec]:
     """The tensors of the weights file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module, tensor in converted.modules.items():
-        r = _rank(converted.plan, tensor)
+        r = rank_of(converted.plan, tensor)
         out, width = reversed(tensor.shape) if tensor.terms[0].transposed else tensor.shape
         shapes |= zip(_names(module), ((out, r), (r, width)), strict=True)
     shapes |= {PREFIX + name: tuple(saved.shape) for name, saved in converted.saved.items()}
@@ -238,20 +221,6 @@ def _specs(converted: LoraAdapterPlan) -> list[TensorSpec]:
 
 def _names(module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_B.weight", f"{PREFIX}{module}.lora_A.weight"
-
-
-def _factors(
-    plan: Plan, tensor: TensorPlan, source: TensorInfo, reader: TensorReader, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """lora_B (out, r) and lora_A (r, in) of the sum of all updates of one weight, in float64."""
-    ups, downs = [], []
-    for term in tensor.terms:
-        update = Update(plan.tweaker(term), source.shape[1], EVALUATION_DTYPE, device)
-        found = update.factors(reader.row_blocks(source, block_rows(source.row_size)))
-        ups.append(found.up.cpu())
-        downs.append(found.down.cpu())
-    up, down = torch.cat(ups, dim=1), torch.cat(downs)
-    return (down.T, up.T) if tensor.terms[0].transposed else (up, down)
 
 
 def _rounded(name: str, factor: Tensor, dtype: str) -> Tensor:
