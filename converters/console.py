@@ -146,6 +146,14 @@ def print_check(output: Path, tensors: int, verification: Verification | None, a
         )
 
 
+def print_files(output: Path, files: Mapping[str, str], as_json: bool) -> None:
+    """That the files of an export are as they should be."""
+    if as_json:
+        print(json.dumps({"output": str(output), "files": dict(files)}, indent=2))
+        return
+    out.print(f"{output}: all {len(files)} files are as they were written", markup=False)
+
+
 def size_text(size: int) -> str:
     """Bytes, for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -26,6 +26,8 @@ Examples:
 
   peanut-inspect ./llama2-7b-gsm8k --verify
 
+  peanut-inspect ./pets-onnx --verify
+
   peanut-inspect ./llama2-7b-gsm8k --verify --full --base llama2-7b --adapter ./gsm8k
 
 {LAYOUTS}
@@ -116,6 +118,12 @@ def _verify(output: Path, inputs: "tuple[Checkpoint, Sequence[Weighted]] | None"
     """Check a merged folder; with a base and adapters, recompute it."""
     from converters import console, recheck
 
+    files = recheck.check_files(output)
+    if files is not None:
+        if inputs is not None:
+            raise OptionError("--full recomputes merged checkpoints; an ONNX export is checked when it is written")
+        console.print_files(output, files, as_json)
+        return
     found = recheck.open_merged(output)
     size = sum(info.nbytes for info in found.tensors.values())
     verification = None

@@ -8,8 +8,11 @@ import typer
 
 from converters.cli_options import LAYOUTS, AdapterRevision, Json, Layout, Revision, Scaling, Token, Version
 from converters.errors import OptionError
+from converters.onnx_command import OnnxChoices, write_onnx
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from converters.hub_upload import Push
     from converters.plan import Plan
 
@@ -32,6 +35,10 @@ Examples:
 
   peanut-merge --base llama2-7b --adapter ./gsm8k --format lora -o ./gsm8k-lora
 
+  peanut-merge --base vit-base --adapter ./pets --format onnx --quantize int8 --eval-data ./pets-test
+
+  peanut-merge --base vit-base --adapter ./pets --adapter ./cars --format onnx --each --swappable -o ./tasks-onnx
+
   peanut-merge --base roberta-base --adapter ./mrpc/pytorch_model.bin --scaling 0.1 --labels labels.json
 
 {LAYOUTS}
@@ -50,7 +57,8 @@ def run_command(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: ./<base>-<adapter>")] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="merged (a checkpoint), lora (a LoRA adapter) or peft (a PEANuT one).")
+        str,
+        typer.Option("--format", help="merged (a checkpoint), onnx, lora (a LoRA adapter) or peft (a PEANuT one)."),
     ] = "merged",
     layout: Layout = None,
     scaling: Scaling = None,
@@ -71,7 +79,10 @@ def run_command(
         bool, typer.Option("--each", help="An output per adapter, -o/<adapter>, reading the base once.")
     ] = False,
     share: Annotated[
-        bool, typer.Option("--share", help="Link to files that no adapter changes, instead of copying.")
+        bool,
+        typer.Option(
+            "--share", help="Link to files that no adapter changes, instead of copying; or, ONNX, one file."
+        ),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where such a run ended; keep what is done if this one ends.")
@@ -86,15 +97,37 @@ def run_command(
     push_revision: Annotated[
         str | None, typer.Option("--push-revision", help="Branch of that repository to upload to.")
     ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX: by default 18, which runs nearly everywhere.")] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option("--quantize", help="ONNX: also int8 (dynamic) or fp16; again for both.")
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval-data", help="ONNX: measure on DIR/<label>/image.png, or a CSV of texts.")
+    ] = None,
+    transformersjs: Annotated[
+        bool, typer.Option("--transformersjs", help="ONNX: files where transformers.js looks for them.")
+    ] = False,
+    swappable: Annotated[
+        bool, typer.Option("--swappable", help="ONNX: one graph, and a small .onnx_adapter for each task.")
+    ] = False,
+    self_merging: Annotated[
+        bool, typer.Option("--self-merging", help="ONNX: θ and f in the graph, which merges itself when loaded.")
+    ] = False,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
     """Merge, or convert; see `HELP`."""
-    if output_format not in ("merged", "lora", "peft"):
-        raise OptionError(f"--format {output_format} is unknown; wanted merged, lora or peft")
+    if output_format not in ("merged", "onnx", "lora", "peft"):
+        raise OptionError(f"--format {output_format} is unknown; wanted merged, onnx, lora or peft")
     for name, given in (("--each", each), ("--share", share), ("--resume", resume), ("--stream", stream)):
-        if given and output_format != "merged":
+        is_onnx_s = output_format == "onnx" and name in ("--each", "--share")
+        if given and output_format != "merged" and not is_onnx_s:
             raise OptionError(f"{name} is for merged checkpoints, not for --format {output_format}")
+    onnx = OnnxChoices(opset, tuple(quantize or ()), eval_data, transformersjs, swappable, self_merging)
+    if output_format == "onnx":
+        dtype = "fp32" if dtype == "auto" else dtype
+    else:
+        onnx.check_unused(output_format)
     from converters import console
     from converters.adapter_specs import open_weighted
     from converters.executor import check_merge, run_merges
@@ -105,7 +138,7 @@ def run_command(
     from converters.worker import find_devices
 
     push = Push(push_to_hub, private, push_revision, token)
-    if each and push.repo_id:
+    if each and push.repo_id and output_format != "onnx":
         raise OptionError("--push-to-hub takes one output, --each makes several; push each with: hf upload")
     adapters = open_weighted(adapter, layout=layout, scaling=scaling, revision=adapter_revision, token=token)
     prepare = partial(
@@ -114,10 +147,16 @@ def run_command(
     )  # fmt: skip
     prepared = prepare(base, adapters)
     plans = prepared if isinstance(prepared, list) else [prepared]
+    if output_format == "onnx":
+        _show_notes(plans)
+        write_onnx(
+            plans, output, onnx, push, share=share, device=device, overwrite=overwrite, verify=verify,
+            dry_run=dry_run, as_json=as_json,
+        )  # fmt: skip
+        return
     outputs = name_outputs(plans, output) if each else {output or plans[0].default_output: plans[0]}
     find_devices(device)
-    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
-        console.err.print(f"note: {note}", markup=False)
+    _show_notes(plans)
     if output_format != "merged":
         write = _write_lora if output_format == "lora" else _write_peft
         write(plans[0], output or Path(f"{plans[0].name}-{output_format}"), push, overwrite, device, dry_run, as_json)
@@ -139,6 +178,13 @@ def run_command(
             outputs, device=device, overwrite=overwrite, verify=verify, share=share, resume=resume, advance=advance
         )
     console.print_results(results, as_json, several=each, pushed_to=push.upload(results[0].output))
+
+
+def _show_notes(plans: "Sequence[Plan]") -> None:
+    from converters import console
+
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+        console.err.print(f"note: {note}", markup=False)
 
 
 def _write_lora(

@@ -21,8 +21,7 @@ _PIPELINES = {
 def build_model_card(plan: Plan) -> str:
     """Markdown with a YAML head. JSON strings are YAML strings."""
     base = plan.base
-    trained_on = plan.adapters[0].adapter.base_name or ""
-    base_id = base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
+    base_id = base_id_of(plan)
     head = ["library_name: transformers", "tags:", "- peanut", "- peft", "- merged"]
     if base_id is not None:
         head = [f"base_model: {json.dumps(base_id)}", "base_model_relation: finetune", *head]
@@ -39,7 +38,7 @@ def build_model_card(plan: Plan) -> str:
         "| | |",
         "|---|---|",
         f"| base | {base_id or base.name}{f' at {base.revision}' if base.revision else ''} |",
-        *(line for weighted in plan.adapters for line in _rows(weighted)),
+        *(line for weighted in plan.adapters for line in adapter_rows(weighted)),
         f"| tensors | {', '.join(f'{n} {action}' for action, n in sorted(counts.items()))} |",
         "",
         f"Merged with peanut-serve. `{MANIFEST_NAME}` tells where every tensor comes from.",
@@ -47,8 +46,14 @@ def build_model_card(plan: Plan) -> str:
     return "\n".join(["---", *head, "---", "", *lines, ""])
 
 
-def _rows(weighted: Weighted) -> list[str]:
-    """The lines of the table that tell of one adapter."""
+def base_id_of(plan: Plan) -> str | None:
+    """The base on the Hub: where it came from, or what the adapter says it was trained on."""
+    trained_on = plan.adapters[0].adapter.base_name or ""
+    return plan.base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
+
+
+def adapter_rows(weighted: Weighted) -> list[str]:
+    """The lines of a table that tell of one adapter."""
     adapter = weighted.adapter
     facts = ", ".join(f"{key} = {value}" for key, value in settings_of(adapter).items() if key != "orientation")
     times = "" if weighted.weight == 1 else f"{weighted.weight:g} times "

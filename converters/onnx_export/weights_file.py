@@ -1,0 +1,49 @@
+"""External data of ONNX graphs: tensors one after the other in a file beside them."""
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+# what ONNX Runtime can map into memory without a copy begins on a page; small tensors would only leave holes
+_PAGE, _SMALL_ALIGNMENT = 4096, 64
+_SMALL_BYTES = 64 << 10
+
+
+class WeightsFile:
+    """A new file of tensors, float32.
+
+    Args:
+        file: where; graphs that refer to it have to lie in the same folder (ONNX Runtime follows no other path).
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._name = file.name
+        self._file = file.open("xb")
+
+    def __enter__(self) -> "WeightsFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, name: str, tensor: Tensor) -> TensorProto:
+        """Write a tensor; returns the initializer that refers to it."""
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        alignment = _PAGE if len(data) >= _SMALL_BYTES else _SMALL_ALIGNMENT
+        self._file.write(bytes(-self._file.tell() % alignment))
+        proto = TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.FLOAT)
+        proto.data_location = TensorProto.EXTERNAL
+        place = {"location": self._name, "offset": self._file.tell(), "length": len(data)}
+        for key, value in place.items():
+            proto.external_data.add(key=key, value=str(value))
+        self._file.write(data)
+        return proto
+
+
+def inline(name: str, tensor: Tensor) -> TensorProto:
+    """An initializer that holds its numbers itself."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.FLOAT, raw_data=data)
