@@ -26,6 +26,7 @@ Examples:
   peanut-serve --base ./smollm2 --adapters ./tasks --port 8001 --max-model-len 2048 --api-key SECRET
   peanut-serve --base ./smollm2 --adapters ./tasks --mode merged --host-cache 8GiB --admin-port 8001
   peanut-serve ctl list
+  peanut-serve predict ./pets-onnx beagle.png
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "gsm8k", "prompt": "6 times 7 is"}'
 """
@@ -137,6 +138,10 @@ def main() -> NoReturn:
         from peanut_serve.ctl_command import main as ctl
 
         ctl(sys.argv[2:])
+    if sys.argv[1:2] == ["predict"]:
+        from peanut_serve.predict_command import main as predict
+
+        predict(sys.argv[2:])
     if "--vllm-help" in sys.argv:
         from peanut_serve.launch_options import run_vllm
 

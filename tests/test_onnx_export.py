@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassificati
 from converters import merge
 from converters.exporting import export_onnx
 from converters.onnx_export import template_cache
-from converters.onnx_export.adapter_file import model_version, read_model_version
+from converters.onnx_export.adapter_file import model_version, read_adapter_file
 from converters.onnx_export.export_plan import ExportOptions, Form
 from converters.onnx_export.session import LoadedAdapter, Session
 
@@ -166,7 +166,7 @@ def test_adapter_files_tell_their_base(exported: dict[str, Path]) -> None:
     manifest = json.loads((exported["swappable"] / "peanut_manifest.json").read_text())
     fingerprint = manifest["base"]["fingerprint"]
     file = exported["swappable"] / "oddeven.onnx_adapter"
-    assert read_model_version(file) == model_version(fingerprint)
+    assert read_adapter_file(file)[0] == model_version(fingerprint)
     assert Session(exported["swappable"] / "model.onnx").metadata["peanut.base"] == fingerprint
     assert model_version(fingerprint) != model_version(fingerprint + "0")
 

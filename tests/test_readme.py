@@ -15,6 +15,7 @@ from admin_server import KEY, FakeControl, serving_app
 from conftest import JSON_ADAPTER, ROOT, Pair, Run, run, save_adapter, tiny_llama
 from golden import GLUE, VISION
 from hub_server import serve_hub
+from PIL import Image
 from safetensors.torch import load_file
 from test_hub import hub_settings
 from transformers import ViTForImageClassification
@@ -27,7 +28,10 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 ALL_COMMANDS = [found for found in re.findall(r"`(peanut-[^`]+)`", README) if " " in found]
 HUB_COMMANDS = [command for command in ALL_COMMANDS if "--stream" in command or "--push-to-hub" in command]
 CTL_COMMANDS = [command for command in ALL_COMMANDS if command.startswith("peanut-serve ctl ")]
-SERVE_COMMANDS = [c for c in ALL_COMMANDS if c.startswith("peanut-serve ") and c not in CTL_COMMANDS]
+PREDICT = "peanut-serve predict "
+SERVE_COMMANDS = [
+    c for c in ALL_COMMANDS if c.startswith("peanut-serve ") and c not in CTL_COMMANDS and not c.startswith(PREDICT)
+]
 COMMANDS = [c for c in ALL_COMMANDS if c not in (*HUB_COMMANDS, *SERVE_COMMANDS, *CTL_COMMANDS)]
 
 
@@ -76,6 +80,12 @@ def state_dicts(folder: Path) -> None:
     torch.save(theta, folder / "mrpc.bin")
     model = ViTForImageClassification.from_pretrained(folder / "vit-base", num_labels=5)
     save_adapter(model, folder / "pets", modules_to_save=["classifier"])
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "vit-base" / "preprocessor_config.json").write_text(json.dumps(processor))
+    for label in ("beagle", "pug"):
+        (folder / "pets-test" / label).mkdir(parents=True)
+        Image.effect_noise((20, 24), 90).save(folder / "pets-test" / label / "1.png")
+    shutil.copy(folder / "pets-test" / "beagle" / "1.png", folder / "beagle.png")
 
 
 @pytest.fixture
@@ -106,6 +116,10 @@ def test_the_commands(folders: Path, run_here: Run) -> None:
     assert (folders / "flowers-peft" / "adapter_config.json").exists()
     assert (folders / "gsm8k-lora" / "adapter_config.json").exists()
     assert (folders / "gsm8k.png").exists()
+    assert (folders / "pets-onnx" / "model.onnx").exists()
+    assert (folders / "pets-int8" / "model_quantized.onnx").exists()
+    assert (folders / "pets-web" / "onnx" / "model.onnx").exists()
+    assert (folders / "tasks-onnx" / "flowers.onnx_adapter").exists()
 
 
 def test_the_commands_that_need_a_hub(folders: Path, pair: Pair) -> None:

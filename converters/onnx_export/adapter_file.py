@@ -26,6 +26,7 @@ def write_adapter_file(file: Path, parameters: Mapping[str, Tensor], fingerprint
     content.export_adapter(str(file.resolve()))
 
 
-def read_model_version(file: Path) -> int:
-    """The model version of an adapter file; see `model_version`."""
-    return int(onnxruntime.AdapterFormat.read_adapter(str(file.resolve())).get_model_version())
+def read_adapter_file(file: Path) -> tuple[int, frozenset[str]]:
+    """The model version of an adapter file, see `model_version`, and the names of what it holds."""
+    content = onnxruntime.AdapterFormat.read_adapter(str(file.resolve()))
+    return int(content.get_model_version()), frozenset(content.get_parameters())

@@ -1,0 +1,114 @@
+"""Tasks on ONNX Runtime: one session for each graph, adapters that are swapped from run to run.
+
+Swapping is no state: an adapter is an argument of a run, so two threads may ask for two tasks of one graph at once.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import OptionError
+from converters.onnx_export.preprocessing import Example, Preprocessor, open_preprocessor
+from converters.onnx_export.session import Arrays, LoadedAdapter, Session
+from peanut_serve.onnx_tasks import OnnxTask, find_tasks
+from peanut_serve.predictions import Prediction, check_logits, predictions
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A task that was checked, and can run."""
+
+    task: OnnxTask
+    session: Session
+    adapter: LoadedAdapter | None
+
+
+class OnnxEngine:
+    """The tasks of a folder that `peanut-merge --format onnx` wrote.
+
+    Args:
+        folder: the folder.
+        precision: `fp32`, or what `--quantize` wrote: `fp16`, `int8`.
+        threads: of one run; all cores by default.
+
+    Attributes:
+        tasks: name -> task.
+
+    Raises `CheckpointError` if the folder is no such.
+    """
+
+    def __init__(self, folder: str | Path, *, precision: str = "fp32", threads: int | None = None) -> None:
+        self.tasks = find_tasks(Path(folder))
+        self._folder, self._precision, self._threads = Path(folder), precision, threads
+        self._lock = threading.Lock()
+        self._sessions: dict[Path, Session] = {}
+        self._ready: dict[str, _Ready] = {}
+        self._preprocessors: dict[str, Preprocessor] = {}
+
+    def run(self, arrays: Arrays, task: str | None = None) -> NDArray[np.float32]:
+        """The output of a task's graph for inputs by name; see `converters.onnx_export.kinds.Kind`.
+
+        Args:
+            arrays: inputs.
+            task: which; may be left out where there is one.
+
+        Raises:
+            OptionError: there is no such task, or not in this precision.
+            CheckpointError, VerificationError: a file is missing, damaged, or another.
+            BaseMismatchError: graph and task are of different bases.
+        """
+        ready = self.load(task)
+        return ready.session.run(arrays, ready.adapter)
+
+    def load(self, task: str | None = None) -> _Ready:
+        """Make a task ready, which its first run does otherwise; raises as `run`."""
+        found = self.find(task)
+        with self._lock:
+            if found.name not in self._ready:
+                found.check_files()
+                model = found.model(self._precision)
+                session = self._sessions.get(model) or Session(model, self._threads)
+                found.check_graph(session)
+                self._ready[found.name] = _Ready(found, session, found.load_adapter(session))
+                self._sessions[model] = session
+            return self._ready[found.name]
+
+    def find(self, task: str | None) -> OnnxTask:
+        """The task of a name. Raises `OptionError` if there is none, or several and no name."""
+        if task is None and len(self.tasks) == 1:
+            return next(iter(self.tasks.values()))
+        known = ", ".join(self.tasks)
+        if task is None:
+            raise OptionError(f"{self._folder} has several tasks; say which: --task {known}")
+        if task not in self.tasks:
+            raise OptionError(f"{self._folder} has no task {task}; it has {known}")
+        return self.tasks[task]
+
+    def predict(self, examples: Sequence[Example], task: str | None = None, top_k: int = 5) -> list[list[Prediction]]:
+        """Labels with scores for images (paths) or texts, best first; of one label, its value.
+
+        Raises `OptionError` for a task that is no classifier of images or texts, or an input that cannot be read;
+        and as `run`.
+        """
+        found = self.find(task)
+        if found.kind.task not in ("image-classification", "text-classification"):
+            raise OptionError(f"{found.name} does {found.kind.task}: it has no label for a whole input; use run()")
+        preprocessor = self._preprocessor(found)
+        answers = []
+        for start in range(0, len(examples), _BATCH):
+            logits = self.run(preprocessor(examples[start : start + _BATCH]), found.name)
+            check_logits(logits, found.labels, found.name)
+            answers += [predictions(row, found.labels, top_k) for row in logits]
+        return answers
+
+    def _preprocessor(self, task: OnnxTask) -> Preprocessor:
+        with self._lock:
+            if task.name not in self._preprocessors:
+                self._preprocessors[task.name] = open_preprocessor(task.folder, task.kind, task.config)
+            return self._preprocessors[task.name]
