@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from converters.errors import PeanutError
     from converters.evaluation import Factors, delta_weight, factors
     from converters.executor import MergeResult, run_merge
+    from converters.exporting import export_onnx
     from converters.inspection import record_base
     from converters.layouts import load_adapter
     from converters.layouts.native import save_adapter
@@ -30,6 +31,7 @@ _HOME = {
     "Tweaker": "tweaker",
     "Weighted": "adapter",
     "delta_weight": "evaluation",
+    "export_onnx": "exporting",
     "factors": "evaluation",
     "load_adapter": "layouts",
     "merge": "merging",
@@ -54,6 +56,7 @@ __all__ = [
     "Weighted",
     "__version__",
     "delta_weight",
+    "export_onnx",
     "factors",
     "load_adapter",
     "merge",

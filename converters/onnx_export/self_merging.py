@@ -3,6 +3,7 @@
 f is not written down again here: `_Merge` calls the toolkit's own, and torch traces it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from converters.evaluation import delta_weight
 from converters.onnx_export.task_weights import TaskWeights
 from converters.onnx_export.template import bind, trace_module
+from converters.onnx_export.template_cache import cached_graph
 from converters.onnx_export.traced import TracedBase
 from converters.onnx_export.weights_file import inline
 from converters.tweaker import Tweaker
@@ -32,20 +34,19 @@ def write_self_merging(
     whole = {name: inline(name, tensor) for name, tensor in task.whole.items() if name in traced.weights}
     proto = bind(traced.template, {**shared, **whole}, labels=labels, metadata=metadata)
     opset = traced.template.proto.opset_import[0].version
-    graphs: dict[tuple[object, ...], GraphProto] = {}
     merging: list[NodeProto] = []
     for name, planned in task.updated.items():
         merged = name
         for index, term in enumerate(planned.terms):
             tweaker = task.plan.tweaker(term).to("cpu", torch.float32)
-            kind = _kind_of(tweaker, planned.shape)
-            if kind not in graphs:
-                graphs[kind] = _trace_update(tweaker, planned.shape, opset)
+            kind = _kind_of(tweaker, planned.shape, opset)
+            if kind not in traced.updates:
+                traced.updates[kind] = _trace_update(tweaker, planned.shape, opset, kind)
             prefix = f"{name}/{index}/"
             theta = {prefix + part: tensor for part, tensor in _parts(tweaker).items()}
             proto.graph.initializer.extend(inline(part, tensor) for part, tensor in theta.items())
             total, merged = merged, f"{prefix}merged"
-            nodes, constants = _instance(graphs[kind], [total, name, *theta], merged, prefix)
+            nodes, constants = _instance(traced.updates[kind], [total, name, *theta], merged, prefix)
             merging += nodes
             proto.graph.initializer.extend(constants)
         _replace_input(proto, name, merged)
@@ -79,18 +80,21 @@ def _parts(tweaker: Tweaker) -> dict[str, Tensor]:
     }
 
 
-def _kind_of(tweaker: Tweaker, shape: tuple[int, ...]) -> tuple[object, ...]:
-    """What the graph of an update depends on, besides the numbers in θ."""
-    settings = (tweaker.orientation, tweaker.act_fn, tweaker.scaling, tweaker.residual, tweaker.output_act_fn)
-    return (*settings, tweaker.negative_slope, tweaker.r, len(tweaker.encoders), len(tweaker.decoders), shape)
+def _kind_of(tweaker: Tweaker, shape: tuple[int, ...], opset: int) -> str:
+    """What the graph of an update depends on, besides the numbers in θ; JSON."""
+    settings = (tweaker.act_fn, tweaker.scaling, tweaker.residual, tweaker.output_act_fn, tweaker.negative_slope)
+    sizes = (tweaker.r, len(tweaker.encoders), len(tweaker.decoders), *shape)
+    return json.dumps([tweaker.orientation.value, *settings, *sizes, opset])
 
 
-def _trace_update(tweaker: Tweaker, shape: tuple[int, ...], opset: int) -> GraphProto:
+def _trace_update(tweaker: Tweaker, shape: tuple[int, ...], opset: int, kind: str) -> GraphProto:
     """The graph of one update: inputs `total`, `w0` and θ, one output."""
     w0 = torch.zeros(shape)
     theta = tuple(_parts(tweaker).values())
     names = ["total", "w0", *_parts(tweaker)]
-    return trace_module(_Merge(tweaker), (w0, w0, *theta), names, ["merged"], opset).graph
+    return cached_graph(
+        {"update": kind}, lambda: trace_module(_Merge(tweaker), (w0, w0, *theta), names, ["merged"], opset)
+    ).graph
 
 
 def _instance(

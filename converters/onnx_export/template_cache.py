@@ -3,16 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+from onnx import ModelProto
 
 from converters._version import __version__
-from converters.onnx_export.kinds import Kind
 from converters.onnx_export.reference import Reference
 from converters.onnx_export.template import Template, trace
 
@@ -31,36 +31,41 @@ def cache_folder() -> Path:
     return cached_assets_path(library_name="peanut-serve", namespace="onnx")
 
 
+def cached_graph(facts: Mapping[str, Any], make: Callable[[], ModelProto]) -> ModelProto:
+    """A graph from the cache; if it is not there, or damaged, it is made and put there.
+
+    Args:
+        facts: everything it depends on but the versions of what traces it; JSON values.
+        make: traces it.
+    """
+    versions = {"peanut-serve": __version__, **{name: version(name) for name in _TRACERS}}
+    key = hashlib.sha256(json.dumps([versions, facts], sort_keys=True).encode()).hexdigest()
+    file = cache_folder() / f"{key}.onnx"
+    try:
+        found = onnx.load(file)
+        onnx.checker.check_model(found)
+    except (FileNotFoundError, DecodeError, onnx.checker.ValidationError):
+        made = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f"{file.name}.{os.getpid()}")
+        onnx.save(made, draft)
+        draft.replace(file)
+        return made
+    return found
+
+
 def traced_template(
     reference: Reference, config: Mapping[str, Any], opset: int, image_shape: tuple[int, int, int] | None
 ) -> Template:
-    """The graph of a model, from the cache, or traced and put there. A damaged entry is traced again.
+    """The graph of a model, from the cache, or traced and put there.
 
     Raises `ConversionError`, `MissingDependencyError`: see `trace`.
     """
-    file = cache_folder() / f"{_key(reference.kind, config, opset, image_shape)}.onnx"
-    try:
-        proto = onnx.load(file)
-        onnx.checker.check_model(proto)
-        found = Template(proto, reference.kind)
-        if found.shapes.keys() <= reference.weights().keys():
-            return found
-    except (FileNotFoundError, DecodeError, onnx.checker.ValidationError):
-        pass
-    template = trace(reference, opset)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.{os.getpid()}")
-    onnx.save(template.proto, draft)
-    draft.replace(file)
-    return template
-
-
-def _key(kind: Kind, config: Mapping[str, Any], opset: int, image_shape: tuple[int, int, int] | None) -> str:
+    kind = reference.kind
     facts = {
-        "versions": {"peanut-serve": __version__, **{name: version(name) for name in _TRACERS}},
         "kind": [kind.task, kind.inputs, kind.output],
         "config": {key: value for key, value in config.items() if key not in _INDIFFERENT},
         "opset": opset,
         "image_shape": image_shape,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Template(cached_graph(facts, lambda: trace(reference, opset).proto), kind)

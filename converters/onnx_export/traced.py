@@ -1,8 +1,9 @@
 """One traced base: what all its tasks have in common while they are written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from onnx import GraphProto
 from torch import Tensor
 
 from converters.architecture import Architecture
@@ -20,11 +21,13 @@ class TracedBase:
         arch: the names of its class.
         reference: it in torch.
         template: its graph.
+        updates: graphs of f, by what they depend on.
     """
 
     arch: Architecture
     reference: Reference
     template: Template
+    updates: dict[str, GraphProto] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
