@@ -15,13 +15,13 @@ from converters.exporting import export_onnx
 from converters.onnx_export.export_plan import ExportOptions, Form
 from converters.onnx_export.session import LoadedAdapter, Session
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 VISION = {**SIZES, "image_size": 16, "patch_size": 4}
 DINO = {name: size for name, size in VISION.items() if name != "intermediate_size"}
 TEXT = {**SIZES, "vocab_size": 96, "max_position_embeddings": 40}
 LM = {**TEXT, "num_key_value_heads": 2}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 96, "max_position_embeddings": 40}
+DISTIL = {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64, "vocab_size": 96, "max_position_embeddings": 40}
 QV, QUERY_VALUE = ["q_proj", "v_proj"], ["query", "value"]
 HEAD = ["classifier"]
 
@@ -77,7 +77,7 @@ ZOO = {
     "qwen2": Animal(tf.Qwen2ForCausalLM, lambda: tf.Qwen2Config(**LM), QV, None),
     "gpt2": Animal(
         tf.GPT2LMHeadModel,
-        lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=40),
+        lambda: tf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=40),
         ["c_attn", "c_fc"],
         None,
         adapter=lambda **settings: LoraConfig(r=settings["r"], target_modules=settings["target_modules"],
