@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import DATA, Pair, Run, edit_json
 from PIL import Image
+from preprocessor_folders import text_model
 from sklearn.datasets import load_digits
-from test_eval_data import text_model
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from converters.errors import BaseMismatchError, CheckpointError, OptionError, PeanutError, VerificationError
