@@ -104,7 +104,7 @@ class OnnxEngine:
         for start in range(0, len(examples), _BATCH):
             logits = self.run(preprocessor(examples[start : start + _BATCH]), found.name)
             check_logits(logits, found.labels, found.name)
-            answers += [predictions(row, found.labels, top_k) for row in logits]
+            answers += [predictions(row, found.labels, top_k, found.is_multi_label) for row in logits]
         return answers
 
     def _preprocessor(self, task: OnnxTask) -> Preprocessor:

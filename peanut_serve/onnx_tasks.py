@@ -42,6 +42,11 @@ class OnnxTask:
     adapter: str | None
     files: Mapping[str, str]
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether several labels may be right at once (transformers' `problem_type`)."""
+        return self.config.get("problem_type") == "multi_label_classification"
+
     def model(self, precision: str) -> Path:
         """The graph. Raises `OptionError` if there is none in this precision."""
         if precision not in self.models:

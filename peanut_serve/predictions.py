@@ -27,10 +27,12 @@ def check_logits(logits: NDArray[np.float32], labels: Sequence[str], task: str) 
         )
 
 
-def predictions(logits: NDArray[np.float32], labels: Sequence[str], top_k: int) -> list[Prediction]:
-    """The best labels for logits (labels,), best first."""
+def predictions(
+    logits: NDArray[np.float32], labels: Sequence[str], top_k: int, multi_label: bool = False
+) -> list[Prediction]:
+    """The best labels for logits (labels,), best first; with `multi_label` each has a probability of its own."""
     if len(labels) == 1:
         return [Prediction(labels[0], float(logits[0]))]
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    scores = exponentials / exponentials.sum()
+    exponentials = np.exp(logits.astype(np.float64) - (0 if multi_label else logits.max()))
+    scores = exponentials / ((1 + exponentials) if multi_label else exponentials.sum())
     return [Prediction(labels[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top_k]]

@@ -126,6 +126,15 @@ def test_texts(make_pair: Callable[..., Pair], tmp_path: Path, run_here: Run) ->
         assert answer["predictions"] == [{"label": "similarity", "score": pytest.approx(alone[0].score, abs=1e-6)}]
 
 
+def test_several_labels_at_once(folders: dict[Form, Path], digit_files: list[Path]) -> None:
+    edit_json(folders[Form.MERGED] / "config.json", problem_type="multi_label_classification")
+    engine = OnnxEngine(folders[Form.MERGED])
+    (found,) = engine.predict(digit_files[:1])
+    pixels = engine._preprocessor(engine.find(None))(digit_files[:1])
+    wanted = torch.sigmoid(torch.from_numpy(engine.run(pixels)))[0].sort(descending=True).values
+    assert [one.score for one in found] == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
 def test_a_model_of_tokens_has_no_single_label(make_pair: Callable[..., Pair]) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     model = BertForTokenClassification(BertConfig(**sizes, vocab_size=96, num_labels=3))

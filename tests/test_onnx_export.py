@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, Run
 from peft import PeftModel
 from sklearn.datasets import load_digits
 from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification
@@ -195,6 +195,20 @@ def test_one_trace_serves_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyP
     export_onnx(BASE, FOLDERS[1], tmp_path / "newer", options=ExportOptions(opset=20))
     assert len(traced) == 3
     assert onnx.load(tmp_path / "newer" / "model.onnx").opset_import[0].version == 20
+
+
+def test_what_the_command_says(tmp_path: Path, run_here: Run) -> None:
+    command = ("peanut-merge", "--base", BASE, "--adapter", FOLDERS[0], "--format", "onnx", "-o", tmp_path / "out")
+    planned = run_here(*command, "--dry-run", "--json")
+    assert json.loads(planned.stdout)["outputs"][0]["tasks"] == ["digits5to9"]
+    assert not (tmp_path / "out").exists()
+    done = run_here(*command, "--quantize", "fp16")
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith(f"wrote {tmp_path}/out: model.onnx, model_fp16.onnx, 16.")
+    assert "8 inputs (0 real) in batches of 1, 2, 5: largest difference to torch" in second
+    assert second.endswith("top-1 agreement 100.00%")
+    assert third.startswith("  fp16: 37 of 37 linear layers, 5.")
 
 
 def test_for_transformers_js(tmp_path: Path) -> None:

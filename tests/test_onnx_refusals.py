@@ -87,6 +87,12 @@ def test_eval_data_of_other_labels(refuse: Callable[..., str], tmp_path: Path) -
     assert "beagle: no label has this name, wanted one of 'LABEL_0', 'LABEL_1'" in said
 
 
+def test_eval_data_of_a_model_with_several_labels(refuse: Callable[..., str], tmp_path: Path) -> None:
+    shutil.copytree(VIT / "base", tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", problem_type="multi_label_classification")
+    assert "this model gives several (multi-label)" in refuse("--eval-data", tmp_path, base=tmp_path / "base")
+
+
 def test_two_tasks_of_one_name(refuse: Callable[..., str], tmp_path: Path) -> None:
     shutil.copytree(VIT / "oddeven", tmp_path / "more" / "oddeven")
     assert "two adapters are called oddeven" in refuse(

@@ -136,6 +136,8 @@ def _check_options(plans: Sequence[Plan], options: ExportOptions) -> None:
             raise ConversionError(f"tasks with one graph have to be of one class: {told}; export them apart")
     if options.eval_data is not None and len(plans) > 1:
         raise OptionError("--eval-data measures one task, and several are exported; export them one by one")
+    if options.eval_data is not None and plans[0].config.get("problem_type") == "multi_label_classification":
+        raise OptionError("--eval-data has one label for each example, and this model gives several (multi-label)")
     if odd := next((plan for plan in plans if plan.options["dtype"] != "fp32"), None):
         raise OptionError(
             f"{odd.name}: ONNX graphs are written in float32, not {odd.options['dtype']}; see --quantize"

@@ -1,4 +1,4 @@
-"""Smaller graphs of merged models: weights in int8, activations quantised as they come; or everything in fp16."""
+"""Smaller graphs of merged models: int8 weights, with activations quantised as they come; or fp16 throughout."""
 
 import logging
 import tempfile
@@ -18,13 +18,13 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 from converters.errors import ConversionError, PeanutError
 from converters.onnx_export.merged import SINGLE_FILE_BYTES, external_data
 
-_ENOUGH = 0.9  # share of the linear layers below which a graph is float32 in all but name
-_FP16_OVERFLOW = 65520  # what is as large becomes infinite
+_ENOUGH = 0.9  # share of the linear layers; with fewer, a graph is float32 in all but name
+_OVERFLOW = 65520  # the least number that fp16 rounds to infinity
 _ONE_LINE = 300
 
-# what cannot be computed in fp16, and what should not: normalisation (RMSNorm is traced into its steps), whose squares
-# overflow; Pow is GELU's cube, too
-_FLOAT32_OPS = {*DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "Softmax", "Pow", "ReduceMean", "Sqrt", "Reciprocal"}
+# what ONNX Runtime has no fp16 for; and the steps of RMSNorm, whose squares overflow (as does Pow in GELU). In
+# LayerNormalization ONNX itself asks for float32. Softmax is no better for it: 1e-3 of the logits with and without
+_FLOAT32_OPS = {*DEFAULT_OP_BLOCK_LIST, "Pow", "ReduceMean", "Sqrt", "Reciprocal"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Quantized:
 
 
 def quantize(model: Path, output: Path, precision: str) -> Quantized:
-    """Write a graph in another precision. Its inputs and outputs stay as they are.
+    """Write a graph in another precision. Its inputs and outputs stay float32.
 
     Args:
-        model: a graph that `merged.write_merged` wrote, in float32.
+        model: a graph that `merged.write_merged` wrote.
         output: the new graph; weights that are too large for one file come beside it, as in `merged`.
-        precision: `int8` (dynamic, a scale for each output of a layer) or `fp16`.
+        precision: `int8` (a scale for each output of a linear layer, one for each embedding) or `fp16`.
 
     Raises `ConversionError` if it cannot be converted, a weight does not fit fp16, or too few layers were quantised.
     """
@@ -60,11 +60,9 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         scratch = Path(folder)
         try:
-            original = onnx.load(model)
-            linears = len(_linear_types(original.graph))
-            metadata = {entry.key: entry.value for entry in original.metadata_props}
+            header, linears = _facts(model)
             with _undisturbed(scratch):
-                proto = convert(original, scratch)
+                proto = convert(model, scratch)
         except (PeanutError, OSError):
             raise
         except Exception as error:  # the libraries' exceptions have no common base
@@ -76,32 +74,44 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
                 f"{model.name}: only {quantized} of {linears} linear layers became {precision}, wanted "
                 f"{_ENOUGH:.0%} of them"
             )
-        return Quantized(linears, quantized, _save(proto, metadata, scratch, output))
+        return Quantized(linears, quantized, _save(_headed(proto, header), scratch, output))
+
+
+def _facts(model: Path) -> tuple[ModelProto, int]:
+    """What a graph says of itself, and how many linear layers it has."""
+    proto = onnx.load(model, load_external_data=False)
+    header = ModelProto(
+        producer_name=proto.producer_name,
+        producer_version=proto.producer_version,
+        metadata_props=proto.metadata_props,
+    )
+    return header, len(_linear_types(proto.graph))
 
 
 @contextmanager
 def _undisturbed(scratch: Path) -> Iterator[None]:
     """Keeps what the libraries write out of /tmp, which may be small, and what they log off the screen."""
-    silent, handler, root = logging.root.manager.disable, logging.NullHandler(), logging.getLogger()
-    root.addHandler(handler)  # else `logging.warning` adds one that stays
+    silent, folder, handler = logging.root.manager.disable, tempfile.tempdir, logging.NullHandler()
+    logging.root.addHandler(handler)  # else `logging.warning` adds one that stays
     logging.disable(logging.CRITICAL)
-    folder, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    tempfile.tempdir = str(scratch)
     try:
         yield
     finally:
         tempfile.tempdir = folder
         logging.disable(silent)
-        root.removeHandler(handler)
+        logging.root.removeHandler(handler)
 
 
-def _to_int8(original: ModelProto, scratch: Path) -> ModelProto:
+def _to_int8(model: Path, scratch: Path) -> ModelProto:
     folded, quantized = scratch / "folded.onnx", scratch / "quantized.onnx"
-    _fold_transposes(original.graph)
-    onnx.save(original, folded, save_as_external_data=True, location="folded.onnx_data")
-    # a Gemm becomes a MatMul and an Add by itself
+    proto = onnx.load(model)
+    _fold_transposes(proto.graph)
+    onnx.save(proto, folded, save_as_external_data=True, location="folded.onnx_data")
+    # a Gemm is made a MatMul and an Add; without Gather, MiniLM is larger than in fp16 and no better
     quantize_dynamic(
-        folded, quantized, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
-        use_external_data_format=True,
+        folded, quantized, op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
+        weight_type=QuantType.QInt8, use_external_data_format=True,
     )  # fmt: skip
     return onnx.load(quantized)
 
@@ -124,72 +134,75 @@ def _fold_transposes(graph: GraphProto) -> None:
         node.input[:] = [folded.get(name, name) for name in node.input]
 
 
-def _to_fp16(original: ModelProto, scratch: Path) -> ModelProto:
-    graph = original.graph
-    onnx.save(original, scratch / "original.onnx", save_as_external_data=True, location="original.onnx_data")
-    onnx.shape_inference.infer_shapes_path(scratch / "original.onnx", scratch / "inferred.onnx")
-    onnx.load_external_data_for_model(original, str(scratch))
-    inferred = onnx.load(scratch / "inferred.onnx", load_external_data=False).graph.value_info
-    kept = _float32_nodes(graph, {v.name for v in inferred if v.type.tensor_type.elem_type == TensorProto.FLOAT})
-    _check_fits(graph, kept)
-    readers = _readers(graph)
+def _to_fp16(model: Path, scratch: Path) -> ModelProto:
+    onnx.shape_inference.infer_shapes_path(model, scratch / "inferred.onnx")
+    values = onnx.load(scratch / "inferred.onnx", load_external_data=False).graph.value_info
+    proto = onnx.load(model)
+    kept = _float32_nodes(proto.graph, {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT})
+    _check_fits(proto.graph, kept)
+    readers = _readers(proto.graph)
     inner = {
         result
-        for node in graph.node
+        for node in proto.graph.node
         for result in node.output
         if node.name in kept and {reader.name for reader in readers[result]} <= kept
     }
-    # what it knows the type of it rounds, also on the way from one float32 node to the next
-    graph.value_info.extend(value for value in inferred if value.name not in inner)
+    # the converter rounds all values of known type to fp16, also on their way from one float32 node to the next
+    proto.graph.value_info.extend(value for value in values if value.name not in inner)
     converted: ModelProto = convert_float_to_float16(
-        original, keep_io_types=True, disable_shape_infer=True, op_block_list=[], node_block_list=kept
+        proto, keep_io_types=True, disable_shape_infer=True, op_block_list=[], node_block_list=kept
     )
     ONNXModel(converted).topological_sort()
     return converted
 
 
 def _float32_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
-    """Names of the nodes that are not for fp16: `_FLOAT32_OPS`, and all around numbers it cannot say.
-
-    Those are masks, which hold the least float32, from there to the Softmax; and the angles of rotary embeddings, at
-    which positions of some thousands are rounded to integers.
-    """
-    readers, producers = _readers(graph), {result: node for node in graph.node for result in node.output}
+    """Names of the nodes that are not for fp16; `floats` are the values in float32."""
     kept = {node.name for node in graph.node if node.op_type in _FLOAT32_OPS}
-    masks = [t.name for t in graph.initializer if not t.dims and t.data_type == TensorProto.FLOAT and _overflows(t)]
-    while masks:
-        for node in readers[masks.pop()]:
-            if node.op_type != "Softmax" and node.name not in kept:
-                masks += [result for result in node.output if result in floats]
-            kept.add(node.name)
-    angles = [node.input[0] for node in graph.node if node.op_type in ("Cos", "Sin")]
-    kept |= {node.name for node in graph.node if node.op_type in ("Cos", "Sin")}
-    while angles:
-        node = producers.get(angles.pop())
-        if node is not None and node.name not in kept:
-            kept.add(node.name)
-            angles += [name for name in node.input if name in floats]
-    return kept
+    return kept | _masking_nodes(graph, floats) | _angle_nodes(graph, floats)
+
+
+def _masking_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
+    """Whatever masks pass through, to the Softmax: in fp16 the least float32 is -inf, and a masked row then NaN."""
+    readers = _readers(graph)
+    found: set[str] = set()
+    reached = [tensor.name for tensor in graph.initializer if not tensor.dims and _overflows(tensor)]
+    while reached:
+        for node in readers[reached.pop()]:
+            if node.op_type != "Softmax" and node.name not in found:
+                reached += [result for result in node.output if result in floats]
+            found.add(node.name)
+    return found
+
+
+def _angle_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
+    """What computes the angles of rotary embeddings: from 2048 on, fp16 does not even tell positions apart."""
+    producers = {result: node for node in graph.node for result in node.output}
+    found: set[str] = set()
+    waiting = [node for node in graph.node if node.op_type in ("Cos", "Sin")]
+    while waiting:
+        node = waiting.pop()
+        found.add(node.name)
+        waiting += [producers[name] for name in node.input if name in floats]
+    return found
 
 
 def _check_fits(graph: GraphProto, kept: set[str]) -> None:
     readers = _readers(graph)
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and _overflows(tensor):
-            if any(node.name not in kept for node in readers[tensor.name]):
-                largest = float(np.abs(numpy_helper.to_array(tensor)).max())
-                raise ConversionError(
-                    f"{tensor.name} has a weight of {largest:.6g}, and fp16 ends at 65504; export it as int8 or float32"
-                )
+        if not {node.name for node in readers[tensor.name]} <= kept and _overflows(tensor):
+            largest = np.abs(numpy_helper.to_array(tensor)).max()
+            raise ConversionError(
+                f"{tensor.name} has a weight of {largest:.6g} and does not fit fp16, which ends at 65504; int8 can hold it"
+            )
 
 
 def _overflows(tensor: TensorProto) -> bool:
-    values = numpy_helper.to_array(tensor)
-    return values.size > 0 and float(max(values.max(), -values.min())) >= _FP16_OVERFLOW
+    return tensor.data_type == TensorProto.FLOAT and bool((np.abs(numpy_helper.to_array(tensor)) >= _OVERFLOW).any())
 
 
 def _linear_types(graph: GraphProto) -> list[int]:
-    """Data type of the weight of every linear layer."""
+    """The data type of the weight of every linear layer."""
     types: dict[str, int] = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Transpose" and node.input[0] in types:
@@ -206,27 +219,29 @@ def _readers(graph: GraphProto) -> dict[str, list[NodeProto]]:
     return readers
 
 
-def _save(proto: ModelProto, metadata: dict[str, str], scratch: Path, output: Path) -> int:
-    """Write what is said of the model as it was, the rest as it is; returns the bytes written."""
-    from converters._version import __version__
-
-    onnx.helper.set_model_props(proto, metadata)
-    proto.producer_name, proto.producer_version = "peanut-serve", __version__
+def _headed(proto: ModelProto, header: ModelProto) -> ModelProto:
+    """With the header it had: a library has put its own name there."""
+    for field in ("producer_name", "producer_version", "metadata_props"):
+        proto.ClearField(field)
+    proto.MergeFrom(header)
     del proto.graph.value_info[:]
+    return proto
+
+
+def _save(proto: ModelProto, scratch: Path, output: Path) -> int:
+    """Write a graph; returns its bytes."""
     draft = scratch / output.name
     data = external_data(draft)
-    if sum(tensor.ByteSize() for tensor in proto.graph.initializer) <= SINGLE_FILE_BYTES:
-        onnx.save(proto, draft)
-    else:
-        onnx.save(proto, draft, save_as_external_data=True, location=data.name)
-    written = [path for path in (draft, data) if path.is_file()]
+    is_large = sum(tensor.ByteSize() for tensor in proto.graph.initializer) > SINGLE_FILE_BYTES
+    onnx.save(proto, draft, save_as_external_data=is_large, location=data.name)
+    written = [data, draft] if is_large else [draft]
     nbytes = sum(path.stat().st_size for path in written)
     for path in written:
         path.replace(output.with_name(path.name))
     return nbytes
 
 
-_CONVERTERS: dict[str, tuple[Callable[[ModelProto, Path], ModelProto], int]] = {
+_CONVERTERS: dict[str, tuple[Callable[[Path, Path], ModelProto], int]] = {
     "int8": (_to_int8, TensorProto.INT8),
     "fp16": (_to_fp16, TensorProto.FLOAT16),
 }
