@@ -43,9 +43,6 @@ def _predict(
     from rich.table import Table
 
     from converters import console
-    from converters.exporting import require_onnx
-
-    require_onnx()
     from peanut_serve.onnx_engine import OnnxEngine
 
     given = [*(inputs or []), *(_lines(text_file) if text_file is not None else [])]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -241,3 +243,12 @@ def test_a_graph_that_does_not_load(folders: dict[Form, Path]) -> None:
     onnx.save(proto, model)
     set_own(folders[Form.SHARED], "oddeven", files={})
     refused(folders[Form.SHARED], CheckpointError, "cannot be loaded by ONNX Runtime", "oddeven")
+
+
+def test_without_onnx_runtime_the_extra_is_named(originals: dict[Form, Path]) -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; from peanut_serve.predict_command import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, originals[Form.MERGED], "a.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ONNX Runtime is not installed: pip install 'peanut-serve[onnx]'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -4,8 +4,9 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnxruntime
 from torch import Tensor
+
+from converters.onnx_export.runtime import onnxruntime
 
 
 def model_version(fingerprint: str) -> int:

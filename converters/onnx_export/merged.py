@@ -26,19 +26,20 @@ def write_merged(
     model: Path, traced: TracedBase, task: TaskWeights, labels: int | None, metadata: Mapping[str, str]
 ) -> None:
     """Write one task: a single file, or with its weights beside it where they are too large for one."""
-    weights = {**traced.weights, **task.tensors}
+    weights = {name: task.tensors.get(name, weight) for name, weight in traced.weights.items()}
+    onnx.save(bind(traced.template, store(model, weights), labels=labels, metadata=metadata), model)
+
+
+def store(model: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:
+    """The initializers of a graph: in it, or in a file beside it where they are too large for one."""
     if sum(tensor.nbytes for tensor in weights.values()) <= SINGLE_FILE_BYTES:
-        initializers = {name: inline(name, weights[name]) for name in traced.weights}
-    else:
-        with WeightsFile(external_data(model)) as data:
-            initializers = {name: data.add(name, weights[name]) for name in traced.weights}
-    onnx.save(bind(traced.template, initializers, labels=labels, metadata=metadata), model)
+        return {name: inline(name, tensor) for name, tensor in weights.items()}
+    return _write(external_data(model), weights)
 
 
 def write_base(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:
     """Write what graphs in `folder` share; returns their initializers."""
-    with WeightsFile(folder / BASE_DATA) as data:
-        return {name: data.add(name, tensor) for name, tensor in weights.items()}
+    return _write(folder / BASE_DATA, weights)
 
 
 def shared_weights(traced: TracedBase, own: Sequence[Collection[str]]) -> dict[str, Tensor]:
@@ -55,6 +56,11 @@ def write_sharing(
     metadata: Mapping[str, str],
 ) -> None:
     """Write one task of several, with a file of the weights it changes; `shared` lies in the same folder."""
-    with WeightsFile(external_data(model)) as data:
-        own = {name: data.add(name, tensor) for name, tensor in task.tensors.items() if name in traced.weights}
-    onnx.save(bind(traced.template, {**shared, **own}, labels=labels, metadata=metadata), model)
+    own = {name: tensor for name, tensor in task.tensors.items() if name in traced.weights}
+    own_initializers = _write(external_data(model), own)
+    onnx.save(bind(traced.template, {**shared, **own_initializers}, labels=labels, metadata=metadata), model)
+
+
+def _write(file: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:
+    with WeightsFile(file) as data:
+        return {name: data.add(name, tensor) for name, tensor in weights.items()}

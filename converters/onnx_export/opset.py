@@ -1,11 +1,11 @@
 """Which ONNX opsets can be written and run."""
 
 import onnx
-import onnxruntime
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
 from converters.errors import OptionError
+from converters.onnx_export.runtime import onnxruntime
 
 # torch's translations are written in it, and every ONNX Runtime since 1.14 runs it, in browsers too
 DEFAULT_OPSET = 18

@@ -22,8 +22,8 @@ _ENOUGH = 0.9  # share of the linear layers; with fewer, a graph is float32 in a
 _OVERFLOW = 65520  # the least number that fp16 rounds to infinity
 _ONE_LINE = 300
 
-# what ONNX Runtime has no fp16 for; and the steps of RMSNorm, whose squares overflow (as does Pow in GELU). In
-# LayerNormalization ONNX itself asks for float32. Softmax is no better for it: 1e-3 of the logits with and without
+# what ONNX Runtime has no fp16 for; and the steps of RMSNorm, whose squares overflow, as do the cubes of GELU. With
+# LayerNormalization and Softmax in float32, too, logits were no closer, and the casts took time
 _FLOAT32_OPS = {*DEFAULT_OP_BLOCK_LIST, "Pow", "ReduceMean", "Sqrt", "Reciprocal"}
 
 
@@ -52,7 +52,7 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
     Args:
         model: a graph that `merged.write_merged` wrote.
         output: the new graph; weights that are too large for one file come beside it, as in `merged`.
-        precision: `int8` (a scale for each output of a linear layer, one for each embedding) or `fp16`.
+        precision: `int8` (a scale for each output of a linear layer, one for a table of embeddings) or `fp16`.
 
     Raises `ConversionError` if it cannot be converted, a weight does not fit fp16, or too few layers were quantised.
     """
@@ -108,7 +108,7 @@ def _to_int8(model: Path, scratch: Path) -> ModelProto:
     proto = onnx.load(model)
     _fold_transposes(proto.graph)
     onnx.save(proto, folded, save_as_external_data=True, location="folded.onnx_data")
-    # a Gemm is made a MatMul and an Add; without Gather, MiniLM is larger than in fp16 and no better
+    # it makes a MatMul and an Add of a Gemm; Gather reads embeddings, without them MiniLM is larger than in fp16
     quantize_dynamic(
         folded, quantized, op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
         weight_type=QuantType.QInt8, use_external_data_format=True,
@@ -193,7 +193,7 @@ def _check_fits(graph: GraphProto, kept: set[str]) -> None:
         if not {node.name for node in readers[tensor.name]} <= kept and _overflows(tensor):
             largest = np.abs(numpy_helper.to_array(tensor)).max()
             raise ConversionError(
-                f"{tensor.name} has a weight of {largest:.6g} and does not fit fp16, which ends at 65504; int8 can hold it"
+                f"{tensor.name} has a weight of {largest:.6g} and fp16 ends at 65504; int8 and float32 can hold it"
             )
 
 

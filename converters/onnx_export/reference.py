@@ -35,7 +35,9 @@ class Reference(torch.nn.Module):
         self.kind = kind
         self._image_shape = image_shape
         self.model, self.missing = _load(plan)
-        self._vocab_size = int(getattr(self.model.config.get_text_config(), "vocab_size", 0))
+        text = self.model.config.get_text_config()
+        self._vocab_size = int(getattr(text, "vocab_size", 0))
+        self._longest = int(getattr(text, "max_position_embeddings", 512)) - 2  # RoBERTa's positions begin at 2
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The output of the kind, for its inputs in order."""
@@ -63,6 +65,7 @@ class Reference(torch.nn.Module):
     def _random(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         if self._image_shape is not None:
             return {"pixel_values": torch.randn(batch, *self._image_shape, generator=generator)}
+        length = min(length, self._longest)
         ids = torch.randint(0, self._vocab_size, (batch, length), generator=generator)
         mask = torch.ones(batch, length, dtype=torch.long)
         mask[-1, max(1, length // 2) :] = 0 if batch > 1 else 1

@@ -7,12 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CheckpointError, MissingDependencyError
-
-try:
-    import onnxruntime
-except ImportError:
-    raise MissingDependencyError("ONNX Runtime is not installed: pip install 'peanut-serve[onnx]'") from None
+from converters.errors import CheckpointError
+from converters.onnx_export.runtime import onnxruntime
 
 Arrays = Mapping[str, NDArray[Any]]
 

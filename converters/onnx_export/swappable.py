@@ -16,11 +16,10 @@ from torch import Tensor
 
 from converters.errors import ConversionError
 from converters.low_rank import refuse_output_activations, sum_factors
-from converters.onnx_export.merged import SINGLE_FILE_BYTES, external_data
+from converters.onnx_export.merged import store
 from converters.onnx_export.task_weights import TaskWeights
 from converters.onnx_export.template import bind
 from converters.onnx_export.traced import TracedBase
-from converters.onnx_export.weights_file import WeightsFile, inline
 from converters.tensor_reader import TensorReader
 
 
@@ -52,12 +51,7 @@ def write_swappable(
     weights = dict(traced.weights)
     for name in whole:
         weights[name] = torch.full_like(weights[name], torch.nan)
-    if sum(tensor.nbytes for tensor in weights.values()) <= SINGLE_FILE_BYTES:
-        initializers = {name: inline(name, tensor) for name, tensor in weights.items()}
-    else:
-        with WeightsFile(external_data(model)) as data:
-            initializers = {name: data.add(name, tensor) for name, tensor in weights.items()}
-    proto = bind(traced.template, initializers, labels=None, metadata=metadata, overridable=whole)
+    proto = bind(traced.template, store(model, weights), labels=None, metadata=metadata, overridable=whole)
     for name in adapted:
         out, width = traced.linear_shape(name)
         _add_low_rank(proto, name, out, width)

@@ -9,13 +9,15 @@ from logging import CRITICAL, disable
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 from onnx import ModelProto, TensorProto
 from onnx.helper import make_tensor_value_info
+from onnxscript import optimizer
 from torch import Tensor
 
 from converters._version import __version__
-from converters.errors import ConversionError, MissingDependencyError
+from converters.errors import ConversionError
 from converters.onnx_export.kinds import Kind
 from converters.onnx_export.reference import Reference
 
@@ -48,9 +50,7 @@ class Template:
 def trace(reference: Reference, opset: int) -> Template:
     """Trace a model. Its names stay those of transformers' memory, its linear weights (out, in).
 
-    Raises:
-        ConversionError: the tracer cannot follow this model.
-        MissingDependencyError: onnxscript, which traces, is not installed.
+    Raises `ConversionError` when the tracer cannot follow it.
     """
     kind, weights = reference.kind, {_WRAPPED + name for name in reference.weights()}
     inputs = tuple(reference.random_inputs()[1].values())
@@ -76,13 +76,8 @@ def trace_module(
 ) -> ModelProto:
     """The graph of a module, constants folded. Its `weights` become inputs, without the first part of their names.
 
-    Raises `ConversionError`, `MissingDependencyError`: see `trace`.
+    Raises `ConversionError` when the tracer cannot follow it.
     """
-    try:
-        import onnx_ir
-        from onnxscript import optimizer
-    except ImportError:
-        raise MissingDependencyError("tracing needs onnxscript: pip install 'peanut-serve[onnx]'") from None
     try:
         with _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(

@@ -59,7 +59,7 @@ def traced_template(
 ) -> Template:
     """The graph of a model, from the cache, or traced and put there.
 
-    Raises `ConversionError`, `MissingDependencyError`: see `trace`.
+    Raises `ConversionError` when the tracer cannot follow it.
     """
     kind = reference.kind
     facts = {

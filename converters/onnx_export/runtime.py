@@ -1,0 +1,10 @@
+"""ONNX Runtime, or a sentence that says how to get it."""
+
+from converters.errors import MissingDependencyError
+
+try:
+    import onnxruntime
+except ImportError:
+    raise MissingDependencyError("ONNX Runtime is not installed: pip install 'peanut-serve[onnx]'") from None
+
+__all__ = ["onnxruntime"]
