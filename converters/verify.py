@@ -156,7 +156,9 @@ def verify_numbers(
 ) -> tuple[int, float]:
     """Recompute a sample of an updated weight that is in memory; the rest is as for `check_numbers`."""
     rows, columns = _sample(tensor, tweakers)
-    return check_numbers(merged[rows][:, columns].double(), tensor, rows, columns, tweakers, reader)
+    few_rows = len(rows) < len(columns)
+    found = merged[rows][:, columns] if few_rows else merged[:, columns][rows]
+    return check_numbers(found.double(), tensor, rows, columns, tweakers, reader)
 
 
 def check_factors(

@@ -1,6 +1,6 @@
 """What is checked and measured of a written task before its folder appears."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from converters.errors import VerificationError
 from converters.onnx_export.eval_data import Batch, EvalData, Score, agreement, batches, score_of
@@ -65,35 +66,36 @@ def check_task(
 
     Raises `VerificationError` when a graph is no valid ONNX, or computes something else than torch.
     """
+    if not verify and not prepared:
+        return TaskCheck(task.verification, None)
     parity, scores = None, {}
-
-    def by_torch(inputs: Arrays) -> NDArray[np.float32]:
-        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        output: NDArray[np.float32] = reference.run(tensors, task.tensors).numpy()
-        return output
-
     if prepared:
-        scores[TORCH] = score_of(by_torch, prepared)
+        scores[TORCH] = score_of(lambda inputs: _by_torch(reference, task, inputs), prepared)
     for precision, model in files.models.items():
-        session = Session(folder / model)
-        adapter = LoadedAdapter(folder / files.adapter) if files.adapter else None
-
-        def by_onnx(
-            inputs: Arrays, session: Session = session, adapter: LoadedAdapter | None = adapter
-        ) -> NDArray[np.float32]:
-            return session.run(inputs, adapter)
-
+        run = _by_onnx(folder, model, files.adapter)
         if verify:
             _check_valid(folder / model)
         if verify and precision == "fp32":
-            real = [
-                {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
-                for batch in prepared[:_REAL_BATCHES]
-            ]
-            parity = check_parity(f"{files.task} ({model})", by_onnx, reference, task.tensors, real)
+            real = [_as_tensors(batch.inputs) for batch in prepared[:_REAL_BATCHES]]
+            parity = check_parity(f"{files.task} ({model})", run, reference, task.tensors, real)
         if prepared:
-            scores[precision] = score_of(by_onnx, prepared)
+            scores[precision] = score_of(run, prepared)
     return TaskCheck(task.verification, parity, scores)
+
+
+def _by_torch(reference: Reference, task: TaskWeights, inputs: Arrays) -> NDArray[np.float32]:
+    output: NDArray[np.float32] = reference.run(_as_tensors(inputs), task.tensors).numpy()
+    return output
+
+
+def _by_onnx(folder: Path, model: str, adapter: str | None) -> Callable[[Arrays], NDArray[np.float32]]:
+    session = Session(folder / model)
+    loaded = LoadedAdapter(folder / adapter) if adapter else None
+    return lambda inputs: session.run(inputs, loaded)
+
+
+def _as_tensors(inputs: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
 def _check_valid(model: Path) -> None:

@@ -1,6 +1,6 @@
 """Graphs with merged weights: one task in a file of its own, or several that share what none of them changes."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -30,11 +30,11 @@ def write_merged(
     onnx.save(bind(traced.template, store(model, weights), labels=labels, metadata=metadata), model)
 
 
-def store(model: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:
-    """The initializers of a graph: in it, or in a file beside it where they are too large for one."""
+def store(model: Path, weights: Mapping[str, Tensor]) -> Callable[[str], TensorProto]:
+    """What gives the initializers of a graph: in it, or in a file beside it where they are too large for one."""
     if sum(tensor.nbytes for tensor in weights.values()) <= SINGLE_FILE_BYTES:
-        return {name: inline(name, tensor) for name, tensor in weights.items()}
-    return _write(external_data(model), weights)
+        return lambda name: inline(name, weights[name])
+    return _write(external_data(model), weights).__getitem__
 
 
 def write_base(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:
@@ -57,8 +57,8 @@ def write_sharing(
 ) -> None:
     """Write one task of several, with a file of the weights it changes; `shared` lies in the same folder."""
     own = {name: tensor for name, tensor in task.tensors.items() if name in traced.weights}
-    own_initializers = _write(external_data(model), own)
-    onnx.save(bind(traced.template, {**shared, **own_initializers}, labels=labels, metadata=metadata), model)
+    initializers = {**shared, **_write(external_data(model), own)}
+    onnx.save(bind(traced.template, initializers.__getitem__, labels=labels, metadata=metadata), model)
 
 
 def _write(file: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:

@@ -32,7 +32,7 @@ def write_self_merging(
 ) -> None:
     """Write one task: its θ and heads are in the graph; `shared`, the base's weights, lies in the same folder."""
     whole = {name: inline(name, tensor) for name, tensor in task.whole.items() if name in traced.weights}
-    proto = bind(traced.template, {**shared, **whole}, labels=labels, metadata=metadata)
+    proto = bind(traced.template, {**shared, **whole}.__getitem__, labels=labels, metadata=metadata)
     opset = traced.template.proto.opset_import[0].version
     merging: list[NodeProto] = []
     for name, planned in task.updated.items():

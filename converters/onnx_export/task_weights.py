@@ -69,4 +69,8 @@ def evaluate_task(plan: Plan, arch: Architecture, device: torch.device) -> TaskW
 def _numbers(plan: Plan, planned: TensorPlan, worker: Worker) -> Tensor:
     if planned.is_copy and planned.source is not None:
         return worker.reader.whole(planned.source).float()
-    return torch.cat([block.clone() for block in tensor_blocks(plan, planned, worker)]).view(planned.shape)
+    numbers, done = torch.empty(planned.shape).view(-1), 0
+    for block in tensor_blocks(plan, planned, worker):
+        numbers[done : done + block.numel()] = block.reshape(-1)
+        done += block.numel()
+    return numbers.view(planned.shape)

@@ -1,7 +1,7 @@
 """A graph without weights: they are inputs. So one trace serves every task of a base."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -137,7 +137,7 @@ def _cleaned(proto: ModelProto) -> ModelProto:
 
 def bind(
     template: Template,
-    initializers: Mapping[str, TensorProto],
+    initializer: Callable[[str], TensorProto],
     *,
     labels: int | None,
     metadata: Mapping[str, str],
@@ -147,7 +147,7 @@ def bind(
 
     Args:
         template: the graph.
-        initializers: weight -> the tensor, which may have another shape than in the trace.
+        initializer: gives the tensor of a weight, which may have another shape than in the trace.
         labels: length of the output's last axis; None leaves it open.
         metadata: of the model.
         overridable: weights that stay inputs, with the initializer as default.
@@ -162,7 +162,8 @@ def bind(
     ]
     del graph.input[:]
     graph.input.extend(inputs)
-    graph.initializer.extend(initializers[name] for name in weights)
+    for name in weights:
+        graph.initializer.append(initializer(name))  # copies it: only one of them is in memory twice
     if template.kind.has_labels:
         last = graph.output[0].type.tensor_type.shape.dim[-1]
         last.Clear()
