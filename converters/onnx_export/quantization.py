@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,18 +13,15 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.onnx_model import ONNXModel
-from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from converters.errors import ConversionError, PeanutError
 from converters.onnx_export.merged import SINGLE_FILE_BYTES, external_data
 
-_ENOUGH = 0.9  # share of the linear layers; with fewer, a graph is float32 in all but name
+_ENOUGH = 0.9  # share of linear layers; with fewer, a graph is float32 in all but name
 _OVERFLOW = 65520  # the least number that fp16 rounds to infinity
 _ONE_LINE = 300
-
-# what ONNX Runtime has no fp16 for; and the steps of RMSNorm, whose squares overflow, as do the cubes of GELU. With
-# LayerNormalization and Softmax in float32, too, logits were no closer, and the casts took time
-_FLOAT32_OPS = {*DEFAULT_OP_BLOCK_LIST, "Pow", "ReduceMean", "Sqrt", "Reciprocal"}
+_HEADER = ("producer_name", "producer_version", "metadata_props")
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,7 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
 def _facts(model: Path) -> tuple[ModelProto, int]:
     """What a graph says of itself, and how many linear layers it has."""
     proto = onnx.load(model, load_external_data=False)
-    header = ModelProto(
-        producer_name=proto.producer_name,
-        producer_version=proto.producer_version,
-        metadata_props=proto.metadata_props,
-    )
+    header = ModelProto(**{field: getattr(proto, field) for field in _HEADER})
     return header, len(_linear_types(proto.graph))
 
 
@@ -150,20 +143,26 @@ def _to_fp16(model: Path, scratch: Path) -> ModelProto:
     # the converter rounds all values of known type to fp16, also on their way from one float32 node to the next
     proto.graph.value_info.extend(value for value in values if value.name not in inner)
     converted: ModelProto = convert_float_to_float16(
-        proto, keep_io_types=True, disable_shape_infer=True, op_block_list=[], node_block_list=kept
+        proto, keep_io_types=True, disable_shape_infer=True, node_block_list=kept
     )
     ONNXModel(converted).topological_sort()
     return converted
 
 
 def _float32_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
-    """Names of the nodes that are not for fp16; `floats` are the values in float32."""
-    kept = {node.name for node in graph.node if node.op_type in _FLOAT32_OPS}
-    return kept | _masking_nodes(graph, floats) | _angle_nodes(graph, floats)
+    """Names of the nodes that are not for fp16; `floats` are the values in float32.
+
+    Masks: the least float32 would be -inf, and a row that is masked whole NaN. Angles of rotary embeddings: from 2048
+    on, fp16 does not tell positions apart. Squares in RMSNorm: that of 256 overflows. LayerNormalization and Softmax
+    may be in fp16: logits are as close (the former computes in float32 anyway), and there are fewer casts.
+    """
+    angles = _nodes_before(graph, ("Cos", "Sin"), floats)
+    squares = _nodes_before(graph, ("Sqrt",), floats, through=("Sqrt", "Add", "ReduceMean"))
+    return _masking_nodes(graph, floats) | angles | squares
 
 
 def _masking_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
-    """Whatever masks pass through, to the Softmax: in fp16 the least float32 is -inf, and a masked row then NaN."""
+    """Whatever a number too large for fp16 passes through, to the Softmax."""
     readers = _readers(graph)
     found: set[str] = set()
     reached = [tensor.name for tensor in graph.initializer if not tensor.dims and _overflows(tensor)]
@@ -175,15 +174,18 @@ def _masking_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
     return found
 
 
-def _angle_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
-    """What computes the angles of rotary embeddings: from 2048 on, fp16 does not even tell positions apart."""
+def _nodes_before(
+    graph: GraphProto, ends: Collection[str], floats: set[str], through: Collection[str] | None = None
+) -> set[str]:
+    """The nodes of types `ends` and those before them: as far as these are of types `through`, and one further."""
     producers = {result: node for node in graph.node for result in node.output}
     found: set[str] = set()
-    waiting = [node for node in graph.node if node.op_type in ("Cos", "Sin")]
+    waiting = [node for node in graph.node if node.op_type in ends]
     while waiting:
         node = waiting.pop()
+        if node.name not in found and (through is None or node.op_type in through):
+            waiting += [producers[name] for name in node.input if name in floats]
         found.add(node.name)
-        waiting += [producers[name] for name in node.input if name in floats]
     return found
 
 
@@ -221,7 +223,7 @@ def _readers(graph: GraphProto) -> dict[str, list[NodeProto]]:
 
 def _headed(proto: ModelProto, header: ModelProto) -> ModelProto:
     """With the header it had: a library has put its own name there."""
-    for field in ("producer_name", "producer_version", "metadata_props"):
+    for field in _HEADER:
         proto.ClearField(field)
     proto.MergeFrom(header)
     del proto.graph.value_info[:]
