@@ -46,7 +46,8 @@ class OnnxEngine:
     def __init__(self, folder: str | Path, *, precision: str = "fp32", threads: int | None = None) -> None:
         self.tasks = find_tasks(Path(folder))
         self._folder, self._precision, self._threads = Path(folder), precision, threads
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for what becomes ready; what is ready is read without it
+        self._hashes: dict[Path, str] = {}
         self._sessions: dict[Path, Session] = {}
         self._ready: dict[str, _Ready] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
@@ -59,20 +60,33 @@ class OnnxEngine:
             task: which; may be left out where there is one.
 
         Raises:
-            OptionError: there is no such task, or not in this precision.
-            CheckpointError, VerificationError: a file is missing, damaged, or another.
+            OptionError: there is no such task, or not in this precision; inputs that the graph does not take.
+            CheckpointError, VerificationError: a file is missing, damaged, or another; the output is NaN, or has
+                another number of labels than the config.
             BaseMismatchError: graph and task are of different bases.
         """
         ready = self.load(task)
-        return ready.session.run(arrays, ready.adapter)
+        name = ready.task.name
+        if missing := [one for one in ready.session.inputs if one not in arrays]:
+            raise OptionError(f"{name} takes {', '.join(ready.session.inputs)}; {missing[0]} was not given")
+        try:
+            found = ready.session.run(arrays, ready.adapter)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            shapes = ", ".join(f"{one} {arrays[one].dtype}{arrays[one].shape}" for one in ready.session.inputs)
+            cause = " ".join(str(error).split())[:300]
+            raise OptionError(f"{name} cannot be run on {shapes}: {cause}") from None
+        check_logits(found, ready.task.labels, name)
+        return found
 
     def load(self, task: str | None = None) -> _Ready:
         """Make a task ready, which its first run does otherwise; raises as `run`."""
         found = self.find(task)
+        if ready := self._ready.get(found.name):
+            return ready
         with self._lock:
             if found.name not in self._ready:
-                found.check_files()
                 model = found.model(self._precision)
+                found.check_files(self._precision, self._hashes)
                 session = self._sessions.get(model) or Session(model, self._threads)
                 found.check_graph(session)
                 self._ready[found.name] = _Ready(found, session, found.load_adapter(session))
@@ -99,12 +113,13 @@ class OnnxEngine:
         found = self.find(task)
         if found.kind.task not in ("image-classification", "text-classification"):
             raise OptionError(f"{found.name} does {found.kind.task}: it has no label for a whole input; use run()")
+        if top_k < 1:
+            raise OptionError(f"top_k is {top_k}; wanted 1 or more")
         preprocessor = self._preprocessor(found)
         answers = []
         for start in range(0, len(examples), _BATCH):
             logits = self.run(preprocessor(examples[start : start + _BATCH]), found.name)
-            check_logits(logits, found.labels, found.name)
-            answers += [predictions(row, found.labels, top_k, found.is_multi_label) for row in logits]
+            answers += [predictions(row, found.labels, top_k, found.problem_type) for row in logits]
         return answers
 
     def _preprocessor(self, task: OnnxTask) -> Preprocessor:

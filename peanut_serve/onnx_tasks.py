@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import model_config
+from converters.checkpoint import MANIFEST_NAME
 from converters.errors import BaseMismatchError, CheckpointError, OptionError, VerificationError
 from converters.json_files import read_json
 from converters.lora_adapter import hash_file
@@ -14,6 +15,9 @@ from converters.onnx_export.kinds import Kind, find_kind
 from converters.onnx_export.session import LoadedAdapter, Session
 
 _CONFIG = "config.json"
+# as `converters.onnx_export.export_plan.Form` has them, which imports onnx
+_FORMS = ("merged", "shared", "self-merging", "swappable")
+_HAVE_ADAPTERS = ("swappable",)
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class OnnxTask:
     files: Mapping[str, str]
 
     @property
-    def is_multi_label(self) -> bool:
-        """Whether several labels may be right at once (transformers' `problem_type`)."""
-        return self.config.get("problem_type") == "multi_label_classification"
+    def problem_type(self) -> str | None:
+        """What transformers calls it: whether several labels may be right at once, or outputs are numbers."""
+        return self.config.get("problem_type")
 
     def model(self, precision: str) -> Path:
         """The graph. Raises `OptionError` if there is none in this precision."""
@@ -59,7 +63,11 @@ class OnnxTask:
     def path(self, name: str) -> Path:
         """A file of the task. Raises `CheckpointError` if the name leads out of the folder, or to nothing."""
         path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except ValueError as error:  # a NUL
+            raise CheckpointError(f"{self.folder}: {self.name} asks for {name!r}, no file name ({error})") from None
+        if not inside:
             raise CheckpointError(f"{self.folder}: {self.name} asks for {name}, which is not in the folder")
         if not path.is_file():
             raise CheckpointError(
@@ -67,13 +75,36 @@ class OnnxTask:
             )
         return path
 
-    def check_files(self) -> None:
-        """Raise `VerificationError` if a file of the task is not the one that was written."""
-        for name, digest in self.files.items():
-            if hash_file(self.path(name)) != digest:
+    def check_files(self, precision: str, hashes: dict[Path, str]) -> None:
+        """Hold what a run in this precision reads against what was written; other precisions may be left out.
+
+        Args:
+            precision: one the task has.
+            hashes: of files that were hashed already, added to: tasks share large ones.
+
+        Raises:
+            VerificationError: a file is another.
+            CheckpointError: a file, or the manifest, cannot be read.
+        """
+        others = {model for one, model in self.models.items() if one != precision}
+        own = self.files if self.adapter is None else {**self._graph_files(precision), **self.files}
+        for name, digest in own.items():
+            if {name, name.removesuffix("_data")} & others:
+                continue
+            path = self.path(name)
+            if path not in hashes:
+                hashes[path] = hash_file(path)
+            if hashes[path] != digest:
                 raise VerificationError(
                     f"{self.folder}: {name} is not the file that was written for {self.name}; export again"
                 )
+
+    def _graph_files(self, precision: str) -> dict[str, str]:
+        """What the folder's manifest says of the graph: a swappable one is not among the files of a task."""
+        manifest = self.folder / MANIFEST_NAME
+        known = read_json(manifest, "manifest").get("files") if manifest.is_file() else None
+        model = self.models[precision]
+        return {name: known[name] for name in (model, f"{model}_data") if isinstance(known, dict) and name in known}
 
     def check_graph(self, session: Session) -> None:
         """Raise `BaseMismatchError` if the graph holds another base, or none that is known."""
@@ -120,7 +151,8 @@ def find_tasks(folder: Path) -> dict[str, OnnxTask]:
     tasks = {}
     for file in sorted(folder.glob(f"*.{_CONFIG}")):
         name = file.name.removesuffix(f".{_CONFIG}")
-        tasks[name] = _read(file, name)
+        if "peanut" in read_json(file, "config"):  # else it is somebody else's file
+            tasks[name] = _read(file, name)
     if not tasks:
         raise CheckpointError(
             f"{folder}: no ONNX export in it; wanted a folder that peanut-merge --format onnx wrote"
@@ -135,8 +167,14 @@ def _read(file: Path, name: str) -> OnnxTask:
         models = {str(precision): str(model) for precision, model in own["models"].items()}
         files = {str(path): str(digest) for path, digest in own["files"].items()}
         base, adapter = str(own["base"]), None if own["adapter"] is None else str(own["adapter"])
+        form = own["form"]
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: its part 'peanut' is damaged ({error!r}); export again") from None
+    if form not in _FORMS or (form in _HAVE_ADAPTERS) != (adapter is not None):
+        raise CheckpointError(
+            f"{file}: the form is {form!r} and the adapter {adapter}; wanted one of {', '.join(_FORMS)}, and an "
+            "adapter with swappable alone; export again, or update peanut-serve"
+        )
     kind = find_kind(config)
     labels = model_config.labels_of(config) if kind.has_labels else None
     rest = {key: value for key, value in config.items() if key != "peanut"}

@@ -40,7 +40,8 @@ def _predict(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="By default, all cores.")] = None,
     as_json: Json = False,
 ) -> None:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.table import Column, Table
 
     from converters import console
     from peanut_serve.onnx_engine import OnnxEngine
@@ -58,16 +59,17 @@ def _predict(
         ]
         print(json.dumps(answers, indent=2, ensure_ascii=False))
         return
-    table = Table("input", "label", "score")
+    table = Table(Column("input", overflow="fold"), Column("label", overflow="fold"), "score")
     for one, bests in zip(given, found, strict=True):
         for index, best in enumerate(bests):
             table.add_row("" if index else one, best.label, f"{best.score:.4f}", end_section=index == len(bests) - 1)
-    console.out.print(table, markup=False)
+    width = None if console.out.is_terminal else 500  # a pipe has none to fold at
+    Console(highlight=False, width=width).print(table, markup=False)
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise OptionError(f"{file}: not UTF-8 ({error}); wanted a text in each line") from None
 

@@ -18,21 +18,25 @@ class Prediction:
 
 
 def check_logits(logits: NDArray[np.float32], labels: Sequence[str], task: str) -> None:
-    """Raise `VerificationError` for logits that are NaN, or of another number of labels."""
+    """Raise `VerificationError` for an output that is not finite, or, where there are labels, of another number."""
     if not np.isfinite(logits).all():
         raise VerificationError(f"{task}: the graph answers NaN or infinity; was its adapter left out of the run?")
-    if logits.shape[-1] != len(labels):
+    if labels and logits.shape[-1] != len(labels):
         raise VerificationError(
             f"{task}: the graph gives {logits.shape[-1]} logits, the config has {len(labels)} labels"
         )
 
 
 def predictions(
-    logits: NDArray[np.float32], labels: Sequence[str], top_k: int, multi_label: bool = False
+    logits: NDArray[np.float32], labels: Sequence[str], top_k: int, problem_type: str | None = None
 ) -> list[Prediction]:
-    """The best labels for logits (labels,), best first; with `multi_label` each has a probability of its own."""
-    if len(labels) == 1:
-        return [Prediction(labels[0], float(logits[0]))]
-    exponentials = np.exp(logits.astype(np.float64) - (0 if multi_label else logits.max()))
-    scores = exponentials / ((1 + exponentials) if multi_label else exponentials.sum())
+    """The best labels for logits (labels,), best first; what a score is, `problem_type` says as in transformers."""
+    wide = logits.astype(np.float64)
+    if len(labels) == 1 or problem_type == "regression":
+        scores = wide
+    elif problem_type == "multi_label_classification":
+        scores = np.exp(-np.logaddexp(0, -wide))
+    else:
+        exponentials = np.exp(wide - wide.max())
+        scores = exponentials / exponentials.sum()
     return [Prediction(labels[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top_k]]

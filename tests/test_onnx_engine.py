@@ -228,7 +228,7 @@ def test_a_damaged_config(folders: dict[Form, Path]) -> None:
 
 def test_logits_that_are_no_answer(folders: dict[Form, Path], digit_files: list[Path]) -> None:
     """A graph without its adapter, and a config with other labels."""
-    set_own(folders[Form.SWAPPABLE], "oddeven", adapter=None, files={})
+    set_own(folders[Form.SWAPPABLE], "oddeven", form="merged", adapter=None, files={})
     with pytest.raises(VerificationError, match="oddeven: the graph answers NaN"):
         OnnxEngine(folders[Form.SWAPPABLE]).predict(digit_files[:1], "oddeven")
     edit_json(folders[Form.SHARED] / "oddeven.config.json", id2label={"0": "a", "1": "b", "2": "c"})
