@@ -12,7 +12,7 @@ from converters.onnx_export.runtime import onnxruntime
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # every error is an exception as well
 
 
 class LoadedAdapter:
@@ -47,7 +47,7 @@ class Session:
 
     def __init__(self, model: Path, threads: int | None = None, providers: tuple[str, ...] = ()) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
         wanted = list(providers) or ["CPUExecutionProvider"]
