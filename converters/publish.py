@@ -80,19 +80,25 @@ def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     staging = _staging_of(output)
-    lock = _lock(staging)
+    was_there = staging.exists()
+    lock = None
     try:
+        lock = _lock(staging)
         if not keep:
             empty(staging)
         yield staging
         _sync_tree(staging)
         _publish(staging, output.absolute(), overwrite)
-    except BaseException:
-        if not keep:
+    except BaseException as error:
+        if lock is not None and not keep:
             shutil.rmtree(staging, ignore_errors=True)
+        elif lock is None and not (was_there or isinstance(error, OutputBusyError)):
+            with suppress(OSError):
+                staging.rmdir()  # stopped between making and locking it: it is empty
         raise
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(staging: Path) -> int:
