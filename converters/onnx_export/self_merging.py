@@ -89,11 +89,11 @@ def _kind_of(tweaker: Tweaker, shape: tuple[int, ...], opset: int) -> str:
 
 def _trace_update(tweaker: Tweaker, shape: tuple[int, ...], opset: int, kind: str) -> GraphProto:
     """The graph of one update: inputs `total`, `w0` and θ, one output."""
-    w0 = torch.zeros(shape)
+    total, w0 = torch.zeros(shape), torch.zeros(shape)  # one tensor as both would be traced as one input
     theta = tuple(_parts(tweaker).values())
     names = ["total", "w0", *_parts(tweaker)]
     return cached_graph(
-        {"update": kind}, lambda: trace_module(_Merge(tweaker), (w0, w0, *theta), names, ["merged"], opset)
+        {"merge": kind}, lambda: trace_module(_Merge(tweaker), (total, w0, *theta), names, ["merged"], opset)
     ).graph
 
 
