@@ -40,12 +40,12 @@ def print_plan(planned: ExportPlan, as_json: bool) -> None:
                 "form": options.form.value,
                 "opset": options.opset,
                 "bytes_at_most": planned.sizes[folder],
+                "image_shape": planned.image_shapes[folder],
             }
             for folder, plans in planned.outputs.items()
         ]
-        shape = list(planned.image_shape) if planned.image_shape else None
         notes = [note for plan in planned.plans for note in plan.notes]
-        print(json.dumps({"outputs": facts, "image_shape": shape, "notes": notes, "dry_run": True}, indent=2))
+        print(json.dumps({"outputs": facts, "notes": notes, "dry_run": True}, indent=2))
         return
     for folder, plans in planned.outputs.items():
         names = ", ".join(plan.name for plan in plans)

@@ -8,7 +8,16 @@ import typer
 
 from converters.cli_options import LAYOUTS, AdapterRevision, Json, Layout, Revision, Scaling, Token, Version
 from converters.errors import OptionError
-from converters.onnx_command import OnnxChoices, write_onnx
+from converters.onnx_command import (
+    Evaluation,
+    OnnxChoices,
+    Opset,
+    Quantize,
+    SelfMerging,
+    Swappable,
+    TransformersJs,
+    write_onnx,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,22 +106,12 @@ def run_command(
     push_revision: Annotated[
         str | None, typer.Option("--push-revision", help="Branch of that repository to upload to.")
     ] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX: by default 18, which runs nearly everywhere.")] = None,
-    quantize: Annotated[
-        list[str] | None, typer.Option("--quantize", help="ONNX: also int8 (dynamic) or fp16; again for both.")
-    ] = None,
-    eval_data: Annotated[
-        Path | None, typer.Option("--eval-data", help="ONNX: measure on DIR/<label>/image.png, or a CSV of texts.")
-    ] = None,
-    transformersjs: Annotated[
-        bool, typer.Option("--transformersjs", help="ONNX: files where transformers.js looks for them.")
-    ] = False,
-    swappable: Annotated[
-        bool, typer.Option("--swappable", help="ONNX: one graph, and a small .onnx_adapter for each task.")
-    ] = False,
-    self_merging: Annotated[
-        bool, typer.Option("--self-merging", help="ONNX: θ and f in the graph, which merges itself when loaded.")
-    ] = False,
+    opset: Opset = None,
+    quantize: Quantize = None,
+    eval_data: Evaluation = None,
+    transformersjs: TransformersJs = False,
+    swappable: Swappable = False,
+    self_merging: SelfMerging = False,
     as_json: Json = False,
     version: Version = False,
 ) -> None:

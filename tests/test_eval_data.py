@@ -19,7 +19,7 @@ from preprocessor_folders import (
 )
 
 from converters.errors import OptionError, VerificationError
-from converters.onnx_export.eval_data import EvalData, Score, agreement, batches, measure, read_eval_data, score_of
+from converters.onnx_export.eval_data import EvalData, Score, agreement, batches, read_eval_data, score_of
 from converters.onnx_export.kinds import INPUTS, Kind
 from converters.onnx_export.preprocessing import open_preprocessor
 
@@ -221,7 +221,9 @@ def test_images_are_measured_from_files(tmp_path: Path):
     save_picture(tmp_path / "colours" / "blue" / "wrong.png", Image.new("RGB", (9, 5), colours["red"]))
     model = image_model(tmp_path / "model", image_mean=[0.5] * 3, image_std=[0.5] * 3)
     data = read_eval_data(tmp_path / "colours", IMAGES, ["red", "green", "blue"])
-    found = measure(lambda inputs: inputs["pixel_values"].mean((2, 3)), data, open_preprocessor(model, IMAGES, VIT))
+    found = score_of(
+        lambda inputs: inputs["pixel_values"].mean((2, 3)), batches(data, open_preprocessor(model, IMAGES, VIT))
+    )
     assert found.summary() == {"count": 10, "accuracy": 0.9}
     assert found.predictions.tolist() == [2, 2, 2, 0, 1, 1, 1, 0, 0, 0]
 
@@ -235,7 +237,7 @@ def test_every_example_counts_once_whatever_the_batches(batch_size: int):
         sizes.append(len(inputs["input"]))
         return near(inputs)
 
-    found = measure(logits, data, numbers, batch_size)
+    found = score_of(logits, batches(data, numbers, batch_size))
     assert found.summary() == {"count": 5, "accuracy": 0.6}
     assert found.predictions.tolist() == [0, 1, 2, 1, 2]
     assert sum(sizes) == 5
@@ -259,7 +261,7 @@ def test_several_models_are_measured_on_what_was_preprocessed_once():
 
 def test_values_are_measured_by_correlation_and_error():
     data = data_of([1, 2, 3, 5], [4.0, 5.0, 7.0, 8.0])
-    found = measure(lambda inputs: 2 * inputs["input"][:, None], data, numbers, 3)
+    found = score_of(lambda inputs: 2 * inputs["input"][:, None], batches(data, numbers, 3))
     assert found.predictions.tolist() == [2.0, 4.0, 6.0, 10.0]
     assert found.predictions.dtype == np.float64
     # around their means: -3.5, -1.5, 0.5, 4.5 and -2, -1, 1, 2
@@ -268,7 +270,7 @@ def test_values_are_measured_by_correlation_and_error():
 
 
 def test_a_constant_has_no_correlation():
-    found = measure(lambda inputs: np.ones((len(inputs["input"]), 1)), data_of([1, 2], [0.0, 1.0]), numbers)
+    found = score_of(lambda inputs: np.ones((len(inputs["input"]), 1)), batches(data_of([1, 2], [0.0, 1.0]), numbers))
     assert json.loads(json.dumps(found.summary())) == {"count": 2, "pearson": None, "mean_absolute_error": 0.5}
 
 
@@ -298,5 +300,5 @@ def test_agreement_of_values_falls_with_a_shift_and_with_a_scale():
 )
 def test_logits_that_say_nothing_are_refused(logits: np.ndarray, targets: list, wanted: str):
     with pytest.raises(VerificationError, match=wanted) as error:
-        measure(lambda inputs: logits, data_of([1, 2], targets), numbers)
+        score_of(lambda inputs: logits, batches(data_of([1, 2], targets), numbers))
     refusal(error)

@@ -98,11 +98,6 @@ def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = 8) -> 
         yield Batch(preprocessor(data.examples[part]), data.targets[part])
 
 
-def measure(logits: Logits, data: EvalData, preprocessor: Preprocessor, batch_size: int = 8) -> Score:
-    """How well a model does on `data`; see `score_of`."""
-    return score_of(logits, batches(data, preprocessor, batch_size))
-
-
 def score_of(logits: Logits, prepared: Iterable[Batch]) -> Score:
     """How well a model does on batches, at least one.
 

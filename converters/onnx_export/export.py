@@ -95,7 +95,7 @@ class _Writer:
     def write(self, folder: Path, output: Path, plans: Sequence[Plan]) -> list[ExportedTask]:
         """Write one folder, and check it."""
         options = self._planned.options
-        traced = self._base_of(plans[0])
+        traced = self._base_of(plans[0], self._planned.image_shapes[output])
         copy_companions(folder, plans)
         prepared = prepare_eval_data(folder, traced.reference.kind, plans[0].config, self._planned.eval_data)
         start = time.perf_counter()
@@ -115,14 +115,13 @@ class _Writer:
             for plan, one, check in zip(plans, files, checks, strict=True)
         ]
 
-    def _base_of(self, plan: Plan) -> TracedBase:
+    def _base_of(self, plan: Plan, shape: tuple[int, int, int] | None) -> TracedBase:
         """The base as the class of a plan, loaded and traced."""
         name = plan.config["architectures"][0]
-        key = f"{name} {plan.config.get('vocab_size')} {plan.config.get('tie_word_embeddings')}"
+        key = f"{name} {shape} {plan.config.get('vocab_size')} {plan.config.get('tie_word_embeddings')}"
         if key not in self._traced:
             start = time.perf_counter()
             self._report("loading the base")
-            shape = self._planned.image_shape
             reference = Reference(plan, find_kind(plan.config), shape)
             self._report("tracing it")
             template = traced_template(reference, plan.config, self._planned.options.opset, shape)

@@ -63,13 +63,13 @@ class ExportPlan:
     Attributes:
         outputs: folder -> the tasks in it.
         options: what was chosen.
-        image_shape: (channels, height, width) of every input, where it is an image.
+        image_shapes: folder -> (channels, height, width) of its images; None for models of texts.
         eval_data: of the only task.
     """
 
     outputs: Mapping[Path, tuple[Plan, ...]]
     options: ExportOptions
-    image_shape: tuple[int, int, int] | None
+    image_shapes: Mapping[Path, tuple[int, int, int] | None]
     eval_data: EvalData | None
 
     @property
@@ -81,9 +81,9 @@ class ExportPlan:
     def sizes(self) -> dict[Path, int]:
         """Bytes each folder takes at most."""
         per_number = sum(_BYTES[precision] for precision in ("fp32", *self.options.quantize)) / 4
-        common = 1 if self.options.form is Form.SWAPPABLE else 0
+        total = max if self.options.form is Form.SWAPPABLE else sum  # one graph for all
         return {
-            folder: int(per_number * (max if common else sum)(plan.total_size for plan in plans))
+            folder: int(per_number * total(plan.total_size for plan in plans))
             for folder, plans in self.outputs.items()
         }
 
@@ -112,8 +112,8 @@ def plan_export(
     eval_data = None
     if options.eval_data is not None:
         eval_data = read_eval_data(options.eval_data, kinds[0], model_config.labels_of(plans[0].config) or [])
-    shape = _image_shape(plans[0], kinds[0])
-    planned = ExportPlan(outputs, options, shape, eval_data)
+    shapes = {folder: _image_shape(tasks[0], kinds[0]) for folder, tasks in outputs.items()}
+    planned = ExportPlan(outputs, options, shapes, eval_data)
     inputs = [plans[0].base.folder, *(weighted.adapter.path for plan in plans for weighted in plan.adapters)]
     for folder in outputs:
         check_output(folder, overwrite, inputs)
