@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"  # a folder without one is no model
 MANIFEST_NAME = "peanut_manifest.json"  # only in what this toolkit wrote
 
 # fingerprint: tensors up to this size are read whole, larger ones at evenly spaced places
@@ -146,11 +147,11 @@ def open_checkpoint(
         QuantizedBaseError: its weights are quantised.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_NAME).is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} is an adapter, wanted a base model; pass it with --adapter")
         raise CheckpointError(f"{folder}: no config.json; wanted a folder with a transformers model")
-    config = read_json(folder / "config.json", "model config")
+    config = read_json(folder / CONFIG_NAME, "model config")
     _refuse_quantized_config(folder, config)
     shards, weight_map = _shards(
         folder, lambda name: (folder / name).is_file() if stream is None else stream.has(name)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from converters._version import __version__
-from converters.checkpoint import INDEX_FILE, MANIFEST_NAME
+from converters.checkpoint import CONFIG_NAME, INDEX_FILE, MANIFEST_NAME
 from converters.companions import find_companions
 from converters.journal import Journal, Written
 from converters.json_files import write_json
@@ -84,7 +84,9 @@ class Draft:
         write_json(self.folder / MANIFEST_NAME, build_manifest(plan, hashes, plan.base.fingerprint, summary))
         (self.folder / "README.md").write_text(build_model_card(plan), encoding="utf-8")
         self.journal.remove()
-        write_json(self.folder / "config.json", plan.config)
+        config = self.folder / f".{CONFIG_NAME}"
+        write_json(config, plan.config)
+        config.rename(self.folder / CONFIG_NAME)  # never half a config
         return verification
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from converters.checkpoint import MANIFEST_NAME
+from converters.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from converters.errors import NoSpaceError, OutputBusyError, OutputExistsError
 
 # room beside the weights: tokenizer, manifest, file system overhead
@@ -91,7 +91,7 @@ def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
         _publish(staging, output.absolute(), overwrite)
     except BaseException as error:
         if lock is not None and not keep:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         elif lock is None and not (was_there or isinstance(error, OutputBusyError)):
             with suppress(OSError):
                 staging.rmdir()  # stopped between making and locking it: it is empty
@@ -121,9 +121,16 @@ def _lock(staging: Path) -> int:
 
 
 def empty(folder: Path) -> None:
-    """Remove what a run left."""
+    """Remove what a run left; first the config: a removal that is killed leaves nothing that looks like a model."""
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        empty(folder)
+        folder.rmdir()
 
 
 def _sync_tree(folder: Path) -> None:
@@ -142,7 +149,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{output} appeared while it was being written; choose another -o")
     else:
         _exchange(staging, output)
-        shutil.rmtree(staging, ignore_errors=True)  # by now the old output
+        _remove(staging)  # by now the old output
     _sync_directory(output.parent)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from converters import merge, prepare_merge
+from converters import merge, prepare_merge, publish
 from converters.errors import NoSpaceError, OptionError, OutputError, OutputExistsError
 from converters.sharding import parse_size
 
@@ -199,6 +200,34 @@ def raise_error(error: Exception) -> Callable[..., None]:
         raise error
 
     return fail
+
+
+def test_a_removal_that_is_killed_leaves_no_half_a_model(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a killed run left, or of the output that is replaced."""
+
+    class Killed(BaseException):
+        pass
+
+    unlink = os.unlink
+    staging = pair.output.with_name(f".{pair.output.name}.peanut-staging")
+    whole = merge(pair.base, pair.adapter, pair.output).output
+    for left in range(len(content(whole))):
+        removed: list[object] = []
+
+        def killed_after(*args: Any, left: int = left, removed: list[object] = removed, **options: Any) -> None:
+            if len(removed) == left:
+                raise Killed
+            removed.append(args)
+            unlink(*args, **options)
+
+        shutil.copytree(whole, staging)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", killed_after)
+            with pytest.raises(Killed):
+                publish.empty(staging)
+        assert len(content(staging)) == len(content(whole)) - left
+        assert (staging / "config.json").exists() == (left == 0)
+        shutil.rmtree(staging)
 
 
 def test_overwrite_spares_what_the_tool_did_not_write(pair: Pair) -> None:
