@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassificati
 
 from converters import merge
 from converters.exporting import export_onnx
-from converters.onnx_export import merged, template_cache
+from converters.onnx_export import model_file, template_cache
 from converters.onnx_export.adapter_file import model_version, read_adapter_file
 from converters.onnx_export.export_plan import ExportOptions, Form
 from converters.onnx_export.session import LoadedAdapter, Session
@@ -222,7 +222,7 @@ def test_for_transformers_js(tmp_path: Path) -> None:
 def test_weights_lie_beside_a_graph_that_would_be_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    monkeypatch.setattr(merged, "SINGLE_FILE_BYTES", 1_000_000)
+    monkeypatch.setattr(model_file, "SINGLE_FILE_BYTES", 1_000_000)
     export_onnx(BASE, FOLDERS[0], tmp_path / "large")
     assert (tmp_path / "large" / "model.onnx").stat().st_size < 200_000
     assert (tmp_path / "large" / "model.onnx_data").stat().st_size > 10_000_000

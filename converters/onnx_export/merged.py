@@ -1,25 +1,19 @@
 """Graphs with merged weights: one task in a file of its own, or several that share what none of them changes."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto
 from torch import Tensor
 
+from converters.onnx_export.model_file import declared, external_data, save_model
 from converters.onnx_export.task_weights import TaskWeights
 from converters.onnx_export.template import bind
 from converters.onnx_export.traced import TracedBase
-from converters.onnx_export.weights_file import WeightsFile, inline
+from converters.onnx_export.weights_file import WeightsFile
 
-# protobuf ends at 2 GiB; what is not weights takes a few MB
-SINGLE_FILE_BYTES = 2_000_000_000
 BASE_DATA = "base.onnx_data"
-
-
-def external_data(model: Path) -> Path:
-    """The file beside a graph that holds its weights."""
-    return model.with_name(f"{model.name}_data")
 
 
 def write_merged(
@@ -27,14 +21,8 @@ def write_merged(
 ) -> None:
     """Write one task: a single file, or with its weights beside it where they are too large for one."""
     weights = {name: task.tensors.get(name, weight) for name, weight in traced.weights.items()}
-    onnx.save(bind(traced.template, store(model, weights), labels=labels, metadata=metadata), model)
-
-
-def store(model: Path, weights: Mapping[str, Tensor]) -> Callable[[str], TensorProto]:
-    """What gives the initializers of a graph: in it, or in a file beside it where they are too large for one."""
-    if sum(tensor.nbytes for tensor in weights.values()) <= SINGLE_FILE_BYTES:
-        return lambda name: inline(name, weights[name])
-    return _write(external_data(model), weights).__getitem__
+    proto = bind(traced.template, lambda name: declared(name, weights[name]), labels=labels, metadata=metadata)
+    save_model(model, proto, weights)
 
 
 def write_base(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:

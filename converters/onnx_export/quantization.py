@@ -16,7 +16,7 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from converters.errors import ConversionError, PeanutError
-from converters.onnx_export.merged import SINGLE_FILE_BYTES, external_data
+from converters.onnx_export.model_file import SINGLE_FILE_BYTES, external_data
 
 _ENOUGH = 0.9  # share of linear layers; with fewer, a graph is float32 in all but name
 _OVERFLOW = 65520  # the least number that fp16 rounds to infinity

@@ -8,7 +8,6 @@ silence in some of its calls (I/O binding), and NaN is no answer.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.helper import make_node, make_tensor_value_info
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from converters.errors import ConversionError
 from converters.low_rank import refuse_output_activations, sum_factors
-from converters.onnx_export.merged import store
+from converters.onnx_export.model_file import declared, save_model
 from converters.onnx_export.task_weights import TaskWeights
 from converters.onnx_export.template import bind
 from converters.onnx_export.traced import TracedBase
@@ -51,11 +50,17 @@ def write_swappable(
     weights = dict(traced.weights)
     for name in whole:
         weights[name] = torch.full_like(weights[name], torch.nan)
-    proto = bind(traced.template, store(model, weights), labels=None, metadata=metadata, overridable=whole)
+    proto = bind(
+        traced.template,
+        lambda name: declared(name, weights[name]),
+        labels=None,
+        metadata=metadata,
+        overridable=whole,
+    )
     for name in adapted:
         out, width = traced.linear_shape(name)
         _add_low_rank(proto, name, out, width)
-    onnx.save(proto, model)
+    save_model(model, proto, weights)
 
 
 def adapter_parameters(

@@ -163,7 +163,7 @@ def bind(
     del graph.input[:]
     graph.input.extend(inputs)
     for name in weights:
-        graph.initializer.append(initializer(name))  # copies it: only one of them is in memory twice
+        graph.initializer.append(initializer(name))
     if template.kind.has_labels:
         last = graph.output[0].type.tensor_type.shape.dim[-1]
         last.Clear()

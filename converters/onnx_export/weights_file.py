@@ -31,7 +31,7 @@ class WeightsFile:
 
     def add(self, name: str, tensor: Tensor) -> TensorProto:
         """Write a tensor; returns the initializer that refers to it."""
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        data = raw_bytes(tensor)
         alignment = _PAGE if len(data) >= _SMALL_BYTES else _SMALL_ALIGNMENT
         self._file.write(bytes(-self._file.tell() % alignment))
         proto = TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.FLOAT)
@@ -43,7 +43,13 @@ class WeightsFile:
         return proto
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor, as ONNX stores them."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def inline(name: str, tensor: Tensor) -> TensorProto:
     """An initializer that holds its numbers itself."""
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.FLOAT, raw_data=data)
+    return TensorProto(
+        name=name, dims=tensor.shape, data_type=TensorProto.FLOAT, raw_data=raw_bytes(tensor).tobytes()
+    )
