@@ -1,73 +1,19 @@
-"""Names and what they stand for: a name moves in one step, can go back, and is remembered."""
+"""Names and what they stand for: a name moves in one step, and can go back."""
 
 import asyncio
-import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from catalogue_site import Site
 from conftest import Pair, edit_json, edit_weights, save_adapter, tiny_llama
 
 from converters import merge
-from converters.checkpoint import open_checkpoint
-from converters.errors import OptionError
-from peanut_serve.adapter_roots import AdapterRoots
-from peanut_serve.catalogue import Catalogue
 from peanut_serve.host_weights import HostMemoryError
 from peanut_serve.serving_errors import UnknownVariantError, VariantError, VariantNameError
-from peanut_serve.variant_store import VariantStore
-from peanut_serve.variant_versions import FitsLora, Kind, LoadedModel, Version, base_version
-
-
-class Site:
-    """A base, a folder of variants, and one of state. Every catalogue finds the state that the last has left."""
-
-    def __init__(self, pair: Pair, folder: Path) -> None:
-        self.pair, self.tasks, self.state = pair, folder / "tasks", folder / "state"
-        self.fits_lora: FitsLora | None = None
-        self.prepared: list[str] = []
-        self.prepare: Callable[[Version], None] = lambda version: None
-        self.more = folder / "more"
-        shutil.copytree(pair.adapter, self.tasks / "v1")
-        self.more.mkdir()
-        self.catalogue = self.start()
-
-    def start(self) -> Catalogue:
-        """As after a crash: nothing was closed."""
-        old, self.state = self.state, self.state.with_name(self.state.name + "+")
-        if old.exists():
-            shutil.copytree(old, self.state)
-        base = open_checkpoint(self.pair.base)
-        model = LoadedModel(base, [[name] for name in base.tensors])
-        roots, store = AdapterRoots([self.tasks, self.more, "org/allowed"]), VariantStore(self.state)
-
-        async def prepare(version: Version) -> None:
-            self.prepare(version)
-            self.prepared.append(version.digest)
-
-        self.catalogue = Catalogue(
-            ["base", "alias"], base_version(base), roots, store, model, "cpu", self.fits_lora, prepare
-        )
-        return self.catalogue
-
-    def digest(self, name: str = "v1") -> str:
-        return asyncio.run(self.catalogue.current(name))[1].digest
-
-    def change(self, name: str = "v1") -> None:
-        """Other θ."""
-        change = lambda theta: {key: value * 1.25 for key, value in theta.items()}  # noqa: E731
-        edit_weights(self.tasks / name / "adapter_model.safetensors", change)
-
-    def break_it(self) -> None:
-        (self.tasks / "v1" / "adapter_model.safetensors").write_bytes(b"half of it")
-
-    def saved(self) -> dict:
-        return json.loads((self.state / "variants.json").read_text())["variants"]
-
-    def thetas(self) -> set[str]:
-        return {path.name for path in (self.state / "theta").iterdir()}
+from peanut_serve.variant_versions import Kind, Version
 
 
 @pytest.fixture
@@ -205,19 +151,6 @@ def test_reload_undoes_a_rollback(site: Site) -> None:
     assert asyncio.run(site.catalogue.reload("v1")).record.digest == site.digest() == second
 
 
-def test_history_is_bounded(site: Site) -> None:
-    digests = []
-    for _ in range(8):
-        digests.append(site.digest())
-        site.change()
-    record = site.catalogue.find("v1").record
-    assert [record.digest, *record.previous] == digests[:1:-1]
-    assert site.thetas() == set(digests[2:])
-    (site.state / "theta" / ".new-left").mkdir()
-    site.start()
-    assert site.thetas() == set(digests[2:])
-
-
 def test_register_and_unregister(site: Site) -> None:
     site.catalogue.register("nice", "v1")
     assert site.digest("nice") == site.digest("v1")
@@ -250,45 +183,6 @@ def test_a_name_that_goes_while_it_is_prepared_does_not_come_back(site: Site) ->
     assert "v1" not in site.catalogue.names()
     assert site.saved()["v1"]["hidden"]
     assert "v1" not in site.start().names()
-
-
-def test_what_survives_a_restart(site: Site) -> None:
-    first = site.digest()
-    site.catalogue.pin("v1", True)
-    site.catalogue.register("nice", "v1")
-    site.catalogue.remember_active("nice")
-    records = site.start().records
-    assert records.active == "nice"
-    assert records.variants["v1"].pinned
-    assert not records.variants["nice"].pinned
-    assert site.digest() == first
-    shutil.rmtree(site.tasks / "v1")
-    with pytest.raises(UnknownVariantError, match="the files of v1 are gone"):
-        site.digest()
-
-
-@pytest.mark.parametrize(
-    "damage", ["", "[]", '{"base": "x", "more": 1}', '{"base": "x", "variants": {"v": {}}}', "\0"]
-)
-def test_damaged_records(site: Site, damage: str) -> None:
-    site.digest()
-    (site.state / "variants.json").write_text(damage)
-    with pytest.raises(OptionError, match="variants.json is damaged .* remove it"):
-        site.start()
-    (site.state / "variants.json").unlink()
-    assert site.start().records.variants == {}
-
-
-def test_one_server_for_a_folder(site: Site) -> None:
-    with pytest.raises(OptionError, match="another server uses .* --state of its own"):
-        VariantStore(site.state)
-
-
-def test_records_of_another_base(site: Site) -> None:
-    first = site.digest()
-    edit_weights(site.pair.base / "model.safetensors", lambda weights: {k: v * 2 for k, v in weights.items()})
-    assert site.start().records.variants == {}
-    assert site.digest() != first
 
 
 def test_merged_models(site: Site) -> None:
@@ -335,39 +229,3 @@ def test_lora_where_it_says_what_an_adapter_does(site: Site) -> None:
         "v1": Kind.LORA, "wide": Kind.ADAPTER, "head": Kind.ADAPTER
     }  # fmt: skip
     assert found["v1"].digest != merged
-
-
-def test_files_that_are_being_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Catalogue._open
-    monkeypatch.setattr(Catalogue, "_open", lambda *args: (opened(*args), site.change())[0])
-    with pytest.raises(VariantError, match="v1 is being written"):
-        site.digest()
-
-
-def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, names = site.digest(), site.catalogue.names()
-    before, records = site.saved(), site.catalogue.records.model_dump()
-    edit_json(site.tasks / "v1" / "adapter_config.json", scaling=0.25)
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    async def renew() -> None:
-        await site.catalogue.current("v1")
-
-    changes: list[Callable[[], Awaitable[None] | object]] = [
-        lambda: asyncio.run(renew()),
-        lambda: site.catalogue.register("nice", "v1"),
-        lambda: site.catalogue.unregister("v1"),
-        lambda: site.catalogue.pin("v1", True),
-        lambda: site.catalogue.remember_active("v1"),
-    ]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        for change in changes:
-            with pytest.raises((OSError, VariantError), match="No space left"):
-                change()
-    assert (site.saved(), site.catalogue.records.model_dump(), site.catalogue.names()) == (before, records, names)
-    assert [path.name for path in site.state.glob(".*")] == []
-    assert first in site.thetas()
-    assert site.digest() != first
