@@ -60,7 +60,10 @@ def write_records(
     tasks = {}
     for plan, written, check in zip(plans, files, checks, strict=True):
         config = _CONFIG if single else f"{written.task}.{_CONFIG}"
-        write_json(folder / config, {**plan.config, "peanut": _for_the_loader(plan, written, options.form, hashes)})
+        facts = {**plan.config, "peanut": _for_the_loader(plan, written, options.form, hashes)}
+        if options.transformersjs:
+            facts["transformers.js_config"] = _for_transformers_js(written, hashes)
+        write_json(folder / config, facts)
         tasks[written.task] = {"config": config, **_facts(plan, written, check)}
     if not single:
         write_json(folder / _CONFIG, dict(plans[0].base.config))
@@ -88,6 +91,18 @@ def _for_the_loader(plan: Plan, written: TaskFiles, form: Form, hashes: dict[str
         "models": dict(written.models),
         "adapter": written.adapter,
         "files": {name: digest for name, digest in hashes.items() if {name, name.removesuffix("_data")} & own},
+    }
+
+
+def _for_transformers_js(written: TaskFiles, hashes: dict[str, str]) -> dict[str, Any]:
+    """What transformers.js loads unless it is told otherwise (its `src/utils/dtypes.js` and `model-loader.js`).
+
+    In browsers that is int8, whether it is there or not; and weights beside a graph only where they are announced.
+    """
+    beside = {Path(model).name: 1 for model in written.models.values() if f"{model}_data" in hashes}
+    return {
+        **({} if "int8" in written.models else {"dtype": "fp32"}),
+        **({"use_external_data_format": beside} if beside else {}),
     }
 
 
