@@ -4,7 +4,7 @@ Swapping is no state: an adapter is an argument of a run, so two threads may ask
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import OptionError
-from converters.onnx_export.preprocessing import Example, Preprocessor, open_preprocessor
+from converters.onnx_export.preprocessing import Example, Preprocessor, TextPreprocessor, open_preprocessor
 from converters.onnx_export.session import Arrays, LoadedAdapter, Session
+from peanut_serve.entities import Entity, find_entities
 from peanut_serve.onnx_tasks import OnnxTask, find_tasks
 from peanut_serve.predictions import Prediction, check_logits, predictions
 
 _BATCH = 8
+_OTHERWISE = "use entities() for token classifiers, run() for others"
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,34 @@ class OnnxEngine:
         """
         found = self.find(task)
         if found.kind.task not in ("image-classification", "text-classification"):
-            raise OptionError(f"{found.name} does {found.kind.task}: it has no label for a whole input; use run()")
+            raise OptionError(f"{found.name} does {found.kind.task}: it has no label for a whole input; {_OTHERWISE}")
         if top_k < 1:
             raise OptionError(f"top_k is {top_k}; wanted 1 or more")
+        rows = self._logits(found, examples)
+        return [predictions(row, found.labels, top_k, found.problem_type) for row in rows]
+
+    def entities(self, texts: Sequence[str], task: str | None = None) -> list[list[Entity]]:
+        """The parts of texts that a token classifier has a label for, in their order.
+
+        Raises `OptionError` for a task that is no token classifier, or a text that is longer than what it takes; and
+        as `run`.
+        """
+        found = self.find(task)
+        if found.kind.task != "token-classification":
+            raise OptionError(f"{found.name} does {found.kind.task}: it has no labels for parts of a text")
         preprocessor = self._preprocessor(found)
-        answers = []
+        assert isinstance(preprocessor, TextPreprocessor)
+        spans = [preprocessor.spans(text) for text in texts]
+        rows = self._logits(found, texts)
+        return [
+            find_entities(text, row, where, found.labels) for text, row, where in zip(texts, rows, spans, strict=True)
+        ]
+
+    def _logits(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[NDArray[np.float32]]:
+        """What the graph says to each, in batches; of tokens, with rows for padding."""
+        preprocessor = self._preprocessor(task)
         for start in range(0, len(examples), _BATCH):
-            logits = self.run(preprocessor(examples[start : start + _BATCH]), found.name)
-            answers += [predictions(row, found.labels, top_k, found.problem_type) for row in logits]
-        return answers
+            yield from self.run(preprocessor(examples[start : start + _BATCH]), task.name)
 
     def _preprocessor(self, task: OnnxTask) -> Preprocessor:
         with self._lock:

@@ -2,10 +2,11 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,6 +24,8 @@ Examples:
   peanut-serve predict ./sentiment-onnx 'A well executed spy thriller.' --precision int8
 
   peanut-serve predict ./sentiment-onnx --text-file reviews.txt --json
+
+Of token classifiers it shows the parts of a text that have a label (another than O).
 """
 
 
@@ -35,34 +38,44 @@ def _predict(
     inputs: Annotated[list[str] | None, typer.Argument(help="Image files; or texts, of a model of texts.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="Which, where the folder has several.")] = None,
     precision: Annotated[_Precision, typer.Option("--precision", help="Which graph.")] = _Precision.FP32,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels to show, best first.")] = 5,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels of an input to show, best first.")] = 5,
     text_file: Annotated[Path | None, typer.Option("--text-file", help="A file with a text in each line.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="By default, all cores.")] = None,
     as_json: Json = False,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from converters import console
     from peanut_serve.onnx_engine import OnnxEngine
 
     given = [*(inputs or []), *(_lines(text_file) if text_file is not None else [])]
     if not given:
         raise OptionError("nothing to predict; give image files, texts, or --text-file")
     engine = OnnxEngine(folder, precision=precision.value, threads=threads)
-    takes_images = engine.find(task).kind.takes_images
-    found = engine.predict([Path(one) if takes_images else one for one in given], task, top_k)
+    kind = engine.find(task).kind
+    if kind.task == "token-classification":
+        name, found = "entities", [list(map(asdict, entities)) for entities in engine.entities(given, task)]
+    else:
+        examples = [Path(one) if kind.takes_images else one for one in given]
+        name, found = "predictions", [list(map(asdict, bests)) for bests in engine.predict(examples, task, top_k)]
     if as_json:
-        answers = [
-            {"input": one, "predictions": [asdict(best) for best in bests]}
-            for one, bests in zip(given, found, strict=True)
-        ]
+        answers = [{"input": one, name: rows} for one, rows in zip(given, found, strict=True)]
         print(json.dumps(answers, indent=2, ensure_ascii=False))
-        return
-    table = Table(Column("input", overflow="fold"), Column("label", overflow="fold"), "score")
-    for one, bests in zip(given, found, strict=True):
-        for index, best in enumerate(bests):
-            table.add_row("" if index else one, best.label, f"{best.score:.4f}", end_section=index == len(bests) - 1)
+    else:
+        _print_table(given, found, ("text", "label") if name == "entities" else ("label",))
+
+
+def _print_table(given: Sequence[str], found: Sequence[Sequence[dict[str, Any]]], columns: Sequence[str]) -> None:
+    """A row for each prediction, under the input it is about."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from converters import console
+
+    table = Table(Column("input", overflow="fold"), *(Column(one, overflow="fold") for one in columns), "score")
+    for one, rows in zip(given, found, strict=True):
+        if not rows:
+            table.add_row(one, end_section=True)
+        for index, row in enumerate(rows):
+            cells = [row[column] for column in columns]
+            table.add_row("" if index else one, *cells, f"{row['score']:.4f}", end_section=index == len(rows) - 1)
     width = None if console.out.is_terminal else 500  # a pipe has none to fold at
     Console(highlight=False, width=width).print(table, markup=False)
 

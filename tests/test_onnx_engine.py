@@ -143,11 +143,16 @@ def test_a_model_of_tokens_has_no_single_label(make_pair: Callable[..., Pair]) -
     pair = make_pair(model, target_modules=["query"], modules_to_save=["classifier"])
     export_onnx(pair.base, pair.adapter, pair.output)
     engine = OnnxEngine(pair.output)
-    with pytest.raises(OptionError, match="does token-classification"):
+    with pytest.raises(OptionError, match=r"does token-classification: .* use entities\(\) for token classifiers"):
         engine.predict(["film"])
     ids = np.ones((2, 3), np.int64)
     inputs = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids * 0}
     assert engine.run(inputs).shape == (2, 3, 3)
+
+
+def test_a_model_of_images_has_no_entities(folders: dict[Form, Path]) -> None:
+    with pytest.raises(OptionError, match="does image-classification: it has no labels for parts of a text"):
+        OnnxEngine(folders[Form.MERGED]).entities(["film"])
 
 
 def refused(

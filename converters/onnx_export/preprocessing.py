@@ -150,6 +150,26 @@ class TextPreprocessor:
             )
         return arrays
 
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        """Where the tokens of a text lie in it, (start, end) for each of its row; None for special ones.
+
+        Raises:
+            OptionError: the text is longer than what the model takes.
+            CheckpointError: the tokenizer does not know where tokens lie.
+        """
+        if not self._tokenizer.is_fast:
+            raise CheckpointError(
+                f"{self._folder}: its tokenizer does not say where tokens lie; wanted one with a tokenizer.json"
+            )
+        found = self._tokenizer([text], return_offsets_mapping=True, return_special_tokens_mask=True)
+        places, special = found["offset_mapping"][0], found["special_tokens_mask"][0]
+        if len(places) > self.max_length:
+            raise OptionError(
+                f"the text {_brief(repr(text))} has {len(places)} tokens, and the model takes {self.max_length}; "
+                "split it: of the rest nothing would be said"
+            )
+        return [None if mask else tuple(place) for place, mask in zip(places, special, strict=True)]
+
     def _encode(self, example: Example) -> Mapping[str, list[int]]:
         if isinstance(example, Path):
             raise OptionError(f"{example} is a file, wanted a text: the model takes texts")
