@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import OptionError
-from converters.onnx_export.preprocessing import Example, Preprocessor, TextPreprocessor, open_preprocessor
+from converters.onnx_export.examples import Example, Preprocessor
+from converters.onnx_export.preprocessing import open_preprocessor
 from converters.onnx_export.session import Arrays, LoadedAdapter, Session
+from converters.onnx_export.text_preprocessing import TextPreprocessor
 from peanut_serve.entities import Entity, find_entities
 from peanut_serve.onnx_tasks import OnnxTask, find_tasks
 from peanut_serve.predictions import Prediction, check_logits, predictions

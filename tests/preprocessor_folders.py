@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from converters.errors import PeanutError
 from converters.onnx_export.kinds import INPUTS, Kind
-from converters.onnx_export.preprocessing import TextPreprocessor, open_preprocessor
+from converters.onnx_export.preprocessing import open_preprocessor
+from converters.onnx_export.text_preprocessing import TextPreprocessor
 
 VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]

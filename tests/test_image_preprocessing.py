@@ -26,7 +26,8 @@ from preprocessor_folders import (
 from transformers import BitImageProcessorPil
 
 from converters.errors import CheckpointError, MissingDependencyError, OptionError
-from converters.onnx_export.preprocessing import ImagePreprocessor, image_shape, open_preprocessor
+from converters.onnx_export.image_preprocessing import ImagePreprocessor, image_shape
+from converters.onnx_export.preprocessing import open_preprocessor
 
 
 def test_images_are_resized_rescaled_and_normalised_in_order(tmp_path: Path):
@@ -225,7 +226,7 @@ def test_the_processor_says_the_shape_before_the_config(tmp_path: Path):
 
 
 def test_importing_is_cheap():
-    code = "import sys, converters.onnx_export.eval_data; print(*sys.modules)"
+    code = "import sys, converters.onnx_export.eval_data, converters.onnx_export.preprocessing; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "converters.onnx_export.preprocessing" in found
+    assert "converters.onnx_export.image_preprocessing" in found
     assert not {"transformers", "torch", "PIL", "onnx", "onnxruntime"} & set(found)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import OptionError, VerificationError
+from converters.onnx_export.examples import IMAGE_SUFFIXES, Example, Preprocessor
 from converters.onnx_export.kinds import Kind
-from converters.onnx_export.preprocessing import IMAGE_SUFFIXES, Example, Preprocessor
 
 Logits = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 

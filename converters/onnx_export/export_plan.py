@@ -8,10 +8,10 @@ from pathlib import Path
 from converters import model_config
 from converters.errors import ConversionError, OptionError
 from converters.onnx_export.eval_data import EvalData, read_eval_data
+from converters.onnx_export.image_preprocessing import image_shape
 from converters.onnx_export.kinds import Kind, find_kind
 from converters.onnx_export.merged import BASE_DATA
 from converters.onnx_export.opset import DEFAULT_OPSET, check_opset
-from converters.onnx_export.preprocessing import image_shape
 from converters.plan import Plan
 from converters.publish import check_output, check_space
 from converters.worker import find_devices
