@@ -21,7 +21,6 @@ from peanut_serve.onnx_tasks import OnnxTask, find_tasks
 from peanut_serve.predictions import Prediction, check_logits, predictions
 
 _BATCH = 8
-_OTHERWISE = "use entities() for token classifiers, run() for others"
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,10 @@ class OnnxEngine:
         """
         found = self.find(task)
         if found.kind.task not in ("image-classification", "text-classification"):
-            raise OptionError(f"{found.name} does {found.kind.task}: it has no label for a whole input; {_OTHERWISE}")
+            raise OptionError(
+                f"{found.name} does {found.kind.task}: it has no label for a whole input; use entities() for token "
+                "classifiers, run() for others"
+            )
         if top_k < 1:
             raise OptionError(f"top_k is {top_k}; wanted 1 or more")
         rows = self._logits(found, examples)

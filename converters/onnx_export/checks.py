@@ -72,9 +72,9 @@ def check_task(
     if prepared:
         scores[TORCH] = score_of(lambda inputs: _by_torch(reference, task, inputs), prepared)
     for precision, model in files.models.items():
-        run = _by_onnx(folder, model, files.adapter)
         if verify:
-            _check_valid(folder / model)
+            _check_valid(folder / model)  # before there is a session: each holds the weights twice while it loads
+        run = _by_onnx(folder, model, files.adapter)
         if verify and precision == "fp32":
             real = [_as_tensors(batch.inputs) for batch in prepared[:_REAL_BATCHES]]
             parity = check_parity(f"{files.task} ({model})", run, reference, task.tensors, real)
