@@ -48,8 +48,8 @@ bench-onnx: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/onnx_export.py
 
 soak: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile soak
-	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/test_serving_soak.py tests/test_swapping.py tests/test_swap_soak.py
+	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak
+	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/vllm_plugin/test_serving_soak.py tests/vllm_plugin/test_swapping.py tests/vllm_plugin/test_swap_soak.py
 
 clean:
 	rm -rf build $(VENV)

@@ -15,7 +15,7 @@ from measure import machine
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from peanut_serve.vllm_plugin.cpu_lora import GroupedPunicaWrapperCPU
+from peanut_serve.vllm_plugin.lora.cpu_operators import GroupedPunicaWrapperCPU
 
 LAYERS, SLOTS, R, STEPS = 30, 4, 32, 30
 LINEARS = ((576, (576, 192, 192)), (576, (1536, 1536)), (1536, (576,)))  # qkv_proj, gate_up_proj, down_proj

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification
 
-from converters.onnx_export.session import LoadedAdapter, Session
+from converters.inference.session import LoadedAdapter, Session
 
 THREADS = 2
 BATCHES = (1, 8)

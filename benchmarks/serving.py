@@ -22,7 +22,7 @@ from contenders import PYTHON
 from measure import machine
 
 from converters import merge, prepare_merge
-from converters.lora_adapter import plan_lora_adapter, write_lora_adapter
+from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "bench"

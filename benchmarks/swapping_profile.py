@@ -22,12 +22,12 @@ from unittest.mock import patch
 from vllm import LLM
 from vllm.model_executor.model_loader.reload import inplace, layerwise
 
-from converters.checkpoint import open_checkpoint
-from converters.tensor_file import TensorInfo
-from peanut_serve.host_cache import BaseWeights
-from peanut_serve.variant_versions import LoadedModel, open_adapter, places_of
-from peanut_serve.vllm_plugin import variant_worker
-from peanut_serve.vllm_plugin.variant_worker import VariantWorker, encode_places
+from converters.files.header import TensorInfo
+from converters.models.checkpoint import open_checkpoint
+from peanut_serve.variants.host_cache import BaseWeights
+from peanut_serve.variants.version import LoadedModel, adapter_version, places_of
+from peanut_serve.vllm_plugin.swap import worker as variant_worker
+from peanut_serve.vllm_plugin.swap.worker import VariantWorker, encode_places
 
 COUNT, LOAD, PACK = "count elements, on meta", "copy into the layer", "process (repack)"
 STAGES = (
@@ -119,7 +119,7 @@ def evaluated(llm: LLM, base: Path, adapters: Path, names: list[str]) -> Iterato
     model = LoadedModel(checkpoint, llm.collective_rpc("peanut_learn", args=(everything,))[0])
     on_host = BaseWeights(checkpoint, on_host=True)
     for name in names:
-        weights = open_adapter(name, adapters / name, model, "cpu", None).evaluate()
+        weights = adapter_version(name, adapters / name, model, "cpu", None).evaluate()
         touched = model.with_neighbours(weights.tensors)
         asyncio.run(on_host.prepare(touched))
         yield list(places_of(touched, weights, on_host.tensors))

@@ -6,42 +6,42 @@ from typing import TYPE_CHECKING
 from converters._version import __version__
 
 if TYPE_CHECKING:
-    from converters.adapter import Adapter, Weighted
-    from converters.adapter_specs import open_adapters
-    from converters.checkpoint import Checkpoint, open_checkpoint
+    from converters.adapters.adapter import Adapter, Weighted
+    from converters.adapters.layouts.native import save_adapter
+    from converters.adapters.loading import load_adapter
+    from converters.adapters.opening import open_adapters
+    from converters.api.exporting import export_onnx
+    from converters.api.merging import merge, merge_each, prepare_merge
     from converters.errors import PeanutError
-    from converters.evaluation import Factors, delta_weight, factors
-    from converters.executor import MergeResult, run_merge
-    from converters.exporting import export_onnx
-    from converters.inspection import record_base
-    from converters.layouts import load_adapter
-    from converters.layouts.native import save_adapter
-    from converters.merging import merge, merge_each, prepare_merge
-    from converters.plan import Plan
-    from converters.tweaker import Orientation, Tweaker
+    from converters.inspection.norms import record_base
+    from converters.methods.peanut import Orientation, Tweaker
+    from converters.methods.update import Factors, delta_weight, factors
+    from converters.models.checkpoint import Checkpoint, open_checkpoint
+    from converters.outputs.checkpoint.write import MergeResult, run_merge
+    from converters.plans.merge import Plan
 
 _HOME = {
-    "Adapter": "adapter",
-    "Checkpoint": "checkpoint",
-    "Factors": "evaluation",
-    "MergeResult": "executor",
-    "Orientation": "tweaker",
+    "Adapter": "adapters.adapter",
+    "Checkpoint": "models.checkpoint",
+    "Factors": "methods.update",
+    "MergeResult": "outputs.checkpoint.write",
+    "Orientation": "methods.peanut",
     "PeanutError": "errors",
-    "Plan": "plan",
-    "Tweaker": "tweaker",
-    "Weighted": "adapter",
-    "delta_weight": "evaluation",
-    "export_onnx": "exporting",
-    "factors": "evaluation",
-    "load_adapter": "layouts",
-    "merge": "merging",
-    "merge_each": "merging",
-    "open_checkpoint": "checkpoint",
-    "open_adapters": "adapter_specs",
-    "prepare_merge": "merging",
-    "record_base": "inspection",
-    "run_merge": "executor",
-    "save_adapter": "layouts.native",
+    "Plan": "plans.merge",
+    "Tweaker": "methods.peanut",
+    "Weighted": "adapters.adapter",
+    "delta_weight": "methods.update",
+    "export_onnx": "api.exporting",
+    "factors": "methods.update",
+    "load_adapter": "adapters.loading",
+    "merge": "api.merging",
+    "merge_each": "api.merging",
+    "open_checkpoint": "models.checkpoint",
+    "open_adapters": "adapters.opening",
+    "prepare_merge": "api.merging",
+    "record_base": "inspection.norms",
+    "run_merge": "outputs.checkpoint.write",
+    "save_adapter": "adapters.layouts.native",
 }
 
 __all__ = [

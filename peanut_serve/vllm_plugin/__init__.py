@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 
-from peanut_serve.settings import ADAPTERS, Settings
+from peanut_serve.settings.environment import ADAPTERS, Settings
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -17,7 +17,7 @@ def register() -> None:
     Mends LoRA: on the CPU, and where an adapter is replaced. Where PEANUT_ADAPTERS is set, serves PEANuT adapters by
     name.
     """
-    from peanut_serve.vllm_plugin.lora_identity import tell_versions_apart
+    from peanut_serve.vllm_plugin.lora.identity import tell_versions_apart
 
     tell_versions_apart()
     _mend_cpu_lora()
@@ -30,7 +30,7 @@ def _mend_cpu_lora() -> None:
 
     if not current_platform.is_cpu():
         return
-    name = "peanut_serve.vllm_plugin.cpu_lora.GroupedPunicaWrapperCPU"
+    name = "peanut_serve.vllm_plugin.lora.cpu_operators.GroupedPunicaWrapperCPU"
     setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: name))  # noqa: B010
 
 
@@ -39,8 +39,8 @@ def _serve_adapters() -> None:
 
     if "peanut" in LoRAResolverRegistry.get_supported_resolvers():
         return
-    from peanut_serve.vllm_plugin.live_adapters import watch
-    from peanut_serve.vllm_plugin.resolver import PeanutResolver
+    from peanut_serve.vllm_plugin.lora.live_adapters import watch
+    from peanut_serve.vllm_plugin.lora.resolver import PeanutResolver
 
     resolver = PeanutResolver(Settings.read())
     LoRAResolverRegistry.register_resolver("peanut", resolver)

@@ -1,0 +1,1 @@
+"""A trained adapter, opened: where it is found, its θ, what it targets, which base it belongs to."""

@@ -1,0 +1,192 @@
+"""A trained adapter: θ per module, what it replaces whole, and where it came from."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.adapters.store import ThetaStore
+from converters.adapters.targeting import Targeting
+from converters.errors import ThetaError
+from converters.methods.activations import NEGATIVE_SLOPE
+from converters.methods.finite import all_finite
+from converters.methods.peanut import Orientation, Tweaker, WeightShape, check_shapes
+
+
+@dataclass(frozen=True)
+class ModuleTheta:
+    """Where θ of one module lies in the store, and what the layout says of it; see `Tweaker`."""
+
+    orientation: Orientation
+    a: str
+    b: str
+    encoders: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    residual: bool = True
+    output_act_fn: str | None = None
+    negative_slope: float = NEGATIVE_SLOPE
+    fan_in_fan_out: bool = False  # the config says that the weight is stored as (in, out)
+
+    @property
+    def depth(self) -> int:
+        """Pairs of hidden layers."""
+        return len(self.encoders)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Part of the tweaker (`A`, `B`, `encoders.0`, ...) -> key in the store."""
+        return {
+            "A": self.a,
+            "B": self.b,
+            **{f"encoders.{i}": key for i, key in enumerate(self.encoders)},
+            **{f"decoders.{i}": key for i, key in enumerate(self.decoders)},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An opened adapter. Nothing of θ is held in memory; `tweaker` reads one module.
+
+    Attributes:
+        path: the folder or file it was read from.
+        layout: the on-disk convention, `evidence` what told it.
+        modules: module name, as the training saw it -> θ.
+        saved: tensor name that the adapter replaces whole (modules_to_save, heads, biases) -> key in the store.
+        embedded: name of a base weight that was saved along -> key in the store.
+        targeting: what is known of the modules that must have θ.
+        digest: SHA-256 of θ and everything that the mathematics needs.
+        rival: another layout that the weights alone could as well be in; a base decides (see `plan`).
+        labels: class labels of its head, if recorded.
+        repo_id, revision: where on the Hub it came from, if it did.
+        base_name, base_revision: what it was trained on, as recorded by the training.
+        task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...), or IMAGE_CLS.
+        model_class: class of transformers that was trained, if recorded.
+        base_fingerprint: identity of the base, where someone recorded it (see `record_base`).
+    """
+
+    path: Path
+    layout: str
+    evidence: str
+    store: ThetaStore
+    modules: Mapping[str, ModuleTheta]
+    saved: Mapping[str, str]
+    digest: str
+    embedded: Mapping[str, str] = field(default_factory=dict)
+    targeting: Targeting | None = None
+    rival: str | None = None
+    labels: tuple[str, ...] | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    base_name: str | None = None
+    base_revision: str | None = None
+    task_type: str | None = None
+    model_class: str | None = None
+    base_fingerprint: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder it lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def name(self) -> str:
+        """Short name: of the folder, of the file without its ending, or the last part of the Hub id."""
+        if self.repo_id is not None:
+            return self.repo_id.rsplit("/", 1)[-1]
+        path = self.path.resolve()
+        return path.name if path.is_dir() else path.stem
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in θ, without what is replaced whole."""
+        return sum(count(self.store.shapes[key]) for theta in self.modules.values() for key in theta.parts.values())
+
+    def rank(self, module: str) -> int:
+        """r of one module."""
+        return self.store.shapes[self.modules[module].a][0]
+
+    def weight_shape(self, module: str) -> WeightShape:
+        """(out, in) of the weight that θ of `module` was made for, as far as θ tells."""
+        theta = self.modules[module]
+        return theta.orientation.weight_shape(self.store.shapes[theta.a], self.store.shapes[theta.b])
+
+    def tweaker(self, module: str) -> Tweaker:
+        """θ of one module."""
+        theta = self.modules[module]
+        return Tweaker(
+            theta.orientation,
+            self.store.tensor(theta.a),
+            self.store.tensor(theta.b),
+            tuple(self.store.tensor(key) for key in theta.encoders),
+            tuple(self.store.tensor(key) for key in theta.decoders),
+            theta.act_fn,
+            theta.scaling,
+            theta.residual,
+            theta.output_act_fn,
+            theta.negative_slope,
+        )
+
+    def saved_tensor(self, name: str) -> Tensor:
+        """One tensor that the adapter replaces whole."""
+        return self.store.tensor(self.saved[name])
+
+    def saved_blocks(self, name: str) -> Iterator[Tensor]:
+        """The same in blocks of rows."""
+        return self.store.blocks(self.saved[name])
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """An adapter among several: its delta weights are multiplied by `weight` and summed with the others'."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Number of elements."""
+    return int(torch.Size(shape).numel())
+
+
+def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Mapping[str, str]) -> str:
+    """Check that θ of every module fits itself and is finite; returns the digest of it all.
+
+    The digest is a SHA-256 of every tensor under a name that does not depend on the layout, and of all that
+    the mathematics needs.
+
+    Raises:
+        ThetaError: shapes that do not fit each other; a tensor that is not floating, or holds NaN or Inf.
+    """
+    names = {key: f"saved {name}" for name, key in saved.items()}
+    facts = {}
+    for module, theta in modules.items():
+        names |= {key: f"{module} {part}" for part, key in theta.parts.items()}
+        facts[module] = [
+            theta.orientation.value, theta.act_fn, theta.scaling, theta.residual, theta.output_act_fn,
+            theta.negative_slope, theta.fan_in_fan_out,
+        ]  # fmt: skip
+        encoders, decoders = ([store.shapes[key] for key in keys] for keys in (theta.encoders, theta.decoders))
+        try:
+            a, b = store.shapes[theta.a], store.shapes[theta.b]
+            check_shapes(theta.orientation, a, b, encoders, decoders, theta.residual)
+        except ThetaError as error:
+            raise ThetaError(f"{module}: {error}") from None
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for key in sorted(names, key=lambda key: names[key]):
+        dtype, shape = store.dtypes[key], store.shapes[key]
+        if not dtype.is_floating_point:
+            raise ThetaError(f"{key} is {dtype}; wanted floating-point θ")
+        digest.update(json.dumps([names[key], str(dtype), list(shape)]).encode())
+        bad = 0
+        for block in store.blocks(key):
+            bad += 0 if all_finite(block) else int((~torch.isfinite(block)).sum())
+            digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if bad:
+            raise ThetaError(f"{key} holds {bad} NaN or Inf of {count(shape)} numbers; the training diverged")
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""Plain LoRA as HF PEFT writes it, and the paper's ablation nonlinear LoRA under the same names.
+
+lora_A (r, in), lora_B (out, r); `W0 + s · lora_B lora_A`, with s = lora_alpha / r, or lora_alpha / √r under rsLoRA
+(`peft/tuners/lora/layer.py`). Nonlinear LoRA (arXiv 2410.01870, §5.3) is `W0 + s · σ(A) B` with σ = ReLU; its A, the
+left factor, is lora_B. No code writes it, so it is read only where the user asks for it.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from converters.adapters.adapter import Adapter, ModuleTheta
+from converters.adapters.layouts.layout import Layout
+from converters.adapters.layouts.lora_names import INERT_FIELDS, ScalingOf, find_shapes, read_modules, says
+from converters.adapters.layouts.peft_config import boolean, integer, number
+from converters.adapters.source import AdapterSource
+from converters.errors import AdapterConfigError, ThetaError
+from converters.methods.peanut import Orientation
+
+_MATH_FIELDS = ("r", "lora_alpha")
+_CHECKED_FIELDS = (
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+)
+# initialisations that leave the base weights as they are
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def claims(source: AdapterSource) -> str | None:
+    """LORA in the config, or LoRA's keys. Where every lora_B is (d, r), so do the authors' files."""
+    shapes = find_shapes(source)
+    if shapes is None:
+        return None
+    for module, (a, b) in shapes.items():
+        if a != b[::-1]:
+            return f"{says(source)}; {module} has lora_A {a}, lora_B {b}: (r, in), (out, r)"
+    return f"{says(source)}; every lora_B is (d, r) with lora_A (r, d)"
+
+
+def claims_nonlinear(source: AdapterSource) -> str | None:
+    """As `claims`; it is the user who says that σ belongs there."""
+    evidence = claims(source)
+    return None if evidence is None else f"{evidence}; --layout says nonlinear"
+
+
+def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear: bool = False) -> Adapter:
+    """The adapter in `source`; raises as `read_modules` does."""
+    name, act_fn = ("nonlinear-lora", "relu") if nonlinear else ("lora", "linear")
+
+    def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
+        a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
+        if not len(a) == len(b) == 2 or a[0] != b[1]:
+            raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; wanted (r, in) and (out, r)")
+        return ModuleTheta(
+            Orientation.FREE, keys["A"], keys["B"], act_fn=act_fn, scaling=s, fan_in_fan_out=fan_in_fan_out
+        )
+
+    inert = (*INERT_FIELDS, *_CHECKED_FIELDS)
+    find_scaling = partial(_scaling_of, source)
+    return read_modules(source, name, evidence, scaling, _MATH_FIELDS, inert, find_scaling, theta_of)
+
+
+LORA = Layout("lora", claims, read)
+NONLINEAR_LORA = Layout("nonlinear-lora", claims_nonlinear, partial(read, nonlinear=True), asked_only=True)
+
+
+def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
+    """s by module, as PEFT has it; checks r by module on the way."""
+    where = source.config_path or source.path
+    init = config.get("init_lora_weights")
+    if init not in _PLAIN_INITS:
+        raise AdapterConfigError(
+            f"{where}: init_lora_weights = {init!r} changes the base weights, and the adapter is relative to those; "
+            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    r = integer(where, "r", config["r"], 1)
+    alpha = number(where, "lora_alpha", config["lora_alpha"])
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if not isinstance(table, dict):
+            raise AdapterConfigError(f"{where}: {name} = {table!r}; wanted an object")
+        for pattern, value in table.items():
+            integer(where, f"{name} {pattern}", value, 1) if table is ranks else number(where, name, value)
+    rslora = boolean(where, "use_rslora", config.get("use_rslora") or False)
+
+    def scaling(module: str, found: int) -> float:
+        wanted = ranks.get(_pattern_of(ranks, module, source), r)
+        if found != wanted:
+            raise ThetaError(
+                f"{module}: lora_A has {found} rows, the config says r = {wanted}; they disagree, or A and B are "
+                "swapped"
+            )
+        numerator = float(alphas.get(_pattern_of(alphas, module, source), alpha))
+        return numerator / (math.sqrt(wanted) if rslora else wanted)
+
+    return scaling
+
+
+def _pattern_of(table: Mapping[str, Any], module: str, source: AdapterSource) -> str | None:
+    """The first pattern that names `module` (`peft/utils/other.py`, `get_pattern_key`)."""
+    try:
+        return next((pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", module)), None)
+    except re.error as error:
+        raise AdapterConfigError(f"{source.config_path}: a pattern is no regular expression ({error})") from None

@@ -1,0 +1,143 @@
+"""θ under LoRA's names, `lora_A` and `lora_B`: what plain LoRA and the PEANuT authors' LLM code both write.
+
+Both say `peft_type: LORA`. Plain LoRA has lora_A (r, in) and lora_B (out, r); the authors' code has lora_A (r, in)
+and lora_B (in, r). Where `out = in` nothing in the folder tells them apart.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from converters.adapters.adapter import Adapter, ModuleTheta
+from converters.adapters.layouts.layout import build_adapter
+from converters.adapters.layouts.peft_config import boolean, check_fields, check_targeting, provenance, targeting_of
+from converters.adapters.layouts.peft_keys import sort_keys
+from converters.adapters.source import AdapterSource
+from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
+from converters.files.names import ADAPTER_CONFIG
+
+_THETA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)(?:\.(?P<name>[^.]+))?\.weight")
+_LORA_KEY = re.compile(r".+\.lora_[AB]\..*weight")
+
+# fields that are checked here, of the training, or without meaning unless a setting that is refused says so
+INERT_FIELDS = (
+    "fan_in_fan_out",
+    "bias",
+    "lora_dropout",
+    "init_lora_weights",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "merge_weights",
+)
+
+# keys and settings of what is not plain LoRA -> its name
+_VARIANT_KEYS = {
+    r".*\.lora_magnitude_vector(\..*)?": "DoRA",
+    r".*\.lora_embedding_[AB](\..*)?": "LoRA on an embedding",
+    r".*\.lora_[AB](\..*)?\.bias": "LoRA with lora_bias",
+}
+_VARIANT_FIELDS = {"use_dora": "DoRA", "lora_bias": "LoRA with lora_bias", "enable_lora": "LoRA's MergedLinear"}
+
+ThetaOf = Callable[[str, Mapping[str, str], float, bool], ModuleTheta]
+ScalingOf = Callable[[str, int], float]
+
+
+def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None:
+    """Module -> shapes of its lora_A and lora_B, or None if this is nothing with LoRA's names.
+
+    Raises `LayoutError` for a variant of LoRA that is not read.
+    """
+    if source.peft_type not in ("LORA", None):
+        return None
+    if source.config is None and not any(_LORA_KEY.fullmatch(name) for name in source.keys):
+        return None
+    _refuse_variants(source)
+    parts = sort_keys(source, _THETA_KEY, "lora_").parts
+    shapes = source.store.shapes
+    for module, keys in parts.items():
+        if missing := {"A", "B"} - set(keys):
+            raise ThetaError(f"{module}: lora_{missing.pop()} is missing; the adapter is incomplete")
+    return {module: (shapes[keys["A"]], shapes[keys["B"]]) for module, keys in parts.items()}
+
+
+def says(source: AdapterSource) -> str:
+    """The part of the evidence that both layouts share."""
+    if source.config is None or source.config_path is None:
+        return "keys lora_A, lora_B"
+    above = "" if source.config_path.parent == source.folder else " one folder up"
+    old = " and has merge_weights, as forks of old PEFTs write it" if "merge_weights" in source.config else ""
+    return f"{ADAPTER_CONFIG}{above} says peft_type LORA{old}"
+
+
+def _refuse_variants(source: AdapterSource) -> None:
+    config = source.config or {}
+    found = next((name for field, name in _VARIANT_FIELDS.items() if config.get(field)), None)
+    keys = (name for name in source.keys if ".lora_" in name)
+    found = found or next((v for k in keys for form, v in _VARIANT_KEYS.items() if re.fullmatch(form, k)), None)
+    if found is not None:
+        raise LayoutError(f"{source.path} is {found}, which is not read here; merge it with PEFT's merge_and_unload")
+
+
+def read_modules(
+    source: AdapterSource,
+    layout: str,
+    evidence: str,
+    scaling: float | None,
+    math: tuple[str, ...],
+    inert: tuple[str, ...],
+    scaling_of: Callable[[Mapping[str, Any]], ScalingOf],
+    theta_of: ThetaOf,
+) -> Adapter:
+    """The adapter in a source with LoRA's names.
+
+    Args:
+        source: the source.
+        layout, evidence: its layout, and what told it.
+        scaling: s, where no config states it.
+        math, inert: fields of the config that count, and that do not.
+        scaling_of: given the config, a function from a module and its r to s.
+        theta_of: a module, its keys, s and fan_in_fan_out -> its θ.
+
+    Raises:
+        AdapterConfigError: invalid or unknown settings, or ones that disagree with the weights.
+        ThetaError: weights are missing, extra, misshapen, damaged or not finite.
+        OptionError: `scaling` is superfluous; or missing (`MissingScalingError`).
+    """
+    config, where = source.config or {}, source.config_path or source.path
+    if source.config is not None:
+        check_fields(where, config, math, inert, off=(None, False, [], {}))  # LoRA's many switches are off by default
+        if scaling is not None:
+            raise OptionError(f"--scaling {scaling:g}: {where} states lora_alpha and r; leave it out")
+        find_scaling = scaling_of(config)
+    elif scaling is not None:
+        find_scaling = _always(scaling)
+    else:
+        raise MissingScalingError(
+            f"{source.path} has no {ADAPTER_CONFIG}, and s = lora_alpha / r stands only there: give --scaling, or "
+            "put the config of the training beside the weights"
+        )
+    transposed = boolean(where, "fan_in_fan_out", config.get("fan_in_fan_out") or False)
+    bias = config.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise AdapterConfigError(f"{where}: bias = {bias!r}; wanted none, all or lora_only")
+    keys = sort_keys(source, _THETA_KEY, "lora_", bias)
+    modules = {}
+    for module, parts in sorted(keys.parts.items()):
+        a = source.store.shapes[parts["A"]]
+        modules[module] = theta_of(module, parts, find_scaling(module, a[0] if a else 0), transposed)
+    targeting = targeting_of(where, config)
+    if targeting is not None:
+        check_targeting(source.path, targeting, modules, keys.saved, bias)
+    facts = provenance(config)
+    return build_adapter(
+        source, layout, evidence, modules, keys.saved, embedded=keys.embedded, targeting=targeting, **facts
+    )
+
+
+def _always(scaling: float) -> ScalingOf:
+    return lambda module, r: scaling

@@ -1,0 +1,147 @@
+"""What every adapter_config.json of PEFT and its forks has in common: how fields are checked, what they target."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.adapters.adapter import ModuleTheta
+from converters.adapters.targeting import Targeting
+from converters.errors import AdapterConfigError, ThetaError
+
+TARGET_FIELDS = frozenset(
+    {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
+)
+# no effect on a trained adapter
+INERT_FIELDS = frozenset(
+    {
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "init_weights",
+        "runtime_config",
+    }
+)
+
+# the output and input embeddings that PEFT saves by itself when the vocabulary was resized
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out)\.(weight|bias)")
+
+
+def check_fields(
+    where: Path,
+    config: Mapping[str, Any],
+    math: Collection[str],
+    inert: Collection[str] = (),
+    off: Collection[Any] = (None, [], {}),
+) -> None:
+    """Refuse a config that lacks a field of the mathematics (`math`), or has one that may be and is not known.
+
+    Unknown fields pass if their value is one of `off`. Raises `AdapterConfigError`.
+    """
+    unknown = set(config) - set(math) - TARGET_FIELDS - INERT_FIELDS - set(inert)
+    risky = sorted(key for key in unknown if config[key] not in off)
+    if risky:
+        raise AdapterConfigError(
+            f"{where}: '{risky[0]}' = {config[risky[0]]!r} is not a setting known to this version, and may "
+            "change the mathematics; if it does not, remove it from the file"
+        )
+    if missing := sorted(set(math) - set(config)):
+        raise AdapterConfigError(f"{where}: '{missing[0]}' is missing")
+    for key in ("base_model_name_or_path", "revision", "task_type", "auto_mapping"):
+        kind = dict if key == "auto_mapping" else str
+        if not isinstance(config.get(key), kind | None):
+            raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; wanted a {kind.__name__} or null")
+
+
+def integer(where: Path, name: str, value: Any, low: int) -> int:
+    """`value` if it is an integer of at least `low`. Raises `AdapterConfigError`."""
+    if type(value) is not int or value < low:
+        raise AdapterConfigError(f"{where}: {name} = {value!r}; wanted an integer of at least {low}")
+    return value
+
+
+def number(where: Path, name: str, value: Any) -> float:
+    """`value` if it is a finite number. Raises `AdapterConfigError`."""
+    if type(value) not in (int, float) or not abs(value) < float("inf"):
+        raise AdapterConfigError(f"{where}: {name} = {value!r}; wanted a finite number")
+    return float(value)
+
+
+def boolean(where: Path, name: str, value: Any) -> bool:
+    """`value` if it is true or false. Raises `AdapterConfigError`."""
+    if not isinstance(value, bool):
+        raise AdapterConfigError(f"{where}: {name} = {value!r}; wanted true or false")
+    return value
+
+
+def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Adapter` that tell what was trained."""
+    auto_mapping = config.get("auto_mapping") or {}
+    from_transformers = str(auto_mapping.get("parent_library", "")).split(".")[0] == "transformers"
+    return {
+        "base_name": config.get("base_model_name_or_path") or None,
+        "base_revision": config.get("revision") or None,
+        "task_type": config.get("task_type") or None,
+        "model_class": auto_mapping.get("base_model_class") if from_transformers else None,
+    }
+
+
+def targeting_of(where: Path, config: Mapping[str, Any]) -> Targeting | None:
+    """What the config says is adapted, if it says so. Raises `AdapterConfigError` for fields not of PEFT's form."""
+    names: dict[str, Any] = {key: config.get(key) for key in TARGET_FIELDS}
+    for key, value in names.items():
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        kind = int if key == "layers_to_transform" else str
+        if any(type(item) is not kind for item in items):
+            raise AdapterConfigError(f"{where}: {key} = {value!r} is not of PEFT's form")
+    if names["target_modules"] is None:
+        return None
+    targeting = Targeting(**(names | {"modules_to_save": names["modules_to_save"] or ()}))
+    try:
+        targeting.matches("model.layers.0.self_attn.q_proj")
+    except re.error as error:
+        raise AdapterConfigError(f"{where}: a pattern is no regular expression ({error})") from None
+    return targeting
+
+
+def check_targeting(
+    where: Path,
+    targeting: Targeting,
+    modules: Mapping[str, ModuleTheta],
+    saved: Mapping[str, str],
+    bias: str = "none",
+) -> None:
+    """Hold the weights against what the config targets.
+
+    Args:
+        where: what to name in errors.
+        targeting: the config's.
+        modules: those with θ.
+        saved: names of tensors that are replaced whole.
+        bias: LoRA's `bias`: `none`, `all`, or `lora_only` (those of the adapted modules).
+
+    Raises:
+        AdapterConfigError: a module has θ that the config does not target.
+        ThetaError: a tensor nobody asked for, or modules_to_save without tensors.
+    """
+    for module in modules:
+        if not targeting.matches(module):
+            raise AdapterConfigError(
+                f"{where}: the weights adapt {module}, the config's target_modules do not; config and weights are "
+                "of different trainings"
+            )
+    whole = set()
+    for name in saved:
+        module, _, parameter = name.rpartition(".")
+        if targeting.saves(module) or _EMBEDDING.fullmatch(name):
+            whole.add(name)
+        elif parameter != "bias" or bias == "none" or (bias == "lora_only" and module not in modules):
+            raise ThetaError(f"{where}: {name} is neither θ nor in modules_to_save of the config")
+    if targeting.modules_to_save and not whole:
+        raise ThetaError(
+            f"{where}: modules_to_save is {list(targeting.modules_to_save)}, but the weights hold none of them"
+        )

@@ -1,0 +1,77 @@
+"""The keys of PEFT's state dicts, as saved (`...lora_A.weight`) and as in memory (`...lora_A.default.weight`).
+
+`save_pretrained` leaves the adapter's name out and saves only what was trained. `torch.save(model.state_dict())`
+keeps the name, and the base weights as `<module>.base_layer.weight` (`peft/utils/save_and_load.py`).
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converters.adapters.source import AdapterSource
+from converters.errors import ThetaError
+
+_SAVED_MODULE = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<parameter>[^.]+)")
+
+
+@dataclass
+class PeftKeys:
+    """The keys of one adapter, sorted.
+
+    Attributes:
+        parts: adapted module -> part of θ (`A`, `encoders.0`, ...) -> key in the store.
+        saved: tensor that is replaced whole -> key.
+        embedded: base tensor that was saved along -> key.
+    """
+
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    saved: dict[str, str] = field(default_factory=dict)
+    embedded: dict[str, str] = field(default_factory=dict)
+
+
+def sort_keys(source: AdapterSource, theta_key: re.Pattern[str], mark: str, bias: str = "none") -> PeftKeys:
+    """Sort the keys of a state dict.
+
+    Args:
+        source: the adapter.
+        theta_key: matches a key of θ, with groups module, part, and perhaps index and name (the adapter's).
+        mark: stands in every key of θ; one that has it and does not match is refused.
+        bias: LoRA's `bias`: with `all` or `lora_only`, biases are trained and replace the base's.
+
+    Raises:
+        ThetaError: a key is not of PEFT's form, there is no θ, or there are several adapters.
+    """
+    where = source.weights
+    whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
+    found, adapters = PeftKeys(), set()
+    for name, key in source.keys.items():
+        if match := theta_key.fullmatch(name):
+            groups = match.groupdict()
+            adapters.add(groups.get("name"))
+            part = groups["part"] if groups.get("index") is None else f"{groups['part']}.{int(groups['index'])}"
+            if part in found.parts.setdefault(groups["module"], {}):
+                _refuse_several(where, adapters)
+            found.parts[groups["module"]][part] = key
+        elif mark in name:
+            raise ThetaError(f"{where}: the key {key} is not of PEFT's form")
+        elif match := _SAVED_MODULE.fullmatch(name):
+            adapters.add(match["name"])
+            found.saved[f"{match['module']}.{match['parameter']}"] = key
+        elif ".original_module." not in name:  # what a trained module replaces
+            plain = name.replace(".base_layer.", ".")
+            is_trained_bias = plain.endswith(".bias") and bias != "none"
+            trained = is_trained_bias or (plain == name and not whole_model)
+            (found.saved if trained else found.embedded)[plain] = key
+    if not found.parts:
+        raise ThetaError(f"{where}: the weights hold no θ (no key with {mark}A); nothing to merge")
+    if len(adapters - {None}) > 1:
+        _refuse_several(where, adapters)
+    if bias == "lora_only":
+        for name in [n for n in found.saved if whole_model and n.endswith(".bias") and n[:-5] not in found.parts]:
+            found.embedded[name] = found.saved.pop(name)
+    return found
+
+
+def _refuse_several(where: Path, adapters: set[str | None]) -> None:
+    names = ", ".join(sorted(str(name) for name in adapters if name is not None))
+    raise ThetaError(f"{where}: θ of several adapters ({names}) in one file; save the one that is wanted")

@@ -1,0 +1,122 @@
+"""What was given as an adapter, before anyone knows its layout: a folder or file, its config, its weights."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from converters.adapters.store import ThetaStore, open_store
+from converters.errors import AdapterConfigError, LayoutError, ThetaError
+from converters.files.json_files import read_json
+from converters.files.names import ADAPTER_CONFIG, NATIVE_CONFIG, PEFT_WEIGHTS
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# what a Trainer puts beside the weights (transformers/trainer.py)
+_TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+_CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
+
+# names that torch.compile, FSDP and activation checkpointing put into keys; what PEFT and DDP put before them
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PREFIXES = (["base_model", "model"], ["module"])
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A folder, or a file of weights. Nothing is read before it is asked for.
+
+    Attributes:
+        path: the folder or the file.
+        repo_id, revision: where on the Hub it came from, if it did.
+    """
+
+    path: Path
+    repo_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder, or the one the file lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def config_path(self) -> Path | None:
+        """adapter_config.json; that of the run for a Trainer's `checkpoint-N` without one of its own."""
+        for folder in (self.folder, self.folder.resolve().parent):
+            if (folder / ADAPTER_CONFIG).is_file():
+                return folder / ADAPTER_CONFIG
+            if not _CHECKPOINT_FOLDER.fullmatch(self.folder.resolve().name):
+                break
+        return None
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The content of adapter_config.json, if there is one."""
+        return None if self.config_path is None else read_json(self.config_path, "adapter config", AdapterConfigError)
+
+    @property
+    def has_config(self) -> bool:
+        """Whether there is a config, of whatever layout, that states the scaling."""
+        return self.config_path is not None or (self.folder / NATIVE_CONFIG).is_file()
+
+    @property
+    def peft_type(self) -> str | None:
+        """`peft_type` of the config, if there is one."""
+        return None if self.config is None else str(self.config.get("peft_type"))
+
+    @cached_property
+    def weights(self) -> Path:
+        """The file that holds the weights. Raises `LayoutError` when there is none, or several."""
+        if self.path.is_file():
+            return self.path
+        if self.config is not None:
+            for name in PEFT_WEIGHTS:
+                if (self.path / name).is_file():
+                    return self.path / name
+        found = sorted(
+            path
+            for path in self.path.iterdir()
+            if path.suffix in _WEIGHT_SUFFIXES and path.is_file() and not _TRAINER_STATE.fullmatch(path.name)
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise LayoutError(f"{self.path} holds several weights ({names}); give the path of the one to read")
+        if self.config is not None:
+            raise ThetaError(f"{self.path}: no {' nor '.join(PEFT_WEIGHTS)}; the adapter has a config but no weights")
+        nested = sorted(path.parent.name for path in self.path.glob(f"*/{ADAPTER_CONFIG}"))
+        if nested:
+            raise LayoutError(f"{self.path} holds no adapter itself; it has {', '.join(nested)}: give one of these")
+        raise LayoutError(
+            f"{self.path} holds neither {ADAPTER_CONFIG} nor weights ({', '.join(_WEIGHT_SUFFIXES)}); "
+            "wanted the folder of an adapter"
+        )
+
+    @cached_property
+    def store(self) -> ThetaStore:
+        """The tensors in `weights`."""
+        return open_store(self.weights)
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """Name of a tensor without what wrappers put into it -> key in the store.
+
+        Raises `ThetaError` when two keys are the same without that.
+        """
+        names: dict[str, str] = {}
+        for key in self.store.shapes:
+            name = clean_name(key)
+            if name in names:
+                raise ThetaError(f"{self.weights}: {names[name]} and {key} are the same tensor twice")
+            names[name] = key
+        return names
+
+
+def clean_name(key: str) -> str:
+    """`key` without the names of wrappers: `_orig_mod.base_model.model.lm_head.weight` -> `lm_head.weight`."""
+    parts = [part for part in key.split(".") if part not in _WRAPPERS]
+    while prefix := next((p for p in _PREFIXES if parts[: len(p)] == p and len(parts) > len(p)), None):
+        parts = parts[len(prefix) :]
+    return ".".join(parts)

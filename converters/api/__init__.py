@@ -1,0 +1,1 @@
+"""The public functions: merge and export in one call."""

@@ -1,0 +1,45 @@
+"""The exact factors of all updates of one weight: `Σ f(W0; θ) = lora_B @ lora_A`, whatever format they go to."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from converters.errors import ConversionError
+from converters.evaluation.worker import EVALUATION_DTYPE
+from converters.files.blocks import block_rows
+from converters.files.reader import TensorReader
+from converters.methods.update import Update
+from converters.plans.merge import Plan
+from converters.plans.tensor import TensorPlan
+
+
+def refuse_output_activations(plan: Plan, modules: Mapping[str, TensorPlan]) -> None:
+    """Raise `ConversionError` for an update that is not of low rank; `modules` are the updated ones, by name."""
+    for module, tensor in modules.items():
+        for act_fn in (plan.tweaker(term).output_act_fn for term in tensor.terms):
+            if act_fn is not None:
+                raise ConversionError(
+                    f"the update of {module} ends in an activation ({act_fn}), so it is not of low rank: "
+                    "no LoRA can say it; merge it"
+                )
+
+
+def rank_of(plan: Plan, tensor: TensorPlan) -> int:
+    """The rank of all updates of one weight together."""
+    return sum(plan.adapters[term.adapter].adapter.rank(term.module) for term in tensor.terms)
+
+
+def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """lora_B (out, r) and lora_A (r, in) of the sum of all updates of one weight, in float64 on the CPU."""
+    source = tensor.source
+    if source is None:
+        raise ValueError(f"{tensor.name} is not from the base")
+    ups, downs = [], []
+    for term in tensor.terms:
+        update = Update(plan.tweaker(term), source.shape[1], EVALUATION_DTYPE, device)
+        found = update.factors(reader.row_blocks(source, block_rows(source.row_size)))
+        ups.append(found.up.cpu())
+        downs.append(found.down.cpu())
+    up, down = torch.cat(ups, dim=1), torch.cat(downs)
+    return (down.T, up.T) if tensor.terms[0].transposed else (up, down)

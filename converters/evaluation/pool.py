@@ -1,0 +1,86 @@
+"""A pool of workers that takes jobs in order, reading ahead; the first failure stops all."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from converters.evaluation.worker import StoppedError, Worker
+from converters.files.header import TensorInfo
+
+
+class Job(Protocol):
+    """Something one worker does from beginning to end."""
+
+    @property
+    def source(self) -> TensorInfo | None:
+        """What it reads."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing to do."""
+
+    def run(self, worker: Worker) -> None:
+        """Do it."""
+
+
+class Pipeline:
+    """Workers on `devices`, one for each entry."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._stop = threading.Event()
+        self._workers = [Worker(device, self._stop) for device in devices]
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Do all jobs that are not finished. What one raises is raised here, after every worker has stopped."""
+        jobs = [job for job in jobs if not job.is_finished]
+        queue = enumerate(jobs)
+        lock = threading.Lock()
+        failures: list[BaseException] = []
+        threads = [
+            threading.Thread(target=self._work, args=(worker, queue, lock, jobs, failures))
+            for worker in self._workers
+        ]
+        own_threads = torch.get_num_threads()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:  # also when the main thread is interrupted
+            self._stop.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            for worker in self._workers:
+                worker.close()  # what it read may be removed next
+            self._stop.clear()
+            torch.set_num_threads(own_threads)
+        if failures:
+            raise failures[0]
+
+    def _work(
+        self,
+        worker: Worker,
+        queue: Iterator[tuple[int, Job]],
+        lock: threading.Lock,
+        jobs: Sequence[Job],
+        failures: list[BaseException],
+    ) -> None:
+        try:
+            with worker.active():
+                while not self._stop.is_set():
+                    with lock:
+                        index, job = next(queue, (0, None))
+                    if job is None:
+                        return
+                    ahead = jobs[index + len(self._workers)] if index + len(self._workers) < len(jobs) else None
+                    if ahead is not None and ahead.source is not None:
+                        worker.reader.prefetch(ahead.source)
+                    job.run(worker)
+        except StoppedError:
+            pass
+        except BaseException as error:
+            failures.append(error)
+            self._stop.set()

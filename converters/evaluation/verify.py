@@ -1,0 +1,257 @@
+"""Check written weights against θ and the base."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from converters.errors import VerificationError
+from converters.files.blocks import block_rows
+from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
+from converters.files.reader import TensorReader
+from converters.methods.peanut import Orientation, Tweaker
+from converters.methods.update import factors_from
+from converters.plans.merge import Plan
+from converters.plans.tensor import TensorPlan
+
+_SAMPLES = 8  # columns, or rows, of each updated weight
+# what a rounded number may be off: half a unit in the last place (torch casts float64 to 16 bits by way of
+# float32, hence a little more), and the roundoff of a float64 evaluation
+_HALF = 0.5 + 2.0**-11
+_ROUNDOFF = 2.0**-44
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked. Errors are in units of the last place (ulp) of the output dtype.
+
+    Attributes:
+        tensors: output tensors whose name, dtype, shape and bytes were checked.
+        recomputed: numbers of updated weights that were recomputed in float64.
+        max_ulp: largest distance to the float64 value; 0.5 for a number that is rounded once.
+    """
+
+    tensors: int
+    recomputed: int
+    max_ulp: float
+
+    @classmethod
+    def of(cls, tensors: int, checks: Iterable[tuple[int, float]]) -> "Verification":
+        """From the (numbers recomputed, largest error) of each tensor."""
+        checks = list(checks)
+        return cls(tensors, sum(count for count, _ in checks), max((ulp for _, ulp in checks), default=0.0))
+
+    def summary(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FactorCheck:
+    """How well factors were checked.
+
+    Attributes:
+        recomputed: numbers of delta weights that were recomputed in float64.
+        max_error: largest error of a delta, relative to the largest delta of the same weight.
+    """
+
+    recomputed: int
+    max_error: float
+
+
+def check_headers(folder: Path, plan: Plan) -> None:
+    """Re-open the shards. Raises `VerificationError` unless they hold the tensors of the plan."""
+    written = {info.name: info for shard in plan.shards for info in read_header(folder / shard)[0]}
+    wanted = {tensor.name: tensor for tensor in plan.tensors}
+    if set(written) != set(wanted):
+        raise VerificationError(f"the output lacks or has too many tensors: {sorted(set(written) ^ set(wanted))[:3]}")
+    for name, info in written.items():
+        tensor = wanted[name]
+        if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            raise VerificationError(
+                f"{name} was written as {info.dtype} {info.shape}, wanted {tensor.dtype} {tensor.shape}"
+            )
+
+
+def verify_tensor(
+    written: TensorInfo,
+    tensor: TensorPlan,
+    tweakers: Sequence[Tweaker],
+    digest: str,
+    reader: TensorReader,
+) -> tuple[int, float]:
+    """Read one tensor of the output back, and recompute a sample of an updated one in float64.
+
+    Args:
+        written: where it lies in the output.
+        tensor: what it should be.
+        tweakers: its updates, in float64.
+        digest: xxh3_128 of what was written.
+        reader: reads both the output and the base.
+
+    Returns: (numbers recomputed, their largest error in ulp).
+
+    Raises `VerificationError` when the bytes are others, or a recomputed number is wrong.
+    """
+    wrong = f"{tensor.name}: the bytes on the disk are not those that were written; check the disk"
+    if not tweakers or tensor.source is None:
+        if reader.hash(written) != digest:
+            raise VerificationError(wrong)
+        return 0, 0.0
+    rows, columns = _sample(tensor, tweakers)
+    found_digest, found = _hash_and_pick(written, rows, columns, reader)
+    if found_digest != digest:
+        raise VerificationError(wrong)
+    return check_numbers(found, tensor, rows, columns, tweakers, reader)
+
+
+def _hash_and_pick(info: TensorInfo, rows: Tensor, columns: Tensor, reader: TensorReader) -> tuple[str, Tensor]:
+    """The hash of a matrix, and its numbers at `rows` (increasing) and `columns` in float64, in one pass."""
+    digest, picked, start = xxhash.xxh3_128(), [], 0
+    for block in reader.row_blocks(info, block_rows(info.row_size)):
+        digest.update(block.reshape(-1).view(torch.uint8).numpy().data)
+        inside = rows[(rows >= start) & (rows < start + block.shape[0])] - start
+        part = block if len(inside) == len(block) else block.index_select(0, inside)
+        picked.append(part.index_select(1, columns).double())
+        start += block.shape[0]
+    return digest.hexdigest(), torch.cat(picked)
+
+
+def check_numbers(
+    found: Tensor,
+    tensor: TensorPlan,
+    rows: Tensor,
+    columns: Tensor,
+    tweakers: Sequence[Tweaker],
+    reader: TensorReader,
+) -> tuple[int, float]:
+    """Recompute an updated weight at `rows` and `columns`, and compare it with `found`, which it has there.
+
+    One value of h depends on a whole column of W0 in the columns orientation and on a whole row in the rows
+    orientation: those are read from the base, apart from what the merge read.
+
+    Returns: (numbers checked, their largest error in ulp).
+
+    Raises `VerificationError` if one is not the float64 value, rounded once.
+    """
+    w0, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    reference = w0 + delta
+    error = (found - reference).abs()
+    unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
+    wrong = error > _HALF * unit + _ROUNDOFF * spread
+    if bool(wrong.any()):
+        worst = int((error / unit).argmax())
+        raise VerificationError(
+            f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed numbers are wrong, for example "
+            f"{float(found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was wanted"
+        )
+    return error.numel(), float((error / unit).max())
+
+
+def verify_numbers(
+    merged: Tensor, tensor: TensorPlan, tweakers: Sequence[Tweaker], reader: TensorReader
+) -> tuple[int, float]:
+    """Recompute a sample of an updated weight that is in memory; the rest is as for `check_numbers`."""
+    rows, columns = _sample(tensor, tweakers)
+    few_rows = len(rows) < len(columns)
+    found = merged[rows][:, columns] if few_rows else merged[:, columns][rows]
+    return check_numbers(found.double(), tensor, rows, columns, tweakers, reader)
+
+
+def check_factors(
+    up: Tensor,
+    down: Tensor,
+    tensor: TensorPlan,
+    tweakers: Sequence[Tweaker],
+    dtype: torch.dtype,
+    reader: TensorReader,
+) -> tuple[int, float]:
+    """Recompute a sample of the sum of updates of one weight in float64, and compare it with `up @ down`.
+
+    Args:
+        up, down: factors that were rounded to `dtype`, (out, r) and (r, in), in float64.
+        tensor: the weight.
+        tweakers: its updates, in float64.
+        dtype: of the factors.
+        reader: reads the base.
+
+    Returns: (numbers recomputed, the largest error relative to the largest delta among them).
+
+    Raises `VerificationError` if an error is larger than rounding each factor once makes it.
+    """
+    rows, columns = _sample(tensor, tweakers)
+    _, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    up, down, tiny = up[rows], down[:, columns], torch.finfo(dtype).smallest_normal
+    error = (up @ down - delta).abs()
+    rounding = torch.finfo(dtype).eps * ((up.abs() + tiny) @ (down.abs() + tiny))
+    if bool((wrong := error > rounding + _ROUNDOFF * spread).any()):
+        raise VerificationError(f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed deltas are wrong")
+    return error.numel(), float(error.max() / delta.abs().max().clamp(min=torch.finfo(delta.dtype).tiny))
+
+
+def _recompute(
+    tensor: TensorPlan, rows: Tensor, columns: Tensor, tweakers: Sequence[Tweaker], reader: TensorReader
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W0, the sum of its updates, and the magnitudes all of that was added up from; each (rows, columns), float64."""
+    source = tensor.source
+    if source is None:
+        raise ValueError(f"{tensor.name} is not from the base")
+    kinds = {tweaker.orientation for tweaker in tweakers}
+    w0_rows = read_rows(source, rows, reader) if Orientation.ROWS in kinds else None
+    w0_columns = read_columns(source, columns, reader) if w0_rows is None or Orientation.COLUMNS in kinds else None
+    w0 = w0_columns[rows] if w0_columns is not None else w0_rows[:, columns]  # type: ignore[index]
+    total, spread = torch.zeros_like(w0), w0.abs()
+    for tweaker in tweakers:
+        delta, magnitude = _delta_at(tweaker, w0_rows, w0_columns, rows, columns)
+        total, spread = total + delta, spread + magnitude
+    return w0, total, spread
+
+
+def _delta_at(
+    tweaker: Tweaker, w0_rows: Tensor | None, w0_columns: Tensor | None, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """f at some rows and columns, and the sum of magnitudes it was added up from; both (rows, columns)."""
+    if tweaker.orientation is Orientation.FREE:
+        up, down = tweaker.hidden(tweaker.b[rows]), tweaker.a[:, columns]
+    elif tweaker.orientation is Orientation.COLUMNS and w0_columns is not None:
+        up, down = tweaker.b[rows], tweaker.hidden(tweaker.a @ w0_columns)
+    elif w0_rows is not None:
+        up, down = tweaker.hidden(tweaker.a @ w0_rows.T).T, tweaker.b[columns].T
+    else:
+        raise ValueError("the sample lacks what the tweaker reads")
+    return factors_from(tweaker, up, down).delta(), abs(tweaker.scaling) * (up.abs() @ down.abs())
+
+
+def _sample(tensor: TensorPlan, tweakers: Sequence[Tweaker]) -> tuple[Tensor, Tensor]:
+    """Rows and columns to recompute: some of those that need much of W0 each, all of the others."""
+    kinds = {tweaker.orientation for tweaker in tweakers}
+    rows = _pick(tensor.shape[0], sampled=Orientation.ROWS in kinds)
+    columns = _pick(tensor.shape[1], sampled=Orientation.ROWS not in kinds or Orientation.COLUMNS in kinds)
+    return rows, columns
+
+
+def _pick(size: int, sampled: bool) -> Tensor:
+    """Indices: all, or some that are evenly spread."""
+    return torch.linspace(0, size - 1, min(_SAMPLES, size)).long() if sampled else torch.arange(size)
+
+
+def read_rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+    """Some rows of a matrix, in float64."""
+    return torch.stack([reader.row(info, int(row)).double() for row in picked])
+
+
+def read_columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
+    """Some columns of a matrix, in float64. Holds one block beside them."""
+    blocks: Iterator[Tensor] = reader.row_blocks(info, block_rows(info.row_size))
+    return torch.cat([block.index_select(1, picked).double() for block in blocks])
+
+
+def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of `dtype` at `values`."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp(min=info.smallest_normal)).exponent
+    return torch.full_like(values, info.eps).ldexp(exponent - 1)

@@ -1,0 +1,22 @@
+"""Sizes in bytes, as people write them."""
+
+import re
+
+from converters.errors import OptionError
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of '5GB', '500MB', '2GiB'; None for 'base', the base's own sharding.
+
+    Raises `OptionError` for anything else.
+    """
+    if text == "base":
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T)(i?)B", text.strip(), re.IGNORECASE)
+    size = 0
+    if found:
+        power = " KMGT".index(found[2].upper() or " ")
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if size <= 0:
+        raise OptionError(f"'{text}' is no size; wanted something like 5GB, 500MB, 2GiB, or 'base'")
+    return size

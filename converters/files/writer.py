@@ -1,0 +1,52 @@
+"""Writing one safetensors file, tensors in any order and from several threads."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.files.copying import drop_written, start_writeback, write_at
+from converters.files.header import TensorSpec, build_header
+
+
+class ShardWriter:
+    """A safetensors file of known layout that is filled piece by piece.
+
+    The header is written last, by `finish`: until then no reader takes the file for a checkpoint.
+
+    Args:
+        path: where; what is there is kept, so that a run can be gone on with.
+        specs: the tensors in file order.
+        metadata: of the header.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._header, self.places = build_header(specs, metadata, path)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        os.ftruncate(self._file, len(self._header) + sum(spec.nbytes for spec in specs))
+
+    def write(self, name: str, start: int, data: Tensor) -> None:
+        """Write contiguous numbers to bytes `start : start + data.nbytes` of a tensor."""
+        place = self.places[name]
+        if start + data.nbytes > place.nbytes:
+            raise ValueError(f"{place.file}: {name} has {place.nbytes} bytes, not {start + data.nbytes}")
+        write_at(self._file, data.reshape(-1).view(torch.uint8).numpy().data, place.offset + start)
+
+    def start_writeback(self, name: str) -> None:
+        """Let the system begin to bring a tensor to the disk."""
+        start_writeback(self._file, self.places[name].offset, self.places[name].nbytes)
+
+    def drop(self, name: str) -> None:
+        """Wait until a tensor is on the disk, and take it out of the page cache."""
+        drop_written(self._file, self.places[name].offset, self.places[name].nbytes)
+
+    def finish(self) -> None:
+        """Write the header, and sync the file to the disk."""
+        write_at(self._file, memoryview(self._header), 0)
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        os.close(self._file)

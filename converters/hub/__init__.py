@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: names, downloads, streaming, and its errors in plain words."""

@@ -1,0 +1,19 @@
+"""The preprocessor or tokenizer that lies beside a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.inference.images import ImagePreprocessor
+from converters.inference.kinds import ModelKind
+from converters.inference.texts import TextPreprocessor
+
+
+def open_preprocessor(
+    folder: Path, kind: ModelKind, config: Mapping[str, Any]
+) -> ImagePreprocessor | TextPreprocessor:
+    """What makes the inputs of a graph of this kind, for the model in `folder` with this config.json.
+
+    Raises `CheckpointError`, or `MissingDependencyError`, if it cannot be made; see the classes.
+    """
+    return ImagePreprocessor(folder, config) if kind.takes_images else TextPreprocessor(folder, kind, config)

@@ -1,0 +1,119 @@
+"""From texts to the inputs of a graph, by the tokenizer of its model. Nothing is fetched."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CheckpointError, OptionError
+from converters.inference.examples import Example, brief, full_config
+from converters.inference.kinds import ModelKind
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
+_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert")  # the first token is at position pad_token_id + 1
+
+
+class TextPreprocessor:
+    """Texts and pairs of texts to int64 (batch, longest), each cut to what the model takes and padded at its end.
+
+    Padded at the end whatever the tokenizer says: the positions of GPT-2 count from the first column. With the
+    `pad_token_id` of the config, if it has one: by it a classifier on a decoder finds the last token, and RoBERTa its
+    positions.
+
+    Args:
+        folder: of a model, with a tokenizer.
+        kind: whose inputs are wanted.
+        config: the model's config.json.
+
+    Attributes:
+        max_length: tokens of the longest sequence, special ones included.
+        pad_id: what pads `input_ids`; the other inputs are padded with 0.
+
+    Raises `CheckpointError` if the tokenizer is missing, unusable, or has nothing to pad with.
+    """
+
+    def __init__(self, folder: Path, kind: ModelKind, config: Mapping[str, Any]) -> None:
+        self._folder, self._names = folder, kind.inputs
+        model = full_config(folder, config)
+        self._tokenizer = _load_tokenizer(folder)
+        self._vocab_size: int = model.vocab_size
+        positions = model.max_position_embeddings
+        if model.model_type in _POSITIONS_AFTER_PAD:
+            positions -= model.pad_token_id + 1
+        self.max_length = int(min(self._tokenizer.model_max_length, positions))
+        known = (model.pad_token_id, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        pad_id = next((one for one in known if one is not None and 0 <= one < self._vocab_size), None)
+        if pad_id is None:
+            raise CheckpointError(
+                f"{folder}: nothing to pad texts with; wanted a pad_token_id in config.json, or a pad_token or "
+                "eos_token of the tokenizer"
+            )
+        self.pad_id: int = pad_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
+        """Arrays of texts.
+
+        Raises:
+            OptionError: an example is a file, or has no tokens.
+            CheckpointError: the model has no embedding of a token.
+        """
+        rows = [self._encode(example) for example in examples]
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        arrays = {name: np.full(shape, self.pad_id if name == "input_ids" else 0, np.int64) for name in self._names}
+        for i, row in enumerate(rows):
+            for name, array in arrays.items():
+                array[i, : len(row[name])] = row[name]
+        largest = arrays["input_ids"].max()
+        if largest >= self._vocab_size:
+            raise CheckpointError(
+                f"{self._folder}: the tokenizer gives the token {largest}, the model has {self._vocab_size}; "
+                "wanted the tokenizer the model was trained with"
+            )
+        return arrays
+
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        """Where the tokens of a text lie in it, (start, end) for each of its row; None for special ones.
+
+        Raises:
+            OptionError: the text is longer than what the model takes.
+            CheckpointError: the tokenizer does not know where tokens lie.
+        """
+        if not self._tokenizer.is_fast:
+            raise CheckpointError(
+                f"{self._folder}: its tokenizer does not say where tokens lie; wanted one with a tokenizer.json"
+            )
+        found = self._tokenizer([text], return_offsets_mapping=True, return_special_tokens_mask=True)
+        places, special = found["offset_mapping"][0], found["special_tokens_mask"][0]
+        if len(places) > self.max_length:
+            raise OptionError(
+                f"the text {brief(repr(text))} has {len(places)} tokens, and the model takes {self.max_length}; "
+                "split it: of the rest nothing would be said"
+            )
+        return [None if mask else tuple(place) for place, mask in zip(places, special, strict=True)]
+
+    def _encode(self, example: Example) -> Mapping[str, list[int]]:
+        if isinstance(example, Path):
+            raise OptionError(f"{example} is a file, wanted a text: the model takes texts")
+        # as a list of one: transformers 5.19 takes a lone text with an empty second one for no pair
+        texts = ([example[0]], [example[1]]) if isinstance(example, tuple) else ([example],)
+        wanted = {
+            f"return_{name}": True for name in self._names if name != "input_ids"
+        }  # by default not all are given
+        found = self._tokenizer(*texts, truncation=True, max_length=self.max_length, **wanted)
+        if not found["input_ids"][0]:
+            raise OptionError(f"the text {brief(repr(texts[0][0]))} has no tokens, wanted at least one")
+        return {name: found[name][0] for name in self._names}
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    # without a vocabulary transformers makes a tokenizer that knows no words, and says nothing
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(f"{folder}: no tokenizer; wanted one of {', '.join(_VOCABULARIES)}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{folder}: the tokenizer cannot be used ({brief(error)})") from None

@@ -1,0 +1,1 @@
+"""How strongly an adapter acts where, on its base: numbers and a picture."""

@@ -1,0 +1,1 @@
+"""A base model on disk: its checkpoint, config, class, labels and companion files."""

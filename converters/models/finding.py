@@ -1,0 +1,78 @@
+"""Where a base comes from: a local folder, a Hub id, or the short name of a model of the paper."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import CheckpointError, OptionError
+from converters.files.names import INDEX_FILE, MANIFEST_NAME, SINGLE_FILE
+from converters.hub.download import fetch_snapshot
+from converters.hub.errors import hub_errors
+from converters.hub.names import SHORT_NAMES, is_hub_id
+from converters.hub.stream import ShardStream
+from converters.models.checkpoint import read_weight_map
+from converters.models.companions import COMPANION_PATTERNS
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base that now lies in `folder`, its weights perhaps in `stream`.
+
+    `note` says what was taken where that was a choice.
+    """
+
+    folder: Path
+    repo_id: str | None = None
+    revision: str | None = None
+    note: str | None = None
+    stream: ShardStream | None = None
+
+
+def find_base(base: str, revision: str | None = None, token: str | None = None, stream: bool = False) -> BaseSource:
+    """Resolve `--base`: a folder of that name wins, then the short names, then the Hub.
+
+    Args:
+        base: folder, short name (`llama2-7b`, ...) or Hub id (`user/model`).
+        revision: branch, tag or commit on the Hub.
+        token: Hub token; by default the one huggingface-hub finds (HF_TOKEN, `hf auth login`).
+        stream: leave the weights on the Hub for now.
+
+    Raises:
+        CheckpointError: no such folder, and the name cannot be a Hub id.
+        OptionError: `revision` or `stream` for a local folder.
+        HubError: the download failed.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise OptionError(f"--revision {revision} has no meaning for the local folder {base}")
+        if stream:
+            raise OptionError(f"--stream has no meaning for the local folder {base}; wanted a Hub id")
+        shadows = base in SHORT_NAMES
+        note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
+        return BaseSource(folder, note=note)
+    if folder.is_file():
+        raise CheckpointError(f"{base} is a file; wanted the folder that holds config.json and the weights")
+    repo_id = SHORT_NAMES.get(base, base)
+    if not is_hub_id(repo_id):
+        raise CheckpointError(f"no folder {base}, and this is no Hub id; check the path")
+    path = _download(repo_id, revision, token, weights=not stream)
+    note = f"base: {base} is {repo_id} on the Hub, revision {path.name}" if repo_id != base else None
+    shards = ShardStream(repo_id, path.name, token) if stream else None
+    return BaseSource(path, repo_id, path.name, note, shards)
+
+
+def _download(repo_id: str, revision: str | None, token: str | None, weights: bool) -> Path:
+    """The cached snapshot with just what a merge reads: config, companions, safetensors, a mark of a merge."""
+    small = ["config.json", INDEX_FILE, MANIFEST_NAME, *COMPANION_PATTERNS]
+    if weights:
+        small.append(SINGLE_FILE)
+    with hub_errors(repo_id, revision):
+        from huggingface_hub import snapshot_download
+
+        folder = fetch_snapshot(repo_id, revision, token, small, "config.json")
+        index = folder / INDEX_FILE
+        if weights and index.is_file() and not (folder / SINGLE_FILE).is_file():
+            shards = sorted(set(read_weight_map(index).values()))
+            if not all((folder / shard).is_file() for shard in shards):
+                snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=shards)
+    return folder

@@ -1,0 +1,1 @@
+"""What is written, a file or folder per format."""

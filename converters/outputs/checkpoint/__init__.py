@@ -1,0 +1,1 @@
+"""The format `merged`: a checkpoint that every runtime loads."""

@@ -1,0 +1,60 @@
+"""The README.md of a merged model, with the metadata the Hub reads (https://huggingface.co/docs/hub/model-cards)."""
+
+import json
+from collections import Counter
+
+from converters.adapters.adapter import Weighted
+from converters.adapters.facts import settings_of
+from converters.files.names import MANIFEST_NAME
+from converters.hub.names import is_hub_id
+from converters.plans.merge import Plan
+
+_PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+}
+
+
+def build_model_card(plan: Plan) -> str:
+    """Markdown with a YAML head. JSON strings are YAML strings."""
+    base = plan.base
+    base_id = base_id_of(plan)
+    head = ["library_name: transformers", "tags:", "- peanut", "- peft", "- merged"]
+    if base_id is not None:
+        head = [f"base_model: {json.dumps(base_id)}", "base_model_relation: finetune", *head]
+    architecture = str((plan.config.get("architectures") or [""])[0])
+    head += [f"pipeline_tag: {tag}" for end, tag in _PIPELINES.items() if architecture.endswith(end)]
+    counts = Counter(tensor.action.value for tensor in plan.tensors)
+    lines = [
+        f"# {base.name} with {plan.name}",
+        "",
+        f"The weights of {base_id or base.name} with the adapter `{plan.name}` merged into them: "
+        "`W = W0 + f(W0; θ)` (PEANuT, [arXiv 2410.01870](https://arxiv.org/abs/2410.01870)). "
+        "Load it as any other transformers model; no adapter library is needed.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {base_id or base.name}{f' at {base.revision}' if base.revision else ''} |",
+        *(line for weighted in plan.adapters for line in adapter_rows(weighted)),
+        f"| tensors | {', '.join(f'{n} {action}' for action, n in sorted(counts.items()))} |",
+        "",
+        f"Merged with peanut-serve. `{MANIFEST_NAME}` tells where every tensor comes from.",
+    ]
+    return "\n".join(["---", *head, "---", "", *lines, ""])
+
+
+def base_id_of(plan: Plan) -> str | None:
+    """The base on the Hub: where it came from, or what the adapter says it was trained on."""
+    trained_on = plan.adapters[0].adapter.base_name or ""
+    return plan.base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
+
+
+def adapter_rows(weighted: Weighted) -> list[str]:
+    """The lines of a table that tell of one adapter."""
+    adapter = weighted.adapter
+    facts = ", ".join(f"{key} = {value}" for key, value in settings_of(adapter).items() if key != "orientation")
+    times = "" if weighted.weight == 1 else f"{weighted.weight:g} times "
+    return [f"| adapter | {times}{adapter.name}: {facts} |", f"| adapter digest | `{adapter.digest}` |"]

@@ -1,0 +1,1 @@
+"""The format `onnx`: graphs for ONNX Runtime and transformers.js."""

@@ -1,0 +1,244 @@
+"""Labelled examples on disk, and how well a model does on them. The model is any function from inputs to logits."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import OptionError, VerificationError
+from converters.inference.examples import IMAGE_SUFFIXES, Example, Preprocessor
+from converters.inference.kinds import ModelKind
+
+Logits = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
+
+_LABELS_SHOWN = 6
+_FIRST_COLUMNS = ("text", "sentence", "sentence1")
+_COLUMNS_WANTED = (
+    "wanted 'label' and one of 'text' (perhaps with 'text_pair'), 'sentence' (perhaps with 'text_pair'), or "
+    "'sentence1' with 'sentence2', each once"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalData:
+    """Examples and what they are.
+
+    Attributes:
+        name: of the folder or file.
+        examples: in the order of class folders and file names, or of the rows.
+        targets: (examples,) indices of labels, int64; or values to predict, float64.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    targets: NDArray[Any]
+
+
+class Batch(NamedTuple):
+    """Some examples as inputs of a graph, and what they are."""
+
+    inputs: dict[str, NDArray[Any]]
+    targets: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How well a model did.
+
+    Attributes:
+        count: of examples.
+        predictions: (count,) indices of labels, int64; or values, float64.
+        accuracy: share of right labels; None for values.
+        pearson: correlation of predicted and right values; None for labels, or where either are all the same.
+        mean_absolute_error: of the values; None for labels.
+    """
+
+    count: int
+    predictions: NDArray[Any] = field(repr=False)
+    accuracy: float | None = None
+    pearson: float | None = None
+    mean_absolute_error: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says: JSON values, without the predictions."""
+        if self.mean_absolute_error is None:
+            return {"count": self.count, "accuracy": self.accuracy}
+        return {"count": self.count, "pearson": self.pearson, "mean_absolute_error": self.mean_absolute_error}
+
+
+def read_eval_data(path: Path, kind: ModelKind, labels: Sequence[str]) -> EvalData:
+    """Labelled examples of a folder `path/LABEL/IMAGE` or, for texts, of a CSV file in UTF-8 with a header.
+
+    The CSV has a column `label`, and `text` or `sentence` (perhaps with `text_pair`), or `sentence1` and `sentence2`;
+    others are passed over. A label is given by its name or, if there is no such name, by its index. For texts and a
+    single label the model predicts a value, and `label` is that value.
+
+    Of a class folder the files count whose names end like an image's (`IMAGE_SUFFIXES`); hidden ones do not. The
+    images are opened when they are preprocessed.
+
+    Raises `OptionError` for a kind that is no classifier of images or texts, and for data that is not as above.
+    """
+    readers = {"image-classification": _read_folder, "text-classification": _read_csv}
+    if kind.task not in readers:
+        raise OptionError(f"eval data is for classifiers of images and of texts, this model does {kind.task}")
+    if not labels:
+        raise OptionError(f"{path}: the model's config.json names no labels, wanted an id2label from '0' on")
+    return EvalData(path.resolve().name, *readers[kind.task](path, labels))
+
+
+def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = 8) -> Iterator[Batch]:
+    """The data, preprocessed; a list of it serves several models (at 224 x 224, 600 kB for an image)."""
+    for start in range(0, len(data.examples), batch_size):
+        part = slice(start, start + batch_size)
+        yield Batch(preprocessor(data.examples[part]), data.targets[part])
+
+
+def score_of(logits: Logits, prepared: Iterable[Batch]) -> Score:
+    """How well a model does on batches, at least one.
+
+    Args:
+        logits: gives the model's logits (batch, labels) for its inputs; (batch, 1) if it predicts values.
+        prepared: see `batches`.
+
+    Raises `VerificationError` if logits are not of such a shape, or not finite.
+    """
+    predicted, wanted = [], []
+    for batch in prepared:
+        found = np.asarray(logits(batch.inputs))
+        is_value = batch.targets.dtype.kind == "f"
+        if found.ndim != 2 or len(found) != len(batch.targets) or (is_value and found.shape[1] != 1):
+            width = "1" if is_value else "labels"
+            raise VerificationError(f"the model gives logits {found.shape}, wanted ({len(batch.targets)}, {width})")
+        if not np.isfinite(found).all():
+            raise VerificationError("the model gives logits that are NaN or infinite, so it cannot be measured")
+        predicted.append(found[:, 0].astype(np.float64) if is_value else found.argmax(axis=1))
+        wanted.append(batch.targets)
+    predictions, targets = np.concatenate(predicted), np.concatenate(wanted)
+    if targets.dtype.kind == "f":
+        error = float(np.abs(predictions - targets).mean())
+        return Score(len(targets), predictions, pearson=_pearson(predictions, targets), mean_absolute_error=error)
+    return Score(len(targets), predictions, accuracy=float((predictions == targets).mean()))
+
+
+def agreement(a: Score, b: Score) -> float:
+    """How alike two models predict on the same data, 1 if they do the same.
+
+    The share of examples with the same label; for values, Lin's concordance: a correlation that, other than
+    Pearson's, falls when one of them is shifted or scaled.
+
+    Raises `ValueError` if the scores are of different numbers of examples.
+    """
+    if a.count != b.count:
+        raise ValueError(f"scores of {a.count} and of {b.count} examples cannot be compared")
+    x, y = a.predictions, b.predictions
+    if a.accuracy is not None:
+        return float((x == y).mean())
+    spread = float(x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+    return 2 * float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread else 1.0
+
+
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else None
+
+
+def _read_folder(path: Path, labels: Sequence[str]) -> tuple[tuple[Example, ...], NDArray[np.int64]]:
+    if len(labels) == 1:
+        raise OptionError(f"{path}: folders name classes, but the model predicts a single value, {_quoted(labels)}")
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise OptionError(f"{path} {found}, wanted a folder with a folder of images for each class")
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    if not folders:
+        raise OptionError(f"{path}: no class folders in it, wanted {path.name}/LABEL/IMAGE")
+    examples: list[Example] = []
+    targets = []
+    for folder in folders:
+        target = _index(folder.name, labels, f"{folder}: no label has this name")
+        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+        if not images:
+            raise OptionError(f"{folder}: no images in it, wanted files that end in {', '.join(IMAGE_SUFFIXES)}")
+        examples += images
+        targets += [target] * len(images)
+    return tuple(examples), np.array(targets, np.int64)
+
+
+def _read_csv(path: Path, labels: Sequence[str]) -> tuple[tuple[Example, ...], NDArray[Any]]:
+    rows = _read_rows(path)
+    if not rows:
+        raise OptionError(f"{path} is empty, {_COLUMNS_WANTED}")
+    _, header = rows.pop(0)
+    columns = _text_columns(path, header)
+    if not rows:
+        raise OptionError(f"{path}: no rows under its header, wanted an example in each")
+    examples: list[Example] = []
+    targets: list[float] = []
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise OptionError(
+                f"{path}, line {line}: {len(cells)} fields, wanted {len(header)} as in the header; "
+                "a field with a comma or a quote in it has to be quoted"
+            )
+        row = dict(zip(header, cells, strict=True))
+        examples.append(row[columns[0]] if len(columns) == 1 else (row[columns[0]], row[columns[1]]))
+        targets.append(_target(row, labels, f"{path}, line {line}"))
+    return tuple(examples), np.array(targets, np.float64 if len(labels) == 1 else np.int64)
+
+
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The line each row starts at, from 1, and its fields; without empty lines."""
+    rows, line = [], 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
+            reader = csv.reader(file, strict=True)  # else an open quote takes the rest of the file into one field
+            for cells in reader:
+                if cells:
+                    rows.append((line, cells))
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: not UTF-8 ({error}), wanted a CSV file in UTF-8") from None
+    except csv.Error as error:
+        raise OptionError(f"{path}, line {line}: not CSV ({error}), wanted fields with commas between them") from None
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read ({error.strerror}), wanted a CSV file") from None
+    return rows
+
+
+def _text_columns(path: Path, header: list[str]) -> list[str]:
+    found = [name for name in _FIRST_COLUMNS if name in header]
+    columns = [*found, *(["sentence2"] if "sentence1" in found else ["text_pair"] if "text_pair" in header else [])]
+    if len(found) != 1 or any(header.count(name) != 1 for name in [*columns, "label"]):
+        raise OptionError(f"{path}: its columns are {_quoted(header)}; {_COLUMNS_WANTED}")
+    return columns
+
+
+def _target(row: Mapping[str, str], labels: Sequence[str], where: str) -> float:
+    label = row["label"]
+    if len(labels) > 1:
+        return _index(label, labels, f"{where}: the label is {label[:40]!r}")
+    try:
+        value = float(label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise OptionError(f"{where}: the label is {label[:40]!r}, wanted a finite number: the model predicts a value")
+    return value
+
+
+def _index(label: str, labels: Sequence[str], complaint: str) -> int:
+    """The place of a label given by name or else by its index. Raises `OptionError` if it is neither."""
+    if label in labels:
+        return labels.index(label)
+    is_number = label.isascii() and label.isdecimal() and len(label) < 10  # int() takes no thousands of digits
+    if is_number and int(label) < len(labels):
+        return int(label)
+    shown = _quoted(labels[:_LABELS_SHOWN]) + ", ..." * (len(labels) > _LABELS_SHOWN)
+    raise OptionError(f"{complaint}, wanted one of {shown}, or an index below {len(labels)}")
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)

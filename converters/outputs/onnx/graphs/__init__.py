@@ -1,0 +1,1 @@
+"""ONNX graphs: traced once, then bound to weights in several forms."""

@@ -1,0 +1,113 @@
+"""The merged model in torch: what graphs are traced from, and what they are held against.
+
+The base is loaded by transformers itself, which finds and renames its tensors without our help. A task's tensors then
+take the place of the base's in one forward pass; nothing is copied.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.errors import ConversionError
+from converters.inference.kinds import ModelKind
+from converters.plans.merge import Plan
+
+_LABELS = ("id2label", "label2id", "num_labels")  # what a config says of them
+# pairs of batch size and, for texts, length
+_SHAPES = ((1, 5), (2, 12), (5, 31))
+
+
+class Reference(torch.nn.Module):
+    """The class of a plan with the base's weights, in float32.
+
+    Args:
+        plan: whose config and base it is of.
+        kind: what its graph computes.
+        image_shape: (channels, height, width), where it takes images.
+
+    Raises `ConversionError` when transformers cannot load the base into that class.
+    """
+
+    def __init__(self, plan: Plan, kind: ModelKind, image_shape: tuple[int, int, int] | None) -> None:
+        super().__init__()
+        self.kind = kind
+        self._image_shape = image_shape
+        self.model, self.missing = _load(plan)
+        text = self.model.config.get_text_config()
+        self._vocab_size = int(getattr(text, "vocab_size", 0))
+        self._longest = int(getattr(text, "max_position_embeddings", 512)) - 2  # RoBERTa's positions begin at 2
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The output of the kind, for its inputs in order."""
+        settings = {"use_cache": False} if self.kind.task == "text-generation" else {}
+        named = dict(zip(self.kind.inputs, inputs, strict=True))
+        output: Tensor = self.model(**named, **settings)[self.kind.output]
+        return output
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every floating tensor of the state dict, by its name in transformers' memory."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Tensor:
+        """The output with the tensors `changed`, which may have other sizes, in place of the base's."""
+        tensors = {f"model.{name}": tensor for name, tensor in changed.items()}
+        output: Tensor = torch.func.functional_call(self, tensors, tuple(inputs[name] for name in self.kind.inputs))
+        return output
+
+    def random_inputs(self, seed: int = 0) -> list[dict[str, Tensor]]:
+        """Inputs of several batch sizes; texts also of several lengths, some of them padded."""
+        generator = torch.Generator().manual_seed(seed)
+        return [self._random(batch, length, generator) for batch, length in _SHAPES]
+
+    def _random(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if self._image_shape is not None:
+            return {"pixel_values": torch.randn(batch, *self._image_shape, generator=generator)}
+        length = min(length, self._longest)
+        ids = torch.randint(0, self._vocab_size, (batch, length), generator=generator)
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[-1, max(1, length // 2) :] = 0 if batch > 1 else 1
+        types = torch.zeros_like(ids)
+        types[:, length // 2 :] = int(getattr(self.model.config, "type_vocab_size", 1) > 1)
+        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        return {name: made[name] for name in self.kind.inputs}
+
+
+def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
+    """The model, and the names of the tensors that the base has not, or in another size."""
+    import transformers
+    from transformers.utils import logging
+
+    name = plan.config["architectures"][0]
+    settings = {key: value for key, value in plan.config.items() if key not in ("dtype", "torch_dtype")}
+    if name == plan.base.architecture:  # it has a head, of labels that may be others than the task's
+        settings = {key: value for key, value in settings.items() if key not in _LABELS}
+        settings |= {key: value for key, value in plan.base.config.items() if key in _LABELS}
+    config = transformers.CONFIG_MAPPING[str(plan.config["model_type"])].from_dict(settings)
+    model_class = getattr(transformers, name)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # that a head is missing is known
+    logging.disable_progress_bar()
+    try:
+        model, info = model_class.from_pretrained(
+            plan.base.folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever transformers raises for weights it cannot make sense of
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConversionError(
+            f"transformers {transformers.__version__} cannot load {plan.base.folder} as {model_class.__name__}: "
+            f"{cause}"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return model.eval(), frozenset(info["missing_keys"]) | {_name(key) for key in info["mismatched_keys"]}
+
+
+def _name(mismatched: str | Sequence[Any]) -> str:
+    """The entries are (name, shape, shape)."""
+    return mismatched if isinstance(mismatched, str) else str(mismatched[0])

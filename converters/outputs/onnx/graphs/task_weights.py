@@ -1,0 +1,76 @@
+"""What one task changes of its base: updated weights and heads, evaluated, checked, and named as in a trace."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from converters.evaluation.blocks import tensor_blocks
+from converters.evaluation.verify import Verification, verify_numbers
+from converters.evaluation.worker import EVALUATION_DTYPE, Worker
+from converters.models.architecture import Architecture
+from converters.plans.merge import Plan
+from converters.plans.tensor import Action, TensorPlan
+
+
+@dataclass(frozen=True, eq=False)
+class TaskWeights:
+    """A task's own tensors.
+
+    Attributes:
+        plan: the merge they are of.
+        updated: name in transformers' memory -> the tensor of the plan, of weights that f updates.
+        tensors: the same name -> float32 numbers; also of what is replaced or added whole.
+        verification: of the updated ones, against float64.
+    """
+
+    plan: Plan
+    updated: Mapping[str, TensorPlan]
+    tensors: Mapping[str, Tensor]
+    verification: Verification
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """Those that do not come from f: heads."""
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.updated}
+
+
+def evaluate_task(plan: Plan, arch: Architecture, device: torch.device) -> TaskWeights:
+    """Evaluate everything a plan changes, and recompute a sample of it.
+
+    Args:
+        plan: a planned merge in float32.
+        arch: the class it is of.
+        device: where f is evaluated.
+
+    Raises:
+        NonFiniteError: a merged weight is not finite.
+        VerificationError: a recomputed number is another.
+    """
+    worker = Worker(device, threading.Event())
+    updated, tensors, checks = {}, {}, []
+    try:
+        for planned in plan.tensors:
+            if not (planned.terms or planned.saved is not None or planned.action is Action.ADDED):
+                continue
+            name = arch.canonical(planned.name)
+            tensors[name] = _numbers(plan, planned, worker)
+            if planned.terms:
+                updated[name] = planned
+                tweakers = [plan.tweaker(term).to("cpu", EVALUATION_DTYPE) for term in planned.terms]
+                checks.append(verify_numbers(tensors[name], planned, tweakers, worker.reader))
+    finally:
+        worker.close()
+    return TaskWeights(plan, updated, tensors, Verification.of(len(updated), checks))
+
+
+def _numbers(plan: Plan, planned: TensorPlan, worker: Worker) -> Tensor:
+    if planned.is_copy and planned.source is not None:
+        return worker.reader.whole(planned.source).float()
+    numbers, done = torch.empty(planned.shape).view(-1), 0
+    for block in tensor_blocks(plan, planned, worker):
+        numbers[done : done + block.numel()] = block.reshape(-1)
+        done += block.numel()
+    return numbers.view(planned.shape)

@@ -1,0 +1,50 @@
+"""One traced base: what all its tasks have in common while they are written."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from onnx import GraphProto
+from torch import Tensor
+
+from converters.errors import ConversionError
+from converters.models.architecture import Architecture
+from converters.outputs.onnx.graphs.reference import Reference
+from converters.outputs.onnx.graphs.task_weights import TaskWeights
+from converters.outputs.onnx.graphs.template import Template
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBase:
+    """A base in torch and as a graph.
+
+    Attributes:
+        arch: the names of its class.
+        reference: it in torch.
+        template: its graph.
+        updates: graphs of f, by what they depend on.
+    """
+
+    arch: Architecture
+    reference: Reference
+    template: Template
+    updates: dict[str, GraphProto] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The base's weight for every one of the graph; of those it lacks, whatever transformers made up."""
+        found = self.reference.weights()
+        return {name: found[name] for name in self.template.shapes}
+
+    def linear_shape(self, weight: str) -> tuple[int, int]:
+        """(out, in) of a linear layer, whose weight lies as (in, out) in a Conv1D."""
+        out, width = self.template.shapes[weight]
+        return (out, width) if weight.removesuffix(".weight") in self.arch.linear else (width, out)
+
+    def check_complete(self, task: TaskWeights) -> None:
+        """Raise `ConversionError` if the graph has a weight that neither the base nor the task holds."""
+        lacking = self.reference.missing & self.template.shapes.keys()
+        if made_up := sorted(lacking - task.tensors.keys()):
+            raise ConversionError(
+                f"neither the base nor {task.plan.name} holds {made_up[0]}, which {self.arch.name} needs: it would "
+                "be random; is the adapter's head missing (modules_to_save)?"
+            )

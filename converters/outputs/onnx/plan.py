@@ -1,0 +1,173 @@
+"""What an export writes where. Everything that can be refused before a model is loaded is refused here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from converters.errors import ConversionError, OptionError
+from converters.evaluation.worker import find_devices
+from converters.files.staging import check_output, check_space
+from converters.inference.images import image_shape
+from converters.inference.kinds import ModelKind, find_kind
+from converters.models import config as model_config
+from converters.outputs.onnx.eval_data import EvalData, read_eval_data
+from converters.outputs.onnx.graphs.merged import BASE_DATA
+from converters.outputs.onnx.opset import DEFAULT_OPSET, check_opset
+from converters.plans.merge import Plan
+
+# precision -> name of its graph (https://huggingface.co/docs/transformers.js/guides/dtypes)
+MODEL_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+_BASE = BASE_DATA.removesuffix(".onnx_data")
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+class Form(str, Enum):
+    """How tasks are written."""
+
+    MERGED = "merged"  # a folder for each, with a graph that needs nothing else
+    SHARED = "shared"  # one folder: a graph for each, and one file of the weights they have in common
+    SWAPPABLE = "swappable"  # one folder: one graph, and a file of low-rank inputs for each
+    SELF_MERGING = (
+        "self-merging"  # one folder: a graph for each that holds θ and f, and one file of the base's weights
+    )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What can be chosen.
+
+    Attributes:
+        form: how tasks are written.
+        opset: of the graphs.
+        quantize: precisions to write beside float32: `int8` (dynamic, per channel), `fp16`.
+        transformersjs: put graphs under `onnx/`, where transformers.js looks for them.
+        eval_data: labelled images or texts to measure every graph on.
+        verify: hold every graph against torch.
+        device: where f is evaluated.
+    """
+
+    form: Form = Form.MERGED
+    opset: int = DEFAULT_OPSET
+    quantize: tuple[str, ...] = ()
+    transformersjs: bool = False
+    eval_data: Path | None = None
+    verify: bool = True
+    device: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class ExportPlan:
+    """An export that can be carried out.
+
+    Attributes:
+        outputs: folder -> the tasks in it.
+        options: what was chosen.
+        image_shapes: folder -> (channels, height, width) of its images; None for models of texts.
+        eval_data: of the only task.
+    """
+
+    outputs: Mapping[Path, tuple[Plan, ...]]
+    options: ExportOptions
+    image_shapes: Mapping[Path, tuple[int, int, int] | None]
+    eval_data: EvalData | None
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """All tasks."""
+        return tuple(plan for plans in self.outputs.values() for plan in plans)
+
+    @property
+    def sizes(self) -> dict[Path, int]:
+        """Bytes each folder takes at most."""
+        per_number = sum(_BYTES[precision] for precision in ("fp32", *self.options.quantize)) / 4
+        total = max if self.options.form is Form.SWAPPABLE else sum  # one graph for all
+        return {
+            folder: int(per_number * total(plan.total_size for plan in plans))
+            for folder, plans in self.outputs.items()
+        }
+
+
+def plan_export(
+    plans: Sequence[Plan], output: Path | None, options: ExportOptions, *, overwrite: bool = False
+) -> ExportPlan:
+    """Plan to export tasks of one base.
+
+    Args:
+        plans: a planned merge in float32 for each.
+        output: the folder, or for several tasks with the form MERGED the folder of their folders.
+        options: what to write.
+        overwrite: replace earlier outputs.
+
+    Raises:
+        ConversionError: the model cannot be exported, or not in that form.
+        OptionError: an option that has no meaning here; eval data that does not fit the labels.
+        OutputError: the output exists, or there is no room for it.
+    """
+    kinds = [find_kind(plan.config) for plan in plans]
+    _check_options(plans, options)
+    check_opset(options.opset)
+    find_devices(options.device)
+    outputs = _name_outputs(plans, output, options.form)
+    eval_data = None
+    if options.eval_data is not None:
+        eval_data = read_eval_data(options.eval_data, kinds[0], model_config.labels_of(plans[0].config) or [])
+    shapes = {folder: _image_shape(tasks[0], kinds[0]) for folder, tasks in outputs.items()}
+    planned = ExportPlan(outputs, options, shapes, eval_data)
+    inputs = [plans[0].base.folder, *(weighted.adapter.path for plan in plans for weighted in plan.adapters)]
+    for folder in outputs:
+        check_output(folder, overwrite, inputs)
+    check_space(planned.sizes)
+    return planned
+
+
+def _check_options(plans: Sequence[Plan], options: ExportOptions) -> None:
+    if unknown := sorted(set(options.quantize) - (set(MODEL_FILES) - {"fp32"})):
+        raise OptionError(f"--quantize {unknown[0]} is unknown; wanted int8 or fp16")
+    if options.form is not Form.MERGED:
+        for name, given in (("--quantize", options.quantize), ("--transformersjs", options.transformersjs)):
+            if given:
+                raise OptionError(
+                    f"{name} is for graphs with merged weights of their own, not for {options.form.value}"
+                )
+        classes = {plan.config["architectures"][0]: plan.name for plan in plans}
+        if len(classes) > 1:
+            told = ", ".join(f"{task} is a {name}" for name, task in classes.items())
+            raise ConversionError(f"tasks with one graph have to be of one class: {told}; export them apart")
+    if options.eval_data is not None and len(plans) > 1:
+        raise OptionError("--eval-data measures one task, and several are exported; export them one by one")
+    if options.eval_data is not None and plans[0].config.get("problem_type") == "multi_label_classification":
+        raise OptionError("--eval-data has one label for each example, and this model gives several (multi-label)")
+    if odd := next((plan for plan in plans if plan.options["dtype"] != "fp32"), None):
+        raise OptionError(
+            f"{odd.name}: ONNX graphs are written in float32, not {odd.options['dtype']}; see --quantize"
+        )
+
+
+def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dict[Path, tuple[Plan, ...]]:
+    if form is not Form.MERGED:
+        names = [plan.name for plan in plans]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise OptionError(f"two adapters are called {twice}; rename one of the folders")
+        if _BASE in names:
+            raise OptionError(
+                f"an adapter is called {_BASE}, as is the file of the base's weights; rename its folder"
+            )
+        return {output or Path(f"{plans[0].base.name}-onnx"): tuple(plans)}
+    if len(plans) == 1:
+        return {output or Path(f"{plans[0].name}-onnx"): (plans[0],)}
+    outputs: dict[Path, tuple[Plan, ...]] = {}
+    for plan in plans:
+        folder = output / plan.name if output is not None else Path(f"{plan.name}-onnx")
+        if folder in outputs:
+            raise OptionError(f"two adapters would be written to {folder}; rename one of their folders")
+        outputs[folder] = (plan,)
+    return outputs
+
+
+def _image_shape(plan: Plan, kind: ModelKind) -> tuple[int, int, int] | None:
+    if not kind.takes_images:
+        return None
+    own = plan.head.path
+    folder = own if (own / "preprocessor_config.json").is_file() else plan.base.folder
+    return image_shape(folder, plan.config)

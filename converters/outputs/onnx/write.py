@@ -1,0 +1,137 @@
+"""Carrying out an export: every output folder appears whole at the end, or none does."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import OutputError
+from converters.evaluation.worker import find_devices
+from converters.files.staging import staged
+from converters.inference.kinds import find_kind
+from converters.models.architecture import build_architecture
+from converters.outputs.onnx.checks import TaskCheck, check_task, prepare_eval_data
+from converters.outputs.onnx.graphs.reference import Reference
+from converters.outputs.onnx.graphs.task_weights import evaluate_task
+from converters.outputs.onnx.graphs.template_cache import traced_template
+from converters.outputs.onnx.graphs.traced import TracedBase
+from converters.outputs.onnx.plan import ExportPlan
+from converters.outputs.onnx.records import copy_companions, write_records
+from converters.outputs.onnx.task_files import TaskFiles, write_tasks
+from converters.plans.merge import Plan
+
+# told of the steps, as they begin
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportedTask:
+    """One task of an export.
+
+    Attributes:
+        output: the folder it is in.
+        plan: what it is.
+        files: what was written.
+        check: how it was checked.
+        nbytes: size of the files that are its alone.
+        seconds: of evaluating and writing it, without its checks; of tasks that are written together, a part.
+    """
+
+    output: Path
+    plan: Plan
+    files: TaskFiles
+    check: TaskCheck
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        tasks: in the order they were given.
+        loading_seconds: of loading the base and of tracing it, or of finding its graph in the cache.
+    """
+
+    tasks: tuple[ExportedTask, ...]
+    loading_seconds: float
+
+
+def run_export(planned: ExportPlan, *, overwrite: bool = False, report: Report = lambda step: None) -> ExportResult:
+    """Carry out a planned export.
+
+    Raises:
+        ConversionError: the tracer cannot follow the model, or the form cannot say what a task does.
+        VerificationError: a graph does not compute what torch does.
+        OutputError: it cannot be written. Whichever it is, no output was written or changed.
+    """
+    writer = _Writer(planned, report)
+    tasks: list[ExportedTask] = []
+    try:
+        with ExitStack() as stack:
+            for output, plans in planned.outputs.items():
+                tasks += writer.write(stack.enter_context(staged(output, overwrite)), output, plans)
+            for plan in planned.plans:
+                plan.base.check_unchanged()
+                for weighted in plan.adapters:
+                    weighted.adapter.store.check_unchanged()
+    except OSError as error:
+        names = ", ".join(map(str, planned.outputs))
+        raise OutputError(f"{names} could not be written: {error}; it is as it was before") from error
+    return ExportResult(tuple(tasks), writer.loading_seconds)
+
+
+class _Writer:
+    """Writes folders; loads and traces each class of model once."""
+
+    def __init__(self, planned: ExportPlan, report: Report) -> None:
+        self._planned, self._report = planned, report
+        self._device = find_devices(planned.options.device)[0]
+        self._traced: dict[str, TracedBase] = {}
+        self.loading_seconds = 0.0
+
+    def write(self, folder: Path, output: Path, plans: Sequence[Plan]) -> list[ExportedTask]:
+        """Write one folder, and check it."""
+        options = self._planned.options
+        traced = self._base_of(plans[0], self._planned.image_shapes[output])
+        copy_companions(folder, plans)
+        prepared = prepare_eval_data(folder, traced.reference.kind, plans[0].config, self._planned.eval_data)
+        start = time.perf_counter()
+        self._report(f"evaluating and writing {', '.join(plan.name for plan in plans)}")
+        tasks = [evaluate_task(plan, traced.arch, self._device) for plan in plans]
+        for task in tasks:
+            traced.check_complete(task)
+        files = write_tasks(folder, traced, tasks, options, self._device)
+        seconds = (time.perf_counter() - start) / len(plans)
+        checks = []
+        for one, task in zip(files, tasks, strict=True):
+            self._report(f"checking {one.task}")
+            checks.append(check_task(folder, one, task, traced.reference, prepared, options.verify))
+        write_records(folder, plans, files, checks, options)
+        return [
+            ExportedTask(output, plan, one, check, _own_bytes(folder, one), seconds)
+            for plan, one, check in zip(plans, files, checks, strict=True)
+        ]
+
+    def _base_of(self, plan: Plan, shape: tuple[int, int, int] | None) -> TracedBase:
+        """The base as the class of a plan, loaded and traced."""
+        name = plan.config["architectures"][0]
+        key = f"{name} {shape} {plan.config.get('vocab_size')} {plan.config.get('tie_word_embeddings')}"
+        if key not in self._traced:
+            start = time.perf_counter()
+            self._report("loading the base")
+            reference = Reference(plan, find_kind(plan.config), shape)
+            self._report("tracing it")
+            template = traced_template(reference, plan.config, self._planned.options.opset, shape)
+            self._traced[key] = TracedBase(build_architecture(plan.config, name), reference, template)
+            self.loading_seconds += time.perf_counter() - start
+        return self._traced[key]
+
+
+def _own_bytes(folder: Path, files: TaskFiles) -> int:
+    """Bytes of what is a task's alone."""
+    own = [files.adapter] if files.adapter else [*files.models.values()]
+    paths = [folder / name for model in own for name in (model, f"{model}_data")]
+    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -1,0 +1,171 @@
+"""Write an adapter as HF PEFT's own PEANuT folder, where a PeanutConfig can say exactly what it does.
+
+`PeftModel.from_pretrained(model, folder)` loads it (PEFT ≥ 0.19). Module names are those of today's transformers,
+which is what PEFT looks for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converters.adapters.base_record import write_base_record
+from converters.adapters.loading import load_adapter
+from converters.errors import ConversionError, OutputError, VerificationError
+from converters.files.json_files import write_json
+from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
+from converters.files.staging import check_output, staged
+from converters.methods.activations import ACTIVATIONS, NEGATIVE_SLOPE
+from converters.methods.peanut import Orientation, Tweaker
+from converters.models import config as model_config
+from converters.models.architecture import Architecture, build_architecture
+from converters.outputs.manifest import provenance
+from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.plans.merge import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class PeftAdapterPlan:
+    """A PEFT adapter that can be written.
+
+    Attributes:
+        plan: the planned merge it was made from.
+        output: folder to write.
+        config: the adapter_config.json.
+        modules: module name -> its tweaker.
+        saved: tensor of modules_to_save -> the tensor.
+    """
+
+    plan: Plan
+    output: Path
+    config: dict[str, Any]
+    modules: dict[str, Tweaker]
+    saved: dict[str, Tensor]
+
+
+def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -> PeftAdapterPlan:
+    """Plan to write the adapter of `plan` as a PEFT PEANuT adapter; its weight goes into the scaling.
+
+    Args:
+        plan: a planned merge, which has held the adapter against its base and settled all names.
+        output: folder to write.
+        overwrite: replace an earlier output of this toolkit.
+
+    Raises:
+        ConversionError: a PeanutConfig cannot say what this adapter does; the message says why.
+        OutputExistsError: the folder exists, or contains an input.
+    """
+    tweakers = _tweakers(plan)
+    settings = _common_settings(tweakers)
+    arch = build_architecture(plan.config, plan.config["architectures"][0])
+    modules = {module_name(arch, name): tweaker for name, tweaker in tweakers.items()}
+    saved = saved_tensors(plan, arch)
+    config = _config(plan, arch, settings, sorted(modules), saved_modules(arch, saved))
+    check_output(Path(output), overwrite, (plan.base.folder, plan.head.path))
+    return PeftAdapterPlan(plan, Path(output), config, modules, saved)
+
+
+def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -> Path:
+    """Write a planned PEFT adapter and read it back; returns the folder.
+
+    Raises `OutputError` when it cannot be written; nothing was changed then.
+    """
+    output, plan = converted.output, converted.plan
+    try:
+        with staged(output, overwrite) as staging:
+            write_json(staging / ADAPTER_CONFIG, converted.config)
+            tensors = _state_dict(converted.modules, converted.saved)
+            save_file(tensors, staging / PEFT_WEIGHTS[0], metadata={"format": "pt"})
+            labels = model_config.labels_of(plan.config) if converted.saved else None
+            if labels is not None:
+                write_json(staging / "labels.json", labels)
+            write_base_record(staging, plan.base)
+            write_json(staging / MANIFEST_NAME, provenance(plan, plan.base.fingerprint))
+            _check_written(staging, converted.modules)
+    except OSError as error:
+        raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
+    return output
+
+
+def _tweakers(plan: Plan) -> dict[str, Tweaker]:
+    """Name of an updated tensor -> its tweaker. Raises `ConversionError` for a sum or a transposed weight."""
+    if len(plan.adapters) > 1:
+        raise ConversionError("a PEFT adapter cannot hold the sum of several; convert each, or merge them")
+    tweakers = {}
+    for tensor in plan.tensors:
+        for term in tensor.terms:
+            if term.transposed:
+                raise ConversionError(f"{tensor.name} is a Conv1D, which PEFT's PEANuT does not adapt")
+            tweakers[tensor.name] = plan.tweaker(term)
+    return tweakers
+
+
+def _common_settings(tweakers: dict[str, Tweaker]) -> dict[str, Any]:
+    """r, depth, act_fn and scaling of all modules. Raises `ConversionError` if a PeanutConfig cannot say them."""
+    for name, tweaker in tweakers.items():
+        reason = None
+        if tweaker.orientation is not Orientation.COLUMNS:
+            reason = f"its orientation is {tweaker.orientation.value}, PEFT knows columns only"
+        elif tweaker.output_act_fn is not None:
+            reason = "it has an activation on the output"
+        elif tweaker.depth and not tweaker.residual:
+            reason = "its hidden layers have no residuals"
+        elif tweaker.act_fn not in ACTIVATIONS:
+            reason = f"its activation {tweaker.act_fn} is not one of transformers"
+        elif tweaker.act_fn == "leaky_relu" and tweaker.negative_slope != NEGATIVE_SLOPE:
+            reason = f"its leaky_relu has the slope {tweaker.negative_slope:g}, not {NEGATIVE_SLOPE}"
+        if reason is not None:
+            raise ConversionError(f"a PeanutConfig cannot say what this adapter does to {name}: {reason}; merge it")
+    settings = {}
+    for key in ("r", "depth", "act_fn", "scaling"):
+        found = sorted({getattr(tweaker, key) for tweaker in tweakers.values()})
+        if len(found) > 1:
+            raise ConversionError(
+                f"a PeanutConfig has one {key} for all modules, this adapter has {', '.join(map(str, found))}; "
+                "merge it"
+            )
+        settings[key] = found[0]
+    return settings
+
+
+def _config(
+    plan: Plan, arch: Architecture, settings: dict[str, Any], targets: list[str], saved: list[str]
+) -> dict[str, Any]:
+    """The adapter_config.json (`peft/tuners/peanut/config.py`, `PeanutConfig`)."""
+    return {
+        **base_facts(plan, arch),
+        "peft_type": "PEANUT",
+        **settings,
+        "target_modules": targets,
+        "exclude_modules": None,
+        "modules_to_save": saved or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_weights": True,
+    }
+
+
+def _state_dict(modules: dict[str, Tweaker], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
+    for module, tweaker in modules.items():
+        at = f"{PREFIX}{module}.peanut_"
+        tensors |= {f"{at}A.weight": tweaker.a, f"{at}B.weight": tweaker.b}
+        tensors |= {f"{at}encoders.{i}.weight": e for i, e in enumerate(tweaker.encoders)}
+        tensors |= {f"{at}decoders.{i}.weight": d for i, d in enumerate(tweaker.decoders)}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_written(folder: Path, modules: dict[str, Tweaker]) -> None:
+    """Read it back: the same θ under the same names."""
+    adapter = load_adapter(folder)
+    for module, wanted in modules.items():
+        found = adapter.tweaker(module) if module in adapter.modules else None
+        if found is None or (found.act_fn, found.scaling) != (wanted.act_fn, wanted.scaling):
+            raise VerificationError(f"{folder}: {module} was not written as it should be")
+        theirs = (found.a, found.b, *found.encoders, *found.decoders)
+        ours = (wanted.a, wanted.b, *wanted.encoders, *wanted.decoders)
+        if len(theirs) != len(ours) or not all(map(torch.equal, theirs, ours)):
+            raise VerificationError(f"{folder}: θ of {module} was not written as it should be")

@@ -1,0 +1,206 @@
+"""What will happen to each tensor of a merge. Everything that can be refused is refused here."""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from converters.adapters.adapter import Adapter, Weighted
+from converters.adapters.base_record import check_base
+from converters.adapters.embedded_base import check_embedded
+from converters.errors import LayoutError, OptionError, QuantizedBaseError
+from converters.files.header import FLOAT_DTYPES, TensorInfo
+from converters.methods.peanut import Tweaker, check_fits
+from converters.models import config as model_config
+from converters.models.checkpoint import Checkpoint
+from converters.plans.renaming import find_renamed_targets
+from converters.plans.shards import shard_tensors
+from converters.plans.targets import Target, Targets, find_direct_targets, find_head
+from converters.plans.tensor import Action, TensorPlan, Term
+
+DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+# models whose linear layers are transformers' Conv1D, stored as (in, out), and what they call those layers
+_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder", "clvp")
+_CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that can be carried out."""
+
+    base: Checkpoint
+    adapters: tuple[Weighted, ...]
+    shards: Mapping[str, tuple[TensorPlan, ...]]  # file name -> tensors in file order
+    dropped: Mapping[str, str]  # base tensor -> why it is left out
+    config: Mapping[str, Any]
+    options: Mapping[str, Any]  # what was chosen, for the manifest
+    notes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """All tensors of the output."""
+        return tuple(tensor for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def head(self) -> Adapter:
+        """The adapter that tensors are taken from whole; the first if none is."""
+        return self.adapters[find_head([weighted.adapter for weighted in self.adapters])].adapter
+
+    @property
+    def name(self) -> str:
+        """The adapters' names, joined."""
+        return "-".join(weighted.adapter.name for weighted in self.adapters)
+
+    @property
+    def default_output(self) -> Path:
+        """`./<base>-<adapter>`; `./<adapter>-merged` where the base came with the adapter."""
+        return Path(f"{self.name}-merged" if self.base.holder is not None else f"{self.base.name}-{self.name}")
+
+    def tweaker(self, term: Term) -> Tweaker:
+        """f of one update, as it applies to the weight as it is stored, the adapter's weight in its scaling."""
+        weighted = self.adapters[term.adapter]
+        tweaker = weighted.adapter.tweaker(term.module)
+        tweaker = replace(tweaker, scaling=tweaker.scaling * weighted.weight)
+        return tweaker.transposed() if term.transposed else tweaker
+
+    def sharing(self, shared: Collection[str]) -> "Plan":
+        """The same plan with the base tensors `shared`, which are the same in several outputs, in their own files."""
+        limit = self.options["max_shard_size"]
+        return replace(self, shards=shard_tensors(self.base, self.tensors, limit, shared))
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[Weighted],
+    *,
+    dtype: str = "auto",
+    max_shard_size: int | None = None,
+    labels: list[str] | None = None,
+    force_base: bool = False,
+) -> Plan:
+    """Plan a merge. Reads no weights, but for base weights that were saved along with θ.
+
+    Args:
+        base: the base.
+        adapters: the adapters, each with its weight.
+        dtype: `auto` (each tensor's own), `bf16`, `fp16` or `fp32`.
+        max_shard_size: bytes; None for the base's own sharding.
+        labels: class labels for a head that comes with the adapter.
+        force_base: merge although the recorded base is another.
+
+    Raises:
+        BaseMismatchError, QuantizedBaseError, TargetError, ThetaError, OptionError: see there.
+        LayoutError: nothing tells which of two layouts an adapter is in.
+    """
+    if dtype not in DTYPE_OPTIONS:
+        raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
+    opened = [weighted.adapter for weighted in adapters]
+    notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
+    found = find_direct_targets(base, opened) if labels is None else None
+    if found is None:
+        found = find_renamed_targets(base, opened, labels)
+    for position, adapter in enumerate(opened):
+        _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
+    if base.stream is not None and found.embedded:
+        raise OptionError(
+            "--stream: the adapter holds weights of its base, which have to be compared with the base before; "
+            "leave out --stream"
+        )
+    if base.holder is None:  # else those weights are the base
+        notes += check_embedded(base, opened, found.embedded, force_base)
+    tensors = [
+        *_kept(base, found, dtype),
+        *_updated(base, opened, found, dtype),
+        *_replaced(base, opened[find_head(opened)], found, dtype),
+    ]
+    shards = shard_tensors(base, tensors, max_shard_size)
+    output_dtype = DTYPE_OPTIONS[dtype] or _main_dtype(tensors)
+    return Plan(
+        base=base,
+        adapters=tuple(adapters),
+        shards=shards,
+        dropped=found.dropped,
+        config=model_config.with_dtype(found.config, output_dtype),
+        options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
+        notes=(*notes, *found.notes),
+    )
+
+
+def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
+    for output, name in found.kept.items():
+        info = base.tensors[name]
+        own = output in base.tensors or output.endswith(f".{name}")  # else a copy under another name
+        yield TensorPlan(output, Action.KEPT if own else Action.ADDED, _dtype_of(info.dtype, dtype), info.shape, info)
+
+
+def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]) -> None:
+    """Refuse an adapter that as well could be in another layout, unless the base's shapes decide.
+
+    LoRA and the authors' LLM code share every name; lora_B is (out, r) in one and (in, r) in the other.
+    """
+    if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
+        return
+    raise LayoutError(
+        f"{adapter.path}: every adapted weight is square, so nothing tells whether this is a plain LoRA or from the "
+        f"PEANuT authors' LLM code, which saves under the same names; say --layout {adapter.layout} or --layout "
+        f"{adapter.rival} ({adapter.evidence})"
+    )
+
+
+def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtype: str) -> Iterator[TensorPlan]:
+    kept = set(found.kept.values())
+    updates: dict[str, list[Target]] = {}
+    for target in found.targets:
+        updates.setdefault(target.output_name, []).append(target)
+    for output_name, targets in updates.items():
+        info = base.tensors[targets[0].base_name]
+        if not info.is_float:
+            raise QuantizedBaseError(f"{info.name} is {info.dtype}; wanted a floating-point weight to merge into")
+        terms = tuple(_term(base, adapters[t.adapter], t, info) for t in targets)
+        beside = output_name not in base.tensors and info.name in kept  # a head that was tied to it
+        action = Action.ADDED if beside else Action.UPDATED
+        yield TensorPlan(output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, terms)
+
+
+def _term(base: Checkpoint, adapter: Adapter, target: Target, info: TensorInfo) -> Term:
+    """One update, with θ held against the shape of the weight."""
+    leaf = target.base_name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if base.config.get("model_type") in _CONV1D_TYPES:
+        transposed = leaf in _CONV1D_NAMES
+    else:
+        transposed = adapter.modules[target.module].fan_in_fan_out
+    shape = info.shape[::-1] if transposed else info.shape
+    check_fits(adapter.weight_shape(target.module), shape, adapter.rank(target.module), info.name)
+    return Term(target.adapter, target.module, transposed)
+
+
+def _replaced(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:
+    main = _main_dtype(base.tensors.values())
+    for output, saved in found.replaced.items():
+        known = base.tensors.get(output)
+        own = known.dtype if known is not None and known.is_float else main
+        shape = adapter.store.shapes[adapter.saved[saved]]
+        action = Action.ADDED if known is None else Action.REPLACED
+        yield TensorPlan(output, action, _dtype_of(own, dtype), shape, None, saved=saved)
+
+
+def _dtype_of(own: str, option: str) -> str:
+    wanted = DTYPE_OPTIONS[option]
+    return wanted if wanted is not None and own in FLOAT_DTYPES else own
+
+
+def _main_dtype(tensors: Iterable[TensorInfo | TensorPlan]) -> str:
+    """The floating dtype of most numbers."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.dtype in FLOAT_DTYPES:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    return sizes.most_common(1)[0][0] if sizes else "F32"

@@ -1,0 +1,267 @@
+"""Target names through transformers' own renamings; heads, ties, sizes and labels that come with an adapter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from converters.adapters.adapter import Adapter
+from converters.errors import BaseMismatchError, OptionError, TargetError
+from converters.models import config as model_config
+from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
+from converters.models.checkpoint import Checkpoint
+from converters.plans.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
+
+
+@dataclass
+class _PendingTargets:
+    """Targets in the making."""
+
+    config: Mapping[str, Any]
+    targets: list[Target] = field(default_factory=list)
+    replaced: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    embedded: list[tuple[int, str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: list[str] | None) -> Targets:
+    """Settle every name by way of transformers' model class.
+
+    Args:
+        base: the base.
+        adapters: the adapters.
+        labels: class labels for a head that comes with an adapter.
+
+    Raises:
+        TargetError: a weight of the adapter finds no tensor (the message has the nearest names).
+        ThetaError: a module that should have θ has none.
+        BaseMismatchError: sizes of adapter and base do not fit each other.
+        OptionError: labels that do not fit the head; two heads.
+    """
+    head = adapters[find_head(adapters)]
+    arch = _choose_architecture(base, head)
+    switched = bool(head.saved) and arch.name != base.architecture
+    names = _BaseNames(base, arch, switched)
+    draft = _PendingTargets({**base.config, "architectures": [arch.name]})
+    if switched:
+        draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
+    for position, adapter in enumerate(adapters):
+        _place_tweakers(draft, position, adapter, arch, names)
+        _place_embedded(draft, position, adapter, arch, names)
+    _place_saved(draft, head, arch, names)
+    _place_rest(draft, base, arch, names, switched)
+    _settle_ties(draft, head, arch, names)
+    _settle_sizes(draft, base, head, arch, labels)
+    _check_complete(draft, base, head, switched)
+    return Targets(
+        tuple(draft.targets),
+        draft.kept,
+        draft.config,
+        draft.replaced,
+        draft.dropped,
+        tuple(draft.embedded),
+        tuple(dict.fromkeys(draft.notes)),
+    )
+
+
+def _choose_architecture(base: Checkpoint, adapter: Adapter) -> Architecture:
+    """The class of the merged model: the adapter's where it brings a head, else the base's."""
+    brings_head = adapter.saved and (adapter.model_class is not None or adapter.task_type in HEAD_TASKS)
+    if brings_head or base.architecture is None:
+        return build_architecture(base.config, adapter.model_class, adapter.task_type)
+    return build_architecture(base.config, base.architecture)
+
+
+class _BaseNames:
+    """The tensors of a base under the names of an architecture."""
+
+    def __init__(self, base: Checkpoint, arch: Architecture, switched: bool) -> None:
+        self.canonical = {name: arch.canonical(name) for name in sorted(base.tensors)}
+        self.by_canonical = {canonical: name for name, canonical in self.canonical.items()}
+        self._arch = arch
+        self._switched = switched
+
+    def find(self, canonical: str) -> str | None:
+        """The base's name of a tensor, or of the one it is tied to."""
+        return self.by_canonical.get(canonical) or self.by_canonical.get(self._arch.tied.get(canonical, ""))
+
+    def output(self, name: str) -> str:
+        """What to call a base tensor in the output: as it was, plus the prefix that a class with a head adds.
+
+        transformers before 5 finds a headless model's tensors inside one with a head only under that prefix.
+        """
+        prefix = f"{self._arch.prefix}."
+        if not self._switched or not self._arch.prefix or name.startswith(prefix):
+            return name
+        inside = self.canonical[name].startswith(prefix)
+        return prefix + name if inside and self._arch.canonical(prefix + name) == self.canonical[name] else name
+
+
+def _place_tweakers(
+    draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
+) -> None:
+    adapted = {}
+    for module in adapter.modules:
+        canonical = arch.canonical(f"{module}.weight")
+        source = names.find(canonical)
+        if source is None:
+            raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
+        if arch.converted(source):
+            raise TargetError(
+                f"{module}: transformers builds this weight by fusing or splitting {source} of the checkpoint, and a "
+                "merge into such a tensor is not supported; adapt a module that is stored as it is"
+            )
+        output = canonical if canonical in arch.tied else names.output(source)
+        draft.targets.append(Target(position, module, source, output))
+        adapted[canonical.removesuffix(".weight")] = source.removesuffix(".weight")
+    others = {
+        spelling: linear
+        for linear in arch.linear - set(adapted)
+        if (source := names.by_canonical.get(f"{linear}.weight")) is not None
+        for spelling in (linear, source.removesuffix(".weight"), names.output(source).removesuffix(".weight"))
+    }
+    spelled = [*adapted, *adapted.values(), *adapter.modules]
+    refuse_untrained(adapter, sorted({others[m] for m in untrained_modules(adapter, others, spelled)}))
+
+
+def _place_embedded(
+    draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
+) -> None:
+    """Find the base's own of the base weights that were saved along with θ."""
+    for name in adapter.embedded:
+        canonical = arch.canonical(name)
+        source = names.find(canonical)
+        if source is not None:
+            draft.embedded.append((position, name, source))
+        elif canonical in arch.shapes or name.endswith((".weight", ".bias")):  # else a buffer of older versions
+            raise not_found(name, names.canonical, "the base, though it was saved with the adapter")
+
+
+def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+    for saved in adapter.saved:
+        canonical = arch.canonical(saved)
+        if canonical not in arch.shapes:
+            raise not_found(saved, arch.shapes, arch.name)
+        source = names.by_canonical.get(canonical)
+        if source is not None and arch.converted(source):
+            raise TargetError(f"{saved}: transformers fuses or splits {source}; it cannot be replaced whole")
+        draft.replaced[names.output(source) if source is not None else saved] = saved
+
+
+def _place_rest(
+    draft: _PendingTargets, base: Checkpoint, arch: Architecture, names: _BaseNames, switched: bool
+) -> None:
+    written = {t.output_name for t in draft.targets} | set(draft.replaced)
+    for name in base.tensors:
+        output = names.output(name)
+        if output in written:
+            continue
+        if switched and names.canonical[name] not in arch.shapes and not arch.converted(name):
+            draft.dropped[name] = f"{arch.name} has no such tensor"
+        else:
+            draft.kept[output] = name
+
+
+def _settle_ties(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+    """Untie what training pulled apart: each alias of a touched tie gets a tensor of its own.
+
+    In an unmerged PEFT model a saved or adapted module stops sharing; its partners keep the base's weight.
+    """
+    written: dict[str, str | None] = {arch.canonical(t.output_name): None for t in draft.targets}
+    written |= {arch.canonical(output): saved for output, saved in draft.replaced.items()}
+    touched = [a for a, source in arch.tied.items() if a in written or source in written]
+    if not touched:
+        return
+    if all(_same_saved(adapter, written, alias, arch.tied[alias]) for alias in touched):
+        for alias in touched:
+            for output in [o for o in draft.replaced if arch.canonical(o) == alias]:
+                del draft.replaced[output]
+        return
+    draft.config = model_config.untied(draft.config)
+    draft.notes.append("the output head is no longer tied to the input embedding: training changed one of them")
+    for alias, source in arch.tied.items():
+        if alias not in written and alias not in names.by_canonical and source in names.by_canonical:
+            draft.kept[alias] = names.by_canonical[source]
+
+
+def _same_saved(adapter: Adapter, written: Mapping[str, str | None], alias: str, source: str) -> bool:
+    first, second = written.get(alias), written.get(source)
+    if first is None or second is None:
+        return False
+    return torch.equal(adapter.saved_tensor(first), adapter.saved_tensor(second))
+
+
+def _settle_sizes(
+    draft: _PendingTargets, base: Checkpoint, adapter: Adapter, arch: Architecture, labels: list[str] | None
+) -> None:
+    """Bring labels and vocabulary of the config to the size of what the adapter replaces."""
+    is_head = False
+    for output, saved in draft.replaced.items():
+        wanted, found = arch.shapes[arch.canonical(output)], adapter.store.shapes[adapter.saved[saved]]
+        is_output = "Classification" in arch.name and bool(wanted) and wanted[0] == arch.num_labels
+        is_vocabulary = bool(wanted) and wanted[0] == arch.vocab_size
+        if found == wanted and not is_output:
+            continue
+        if is_vocabulary and found and found[1:] == wanted[1:]:
+            draft.config = model_config.with_vocab_size(draft.config, wanted[0], found[0])
+            draft.notes.append(f"vocabulary: {wanted[0]} becomes {found[0]}")
+        elif is_output and found and found[1:] == wanted[1:]:
+            if not is_head:
+                _settle_labels(draft, base, adapter, labels, found[0])
+            is_head = True
+        else:
+            raise BaseMismatchError(
+                f"{saved} has shape {found} in the adapter, {arch.name} with this base's config wants {wanted}; "
+                "this is another base, or another model size"
+            )
+    if labels is not None and not is_head:
+        raise OptionError("labels were given, but the adapter brings no classification head")
+
+
+def _settle_labels(
+    draft: _PendingTargets, base: Checkpoint, adapter: Adapter, labels: list[str] | None, size: int
+) -> None:
+    """Labels that were given win, then those recorded with the adapter, then the base's of the same size."""
+    found, origin = labels, "given"
+    if found is None and adapter.labels is not None:
+        found, origin = list(adapter.labels), f"recorded with {adapter.path}"
+    if found is not None and len(found) != size:
+        cure = "" if labels is not None else "; pass --labels"
+        raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs{cure}")
+    if found is None:
+        found = model_config.labels_of(base.config)
+        if found is not None and len(found) == size:
+            shown = ", ".join(found[:5]) + (", ..." if size > 5 else "")
+            draft.notes.append(f"labels are the base's ({shown}): pass --labels if the head was trained on others")
+        else:
+            found = [f"LABEL_{i}" for i in range(size)]
+            draft.notes.append(f"the adapter stores no labels: they are LABEL_0 to LABEL_{size - 1}; pass --labels")
+    draft.config = model_config.with_labels(draft.config, found)
+
+
+def _check_complete(draft: _PendingTargets, base: Checkpoint, adapter: Adapter, switched: bool) -> None:
+    """The merged tensors have the shapes the merged class wants, and none that it newly needs is missing."""
+    arch = build_architecture(draft.config, draft.config["architectures"][0])
+    shapes = {output: base.tensors[name].shape for output, name in draft.kept.items()}
+    shapes |= {t.output_name: base.tensors[t.base_name].shape for t in draft.targets}
+    shapes |= {output: adapter.store.shapes[adapter.saved[saved]] for output, saved in draft.replaced.items()}
+    present = set()
+    for output, shape in shapes.items():
+        canonical = arch.canonical(output)
+        converted = arch.converted(output)
+        present.add(canonical)
+        if canonical in arch.shapes and not converted and tuple(shape) != arch.shapes[canonical]:
+            raise BaseMismatchError(
+                f"{output} has shape {tuple(shape)}, the merged {arch.name} wants {arch.shapes[canonical]}; base and "
+                "adapter do not belong together, or a part of a resized vocabulary is missing"
+            )
+    fused = any(arch.converted(output) for output in shapes)
+    missing = [n for n in arch.shapes if n not in present and n not in arch.tied and not arch.optional(n)]
+    if missing and switched and not fused:
+        raise TargetError(
+            f"neither base nor adapter holds {missing[0]}, which {arch.name} needs: transformers would initialise it "
+            "at random; add it to modules_to_save in the training"
+        )

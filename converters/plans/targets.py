@@ -1,0 +1,125 @@
+"""From the module names of an adapter to the tensor names of a checkpoint, and the names of the output.
+
+Adapters carry the names of the transformers that trained them, checkpoints those of the one that wrote them.
+Where both agree, which is so for language models, names are taken as they are. Otherwise both are translated
+to the names of today's transformers (`architecture.py`), which settles every pairing of old and new.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from converters.adapters.adapter import Adapter
+from converters.errors import OptionError, TargetError, ThetaError
+from converters.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Target:
+    """One update of one weight: read W0 from `base_name`, write `W0 + f(W0; θ)` as `output_name`."""
+
+    adapter: int  # which of the adapters
+    module: str
+    base_name: str
+    output_name: str
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Every name of a merge.
+
+    Attributes:
+        targets: the updates; several adapters may update the same weight.
+        replaced: output name -> tensor written there whole, of the adapter `find_head` tells.
+        embedded: (which adapter, base tensor it saved along, that tensor in the base), to be compared.
+        kept: output name -> base tensor that is carried over under it.
+        dropped: base tensor that is left out -> why.
+        config: the merged config, but for its dtype.
+        notes: what the user should know.
+    """
+
+    targets: tuple[Target, ...]
+    kept: Mapping[str, str]
+    config: Mapping[str, Any]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    embedded: tuple[tuple[int, str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find_head(adapters: Sequence[Adapter]) -> int:
+    """Which adapter replaces tensors whole; the first if none does.
+
+    Raises `OptionError` if several do.
+    """
+    found = [i for i, adapter in enumerate(adapters) if adapter.saved]
+    if len(found) > 1:
+        first, second = (adapters[i] for i in found[:2])
+        raise OptionError(
+            f"{first.path} and {second.path} both replace tensors whole ({next(iter(first.saved))}, "
+            f"{next(iter(second.saved))}): a head can come from one adapter only"
+        )
+    return found[0] if found else 0
+
+
+def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Targets | None:
+    """Names as they stand, if all agree and nothing but layers is touched; else None."""
+    linear = {
+        n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2
+    }
+    targets = []
+    for position, adapter in enumerate(adapters):
+        if adapter.saved or adapter.embedded:
+            return None  # class, labels, ties and sizes are to be checked, or base weights to be compared
+        pairs = {module: f"{module}.weight" for module in adapter.modules}
+        inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
+        if not inside_layers or not all(name in base.tensors for name in pairs.values()):
+            return None
+        if untrained_modules(adapter, linear - set(pairs), pairs):
+            return None
+        targets += [Target(position, module, name, name) for module, name in pairs.items()]
+    updated = {target.base_name for target in targets}
+    return Targets(
+        targets=tuple(targets),
+        kept={name: name for name in base.tensors if name not in updated},
+        config=base.config,
+    )
+
+
+def untrained_modules(adapter: Adapter, others: Iterable[str], adapted: Iterable[str]) -> list[str]:
+    """Linear modules among `others` that the adapter should have θ for, by its config or layout, and has not.
+
+    `adapted` are the adapted modules in the same naming. Under 'all-linear' only modules count that differ
+    from an adapted one in their layer number alone.
+    """
+    targeting = adapter.targeting
+    if targeting is None:
+        return []
+    if targeting.all_linear:
+        shapes = {_without_numbers(module) for module in adapted}
+        return sorted(m for m in others if _without_numbers(m) in shapes and targeting.matches(m))
+    return sorted(m for m in others if targeting.matches(m))
+
+
+def refuse_untrained(adapter: Adapter, missing: list[str]) -> None:
+    """Raise `ThetaError` if there are modules without θ that should have it."""
+    if missing:
+        raise ThetaError(
+            f"{adapter.path}: {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + " should have θ like the rest, and the weights hold none for it; the adapter is incomplete, or belongs "
+            "to another base"
+        )
+
+
+def not_found(name: str, candidates: Iterable[str], where: str) -> TargetError:
+    """The error for an adapter weight without a tensor, with the nearest names."""
+    near = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    hint = f"; nearest there: {', '.join(near)}" if near else ""
+    return TargetError(f"the adapter's {name} finds no tensor in {where}{hint}; is this the base it was trained on?")
+
+
+def _without_numbers(module: str) -> str:
+    return re.sub(r"\d+", "#", module)

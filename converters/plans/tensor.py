@@ -1,0 +1,62 @@
+"""What will happen to one tensor of a merge."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from converters.files.header import FLOAT_DTYPES, TensorInfo, TensorSpec
+
+
+class Action(str, Enum):
+    """What a merge does to a tensor."""
+
+    KEPT = "kept"  # the base's bytes, or its numbers in another dtype
+    UPDATED = "updated"  # W0 + f(W0; θ)
+    REPLACED = "replaced"  # from modules_to_save, in place of the base's
+    ADDED = "added"  # new to the base: a head, or an untied output embedding
+
+
+@dataclass(frozen=True)
+class Term:
+    """One update of one weight."""
+
+    adapter: int  # which of the plan's adapters
+    module: str  # whose θ applies
+    transposed: bool  # the weight is stored as (in, out)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output."""
+
+    name: str
+    action: Action
+    dtype: str  # of the output, as safetensors spells it
+    shape: tuple[int, ...]
+    source: TensorInfo | None  # in the base: W0, or what is kept
+    terms: tuple[Term, ...] = ()  # updates, to be summed
+    saved: str | None = None  # tensor of the plan's head that is written here whole
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the output."""
+        if self.dtype in FLOAT_DTYPES:
+            return math.prod(self.shape) * FLOAT_DTYPES[self.dtype].itemsize
+        if self.source is None:
+            raise ValueError(f"{self.name}: not floating, and not from the base")
+        return self.source.nbytes
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the base's bytes."""
+        return self.source is not None and not self.terms and self.saved is None and self.source.dtype == self.dtype
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it is the base's tensor, under the same name."""
+        return self.is_copy and self.source is not None and self.source.name == self.name
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The header entry of the output."""
+        return TensorSpec(self.name, self.dtype, self.shape, self.nbytes)

@@ -1,0 +1,154 @@
+"""Tasks on ONNX Runtime: one session for each graph, adapters that are swapped from run to run.
+
+Swapping is no state: an adapter is an argument of a run, so two threads may ask for two tasks of one graph at once.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import OptionError
+from converters.inference.examples import Example, Preprocessor
+from converters.inference.preprocessing import open_preprocessor
+from converters.inference.session import Arrays, LoadedAdapter, Session
+from converters.inference.texts import TextPreprocessor
+from peanut_serve.classify.entities import Entity, find_entities
+from peanut_serve.classify.predictions import Prediction, check_logits, predictions
+from peanut_serve.classify.tasks import OnnxTask, find_tasks
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A task that was checked, and can run."""
+
+    task: OnnxTask
+    session: Session
+    adapter: LoadedAdapter | None
+
+
+class OnnxEngine:
+    """The tasks of a folder that `peanut-merge --format onnx` wrote.
+
+    Args:
+        folder: the folder.
+        precision: `fp32`, or what `--quantize` wrote: `fp16`, `int8`.
+        threads: of one run; all cores by default.
+
+    Attributes:
+        tasks: name -> task.
+
+    Raises `CheckpointError` if the folder is no such.
+    """
+
+    def __init__(self, folder: str | Path, *, precision: str = "fp32", threads: int | None = None) -> None:
+        self.tasks = find_tasks(Path(folder))
+        self._folder, self._precision, self._threads = Path(folder), precision, threads
+        self._lock = threading.Lock()  # for what becomes ready; what is ready is read without it
+        self._hashes: dict[Path, str] = {}
+        self._sessions: dict[Path, Session] = {}
+        self._ready: dict[str, _Ready] = {}
+        self._preprocessors: dict[str, Preprocessor] = {}
+
+    def run(self, arrays: Arrays, task: str | None = None) -> NDArray[np.float32]:
+        """The output of a task's graph for inputs by name; see `converters.onnx_export.kinds.Kind`.
+
+        Args:
+            arrays: inputs.
+            task: which; may be left out where there is one.
+
+        Raises:
+            OptionError: there is no such task, or not in this precision; inputs that the graph does not take.
+            CheckpointError, VerificationError: a file is missing, damaged, or another; the output is NaN, or has
+                another number of labels than the config.
+            BaseMismatchError: graph and task are of different bases.
+        """
+        ready = self.load(task)
+        name = ready.task.name
+        if missing := [one for one in ready.session.inputs if one not in arrays]:
+            raise OptionError(f"{name} takes {', '.join(ready.session.inputs)}; {missing[0]} was not given")
+        try:
+            found = ready.session.run(arrays, ready.adapter)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            shapes = ", ".join(f"{one} {arrays[one].dtype}{arrays[one].shape}" for one in ready.session.inputs)
+            cause = " ".join(str(error).split())[:300]
+            raise OptionError(f"{name} cannot be run on {shapes}: {cause}") from None
+        check_logits(found, ready.task.labels, name)
+        return found
+
+    def load(self, task: str | None = None) -> _Ready:
+        """Make a task ready, which its first run does otherwise; raises as `run`."""
+        found = self.find(task)
+        if ready := self._ready.get(found.name):
+            return ready
+        with self._lock:
+            if found.name not in self._ready:
+                model = found.model(self._precision)
+                found.check_files(self._precision, self._hashes)
+                session = self._sessions.get(model) or Session(model, self._threads)
+                found.check_graph(session)
+                self._ready[found.name] = _Ready(found, session, found.load_adapter(session))
+                self._sessions[model] = session
+            return self._ready[found.name]
+
+    def find(self, task: str | None) -> OnnxTask:
+        """The task of a name. Raises `OptionError` if there is none, or several and no name."""
+        if task is None and len(self.tasks) == 1:
+            return next(iter(self.tasks.values()))
+        known = ", ".join(self.tasks)
+        if task is None:
+            raise OptionError(f"{self._folder} has several tasks; say which: --task {known}")
+        if task not in self.tasks:
+            raise OptionError(f"{self._folder} has no task {task}; it has {known}")
+        return self.tasks[task]
+
+    def predict(self, examples: Sequence[Example], task: str | None = None, top_k: int = 5) -> list[list[Prediction]]:
+        """Labels with scores for images (paths) or texts, best first; of one label, its value.
+
+        Raises `OptionError` for a task that is no classifier of images or texts, or an input that cannot be read;
+        and as `run`.
+        """
+        found = self.find(task)
+        if found.kind.task not in ("image-classification", "text-classification"):
+            raise OptionError(
+                f"{found.name} does {found.kind.task}: it has no label for a whole input; use entities() for token "
+                "classifiers, run() for others"
+            )
+        if top_k < 1:
+            raise OptionError(f"top_k is {top_k}; wanted 1 or more")
+        rows = self._logits(found, examples)
+        return [predictions(row, found.labels, top_k, found.problem_type) for row in rows]
+
+    def entities(self, texts: Sequence[str], task: str | None = None) -> list[list[Entity]]:
+        """The parts of texts that a token classifier has a label for, in their order.
+
+        Raises `OptionError` for a task that is no token classifier, or a text that is longer than what it takes; and
+        as `run`.
+        """
+        found = self.find(task)
+        if found.kind.task != "token-classification":
+            raise OptionError(f"{found.name} does {found.kind.task}: it has no labels for parts of a text")
+        preprocessor = self._preprocessor(found)
+        assert isinstance(preprocessor, TextPreprocessor)
+        spans = [preprocessor.spans(text) for text in texts]
+        rows = self._logits(found, texts)
+        return [
+            find_entities(text, row, where, found.labels) for text, row, where in zip(texts, rows, spans, strict=True)
+        ]
+
+    def _logits(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[NDArray[np.float32]]:
+        """What the graph says to each, in batches; of tokens, with rows for padding."""
+        preprocessor = self._preprocessor(task)
+        for start in range(0, len(examples), _BATCH):
+            yield from self.run(preprocessor(examples[start : start + _BATCH]), task.name)
+
+    def _preprocessor(self, task: OnnxTask) -> Preprocessor:
+        with self._lock:
+            if task.name not in self._preprocessors:
+                self._preprocessors[task.name] = open_preprocessor(task.folder, task.kind, task.config)
+            return self._preprocessors[task.name]

@@ -1,0 +1,181 @@
+"""The tasks of a folder that `peanut-merge --format onnx` wrote, and the checks that ONNX Runtime does not make."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.errors import BaseMismatchError, CheckpointError, OptionError, VerificationError
+from converters.files.hashing import hash_file
+from converters.files.json_files import read_json
+from converters.files.names import MANIFEST_NAME
+from converters.inference.adapter_file import model_version, read_adapter_file
+from converters.inference.kinds import ModelKind, find_kind
+from converters.inference.session import LoadedAdapter, Session
+from converters.models import config as model_config
+
+_CONFIG = "config.json"
+# as `converters.onnx_export.export_plan.Form` has them, which imports onnx
+_FORMS = ("merged", "shared", "self-merging", "swappable")
+_HAVE_ADAPTERS = ("swappable",)
+
+
+@dataclass(frozen=True)
+class OnnxTask:
+    """One task of a folder.
+
+    Attributes:
+        name: what to ask for; of a folder of one task, the folder's name.
+        folder: where it lies.
+        config: the model's config.
+        kind: what its graph computes.
+        labels: of its classes; none of models that have none.
+        base: fingerprint of the base it was trained on.
+        models: precision -> graph, relative to the folder.
+        adapter: its adapter file, of a swappable graph.
+        files: file -> its xxh3_128, of all that are the task's.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    kind: ModelKind
+    labels: tuple[str, ...]
+    base: str
+    models: Mapping[str, str]
+    adapter: str | None
+    files: Mapping[str, str]
+
+    @property
+    def problem_type(self) -> str | None:
+        """What transformers calls it: whether several labels may be right at once, or outputs are numbers."""
+        return self.config.get("problem_type")
+
+    def model(self, precision: str) -> Path:
+        """The graph. Raises `OptionError` if there is none in this precision."""
+        if precision not in self.models:
+            known = ", ".join(self.models)
+            raise OptionError(
+                f"{self.folder} has {self.name} in {known}, not in {precision}; see peanut-merge --quantize"
+            )
+        return self.path(self.models[precision])
+
+    def path(self, name: str) -> Path:
+        """A file of the task. Raises `CheckpointError` if the name leads out of the folder, or to nothing."""
+        path = self.folder / name
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except ValueError as error:  # a NUL
+            raise CheckpointError(f"{self.folder}: {self.name} asks for {name!r}, no file name ({error})") from None
+        if not inside:
+            raise CheckpointError(f"{self.folder}: {self.name} asks for {name}, which is not in the folder")
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.folder}: {name} of {self.name} is missing; copy the whole folder, or export again"
+            )
+        return path
+
+    def check_files(self, precision: str, hashes: dict[Path, str]) -> None:
+        """Hold what a run in this precision reads against what was written; other precisions may be left out.
+
+        Args:
+            precision: one the task has.
+            hashes: of files that were hashed already, added to: tasks share large ones.
+
+        Raises:
+            VerificationError: a file is another.
+            CheckpointError: a file, or the manifest, cannot be read.
+        """
+        others = {model for one, model in self.models.items() if one != precision}
+        own = self.files if self.adapter is None else {**self._graph_files(precision), **self.files}
+        for name, digest in own.items():
+            if {name, name.removesuffix("_data")} & others:
+                continue
+            path = self.path(name)
+            if path not in hashes:
+                hashes[path] = hash_file(path)
+            if hashes[path] != digest:
+                raise VerificationError(
+                    f"{self.folder}: {name} is not the file that was written for {self.name}; export again"
+                )
+
+    def _graph_files(self, precision: str) -> dict[str, str]:
+        """What the folder's manifest says of the graph: a swappable one is not among the files of a task."""
+        manifest = self.folder / MANIFEST_NAME
+        known = read_json(manifest, "manifest").get("files") if manifest.is_file() else None
+        model = self.models[precision]
+        return {name: known[name] for name in (model, f"{model}_data") if isinstance(known, dict) and name in known}
+
+    def check_graph(self, session: Session) -> None:
+        """Raise `BaseMismatchError` if the graph holds another base, or none that is known."""
+        found = session.metadata.get("peanut.base")
+        if found != self.base:
+            raise BaseMismatchError(
+                f"{self.folder}: {self.name} was trained on the base {self.base}, the graph holds {found}; "
+                "use the graph of the export it came with"
+            )
+
+    def load_adapter(self, session: Session) -> LoadedAdapter | None:
+        """What a run of a swappable graph needs; None of another graph.
+
+        Raises:
+            BaseMismatchError: the file is for another base.
+            CheckpointError: it is damaged, or the graph has not its inputs.
+        """
+        if self.adapter is None:
+            return None
+        file = self.path(self.adapter)
+        loaded = LoadedAdapter(file)
+        version, names = read_adapter_file(file)
+        if version != model_version(self.base):
+            raise BaseMismatchError(
+                f"{file} is for another base than {self.name}, which was trained on {self.base}; export it again"
+            )
+        if extra := sorted(names - set(session.overridable)):
+            raise CheckpointError(
+                f"{file}: the graph has no input {extra[0]}; it was written for tasks that adapt other modules: "
+                "export the tasks of one graph together"
+            )
+        return loaded
+
+
+def find_tasks(folder: Path) -> dict[str, OnnxTask]:
+    """Name -> task, of all tasks in a folder.
+
+    Raises `CheckpointError` if it is no such folder, or a task in it is damaged.
+    """
+    single = folder / _CONFIG
+    if single.is_file() and "peanut" in read_json(single, "config"):
+        name = folder.resolve().name
+        return {name: _read(single, name)}
+    tasks = {}
+    for file in sorted(folder.glob(f"*.{_CONFIG}")):
+        name = file.name.removesuffix(f".{_CONFIG}")
+        if "peanut" in read_json(file, "config"):  # else it is somebody else's file
+            tasks[name] = _read(file, name)
+    if not tasks:
+        raise CheckpointError(
+            f"{folder}: no ONNX export in it; wanted a folder that peanut-merge --format onnx wrote"
+        )
+    return tasks
+
+
+def _read(file: Path, name: str) -> OnnxTask:
+    config = read_json(file, "config")
+    try:
+        own = config["peanut"]
+        models = {str(precision): str(model) for precision, model in own["models"].items()}
+        files = {str(path): str(digest) for path, digest in own["files"].items()}
+        base, adapter = str(own["base"]), None if own["adapter"] is None else str(own["adapter"])
+        form = own["form"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its part 'peanut' is damaged ({error!r}); export again") from None
+    if form not in _FORMS or (form in _HAVE_ADAPTERS) != (adapter is not None):
+        raise CheckpointError(
+            f"{file}: the form is {form!r} and the adapter {adapter}; wanted one of {', '.join(_FORMS)}, and an "
+            "adapter with swappable alone; export again, or update peanut-serve"
+        )
+    kind = find_kind(config)
+    labels = model_config.labels_of(config) if kind.has_labels else None
+    rest = {key: value for key, value in config.items() if key != "peanut"}
+    return OnnxTask(name, file.parent, rest, kind, tuple(labels or ()), base, models, adapter, files)

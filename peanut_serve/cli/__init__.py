@@ -1,0 +1,5 @@
+"""The command `peanut-serve`."""
+
+from peanut_serve.cli.main import main
+
+__all__ = ["main"]

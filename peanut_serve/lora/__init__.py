@@ -1,0 +1,1 @@
+"""Adapters served as LoRA: converted on first use, cached on disk."""

@@ -1,0 +1,152 @@
+"""Evaluated LoRA adapters on the disk: named by content, bounded, shared between processes.
+
+Every entry is a folder that a rename makes appear whole. Who uses one holds a shared lock on it; only what nobody
+holds is removed, the least recently used first. So the bound can be passed while much is in use.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from converters.errors import CheckpointError, OutputBusyError, OutputExistsError
+from converters.files.hashing import hash_file
+from converters.files.json_files import read_json
+from converters.files.names import MANIFEST_NAME, PEFT_WEIGHTS
+
+_POLL_SECONDS = 0.05
+
+
+class Lease:
+    """An entry that stays on the disk until this is released, or the process ends.
+
+    Attributes:
+        folder: the LoRA adapter.
+    """
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self.folder = folder
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """The entry may be removed from now on."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class LoraCache:
+    """A folder of LoRA adapters.
+
+    Args:
+        folder: where; made if it is not there.
+        max_bytes: what entries that nobody uses may take together with the others.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, write: Callable[[Path], object]) -> Lease:
+        """The entry of a key. If it is not there, or damaged, `write` makes it; in one process at a time.
+
+        Args:
+            key: hexadecimal digest of everything the entry depends on.
+            write: writes the LoRA adapter to a folder, which appears whole or not at all.
+
+        Raises `CheckpointError` when the entry is damaged while another process uses it; and what `write` raises.
+        """
+        folder = self.folder / key
+        while True:
+            lease = _lease(folder)
+            if lease is not None and _is_whole(folder):
+                os.utime(folder)  # when it was used last
+                return lease
+            if lease is not None:
+                lease.release()
+                if not self._remove(folder):
+                    raise CheckpointError(f"{folder} is damaged, and in use; stop what uses it, then remove it")
+            try:
+                write(folder)
+            except OutputBusyError:
+                time.sleep(_POLL_SECONDS)  # another process is writing it
+            except OutputExistsError:
+                continue  # another process has written it
+            else:
+                self.shrink(but=folder)
+
+    def shrink(self, but: Path | None = None) -> None:
+        """Remove what was not used for longest until the rest fits; nothing that somebody uses, nor `but`."""
+        entries = sorted((path for path in self._entries() if path != but), key=_last_use)
+        total = sum(map(_size, [*entries, *([but] if but else [])]))
+        for entry in entries:
+            if total <= self.max_bytes:
+                return
+            size = _size(entry)
+            if self._remove(entry):
+                total -= size
+
+    def _entries(self) -> Iterator[Path]:
+        for path in self.folder.iterdir():
+            if path.name.startswith(".trash-"):
+                shutil.rmtree(path, ignore_errors=True)  # of a process that was killed in between
+            elif not path.name.startswith("."):
+                yield path
+
+    def _remove(self, entry: Path) -> bool:
+        """Remove an entry unless somebody uses it."""
+        lock = _lock(entry, fcntl.LOCK_EX)
+        if lock is None:
+            return False
+        trash = entry.with_name(f".trash-{entry.name}-{os.getpid()}")
+        with suppress(OSError):
+            entry.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+        os.close(lock)
+        return True
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an entry is as it was written."""
+    try:
+        wanted = read_json(folder / MANIFEST_NAME, "manifest")["weights"]["xxh3_128"]
+        return bool(wanted == hash_file(folder / PEFT_WEIGHTS[0]))
+    except (CheckpointError, OSError, KeyError):
+        return False
+
+
+def _lease(folder: Path) -> Lease | None:
+    descriptor = _lock(folder, fcntl.LOCK_SH)
+    return None if descriptor is None else Lease(folder, descriptor)
+
+
+def _lock(folder: Path, kind: int) -> int | None:
+    """Lock a folder that is there, still there, and not locked against it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _last_use(entry: Path) -> float:
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _size(entry: Path) -> int:
+    with suppress(FileNotFoundError):
+        return sum(path.stat().st_blocks * 512 for path in entry.iterdir())
+    return 0

@@ -1,0 +1,120 @@
+"""PEANuT adapters as LoRA adapters of one base, evaluated when they are first asked for."""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters._version import __version__
+from converters.adapters.adapter import Adapter, Weighted
+from converters.adapters.base_record import check_base
+from converters.adapters.loading import load_adapter
+from converters.errors import AdapterError, MissingScalingError
+from converters.files.json_files import read_json
+from converters.files.names import ADAPTER_CONFIG
+from converters.models.checkpoint import Checkpoint, open_checkpoint
+from converters.models.finding import find_base
+from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
+from converters.plans.merge import plan_merge
+from peanut_serve.lora.cache import Lease, LoraCache
+from peanut_serve.variants.roots import State, VariantSource
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter that can be served.
+
+    Attributes:
+        state: of the files it was made from.
+        digest: of θ, W0, dtype and code.
+        r: its largest rank.
+        kinds: last parts of the names of the modules it updates: `q_proj`, ...
+        lease: keeps the LoRA adapter on the disk.
+    """
+
+    state: State
+    digest: str
+    r: int
+    kinds: frozenset[str]
+    lease: Lease
+
+
+class LoraExporter:
+    """Evaluates adapters on one base into a cache. For several threads.
+
+    Args:
+        base: folder or Hub id of the base that is served.
+        revision: of a base on the Hub.
+        cache: where to.
+        dtype: of the factors: `fp32`, `bf16` or `fp16`.
+        device: where f is evaluated.
+    """
+
+    def __init__(
+        self, base: str, cache: LoraCache, *, revision: str | None = None, dtype: str = "fp32", device: str = "cpu"
+    ) -> None:
+        self._base_name, self._revision = base, revision
+        self._cache, self._dtype, self._device = cache, dtype, device
+        self._base: Checkpoint | None = None
+        self._lock = threading.Lock()
+
+    def export(self, source: VariantSource) -> Exported:
+        """The LoRA adapter of a PEANuT adapter.
+
+        Raises `PeanutError`: the adapter is broken, of another base, or no LoRA can say what it does.
+        """
+        for _ in range(_TRIES):
+            before = source.state()
+            try:
+                found = self._export(source, before)
+            except AdapterError:
+                if source.state() == before:
+                    raise
+            else:
+                if source.state() == before:
+                    return found
+                found.lease.release()
+        raise AdapterError(f"the adapter {source.name} is being written; try again when it is whole")
+
+    def _export(self, source: VariantSource, state: State) -> Exported:
+        try:
+            adapter = load_adapter(source.spec)
+        except MissingScalingError as error:
+            raise AdapterError(
+                f"{error}; to serve it, convert it once: peanut-merge --format peft --scaling S"
+            ) from None
+        base = self._open_base()
+        check_base(base, adapter, force=False)  # also where the factors are there already
+
+        def write(folder: Path) -> None:
+            start = time.perf_counter()
+            plan = plan_merge(base, [Weighted(adapter)], dtype=self._dtype)
+            check = write_lora_adapter(plan_lora_adapter(plan, folder), device=self._device)
+            took = time.perf_counter() - start
+            logger.info("evaluated %s in %.2f s, error %.1e", source.name, took, check.max_error)
+
+        digest = self._digest(adapter, base)
+        lease = self._cache.get(digest, write)
+        config = read_json(lease.folder / ADAPTER_CONFIG, "adapter config")
+        kinds = frozenset(module.rsplit(".", 1)[-1] for module in config["target_modules"])
+        return Exported(state, digest, max([config["r"], *config["rank_pattern"].values()]), kinds, lease)
+
+    def _open_base(self) -> Checkpoint:
+        with self._lock:
+            if self._base is None:
+                local = Path(self._base_name).expanduser().is_dir()
+                found = find_base(self._base_name, None if local else self._revision)
+                self._base = open_checkpoint(found.folder, found.repo_id, found.revision)
+            self._base.check_unchanged()
+            return self._base
+
+    def _digest(self, adapter: Adapter, base: Checkpoint) -> str:
+        facts = [__version__, adapter.digest, base.fingerprint, self._dtype]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]

@@ -1,0 +1,58 @@
+"""PEANuT adapters in vLLM's offline `LLM`: one `LoRARequest` for each name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.errors import OptionError
+from peanut_serve.lora.cache import LoraCache
+from peanut_serve.lora.exporter import Exported, LoraExporter
+from peanut_serve.settings.environment import Settings
+from peanut_serve.variants.roots import AdapterRoots
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+
+class LoraRequests:
+    """Evaluates adapters on first use; what `lora_request=` of `LLM.generate` and `LLM.chat` takes.
+
+    Args:
+        base: folder or Hub id, as given to `LLM`.
+        adapters: folders of adapters, or Hub ids that are allowed.
+        revision: of a base on the Hub.
+        dtype: of the factors: `fp32`, `bf16` or `fp16`.
+        device: where f is evaluated.
+
+    Raises `OptionError` for what is neither a folder nor a Hub id.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        adapters: str | Path | Sequence[str | Path],
+        *,
+        revision: str | None = None,
+        dtype: str = "fp32",
+        device: str = "cpu",
+    ) -> None:
+        self.roots = AdapterRoots([adapters] if isinstance(adapters, str | Path) else adapters)
+        settings = Settings.read()
+        cache = LoraCache(settings.cache, settings.cache_bytes)
+        self._exporter = LoraExporter(str(base), cache, revision=revision, dtype=dtype, device=device)
+        self._exported: dict[str, Exported] = {}
+
+    def get(self, name: str) -> "LoRARequest":
+        """The request of an adapter. A changed one gets another id and another path.
+
+        Raises `OptionError` for an unknown name, and what `LoraExporter.export` raises.
+        """
+        from vllm.lora.request import LoRARequest
+
+        source = self.roots.find(name)
+        if source is None:
+            raise OptionError(f"there is no adapter {name}; there are {', '.join(self.roots.names()) or 'none'}")
+        exported = next((e for e in self._exported.values() if e.state == source.state()), None)
+        exported = exported or self._exporter.export(source)
+        self._exported.setdefault(exported.digest, exported)
+        return LoRARequest(name, 1 + list(self._exported).index(exported.digest), str(exported.lease.folder))

@@ -1,0 +1,49 @@
+"""What the environment tells the vLLM plugin."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import OptionError
+from converters.files.sizes import parse_size
+
+ADAPTERS, CACHE, CACHE_SIZE, DEVICE = (
+    "PEANUT_ADAPTERS",
+    "PEANUT_CACHE",
+    "PEANUT_CACHE_SIZE",
+    "PEANUT_DEVICE",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See the README.
+
+    Attributes:
+        roots: PEANUT_ADAPTERS, folders of adapters or Hub ids, separated by `:`; the plugin does nothing without.
+        cache: PEANUT_CACHE, folder of evaluated adapters; by default among huggingface-hub's assets.
+        cache_bytes: PEANUT_CACHE_SIZE, like `20GB`.
+        device: PEANUT_DEVICE, where f is evaluated; by default the CPU, for vLLM has the GPU.
+    """
+
+    roots: tuple[str, ...]
+    cache: Path
+    cache_bytes: int = 20 * 10**9
+    device: str = "cpu"
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """From the environment. Raises `OptionError` for a size that is none."""
+        from huggingface_hub import cached_assets_path
+
+        size = parse_size(environment.get(CACHE_SIZE, "20GB"))
+        if size is None:
+            raise OptionError(f"{CACHE_SIZE} is {environment[CACHE_SIZE]}; wanted a size like 20GB")
+        cache = environment.get(CACHE)
+        return cls(
+            roots=tuple(root for root in environment.get(ADAPTERS, "").split(os.pathsep) if root),
+            cache=Path(cache) if cache else cached_assets_path(library_name="peanut-serve", namespace="lora"),
+            cache_bytes=size,
+            device=environment.get(DEVICE, "cpu"),
+        )

@@ -1,0 +1,1 @@
+"""Swapping merged weights in a running engine: policy, gate, transaction, driver."""

@@ -1,0 +1,258 @@
+"""The one task that touches the engine: it decides on the next swap, carries it out, and revives a dead engine."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from peanut_serve.errors import EngineDownError, SwapError
+from peanut_serve.swapping import metrics
+from peanut_serve.swapping.gate import Gate
+from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant
+from peanut_serve.swapping.transaction import Engine, EngineDiedError, Loaded, Phase, Report, Swapper
+from peanut_serve.variants.host_cache import HostCache
+from peanut_serve.variants.version import VariantKind, Version
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+_LOOK_SECONDS = 0.25  # between two looks at whether the engine lives
+_DEAD_DRAIN_SECONDS = 5.0  # until requests of a dead engine have got their errors
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # between attempts to start an engine
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # before a version is tried again whose swap failed
+
+State = Literal["serving", "swapping", "restarting", "failed"]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: SwapError
+    count: int  # in a row
+    retry_at: float  # monotonic
+
+
+@dataclass
+class SwapUsage:
+    """Swaps to a variant so far, and the time of the last one, drain not counted."""
+
+    swaps: int = 0
+    last_seconds: float | None = None
+
+
+class SwapDriver:
+    """Swaps and heals, one after the other, for as long as the server lives.
+
+    Args:
+        engine: the engine.
+        swapper: that of the engine.
+        gate: what holds requests back; `wake` is to be called when it changes.
+        cache: weights on the host.
+        policy: when to swap.
+        patience: seconds a swap waits for running requests.
+        name_of: a name that stands for a digest, for logs and metrics.
+        on_active: told of the digest whenever the engine has other weights, before a request can use them.
+
+    Attributes:
+        state, detail: what the engine does, and what there is to know of it.
+        last_report: of the last swap.
+        usage: variant -> its swaps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        swapper: Swapper,
+        gate: Gate,
+        cache: HostCache,
+        policy: Policy,
+        patience: float,
+        name_of: Callable[[str], str | None],
+        on_active: Callable[[str], None],
+    ) -> None:
+        self.state: State = "serving"
+        self.detail: str | None = None
+        self.last_report = Report()
+        self.usage: dict[str, SwapUsage] = {}
+        self._engine, self._swapper, self._gate, self._cache = engine, swapper, gate, cache
+        self._policy, self._patience = policy, patience
+        self._name_of, self._on_active = name_of, on_active
+        self._base = swapper.active.version
+        self._versions: dict[str, Version] = {self._base.digest: self._base}
+        self._failures: dict[str, _Failure] = {}
+        self._wanted: list[str] = []  # digests that an operator activates
+        self._price = PriceEstimate()
+        self._pause = _FIRST_PAUSE
+        self._active_hold = ExitStack()
+        self._wake = asyncio.Event()
+        self._is_stopping = False
+        on_active(self._base.digest)
+
+    def wake(self) -> None:
+        """There is something to decide on."""
+        self._wake.set()
+
+    def notice_death(self) -> None:
+        """Let nobody to an engine that has just died."""
+        if self._engine.is_dead:
+            self._gate.close()
+            self.wake()
+
+    def know(self, version: Version) -> None:
+        """A version may be asked for; its weights are on the host."""
+        self._versions[version.digest] = version
+
+    def check_up(self) -> None:
+        """Raise `EngineDownError` when there is no engine, and none is being started."""
+        if self.state == "failed":
+            raise EngineDownError(f"the engine is down: {self.detail}", round(self._pause))
+
+    def check(self, digest: str) -> None:
+        """Raise `SwapError` when the swap to a version has just failed."""
+        failure = self._failures.get(digest)
+        if failure is not None and (left := failure.retry_at - time.monotonic()) > 0:
+            raise SwapError(f"{failure.error}; it is tried again after {math.ceil(left)} s, or when it is reloaded")
+
+    def failure(self, digest: str | None) -> str | None:
+        """Why the last swap to a version failed."""
+        return str(self._failures[digest].error) if digest in self._failures else None
+
+    def forgive(self, digest: str) -> None:
+        """Try a version again whose swap has failed."""
+        self._failures.pop(digest, None)
+
+    def want(self, digest: str, wanted: bool) -> None:
+        """Swap to a version next, whatever the policy says; or no longer."""
+        if wanted:
+            self._wanted.append(digest)
+        else:
+            self._wanted.remove(digest)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests can be answered, now or after a swap."""
+        return self.state in ("serving", "swapping") and not self._engine.is_dead
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which some of those that wait will have been answered."""
+        return max(1, math.ceil(self._price.seconds * len(self._gate.queues())))
+
+    def stop(self) -> None:
+        """Begin nothing more. A cancellation is not enough: before Python 3.12 `wait_for` may lose it."""
+        self._is_stopping = True
+
+    async def run(self) -> None:
+        """Until cancelled and stopped."""
+        while not self._is_stopping:
+            try:
+                await self._step()
+            except Exception:
+                logger.exception("a fault of peanut-serve; what the engine has is uncertain")
+                await self._heal()
+
+    async def _step(self) -> None:
+        self._wake.clear()
+        queues = self._gate.queues()
+        metrics.WAITING.set(sum(len(queue.arrivals) for queue in queues))
+        metrics.READY.set(self.is_up)
+        if self._engine.is_dead or self.state == "failed":
+            await self._heal()
+            return
+        active = self._swapper.active.version.digest
+        view = View(time.monotonic(), active, self._gate.since, len(self._gate.running), queues, self._price.seconds)
+        operator = (digest for digest in self._wanted if digest != active and digest not in self._failures)
+        wanted = next(operator, None) or next_variant(view, self._policy)
+        if wanted != active:
+            await self._swap_to(wanted)
+            return
+        look = next_look(view, self._policy)
+        pause = _LOOK_SECONDS if look is None else min(_LOOK_SECONDS, max(0.0, look - time.monotonic()))
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), pause)
+
+    async def _swap_to(self, digest: str) -> None:
+        self.state = "swapping"
+        version, label = self._versions[digest], self._name_of(digest) or digest[:12]
+        with self._cache.holding(digest):
+            target = Loaded(version, self._cache.get(digest))
+            start = time.perf_counter()
+            try:
+                if version.kind is not VariantKind.BASE and target.weights is None:
+                    raise SwapError("its weights are not on the host any more")
+                report = await self._swapper.swap(target, lambda: self._gate.drain(self._patience))
+            except EngineDiedError as error:
+                logger.error("%s; the requests for %s go on waiting", error, label)
+            except SwapError as error:
+                self._note_failure(label, digest, error)
+                self._gate.refuse(digest, error)
+            except EngineDownError as error:
+                self._gate.refuse(digest, error)
+                await self._wait_after(error)
+                return
+            else:
+                self._note_swap(label, report, time.perf_counter() - start)
+            self._open()
+
+    def _note_failure(self, label: str, digest: str, error: SwapError) -> None:
+        count = self._failures[digest].count + 1 if digest in self._failures else 1
+        pause = min(_LAST_RETRY, _FIRST_RETRY * 2 ** (count - 1))
+        self._failures[digest] = _Failure(error, count, time.monotonic() + pause)
+        metrics.SWAPS.labels(label, "failed").inc()
+        metrics.ROLLBACKS.inc()
+        logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
+
+    def _note_swap(self, label: str, report: Report, seconds: float) -> None:
+        active = self._swapper.active.version.digest
+        self._failures.pop(active, None)
+        work = seconds - report.seconds[Phase.QUIESCE]
+        self._price = self._price.after(work)
+        self.last_report = report
+        usage = self.usage.setdefault(label, SwapUsage())
+        usage.swaps, usage.last_seconds = usage.swaps + 1, work
+        metrics.SWAPS.labels(label, "done").inc()
+        for phase, took in report.seconds.items():
+            metrics.SWAP_SECONDS.labels(phase.value).observe(took)
+        phases = " ".join(f"{phase.value}={took:.3f}" for phase, took in report.seconds.items())
+        logger.info(
+            "swap variant=%s digest=%s outcome=done tensors=%d bytes=%d %s",
+            label, active[:12], report.tensors, report.nbytes, phases,
+        )  # fmt: skip
+
+    def _open(self) -> None:
+        """Let requests for what the engine has now in."""
+        active = self._swapper.active.version.digest
+        hold = ExitStack()
+        hold.enter_context(self._cache.holding(active))  # to roll back to
+        self._active_hold.close()
+        self._active_hold = hold
+        self._on_active(active)
+        self.state, self.detail, self._pause = "serving", None, _FIRST_PAUSE
+        used = {active, self._base.digest, *(queue.digest for queue in self._gate.queues())}
+        self._versions = {d: v for d, v in self._versions.items() if d in used or self._cache.get(d) is not None}
+        self._gate.open(active)
+
+    async def _heal(self) -> None:
+        """Start the engine again. Those that ran have got vLLM's error; those that wait go on waiting."""
+        logger.error("the engine has died; starting it again")
+        self.state, self.detail = "restarting", "the engine died, and is started again"
+        metrics.READY.set(0)
+        await self._gate.drain(_DEAD_DRAIN_SECONDS)
+        try:
+            report = await self._swapper.heal()
+        except EngineDownError as error:
+            await self._wait_after(error)
+            return
+        logger.warning("the engine is up again after %.1f s, with the base's weights", report.seconds[Phase.RESTART])
+        self._open()
+
+    async def _wait_after(self, error: EngineDownError) -> None:
+        """No engine: tell everybody, and try again later."""
+        self.state, self.detail = "failed", str(error)
+        logger.error("no engine: %s", error)
+        self._gate.close()
+        self._gate.refuse(None, error)
+        await asyncio.sleep(self._pause)
+        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)

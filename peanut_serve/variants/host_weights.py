@@ -1,0 +1,111 @@
+"""Weights in host memory that the engine's workers map: one anonymous file per variant, sealed once it is written.
+
+A `memfd` is no file of a file system: nothing has to be cleaned up after a crash, /dev/shm may be as small as
+containers make it, and once sealed it can neither change nor shrink under whoever maps it (`memfd_create(2)`).
+Workers are other processes of the same user on the same machine, and open it by the path in `TensorInfo.file`.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+from torch import Tensor, uint8
+
+from converters.files.header import TensorInfo, TensorSpec
+from peanut_serve.errors import TryLaterError
+
+_ALIGNMENT = 64
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class HostMemoryError(TryLaterError):
+    """The weights do not fit in host memory now."""
+
+
+class HostWeights:
+    """Tensors of one variant, or of the base.
+
+    Args:
+        name: to tell it apart in /proc.
+        specs: what will be written.
+
+    Raises `HostMemoryError` when there is no room.
+    """
+
+    def __init__(self, name: str, specs: Iterable[TensorSpec]) -> None:
+        places, end = {}, 0
+        specs = list(specs)
+        for spec in specs:
+            places[spec.name], end = (end, spec.nbytes), -(-(end + spec.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        self.nbytes = end
+        _check_memory(name, end)
+        self._descriptor = os.memfd_create(f"peanut-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        file = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        self.tensors: Mapping[str, TensorInfo] = {
+            spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, file, *places[spec.name]) for spec in specs
+        }
+        self.digests: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._open = {name: (0, xxhash.xxh3_128()) for name in self.tensors}
+        try:
+            os.posix_fallocate(self._descriptor, 0, max(end, 1))
+        except OSError as error:
+            self.close()
+            raise HostMemoryError(f"no room for {end >> 20} MiB of {name} on the host ({error.strerror})") from None
+
+    def put(self, name: str, piece: Tensor) -> None:
+        """Write the next piece of a tensor. For several threads, each with tensors of its own."""
+        info, (done, digest) = self.tensors[name], self._open[name]
+        data = piece.contiguous().reshape(-1).view(uint8).numpy().data
+        if done + len(data) > info.nbytes:
+            raise ValueError(f"{name}: more than its {info.nbytes} bytes")
+        digest.update(data)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._descriptor, data[written:], info.offset + done + written)
+        self._open[name] = (done + written, digest)
+
+    def seal(self) -> "HostWeights":
+        """Everything was written: from now on nobody can change it.
+
+        Raises `ValueError` when a tensor is not whole.
+        """
+        for name, (done, digest) in self._open.items():
+            if done != self.tensors[name].nbytes:
+                raise ValueError(f"{name}: {done} bytes of {self.tensors[name].nbytes}")
+            self.digests[name] = digest.hexdigest()
+        self._open.clear()
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        return self
+
+    def close(self) -> None:
+        """Give the memory back as soon as no worker maps it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, in this container."""
+    lines = (line.split() for line in _MEMINFO.read_text().splitlines())
+    free = next(int(words[1]) << 10 for words in lines if words[0] == "MemAvailable:")
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def _check_memory(name: str, wanted: int) -> None:
+    if wanted > (free := available_memory()):
+        raise HostMemoryError(
+            f"{name} takes {wanted >> 20} MiB on the host, and {free >> 20} MiB are free; "
+            "free some, or lower --host-cache"
+        )

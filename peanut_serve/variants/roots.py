@@ -1,0 +1,119 @@
+"""Where adapters are looked up by name. A name from a request is held against a pattern and a list, never a path."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.adapters.loading import load_adapter
+from converters.errors import LayoutError, OptionError, PeanutError
+from converters.files.names import INDEX_FILE, SINGLE_FILE
+from converters.hub.names import is_hub_id
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FILES = (".safetensors", ".bin", ".pt", ".pth")
+
+# (name, inode, size, times of the last changes) of every file of an adapter
+State = tuple[tuple[str | int, ...], ...]
+
+
+@dataclass(frozen=True)
+class VariantSource:
+    """An adapter that may be served.
+
+    Attributes:
+        name: what a request calls it.
+        spec: folder, weights file or Hub id.
+    """
+
+    name: str
+    spec: Path | str
+
+    def state(self) -> State:
+        """What changes when the adapter is replaced; empty once it is gone, constant for one on the Hub."""
+        if isinstance(self.spec, str):
+            return ((self.spec,),)
+        try:
+            files = sorted(self.spec.iterdir()) if self.spec.is_dir() else [self.spec]
+            stats = [(file.name, file.stat()) for file in files]
+        except OSError:
+            return ()
+        return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
+
+
+class AdapterRoots:
+    """Folders whose entries are adapters, and Hub ids that are allowed.
+
+    Args:
+        roots: each a folder, or a Hub id `user/name`.
+
+    Raises `OptionError` for one that is neither.
+    """
+
+    def __init__(self, roots: Iterable[str | Path]) -> None:
+        self.folders: list[Path] = []
+        self.hub_ids: list[str] = []
+        for root in roots:
+            if Path(root).expanduser().is_dir():
+                self.folders.append(Path(root).expanduser().resolve())
+            elif "/" in str(root) and is_hub_id(str(root)):
+                self.hub_ids.append(str(root))
+            else:
+                raise OptionError(f"{root} is neither a folder of adapters nor a Hub id like user/name")
+
+    def find(self, name: str) -> VariantSource | None:
+        """The adapter of that name, if there is one.
+
+        Raises `OptionError` when two folders have it.
+        """
+        if name in self.hub_ids:
+            return VariantSource(name, name)
+        if not _NAME.fullmatch(name):
+            return None
+        found = [path for folder in self.folders for path in _candidates(folder, name)]
+        if len(found) > 1:
+            raise OptionError(f"the adapter {name} is there twice: {found[0]} and {found[1]}; rename one")
+        return VariantSource(name, found[0]) if found else None
+
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Whether something may be called so."""
+        return bool(_NAME.fullmatch(name)) or ("/" in name and is_hub_id(name))
+
+    def names(self) -> list[str]:
+        """Every name that can be asked for."""
+        entries = {
+            entry.stem if entry.suffix in _FILES else entry.name
+            for folder in self.folders
+            if folder.is_dir()
+            for entry in folder.iterdir()
+        }
+        return sorted(filter(self.is_there, entries)) + self.hub_ids
+
+    def is_there(self, name: str) -> bool:
+        """Whether something has that name, perhaps in two folders."""
+        if not _NAME.fullmatch(name):
+            return name in self.hub_ids
+        return any(path for folder in self.folders for path in _candidates(folder, name))
+
+
+def _candidates(folder: Path, name: str) -> Sequence[Path]:
+    """A folder with weights in it, or a weights file."""
+    inside = folder / name
+    if inside.is_dir():
+        return [inside] if any(path.suffix in _FILES for path in inside.iterdir()) else []
+    return [path for path in (inside.with_name(name + ending) for ending in _FILES) if path.is_file()]
+
+
+def looks_merged(source: Path) -> bool:
+    """Whether a folder holds a whole model, with no θ in it."""
+    has_weights = (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file()
+    if not has_weights or not (source / "config.json").is_file():
+        return False
+    try:
+        load_adapter(source)
+    except LayoutError:
+        return True
+    except PeanutError:
+        pass  # θ, and something is wrong with it
+    return False

@@ -1,0 +1,1 @@
+"""LoRA inside vLLM: the resolver, live adapters, corrected CPU operators."""

@@ -1,0 +1,1 @@
+"""Swapping inside vLLM: the worker extension, the engine, the endpoint plugin."""

@@ -1,0 +1,151 @@
+"""What vLLM finds as `vllm.endpoint_plugins`: one engine serves many variants, swapped in and out.
+
+vLLM loads it only where VLLM_PLUGINS names it, which `peanut-serve --mode merged` sees to.
+"""
+
+import asyncio
+import logging
+import os
+from argparse import Namespace
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.resolver import LoRAResolverRegistry
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from converters.errors import OptionError
+from converters.models.checkpoint import open_checkpoint
+from converters.models.finding import find_base
+from peanut_serve.settings.admin_key import KEY_VARIABLE
+from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.swapping.self_test import try_out
+from peanut_serve.swapping.server import Admitted, VariantServer
+from peanut_serve.swapping.transaction import Swapper
+from peanut_serve.variants.host_cache import BaseWeights
+from peanut_serve.variants.roots import AdapterRoots
+from peanut_serve.variants.state_folder import VariantStore
+from peanut_serve.variants.version import FitsLora, VariantKind, base_version
+from peanut_serve.vllm_plugin.swap.engine import SwapEngine
+from peanut_serve.vllm_plugin.swap.request_identity import (
+    PrefixSalts,
+    admitted,
+    count_tokens,
+    name_variants_in_responses,
+)
+from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.middleware import VariantMiddleware
+from peanut_serve.web.operator import VariantControl
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+
+class VariantEndpoints:
+    """See `vllm/plugins/endpoint_plugins/interface.py`."""
+
+    name = "peanut_serve_variants"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Put ourselves between vLLM's routes and its check of API keys; replace /health, add /ready."""
+        if SwapSettings.read() is None:
+            return
+
+        def server() -> VariantServer:
+            found: VariantServer = app.state.peanut_variants
+            return found
+
+        def admit(request: Admitted | None) -> None:
+            admitted.set(request)
+            _list_variants(server(), app.state.openai_serving_models, request)
+
+        app.add_middleware(VariantMiddleware, find_server=server, admit=admit)  # type: ignore[arg-type]
+
+        @app.get("/health", summary="Whether the engine lives and has whole weights")
+        @app.get("/ready", summary="Whether requests can be answered, now or after a swap")
+        async def ready() -> JSONResponse:
+            one = server()
+            answer = {"state": one.driver.state, "detail": one.driver.detail}
+            if one.is_ready:
+                return JSONResponse(answer)
+            return JSONResponse(answer, 503, headers={"Retry-After": "5"})
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Try the engine out, and begin to swap. Raises `PeanutError`: the server does not start."""
+        settings = SwapSettings.read()
+        if settings is None:
+            return
+        if not isinstance(engine_client, AsyncLLM):
+            raise OptionError(f"variants cannot be swapped in a {type(engine_client).__name__} of vLLM")
+        server = await _build(settings, engine_client, args)
+        state.peanut_variants = server
+        _stop_with(server, engine_client)
+        await server.start()
+        _list_variants(server, state.openai_serving_models, None)
+        if settings.admin_port is not None:
+            app = admin_app(VariantControl(server), os.environ[KEY_VARIABLE])
+            listener = bind(settings.admin_host, settings.admin_port)
+            state.peanut_admin = asyncio.create_task(serve_on(app, listener))
+        if (name := server.catalogue.records.active) is not None:
+            state.peanut_activating = asyncio.create_task(_activate_again(server, name))
+
+
+async def _build(settings: SwapSettings, client: AsyncLLM, args: Namespace) -> VariantServer:
+    found = find_base(args.model, client.model_config.revision)
+    base = open_checkpoint(found.folder, found.repo_id, found.revision)
+    engine = SwapEngine(client, keeps_prefixes=settings.prefix_cache == "salted")
+    model, canary = await try_out(engine, base)
+    base_weights = BaseWeights(base, on_host=settings.base_copy == "host")
+    swapper = Swapper(engine, model, base_weights.tensors, base_version(base), canary)
+    name_variants_in_responses()
+    count_tokens(client)
+    salts = PrefixSalts(client) if settings.prefix_cache == "salted" else None
+    names = args.served_model_name or [args.model]
+    return VariantServer(
+        settings, engine, model, swapper, base_weights, names, AdapterRoots(settings.roots),
+        VariantStore(settings.state), _fits_lora(settings), salts.activate if salts is not None else None,
+    )  # fmt: skip
+
+
+def _fits_lora(settings: SwapSettings) -> FitsLora | None:
+    if settings.mode != "auto":
+        return None
+    fits: FitsLora = LoRAResolverRegistry.get_resolver("peanut").fits  # type: ignore[attr-defined]
+    return fits
+
+
+def _list_variants(server: VariantServer, models: OpenAIServingModels, request: Admitted | None) -> None:
+    """Let vLLM know a request's name, or all; but not those that it finds itself, as LoRA."""
+    path = models.base_model_paths[0].model_path
+    known = {base.name for base in models.base_model_paths}
+    if request is not None and (request.name in known) != (request.version.kind is VariantKind.LORA):
+        return
+    names = [name for name in server.catalogue.names() if not _is_lora(server, name)]
+    models.base_model_paths[:] = [BaseModelPath(name=name, model_path=path) for name in names]
+
+
+def _is_lora(server: VariantServer, name: str) -> bool:
+    version = server.catalogue.find(name).version
+    return version is not None and version.kind is VariantKind.LORA
+
+
+def _stop_with(server: VariantServer, client: AsyncLLM) -> None:
+    """Stop admitting requests when vLLM is told to stop, which it does by shutting its client down, in a thread."""
+    shutdown, loop = client.shutdown, asyncio.get_running_loop()
+
+    def stopping(timeout: float | None = None) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(server.stop)
+        shutdown(timeout=timeout)
+
+    client.shutdown = stopping  # type: ignore[method-assign]
+
+
+async def _activate_again(server: VariantServer, name: str) -> None:
+    try:
+        await server.activate(name)
+    except Exception as error:
+        logger.error("variant=%s was active before, and cannot be now: %s", name, error)

@@ -1,0 +1,128 @@
+"""vLLM's engine, as a swap needs it; and how it is started anew in a server that stays up."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+from uuid import uuid4
+
+from vllm import SamplingParams
+from vllm.inputs.engine import TokensInput, tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor import Executor
+
+from converters.files.header import TensorInfo
+from peanut_serve.errors import EngineDownError
+from peanut_serve.swapping.canary import Canary
+from peanut_serve.vllm_plugin.swap.worker import encode_places
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+T = TypeVar("T")
+
+# an engine that does not answer for so long hangs; loading a large model from a slow disk takes minutes
+_PATIENCE_SECONDS = 600.0
+_LOOK_SECONDS = 0.2
+_CANARY_TOKENS, _CANARY_PROMPT = 1, 24
+_MOST_LOGPROBS = 20
+
+
+class SwapEngine:
+    """See `peanut_serve.swap.Engine`.
+
+    Args:
+        client: vLLM's.
+        keeps_prefixes: the prefix cache is kept apart by salts, and needs no reset.
+    """
+
+    def __init__(self, client: AsyncLLM, keeps_prefixes: bool) -> None:
+        self._client, self._keeps_prefixes = client, keeps_prefixes
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether vLLM says so."""
+        return bool(self._client.errored)
+
+    async def pause(self) -> None:
+        """Nothing is scheduled from now on; what runs has finished. The caches stay, see `invalidate`."""
+        # not by pause_generation, which sleeps for 20 ms so that clients get their last outputs before it returns
+        await self._within(self._client.engine_core.pause_scheduler_async(mode="wait", clear_cache=False))
+
+    async def resume(self) -> None:
+        """Schedule again."""
+        await self._within(self._client.resume_generation())
+
+    async def apply(self, places: Sequence[TensorInfo]) -> None:
+        """See `VariantWorker.peanut_apply`."""
+        await self._within(self._client.collective_rpc("peanut_apply", args=(encode_places(places),)))
+
+    async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:
+        """See `VariantWorker.peanut_learn`; of all workers, each of which may have some of the layers."""
+        found = await self._within(self._client.collective_rpc("peanut_learn", args=(encode_places(places),)))
+        return [group for groups in found for group in groups]
+
+    async def invalidate(self) -> None:
+        """Empty the prefix cache, unless salts keep variants apart in it, and the caches of encoders."""
+        if not self._keeps_prefixes and not await self._within(self._client.reset_prefix_cache(reset_connector=True)):
+            raise EngineDownError("vLLM did not reset its prefix cache: something still runs")
+        await self._within(self._client.reset_mm_cache())
+        await self._within(self._client.reset_encoder_cache())
+
+    async def ask_canary(self) -> Canary:
+        """Greedy tokens and the logprobs of the likeliest, for a prompt that is in no cache."""
+        size = self._client.model_config.get_vocab_size()
+        prompt = tokens_input(
+            [(7919 * i + 104729) % size for i in range(_CANARY_PROMPT)], cache_salt=f"canary-{uuid4()}"
+        )
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=_CANARY_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=min(_MOST_LOGPROBS, max(1, self._client.model_config.max_logprobs)),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return await self._within(self._canary(prompt, params))
+
+    async def _canary(self, prompt: TokensInput, params: SamplingParams) -> Canary:
+        async with aclosing(self._client.generate(prompt, params, f"canary-{uuid4()}")) as outputs:
+            answer = [output async for output in outputs][-1].outputs[0]
+        logprobs = tuple({token: entry.logprob for token, entry in known.items()} for known in answer.logprobs or ())
+        return Canary(tuple(answer.token_ids), logprobs)
+
+    async def restart(self) -> None:
+        """Start new engine processes with the same options, under the client that everything in the server has."""
+        client, old = self._client, self._client.engine_core
+        logger.warning("restarting the engine")
+        await asyncio.to_thread(old.shutdown)
+        if client.output_handler is not None:
+            client.output_handler.cancel()
+            await asyncio.wait([client.output_handler])
+        client.output_processor.abort_requests(list(client.output_processor.request_states), internal=True)
+        client.engine_core = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client,
+            vllm_config=client.vllm_config,
+            executor_class=Executor.get_class(client.vllm_config),
+            log_stats=client.log_stats,
+            renderer=client.renderer,
+        )
+        client.output_handler = None
+        client._run_output_handler()  # type: ignore[no-untyped-call]
+
+    async def _within(self, call: Awaitable[T]) -> T:
+        """What a call returns. vLLM leaves one for ever without an answer when the engine dies meanwhile."""
+        task, deadline = asyncio.ensure_future(call), time.monotonic() + _PATIENCE_SECONDS
+        try:
+            while not (await asyncio.wait([task], timeout=_LOOK_SECONDS))[0]:
+                if self.is_dead:
+                    raise EngineDownError("the engine has died")
+                if time.monotonic() > deadline:
+                    await asyncio.to_thread(self._client.engine_core.shutdown)
+                    raise EngineDownError(f"the engine did not answer for {_PATIENCE_SECONDS:.0f} s")
+            return task.result()
+        finally:
+            task.cancel()

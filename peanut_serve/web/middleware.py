@@ -1,0 +1,247 @@
+"""Every request that reaches the model passes here: it waits for its variant's weights, and says whose it got.
+
+Plain ASGI, so that streams pass through as they are. It lies inside vLLM's check of API keys. A route is let through
+without weights only if it is known to need none; so one that a later vLLM adds cannot answer with the wrong ones.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+from uuid import uuid4
+
+from converters.errors import PeanutError
+from peanut_serve.errors import EngineDownError, ServingError, TryLaterError
+from peanut_serve.swapping import metrics
+from peanut_serve.swapping.server import Admitted, VariantServer
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Coroutine[Any, Any, None]]
+
+# POST, and no weights: text to tokens and back, control of requests and of the server
+_WITHOUT_WEIGHTS = (
+    "/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel", "/ping",
+    "/start_profile", "/stop_profile", "/load_lora_adapter", "/unload_lora_adapter",
+    # what VLLM_SERVER_DEV_MODE opens
+    "/collective_rpc", "/pause", "/resume", "/abort_requests", "/sleep", "/wake_up", "/reset_prefix_cache",
+    "/reset_mm_cache", "/reset_encoder_cache",
+)  # fmt: skip
+
+
+class VariantMiddleware:
+    """Waits for weights before, and gives them back after a request.
+
+    Args:
+        app: what answers.
+        find_server: the server, once it is there.
+        admit: told of the request that is being handled, in its context; of None, for one that needs the
+            names, and no weights.
+    """
+
+    def __init__(
+        self, app: App, find_server: Callable[[], VariantServer], admit: Callable[[Admitted | None], object]
+    ) -> None:
+        self._app, self._find_server, self._admit = app, find_server, admit
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "websocket":
+            await send(
+                {"type": "websocket.close", "code": 1008, "reason": "no websockets where variants are swapped"}
+            )
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["method"] == "POST" and not scope["path"].endswith(_WITHOUT_WEIGHTS):
+            await _Exchange(self._app, self._find_server(), self._admit, scope, receive, send).run()
+        else:
+            if scope["method"] == "POST" or scope["path"].endswith("/models"):
+                self._admit(None)
+            await self._app(scope, receive, send)
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(
+        self,
+        app: App,
+        server: VariantServer,
+        admit: Callable[[Admitted | None], object],
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        self._app, self._server, self._admit = app, server, admit
+        self._scope, self._receive, self._send = scope, receive, send
+        self._id = _request_id(scope)
+        self._body = b""
+        self._is_sent = False
+        self._status = 0
+        self._is_stream = False
+        self._admitted: Admitted | None = None
+        self._answering: asyncio.Task[None] | None = None
+        self._is_aborted = False
+
+    async def run(self) -> None:
+        if not await self._read_body():
+            return
+        try:
+            name = _variant_of(self._body, self._server)
+            outcome = await self._answer(name)
+        except PeanutError as error:
+            await self._refuse(error)
+            name, outcome = _known(self._server, self._body), "refused"
+        metrics.REQUESTS.labels(name, outcome).inc()
+
+    async def _answer(self, name: str) -> str:
+        gone = asyncio.create_task(self._until_gone())
+        try:
+            async with AsyncExitStack() as stack:
+                entering = asyncio.create_task(stack.enter_async_context(self._server.serving(name, self._abort)))
+                await _first_of(entering, gone)
+                if not entering.done():
+                    await _cancel(entering)
+                    return "disconnected"
+                self._admitted = entering.result()
+                await _cancel(gone)
+                if gone.done() and not gone.cancelled():
+                    return "disconnected"
+                self._admit(self._admitted)
+                self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
+                if self._is_aborted:  # before there was anything to cancel
+                    self._answering.cancel()
+                await self._finish(self._answering)
+                if self._is_aborted:
+                    return "aborted"
+                return str(self._status) if self._status else "disconnected"
+        finally:
+            await _cancel(gone)
+
+    async def _finish(self, answering: "asyncio.Task[None]") -> None:
+        """Wait for the answer. If a swap ends it, the client gets an error in its place, or at its end."""
+        try:
+            await answering
+        except asyncio.CancelledError:
+            if not self._is_aborted:
+                await _cancel(answering)
+                raise
+            error = EngineDownError(f"the request ran for longer than a swap waits ({self._id}); ask again", 1)
+            if not self._status:
+                await self._refuse(error)
+            elif self._is_stream:
+                data = b"data: " + json.dumps(_error_body(error, 503)).encode() + b"\n\n"
+                await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def _abort(self) -> None:
+        self._is_aborted = True
+        if self._answering is not None:
+            self._answering.cancel()
+
+    async def _read_body(self) -> bool:
+        """The request's body; no if the client went away."""
+        parts: list[bytes] = []
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return False
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                self._body = b"".join(parts)
+                return True
+
+    async def _until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _replay(self) -> Message:
+        if not self._is_sent:
+            self._is_sent = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        return await self._receive()
+
+    async def _reply(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = list(message.get("headers", ()))
+            self._is_stream = any(key == b"content-type" and b"event-stream" in value for key, value in headers)
+            message = {**message, "headers": [*headers, *self._headers()]}
+        await self._send(message)
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", self._id.encode("latin-1"))]
+        if self._admitted is not None:
+            headers.append((b"x-peanut-variant", self._admitted.name.encode()))
+            headers.append((b"x-peanut-digest", self._admitted.version.digest.encode()))
+        return headers
+
+    async def _refuse(self, error: PeanutError) -> None:
+        status = error.status if isinstance(error, ServingError) else 500
+        logger.info("request=%s status=%d error=%s", self._id, status, error)
+        headers = [(b"content-type", b"application/json"), *self._headers()]
+        if isinstance(error, TryLaterError):
+            headers.append((b"retry-after", str(error.retry_after).encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": json.dumps(_error_body(error, status)).encode()})
+
+
+class RequestBodyError(ServingError):
+    """The body does not say which variant is wanted."""
+
+    status = 400
+
+
+def _variant_of(body: bytes, server: VariantServer) -> str:
+    """What the request wants: `model` of the body, the base where there is none, as in vLLM."""
+    try:
+        value = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        raise RequestBodyError("the body is no JSON, so it does not say which variant is wanted") from None
+    name = value.get("model") if isinstance(value, dict) else None
+    if name is not None and not isinstance(name, str):
+        raise RequestBodyError(f"model is a JSON {type(name).__name__}, wanted the name of a variant")
+    return name or next(iter(server.catalogue.bases))
+
+
+def _known(server: VariantServer, body: bytes) -> str:
+    """The name for the metrics: never one that a client has made up."""
+    with suppress(PeanutError):
+        name = _variant_of(body, server)
+        if name in server.catalogue.names():
+            return name
+    return "unknown"
+
+
+def _error_body(error: PeanutError, status: int) -> dict[str, Any]:
+    kind = type(error).__name__
+    return {"error": {"message": str(error), "type": kind, "param": "model", "code": status}}
+
+
+def _request_id(scope: MutableMapping[str, Any]) -> str:
+    """The client's X-Request-Id, or a new one, which vLLM then takes over."""
+    for key, value in scope["headers"]:
+        if key == b"x-request-id":
+            return str(value.decode("latin-1"))
+    made = uuid4().hex
+    scope["headers"] = [*scope["headers"], (b"x-request-id", made.encode())]
+    return made
+
+
+async def _first_of(*tasks: "asyncio.Task[Any]") -> None:
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        for task in tasks:
+            await _cancel(task)
+        raise
+
+
+async def _cancel(task: "asyncio.Task[Any]") -> None:
+    """Cancel a task and wait for its end, whatever it is."""
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,165 @@
+"""What `peanut-serve` tells vLLM."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.commands import Run, run
+from support.hub_server import hub_settings, serve_hub
+from support.tiny_models import Pair, save_adapter, tiny_llama
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from converters import merge
+from converters.errors import AdapterError
+from peanut_serve.cli.launch import Found, find_adapters, swap_variables, vllm_options
+from peanut_serve.settings.swapping import SwapSettings, swap_settings
+from peanut_serve.variants.roots import AdapterRoots
+
+
+@pytest.fixture
+def tasks(pair: Pair, tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    shutil.copytree(pair.adapter, folder / "small")
+    save_adapter(tiny_llama(), folder / "large", r=40, target_modules=["down_proj"])
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_model.safetensors").write_bytes(b"no")
+    return folder
+
+
+def parsed(options: list[str]) -> object:
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+
+
+def test_ranks_and_slots_are_those_of_the_adapters(pair: Pair, tasks: Path) -> None:
+    found = find_adapters(AdapterRoots([tasks]))
+    assert found.ranks == {"large": 40, "small": 4}
+    assert set(found.broken) == {"broken"}
+    arguments = parsed(vllm_options(str(pair.base), "lora", found, []))
+    assert (arguments.model_tag, arguments.host, arguments.enable_lora) == (str(pair.base), "127.0.0.1", True)
+    assert (arguments.max_lora_rank, arguments.max_loras, arguments.max_cpu_loras) == (64, 2, 2)
+    assert arguments.lora_target_modules == ["down_proj", "q_proj", "v_proj"]
+    assert arguments.served_model_name == ["base"]
+
+
+def test_what_is_given_wins(pair: Pair, tasks: Path) -> None:
+    given = [
+        "--max-lora-rank=128",
+        "--host",
+        "0.0.0.0",
+        "--max_loras",
+        "5",
+        "--served-model-name",
+        "mine",
+        "--port",
+        "1",
+    ]
+    arguments = parsed(vllm_options(str(pair.base), "lora", find_adapters(AdapterRoots([tasks])), given))
+    assert (arguments.max_lora_rank, arguments.host, arguments.max_loras, arguments.port) == (128, "0.0.0.0", 5, 1)
+    assert arguments.max_cpu_loras is None  # vLLM's own: as many as max_loras
+    assert arguments.served_model_name == ["mine"]
+
+
+def test_no_adapters_yet_and_those_of_lm_head() -> None:
+    arguments = parsed(vllm_options("org/base", "lora", Found({}, frozenset(), {}), []))
+    assert (arguments.model_tag, arguments.max_lora_rank, arguments.max_loras) == ("org/base", 16, 1)
+    assert arguments.lora_target_modules is None
+    found = Found({"a": 4}, frozenset({"q_proj", "lm_head"}), {})
+    assert parsed(vllm_options("llama2-7b", "lora", found, [])).lora_target_modules is None
+    assert parsed(vllm_options("llama2-7b", "lora", found, [])).model_tag == "meta-llama/Llama-2-7b-hf"
+
+
+def test_many_adapters_share_slots() -> None:
+    found = Found({f"task-{i}": 8 for i in range(500)}, frozenset({"q_proj"}), {})
+    arguments = parsed(vllm_options("org/base", "lora", found, []))
+    assert (arguments.max_loras, arguments.max_cpu_loras) == (8, 64)
+
+
+def test_a_rank_that_vllm_does_not_serve() -> None:
+    with pytest.raises(AdapterError, match="b has rank 513, vLLM serves up to 512; serve with --mode merged"):
+        vllm_options("org/base", "lora", Found({"a": 4, "b": 513}, frozenset(), {}), [])
+
+
+def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = run_here("peanut-serve", "--base", pair.base, "--adapters", tmp_path / "nothing")
+    assert (done.returncode, "neither a folder of adapters nor a Hub id" in done.stderr) == (1, True)
+    done = run_here("peanut-serve", "--base", tmp_path / "none", "--adapters", tasks, "--dry-run")
+    assert (done.returncode, "none, and this is no Hub id; check the path" in done.stderr) == (1, True)
+    command = ("peanut-serve", "--base", pair.base, "--adapters", tasks)
+    done = run_here(*command, "--cache-size", "many")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 2)  # and the note of the broken adapter
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    done = run_here(*command)
+    assert "VLLM_PLUGINS is other, without peanut_serve; add it" in done.stderr
+    assert "note: broken will not be served: " in done.stderr
+
+
+def test_one_api_server(pair: Pair, tasks: Path, run_here: Run) -> None:
+    """Also where vLLM would start one for each data-parallel rank: adapters are resolved in one of them."""
+    found = find_adapters(AdapterRoots([tasks]))
+    assert parsed(vllm_options(str(pair.base), "lora", found, ["--data-parallel-size", "2"])).api_server_count == 1
+    assert parsed(vllm_options(str(pair.base), "lora", found, ["--headless"])).api_server_count is None
+    done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, "--api-server-count=2")
+    assert (done.returncode, "--api-server-count must be 1" in done.stderr) == (1, True)
+
+
+def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What vLLM and its processes are told, and what does not go with one set of weights."""
+    merge(pair.base, pair.adapter, tasks / "whole")
+    found = find_adapters(AdapterRoots([tasks]))
+    assert (set(found.ranks), found.merged) == ({"large", "small"}, ("whole",))
+    assert [note.split()[0] for note in found.notes("lora")] == ["broken", "whole"]
+    assert [note.split()[0] for note in found.notes("merged")] == ["broken"]
+    merged = parsed(vllm_options(str(pair.base), "merged", found, []))
+    assert (merged.enable_lora, merged.shutdown_timeout) == (None, 30)
+    assert merged.worker_extension_cls.endswith(".VariantWorker")
+    auto = parsed(vllm_options(str(pair.base), "auto", Found({"a": 4, "b": 513}, frozenset({"q_proj"}), {}), []))
+    assert (auto.enable_lora, auto.max_lora_rank) == (True, 16)  # b will be swapped
+    settings = swap_settings(str(pair.base), host_cache="2GiB", state=tmp_path, mode="merged", roots=["org/one"])
+    variables = swap_variables(settings, {})
+    assert {"peanut_serve", "peanut_serve_variants"} <= set(variables["VLLM_PLUGINS"].split(","))
+    assert swap_variables(settings, {"VLLM_PLUGINS": "mine"})["VLLM_PLUGINS"] == "mine,peanut_serve_variants"
+    assert SwapSettings.read(variables) == settings
+    monkeypatch.delenv("PEANUT_ADMIN_KEY", raising=False)
+    for options, refusal in (
+        (["--data-parallel-size", "2"], "--data-parallel-size does not go with --mode merged"),
+        (["--host-cache", "much"], "'much' is no size"),
+        (["--max-wait", "-1"], "--max-wait is -1.0: input should be greater than or equal to 0"),
+        (["--admin-port", "8001"], "--admin-port needs a key: set PEANUT_ADMIN_KEY"),
+    ):
+        done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, "--mode", "merged", *options)
+        assert (done.returncode, refusal in done.stderr) == (1, True), done.stderr
+
+
+def test_an_adapter_on_the_hub(pair: Pair) -> None:
+    with serve_hub({"me/style": pair.adapter}) as hub:
+        command = ("peanut-serve", "--base", pair.base, "--adapters", "me/style", "--dry-run")
+        done = run(*command, **hub_settings(hub, pair))
+    assert "variants: me/style" in done.stdout, done.stderr
+
+
+def test_vllm_finds_the_plugin_and_its_routes_stay_shut(tasks: Path, tmp_path: Path) -> None:
+    """As in `PEANUT_ADAPTERS=... vllm serve`: what vLLM's own start does before it builds the server."""
+    script = """
+import json, os
+from vllm.plugins import load_general_plugins
+from vllm.lora.resolver import LoRAResolverRegistry
+load_general_plugins()
+from fastapi import FastAPI
+from vllm.entrypoints.serve.lora import api_router
+app = FastAPI()
+api_router.attach_router(app)
+routes = [route.path for route in app.routes if "lora" in route.path]
+print(json.dumps([sorted(LoRAResolverRegistry.get_supported_resolvers()), routes]))
+"""
+    for allowed, expected in ((None, False), ("1", True)):
+        environment = {**os.environ, "PEANUT_ADAPTERS": str(tasks), "PEANUT_CACHE": str(tmp_path / "cache")}
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": allowed} if allowed else {}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        resolvers, routes = json.loads(done.stdout.splitlines()[-1])
+        assert "peanut" in resolvers
+        assert bool(routes) == expected  # who asks vLLM for them gets them

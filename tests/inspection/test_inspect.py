@@ -1,0 +1,167 @@
+"""`peanut-inspect`: the layout and its evidence, shapes per module, and a picture of where an adapter acts."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import Run
+from support.golden import CASES, GLUE, LLM, Golden
+from support.paths import DATA
+from support.tiny_models import Pair
+
+from converters import load_adapter
+from converters.errors import MissingDependencyError, OptionError, OutputExistsError
+from converters.inspection import plot
+from converters.inspection.norms import DeltaNorm, norm_table
+
+REAL = DATA / "vit-tiny" / "authors-digits5to9"
+REAL_BASE = DATA / "vit-tiny" / "base"
+
+EVIDENCE = {
+    "authors-llm": (
+        "authors-llm or lora: only the base's shapes can tell",
+        "every lora_B is (d, r) with lora_A (r, d)",
+    ),
+    "authors-vision": ("authors-vision", "has keys like vit.encoder.layer.0.attention.attention."),
+    "authors-nlu": ("authors-glue", ".attention.self."),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_names_the_layout_and_the_evidence(case: Golden, run_here: Run) -> None:
+    options = [f"--{name}={value}" for name, value in case.options.items()]
+    facts = json.loads(run_here("peanut-inspect", case.adapter, *options, "--json").stdout)
+    layout, evidence = EVIDENCE[case.folder.parent.name]
+    assert facts["layout"] == layout
+    assert evidence in facts["evidence"]
+    assert ("inside a whole model" in facts["evidence"]) == (case.file == "full_state_dict.bin")
+    assert (facts["base_weights_inside"] > 0) == (case.file == "full_state_dict.bin")
+
+
+def test_shapes_per_module(run_here: Run) -> None:
+    facts = json.loads(run_here("peanut-inspect", REAL, "--json").stdout)
+    shapes = facts["shapes"]["vit.encoder.layer.3.output.dense"]
+    assert shapes == {"A": [8, 192], "B": [192, 8], "r": 8, "depth": 1, "scaling": 1.0}
+    assert facts["depth"] == [1, 2]
+    shown = run_here("peanut-inspect", REAL, "--base", REAL_BASE).stdout
+    rows = {" ".join(line.replace("│", " ").split()) for line in shown.splitlines()}
+    assert "intermediate.dense [8, 768] [768, 8] 8 1 6" in rows  # one row for all layers that are alike
+    assert "attention.query [8, 192] [192, 8] 8 2 6" in rows
+    assert any(row.startswith("layer.5 0.") for row in rows)
+    assert "…" not in shown
+
+
+def test_a_base_settles_what_the_folder_cannot_tell(run_here: Run) -> None:
+    adapter, base = LLM / "gqa" / "adapter", LLM / "gqa" / "base"
+    assert run_here("peanut-inspect", adapter, "--base", base).returncode == 0
+    facts = json.loads(run_here("peanut-inspect", adapter, "--layout", "authors-llm", "--json").stdout)
+    assert facts["layout"] == "authors-llm"
+
+
+def test_the_picture_is_drawn(tmp_path: Path, run_here: Run) -> None:
+    from matplotlib import image
+
+    file = tmp_path / "where.png"
+    done = run_here("peanut-inspect", REAL, "--base", REAL_BASE, "--plot", file)
+    assert done.returncode == 0, done.stderr
+    pixels = image.imread(file)
+    assert pixels.shape[0] > 200
+    assert pixels.shape[1] > 400
+    assert len({tuple(colour) for colour in pixels.reshape(-1, pixels.shape[2]).tolist()}) > 24  # a cell each
+
+
+def test_the_picture_has_the_norms_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axes, grid, right=Axes.imshow, **k: drawn.append(grid) or right(axes, grid, **k)
+    )
+    norms = [DeltaNorm(f"layers.{i}.{kind}", (2, 2), i + n, 2.0) for i in (9, 10) for n, kind in enumerate("qv")]
+    plot.plot_norms([*norms, DeltaNorm("layers.10.k", (2, 2), 3.0, 2.0)], "title", tmp_path / "a.svg")
+    grid = torch.tensor(drawn[0])
+    assert torch.equal(grid.nan_to_num(-1), torch.tensor([[-1, 1.5], [4.5, 5.0], [5.0, 5.5]]))  # k, q, v
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_kinds_that_would_be_confused_keep_their_names() -> None:
+    modules = ["a.0.x.dense", "a.0.y.dense", "head"]
+    layers, kinds, cells = norm_table([DeltaNorm(module, (1, 1), i, 1) for i, module in enumerate(modules)])
+    assert (layers, kinds) == (["a.0", ""], ["head", "x.dense", "y.dense"])
+    assert cells["a.0"] == {"x.dense": 0, "y.dense": 1}
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_first(pair: Pair, tmp_path: Path, run_here: Run) -> None:
+    taken = tmp_path / "taken.png"
+    taken.write_text("mine")
+    for file, error, message in (
+        (taken, OutputExistsError, "exists; choose another file"),
+        (tmp_path / "a.docx", OptionError, "'.docx' is no picture; wanted one of .*png"),
+        (tmp_path / "nowhere" / "a.png", OptionError, "there is no folder"),
+    ):
+        with pytest.raises(error, match=message):
+            plot.check_plot(file)
+    assert taken.read_text() == "mine"
+    done = run_here("peanut-inspect", pair.adapter, "--plot", tmp_path / "b.png")
+    assert done.stderr == "peanut-inspect: --plot needs --base\n"
+
+
+def test_without_matplotlib_the_message_has_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'peanut-serve\[plot\]'"):
+        plot.check_plot(tmp_path / "a.png")
+
+
+def test_the_base_inside_the_adapter(tmp_path: Path, run_here: Run) -> None:
+    case = Golden(GLUE / "peanut_l_scale0.1", "full_state_dict.bin")
+    (tmp_path / "config.json").write_text((case.base / "config.json").read_text())
+    (tmp_path / "run.bin").write_bytes(case.adapter.read_bytes())
+    command = ["peanut-inspect", tmp_path / "run.bin", "--base", "self", "--scaling", "0.1", "--json"]
+    own = json.loads(run_here(*command).stdout)["norms"]
+    given = json.loads(run_here(*command[:3], case.base, *command[4:]).stdout)["norms"]
+    assert own == given
+    assert len(own) == 4
+    assert load_adapter(tmp_path / "run.bin", scaling=0.1).embedded
+
+
+def test_the_layouts_are_listed_in_the_help_and_are_those_that_exist(run_here: Run) -> None:
+    from converters.adapters.layouts.names import LAYOUT_SUMMARIES
+    from converters.adapters.layouts.table import LAYOUTS
+
+    assert {layout.name for layout in LAYOUTS} == set(LAYOUT_SUMMARIES)
+    for command in ("peanut-merge", "peanut-inspect"):
+        shown = run_here(command, "--help").stdout
+        for name, summary in LAYOUT_SUMMARIES.items():
+            assert f"  {name:20} {summary}" in shown
+
+
+def test_what_it_is_can_be_told_without_its_scale(run_here: Run) -> None:
+    theta = GLUE / "peanut_l_scale0.1" / "theta.safetensors"
+    facts = json.loads(run_here("peanut-inspect", theta, "--json").stdout)
+    assert (facts["layout"], facts["r"], facts["modules"]) == ("authors-glue", 8, 4)
+    assert (facts["scaling"], facts["digest"]) == ("not stored: to merge it, give --scaling", None)
+    refused = run_here("peanut-inspect", theta, "--base", theta.parent / "base")
+    assert "does not save the scale s: give --scaling" in refused.stderr
+
+
+@pytest.mark.parametrize("what", ["plot", "record"])
+def test_a_disk_that_is_full_is_one_line(what: str, pair: Pair, tmp_path: Path) -> None:
+    """The system lets no file grow beyond a few bytes."""
+    program = Path(sys.executable).parent / "peanut-inspect"
+    option = ["--plot", tmp_path / "a.png"] if what == "plot" else ["--record-base"]
+    done = subprocess.run(
+        [program, pair.adapter, "--base", pair.base, *option],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
+    )
+    assert done.returncode == 1
+    assert "could not be" in done.stderr
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()

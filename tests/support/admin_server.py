@@ -1,0 +1,129 @@
+"""A served admin API whose control is a fake: the real one needs an engine, which no unit test has."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+
+from fastapi import FastAPI
+
+from converters.errors import HubError
+from peanut_serve.errors import (
+    EngineDownError,
+    QueueFullError,
+    SwapError,
+    UnknownVariantError,
+    VariantError,
+    VariantInUseError,
+    VariantNameError,
+)
+from peanut_serve.web.admin import bind, serve_on
+from peanut_serve.web.schema import EngineStatus, VariantState, VariantStatus
+
+KEY = "schlüssel"
+
+REFUSALS = {
+    "in-use": (VariantInUseError("in-use has 3 requests"), 409),
+    "taken": (VariantNameError("taken is taken"), 409),
+    "broken": (VariantError("θ is [not] finite"), 422),
+    "hub": (HubError("no such repository"), 422),
+    "swap": (SwapError("out of memory\nrolled back"), 500),
+    "bug": (KeyError("bug"), 500),
+    "full": (QueueFullError("1000 requests wait", retry_after=3), 429),
+    "down": (EngineDownError("the engine restarts", retry_after=20), 503),
+}
+
+
+class FakeControl:
+    """Variants that are no more than their status; those of REFUSALS refuse to be activated."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.names = ["base", "user/name", *REFUSALS]
+
+    def variants(self) -> list[VariantStatus]:
+        asyncio.get_running_loop()  # raises in a thread
+        return [self.variant(name) for name in self.names]
+
+    def variant(self, name: str) -> VariantStatus:
+        if name not in self.names:
+            raise UnknownVariantError(f"there is no variant {name!r}")
+        return VariantStatus(
+            name=name,
+            kind="base" if name == "base" else "adapter",
+            state=VariantState.ACTIVE if name == "base" else VariantState.READY,
+            digest="d1" * 20,
+            previous=["d0" * 20],
+            source=f"/srv/{name}[1]",
+            host_bytes=2_500_000_000,
+            pinned=name == "base",
+            running=1,
+            waiting=2,
+            requests=30,
+            last_used=datetime(2025, 1, 2, tzinfo=timezone.utc),
+            swaps=4,
+            last_swap_seconds=0.125,
+            error=None,
+        )
+
+    def engine(self) -> EngineStatus:
+        return EngineStatus(
+            state="serving",
+            active="base",
+            digest="d1" * 20,
+            restarts=0,
+            host_cache_bytes=5_000_000,
+            host_cache_limit=20_000_000_000,
+            swap_seconds={"drain": 0.5, "apply": 0.25},
+            detail=None,
+        )
+
+    async def register(self, name: str, source: str) -> VariantStatus:
+        self.calls.append(("register", name, source))
+        if name in self.names:
+            raise VariantNameError(f"{name} is taken")
+        self.names.append(name)
+        return self.variant(name)
+
+    async def unregister(self, name: str, drain: bool) -> None:
+        self.calls.append(("unregister", name, drain))
+        self.names.remove(self.variant(name).name)
+
+    async def activate(self, name: str) -> VariantStatus:
+        self.calls.append(("activate", name))
+        if name in REFUSALS:
+            raise REFUSALS[name][0]
+        return self.variant(name)
+
+    async def reload(self, name: str) -> VariantStatus:
+        self.calls.append(("reload", name))
+        return self.variant(name)
+
+    async def rollback(self, name: str, digest: str | None) -> VariantStatus:
+        self.calls.append(("rollback", name, digest))
+        return self.variant(name)
+
+    async def pin(self, name: str, pinned: bool) -> VariantStatus:
+        self.calls.append(("pin", name, pinned))
+        return self.variant(name)
+
+
+@contextmanager
+def serving_app(app: FastAPI) -> Iterator[str]:
+    """Serve `app` in a thread, as it is served in vLLM's loop; its URL."""
+    listener = bind("127.0.0.1", 0)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(serve_on(app, listener))
+
+    def run() -> None:
+        loop.run_until_complete(asyncio.wait([task]))
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(30)

@@ -1,0 +1,98 @@
+"""A `VariantServer` with a fake engine that tells which weights it computed an answer with; see `fake_engine.py`."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from support.fake_engine import FakeEngine, identity
+from support.swap_weights import Weights, prepared, weights_in
+
+from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.swapping import driver as swap_driver
+from peanut_serve.swapping.server import VariantServer
+from peanut_serve.variants.roots import AdapterRoots
+from peanut_serve.variants.state_folder import VariantStore
+
+NAMES = ("base", "v1", "v2", "v3")
+SIZE = 12288  # bytes of a variant on the host
+
+
+def make_weights(folder: Path) -> Weights:
+    """Variants on disk, one of them broken."""
+    found = weights_in(folder)
+    (found.tasks / "broken.safetensors").write_bytes(b"no")
+    return found
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@dataclass
+class Rig:
+    """A server and its engine."""
+
+    engine: FakeEngine
+    server: VariantServer
+    expected: dict[str, str]
+    actives: list[str] = field(default_factory=list)
+
+    async def ask(self, name: str, prompt: str = "a prompt that all ask") -> None:
+        """One request: it has to get its variant's weights."""
+        task = asyncio.current_task()
+        assert task is not None
+        async with self.server.serving(name, task.cancel) as admitted:
+            assert admitted.version.digest == self.server.swapper.active.version.digest == self.actives[-1]
+            assert await self.engine.generate(prompt) == self.expected[name]
+
+    async def asking(self, name: str) -> "asyncio.Task[None]":
+        """A request that waits for its weights, or runs."""
+        before = self.waiting + len(self.server.gate.running)
+        task = asyncio.create_task(self.ask(name))
+        await until(lambda: self.waiting + len(self.server.gate.running) > before or task.done())
+        return task
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(queue.arrivals) for queue in self.server.gate.queues())
+
+    @property
+    def swaps(self) -> int:
+        return len(self.engine.applied) - 3  # those of the self-test
+
+
+RunRig = Callable[..., None]
+
+
+def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRig:
+    """What runs a test on a server of its own."""
+    monkeypatch.setattr(swap_driver, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(swap_driver, "_LOOK_SECONDS", 0.01)
+
+    def call(test: Callable[[Rig], Awaitable[None]], **options: object) -> None:
+        async def run() -> None:
+            choices = {"roots": (str(weights.tasks),), "min_dwell": 0, "max_wait": 0, **options}
+            settings = SwapSettings(mode="merged", state=Path(mkdtemp(dir=tmp_path)), **choices)
+            engine, actives = FakeEngine(weights.base), []
+            model, swapper, base_weights = await prepared(engine, weights.base)
+            server = VariantServer(
+                settings, engine, model, swapper, base_weights, ["base"], AdapterRoots(settings.roots),
+                VariantStore(settings.state), None, actives.append,
+            )  # fmt: skip
+            await server.start()
+            expected = {name: identity(found) for name, found in weights.expected.items()}
+            expected["new"] = expected["v1"]  # what tests register
+            try:
+                await test(Rig(engine, server, expected, actives))
+                assert engine.violations == []
+            finally:
+                server.stop()
+                server.cache.close()
+
+        asyncio.run(asyncio.wait_for(run(), 60))
+
+    return call

@@ -1,0 +1,117 @@
+"""A real `peanut-serve` in a process of its own, and clients for it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+from support.paths import ROOT
+
+QUESTIONS = (
+    "What is the capital of Italy?",
+    "What color is grass?",
+    "Tom has 4 apples and gets 5 more. How many apples does Tom have now?",
+)
+
+
+PROGRAM = Path(sys.executable).parent / "peanut-serve"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is up."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For processes with vLLM in them; what is evaluated goes to `folder`."""
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PEANUT_CACHE": str(folder / "evaluated")}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    base: Path,
+    adapters: Path,
+    folder: Path,
+    *options: str,
+    program: Sequence[str | Path] = (PROGRAM,),
+    **variables: str,
+) -> Iterator[Server]:
+    """Start `peanut-serve` and wait until it answers; stop it at the end."""
+    port = free_port()
+    command = [*program, "--base", base, "--adapters", adapters, "--port", str(port), *options]
+    log = folder / "server.log"
+    with log.open("wb") as into:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=into,
+            stderr=subprocess.STDOUT,
+            env={**environment(folder), **variables},
+            cwd=ROOT,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait(server)
+        yield server
+    except BaseException:
+        print(log.read_text()[-20_000:])  # pytest shows it beside what failed
+        raise
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+def kill(server: Server, name: str) -> None:
+    """SIGKILL a process of the server's, by the name that vLLM gives it."""
+    pids = [server.process.pid]
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+    os.kill(next(pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_text().startswith(name)), signal.SIGKILL)
+
+
+def _wait(server: Server) -> None:
+    while True:
+        try:
+            with urllib.request.urlopen(f"{server.url}/health"):
+                return
+        except OSError:
+            if server.process.poll() is not None:
+                raise RuntimeError(server.log.read_text()[-4000:]) from None
+            time.sleep(0.5)
+
+
+def answer(client: openai.OpenAI, task: str, question: str, tokens: int = 24, **more: object) -> str:
+    """Greedy."""
+    found = client.chat.completions.create(
+        model=task, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=tokens, **more
+    )
+    return str(found.choices[0].message.content)

@@ -1,0 +1,231 @@
+"""Names and what they stand for: a name moves in one step, and can go back."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.catalogue_site import Site
+from support.tiny_models import Pair, edit_json, edit_weights, save_adapter, tiny_llama
+
+from converters import merge
+from peanut_serve.errors import UnknownVariantError, VariantError, VariantNameError
+from peanut_serve.variants.host_weights import HostMemoryError
+from peanut_serve.variants.version import VariantKind, Version
+
+
+@pytest.fixture
+def site(pair: Pair, tmp_path: Path) -> Site:
+    return Site(pair, tmp_path)
+
+
+def go_back(site: Site, digest: str | None = None) -> None:
+    asyncio.run(site.catalogue.rollback("v1", digest))
+
+
+def test_names(site: Site) -> None:
+    shutil.copy(site.tasks / "v1" / "adapter_model.safetensors", site.tasks / "file.safetensors")
+    (site.tasks / "empty").mkdir()
+    (site.tasks / ".hidden.safetensors").touch()
+    assert site.catalogue.names() == ["base", "alias", "file", "org/allowed", "v1"]
+    assert site.digest("base") == site.digest("alias") != site.digest("v1")
+    with pytest.raises(UnknownVariantError, match="there is no variant none; there are base, alias, file, org/allo"):
+        site.catalogue.find("none")
+
+
+def test_a_name_in_two_folders_is_refused_alone(site: Site) -> None:
+    shutil.copytree(site.tasks / "v1", site.more / "v1")
+    shutil.copytree(site.tasks / "v1", site.more / "v2")
+    for name in site.catalogue.names():
+        assert site.catalogue.find(name).name == name  # so that they can be listed
+    with pytest.raises(VariantError, match="v1 is there twice: .*; rename one"):
+        site.digest("v1")
+    assert site.digest("v2")
+    shutil.rmtree(site.more)
+    assert site.digest("v1") == site.prepared[0]
+    assert "v2" in site.catalogue.names()  # remembered
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../base", "v1/", "v1/../v1", "/etc", "tasks/v1", "v1\0", "v1\n", "é", "org/other", "a" * 129],
+)
+def test_a_name_is_no_path(site: Site, name: str) -> None:
+    before = site.catalogue.names()
+    with pytest.raises(UnknownVariantError):
+        site.digest(name)
+    with pytest.raises((UnknownVariantError, VariantNameError, VariantError)):
+        site.catalogue.register(name, name)
+    assert site.catalogue.names() == before
+
+
+def test_a_version_is_its_content(site: Site) -> None:
+    first = site.digest()
+    shutil.copytree(site.tasks / "v1", site.tasks / "twin")
+    os.utime(site.tasks / "v1" / "adapter_config.json", (1, 1))
+    assert site.digest() == site.digest("twin") == first
+    assert site.prepared == [first] * 3  # once for each that was looked at anew
+    assert site.catalogue.name_of(first) in ("v1", "twin")
+    assert site.catalogue.find("v1").record.previous == []
+    site.change()
+    assert site.digest() != first
+    assert site.catalogue.find("v1").record.previous == [first]
+    assert site.digest("twin") == first
+
+
+def test_one_theta_under_two_names_at_once(site: Site) -> None:
+    for i in range(6):
+        shutil.copytree(site.tasks / "v1", site.tasks / f"twin{i}")
+
+    async def ask() -> set[str]:
+        found = await asyncio.gather(*(site.catalogue.current(f"twin{i}") for i in range(6)))
+        return {version.digest for _, version in found}
+
+    assert asyncio.run(ask()) == site.thetas()
+
+
+def test_a_name_moves_when_its_version_is_prepared(site: Site) -> None:
+    first = site.digest()
+    site.change()
+
+    def refuse(version: Version) -> None:
+        assert site.catalogue.find("v1").record.digest == site.saved()["v1"]["digest"] == first != version.digest
+        raise HostMemoryError("no room")
+
+    site.prepare = refuse
+    with pytest.raises(HostMemoryError, match="no room"):  # and not `VariantError`: it may work later
+        site.digest()
+    assert site.catalogue.find("v1").record.digest == site.saved()["v1"]["digest"] == first
+    site.prepare = lambda version: None
+    assert site.digest() == site.saved()["v1"]["digest"] != first
+
+
+def test_broken_theta_and_back(site: Site) -> None:
+    first = site.digest()
+    site.break_it()
+    for _ in range(2):
+        with pytest.raises(VariantError, match="the variant v1 cannot be served: .*not a whole safetensors file"):
+            site.digest()
+    assert "not a whole" in str(site.catalogue.find("v1").error)
+    assert site.catalogue.find("v1").record.digest == first
+    go_back(site)
+    assert (site.digest(), site.catalogue.find("v1").error) == (first, None)
+    site.start()
+    assert site.digest() == first  # θ is nowhere but in the state
+    site.break_it()
+    with pytest.raises(VariantError):
+        site.digest()
+    shutil.copy(site.pair.adapter / "adapter_model.safetensors", site.tasks / "v1")
+    assert site.digest() == first
+    assert site.catalogue.find("v1").error is None
+
+
+def test_back_to_an_earlier_version_until_the_files_change(site: Site) -> None:
+    first = site.digest()
+    site.change()
+    second = site.digest()
+    site.change()  # nobody has asked for this one
+    go_back(site)
+    assert site.digest() == first
+    assert site.catalogue.find("v1").record.previous == [second]
+    site.start()
+    assert site.digest() == first
+    go_back(site, second[:8])
+    assert site.digest() == second
+    with pytest.raises(VariantError, match=f"no such earlier version; it has {first[:12]}"):
+        go_back(site, "f00")
+    site.change()
+    assert site.digest() not in (first, second)
+    third = asyncio.run(site.catalogue.reload("v1")).record
+    assert (third.digest, third.previous) == (site.digest(), [second, first])
+
+
+def test_reload_undoes_a_rollback(site: Site) -> None:
+    first = site.digest()
+    site.change()
+    second = site.digest()
+    go_back(site)
+    assert site.digest() == first
+    assert asyncio.run(site.catalogue.reload("v1")).record.digest == site.digest() == second
+
+
+def test_register_and_unregister(site: Site) -> None:
+    site.catalogue.register("nice", "v1")
+    assert site.digest("nice") == site.digest("v1")
+    for name, reason in (("nice", "already"), ("base", "already"), ("a b", "no name"), ("../x", "no name")):
+        with pytest.raises(VariantNameError, match=reason):
+            site.catalogue.register(name, "v1")
+    shutil.copytree(site.tasks / "v1", site.tasks / "v2")
+    for source in ("v1", "v2"):  # it is found anyway
+        with pytest.raises(VariantNameError, match="already"):
+            site.catalogue.register("v2", source)
+    with pytest.raises(VariantError, match="there is no none in the folders"):
+        site.catalogue.register("new", "none")
+    site.catalogue.unregister("v1")
+    assert "v1" not in site.start().names()
+    with pytest.raises(UnknownVariantError):
+        site.digest("v1")
+    site.catalogue.unregister("nice")
+    assert site.start().names() == ["base", "alias", "org/allowed", "v2"]
+    assert site.thetas() == set()
+    site.catalogue.register("v1", "v1")
+    assert site.digest() == site.prepared[0]
+    for change in (site.catalogue.unregister, lambda name: site.catalogue.pin(name, True)):
+        with pytest.raises(VariantNameError, match="it cannot be changed"):
+            change("base")
+
+
+def test_a_name_that_goes_while_it_is_prepared_does_not_come_back(site: Site) -> None:
+    site.prepare = lambda version: site.catalogue.unregister("v1")
+    site.digest()  # who asked before is served
+    assert "v1" not in site.catalogue.names()
+    assert site.saved()["v1"]["hidden"]
+    assert "v1" not in site.start().names()
+
+
+def test_merged_models(site: Site) -> None:
+    merge(site.pair.base, site.pair.adapter, site.tasks / "merged")
+    version = asyncio.run(site.catalogue.current("merged"))[1]
+    assert (version.kind, len(version.specs)) == (VariantKind.CHECKPOINT, 4)
+    assert version.digest == asyncio.run(site.catalogue.reload("merged")).record.digest
+    assert site.thetas() == set()  # models are not copied
+    weights = site.tasks / "merged" / "model.safetensors"
+    edit_weights(weights, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1})
+    assert site.digest("merged") != version.digest
+    with pytest.raises(VariantError, match=f"version {version.digest[:12]} of merged cannot be had any more"):
+        asyncio.run(site.catalogue.rollback("merged", None))
+    edit_json(site.tasks / "merged" / "config.json", rms_norm_eps=0.1)
+    with pytest.raises(VariantError, match=r"its config says rms_norm_eps 0.1, the running model's 1e-06"):
+        site.digest("merged")
+    shutil.copy(site.pair.base / "config.json", site.tasks / "merged")
+    for change, reason in (
+        (lambda tensors: {**tensors, "other.weight": tensors["lm_head.weight"] + 1}, "does not load"),
+        (lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"][:9]}, r"has shape \(9, 32\)"),
+        (lambda tensors: tensors.pop("lm_head.weight"), "of the base is not in"),
+    ):
+        edit_weights(weights, change)
+        with pytest.raises(VariantError, match=reason):
+            site.digest("merged")
+
+
+def test_a_tensor_the_model_does_not_load(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
+    """vLLM would leave out the head of a model whose embedding is tied, and answer without it."""
+    site = Site(make_pair(tiny_llama(tie_word_embeddings=True), modules_to_save=["lm_head"]), tmp_path)
+    with pytest.raises(VariantError, match="changes lm_head.weight, which the running model does not load"):
+        site.digest()
+    assert (site.thetas(), site.prepared) == (set(), [])
+
+
+def test_lora_where_it_says_what_an_adapter_does(site: Site) -> None:
+    save_adapter(tiny_llama(), site.tasks / "wide", r=16)
+    save_adapter(tiny_llama(), site.tasks / "head", modules_to_save=["lm_head"])
+    merged = site.digest("v1")
+    site.fits_lora = lambda rank, kinds: rank <= 8 and kinds <= {"q_proj", "v_proj"}
+    site.start()
+    found = {name: asyncio.run(site.catalogue.current(name))[1] for name in ("v1", "wide", "head")}
+    assert {name: version.kind for name, version in found.items()} == {
+        "v1": VariantKind.LORA, "wide": VariantKind.ADAPTER, "head": VariantKind.ADAPTER
+    }  # fmt: skip
+    assert found["v1"].digest != merged

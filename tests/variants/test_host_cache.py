@@ -1,0 +1,244 @@
+"""Evaluated weights in host memory: evaluated once, bounded, never taken from under a swap, and nothing leaks."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.fake_engine import read
+from support.tiny_models import Pair, edit_weights
+
+from converters.errors import CheckpointError
+from converters.files.header import TensorSpec
+from converters.models.checkpoint import Checkpoint, open_checkpoint
+from peanut_serve.variants import host_cache, host_weights
+from peanut_serve.variants.host_cache import BaseWeights, HostCache
+from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
+from peanut_serve.variants.version import LoadedModel, VariantKind, Version, adapter_version
+
+MIB = 1 << 20
+SIZES = {"a": 1, "b": 1, "c": 1, "d": 1, "large": 3}  # MiB
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class Evaluations:
+    """Versions that count how often they are evaluated, and wait and fail if they are told to."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.fails: set[str] = set()
+        self.at_once = self.most_at_once = 0
+        self.may_end = threading.Event()
+        self.may_end.set()
+
+    def version(self, name: str) -> Version:
+        def write(into: HostWeights) -> None:
+            self.log.append(name)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+            assert self.may_end.wait(60)
+            self.at_once -= 1
+            if name in self.fails:
+                raise CheckpointError(f"{name} is broken")
+            into.put("w", torch.full((SIZES[name] * MIB // 4,), float(len(name))))
+
+        return Version(
+            name, VariantKind.ADAPTER, (TensorSpec("w", "F32", (SIZES[name] * MIB // 4,), SIZES[name] * MIB),), write
+        )
+
+
+@pytest.fixture
+def evaluations() -> Evaluations:
+    return Evaluations()
+
+
+def run(test: Callable[[HostCache], Awaitable[None]], limit: int = 3 * MIB) -> None:
+    """Run a test on a cache; what it holds has a descriptor each, and no more are open."""
+
+    async def call() -> None:
+        before, cache = open_files(), HostCache(limit)
+        await test(cache)
+        assert open_files() == before + len(held(cache))
+        cache.close()
+        assert open_files() == before
+
+    asyncio.run(call())
+
+
+def held(cache: HostCache) -> set[str]:
+    return {name for name in SIZES if cache.get(name) is not None}
+
+
+def test_many_who_ask_get_one_evaluation(evaluations: Evaluations) -> None:
+    async def test(cache: HostCache) -> None:
+        wanted = [evaluations.version(name) for name in "aabab"]
+        found = await asyncio.gather(*map(cache.load, wanted))
+        assert sorted(evaluations.log) == ["a", "b"]
+        assert evaluations.most_at_once == 1  # each takes memory, and all cores
+        assert found[0] is found[1] is found[3] is cache.get("a")
+        assert cache.nbytes == 2 * MIB
+
+    run(test)
+
+
+def test_what_is_there_waits_for_no_evaluation(evaluations: Evaluations) -> None:
+    async def test(cache: HostCache) -> None:
+        ready = await cache.load(evaluations.version("a"))
+        evaluations.may_end.clear()
+        evaluating = asyncio.create_task(cache.load(evaluations.version("b")))
+        while evaluations.at_once == 0:
+            await asyncio.sleep(0.001)
+        assert await cache.load(evaluations.version("a")) is ready
+        assert not evaluating.done()
+        evaluations.may_end.set()
+        await evaluating
+
+    run(test)
+
+
+def test_the_least_recently_used_goes_first(evaluations: Evaluations) -> None:
+    async def test(cache: HostCache) -> None:
+        for name in "abcad":
+            await cache.load(evaluations.version(name))
+        assert held(cache) == {"a", "c", "d"}
+        assert cache.nbytes == 3 * MIB
+        evaluations.fails.add("large")
+        with pytest.raises(CheckpointError):
+            await cache.load(evaluations.version("large"))
+        assert held(cache) == set()  # room had been made
+
+    run(test)
+
+
+def test_what_is_held_or_pinned_stays(evaluations: Evaluations) -> None:
+    async def test(cache: HostCache) -> None:
+        for name in "abc":
+            await cache.load(evaluations.version(name))
+        cache.pin("a", True)
+        with cache.holding("b"), cache.holding("b"):
+            with pytest.raises(HostMemoryError, match="take 3 MiB; --host-cache is 3 MiB, of which 2 MiB are in use"):
+                await cache.load(evaluations.version("large"))
+            assert held(cache) == {"a", "b", "c"}  # a refusal costs nobody anything
+            cache.drop("b")
+            assert cache.get("b") is not None
+        with pytest.raises(HostMemoryError, match="of which 1 MiB"):
+            await cache.load(evaluations.version("large"))
+        cache.pin("a", False)
+        await cache.load(evaluations.version("large"))
+        assert held(cache) == {"large"}
+        cache.pin("large", True)
+        cache.drop("large")  # a pin is no use of it
+        assert held(cache) == set()
+
+    run(test)
+
+
+def test_what_is_larger_than_the_cache(evaluations: Evaluations) -> None:
+    async def test(cache: HostCache) -> None:
+        with pytest.raises(HostMemoryError, match="take 3 MiB; --host-cache is 2 MiB"):
+            await cache.load(evaluations.version("large"))
+        assert evaluations.log == []
+
+    run(test, limit=2 * MIB)
+
+
+def test_a_failure_leaves_nothing(evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(cache: HostCache) -> None:
+        evaluations.fails.add("a")
+        for _ in range(3):
+            with pytest.raises(CheckpointError, match="a is broken"):
+                await cache.load(evaluations.version("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(host_weights, "available_memory", lambda: 0)
+            with pytest.raises(HostMemoryError, match="0 MiB are free"):
+                await cache.load(evaluations.version("b"))
+        assert (held(cache), cache.nbytes) == (set(), 0)
+        evaluations.fails.clear()
+        await cache.load(evaluations.version("a"))
+        assert held(cache) == {"a"}
+
+    run(test)
+
+
+def test_who_asked_may_go_away_meanwhile(evaluations: Evaluations) -> None:
+    """The thread cannot be stopped: what it evaluates is kept, and nobody evaluates beside it."""
+
+    async def test(cache: HostCache) -> None:
+        evaluations.may_end.clear()
+        gone = asyncio.create_task(cache.load(evaluations.version("a")))
+        while not evaluations.log:
+            await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        others = [asyncio.create_task(cache.load(evaluations.version(name))) for name in "ab"]
+        await asyncio.sleep(0)
+        evaluations.may_end.set()
+        await asyncio.gather(*others)
+        assert (sorted(evaluations.log), evaluations.most_at_once) == (["a", "b"], 1)
+        assert held(cache) == {"a", "b"}
+
+    run(test)
+
+
+def test_real_weights(pair: Pair) -> None:
+    base = open_checkpoint(pair.base)
+    model = LoadedModel(base, [[name] for name in base.tensors])
+    version = replace(adapter_version("v", pair.adapter, model, "cpu", None), digest="a")
+
+    async def test(cache: HostCache) -> None:
+        weights = await cache.load(version)
+        assert set(weights.tensors) == {spec.name for spec in version.specs}
+        assert cache.nbytes == version.nbytes == sum(map(len, read(weights.tensors.values()).values()))
+
+    run(test)
+
+
+@pytest.fixture
+def base(pair: Pair) -> Checkpoint:
+    return open_checkpoint(pair.base)
+
+
+NAMES = ("model.norm.weight", "lm_head.weight")
+
+
+def test_the_base_is_copied_once(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    copy = host_cache.host_copy
+    monkeypatch.setattr(host_cache, "host_copy", lambda of, names: (asked.append(names), copy(of, names))[1])
+
+    async def test() -> None:
+        weights = BaseWeights(base, on_host=True)
+        places, before = weights.tensors, read(weights.tensors.values())
+        wanted = [NAMES[:1], NAMES, NAMES[:1], NAMES]
+        await asyncio.gather(*map(weights.prepare, wanted))
+        assert asked == [[NAMES[0]], [NAMES[1]]]
+        assert weights.nbytes == sum(base.tensors[name].nbytes for name in NAMES)
+        assert weights.tensors is places  # who was given them sees the copies
+        assert [name for name, info in places.items() if info.file.is_relative_to("/proc")] == sorted(NAMES)
+        edit_weights(base.folder / "model.safetensors", lambda tensors: {k: v + 1 for k, v in tensors.items()})
+        now = read(places.values())
+        assert [name for name in before if now[name] == before[name]] == sorted(NAMES)
+        await weights.prepare(NAMES)  # it is there
+        with pytest.raises(CheckpointError, match="changed while"):
+            await weights.prepare(["model.embed_tokens.weight"])
+
+    asyncio.run(test())
+
+
+def test_a_base_that_stays_on_the_disk(base: Checkpoint) -> None:
+    async def test() -> None:
+        weights = BaseWeights(base, on_host=False)
+        await weights.prepare(NAMES)
+        assert (weights.nbytes, weights.tensors) == (0, dict(base.tensors))
+        edit_weights(base.folder / "model.safetensors", lambda tensors: None)
+        with pytest.raises(CheckpointError, match="changed while"):
+            await weights.prepare(NAMES)
+
+    asyncio.run(test())

@@ -1,0 +1,96 @@
+"""The CPU operators for LoRA, row by row beside the formula; and that vLLM's own are as wrong as we say."""
+
+import pytest
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from peanut_serve.vllm_plugin.lora.cpu_operators import GroupedPunicaWrapperCPU, group_rows, is_affected
+
+SLOTS, RANK, WIDTH, OUT = 4, 3, 10, (6, 5)
+NONE = 0  # LoRAMapping's word for a request without an adapter
+MIXES = {
+    "base alone": [NONE] * 5,
+    "one adapter": [7] * 5,
+    "runs": [7, 7, NONE, NONE, 9, 9, 9],
+    "scattered": [9, NONE, 7, 9, NONE, 7, 7, 11],
+}
+
+
+def wrapper(kind: type[PunicaWrapperCPU], mix: list[int], prefill: bool) -> PunicaWrapperCPU:
+    made = kind(256, 256, torch.device("cpu"))
+    mapping = LoRAMapping(tuple(mix), tuple(mix), is_prefill=prefill)
+    slots = [11, 7, None, 9]  # the adapter in each
+    made.update_metadata(mapping, slots, SLOTS + 1, 100)  # one more: so does vLLM's model_manager.py
+    return made
+
+
+def expected(mix: list[int], y: torch.Tensor, x: torch.Tensor, a: list, b: list, scale: float) -> torch.Tensor:
+    slot_of, start, y = {11: 0, 7: 1, 9: 3}, 0, y.double().clone()
+    for a_part, b_part in zip(a, b, strict=True):
+        size = b_part.shape[2]
+        for row, adapter in enumerate(mix):
+            if adapter != NONE:
+                slot = slot_of[adapter]
+                h = a_part[slot, 0].double() @ x[row].double()
+                y[row, start : start + size] += scale * (b_part[slot, 0].double() @ h)
+        start += size
+    return y
+
+
+def factors() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    a = [torch.randn(SLOTS, 1, RANK, WIDTH) for _ in OUT]
+    return a, [torch.randn(SLOTS, 1, size, RANK) for size in OUT]
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("times", [1, 20])  # few tokens, and many
+def test_linear_layers(name: str, prefill: bool, dtype: torch.dtype, times: int) -> None:
+    mix, (a, b) = MIXES[name] * times, factors()
+    a, b = [t.to(dtype) for t in a], [t.to(dtype) for t in b]
+    x, y = torch.randn(len(mix), WIDTH, dtype=dtype), torch.randn(len(mix), sum(OUT), dtype=dtype)
+    found = y.clone()
+    wrapper(GroupedPunicaWrapperCPU, mix, prefill).add_lora_linear(found, x, tuple(a), tuple(b), 0.5, OUT)
+    wanted = expected(mix, y, x, a, b, 0.5)
+    assert (found.double() - wanted).abs().max() <= (1e-5 if dtype is torch.float32 else 0.1)
+    without = torch.tensor([adapter == NONE for adapter in mix])
+    assert torch.equal(found[without], y[without])
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_logits(name: str) -> None:
+    mix, (a, b) = MIXES[name], factors()
+    x, y = torch.randn(len(mix), WIDTH), torch.randn(len(mix), OUT[0])
+    found = y.clone()
+    wrapper(GroupedPunicaWrapperCPU, mix, False).add_lora_logits(found, x, a[0], b[0], 2.0)
+    assert (found.double() - expected(mix, y, x, a[:1], b[:1], 2.0)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["base alone", "runs", "scattered"])
+def test_this_vllm_is_affected(name: str) -> None:
+    """If this fails, vLLM was mended, and the plugin's operators are only the faster ones."""
+    assert is_affected()
+    mix, (a, b) = MIXES[name], factors()
+    x, y = torch.randn(len(mix), WIDTH), torch.randn(len(mix), sum(OUT))
+    found = y.clone()
+    wrapper(PunicaWrapperCPU, mix, False).add_lora_linear(found, x, tuple(a), tuple(b), 0.5, OUT)
+    without = torch.tensor([adapter == NONE for adapter in mix])
+    assert not torch.equal(found[without], y[without])
+
+
+def test_vllm_takes_ours() -> None:
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    assert current_platform.get_punica_wrapper().endswith("cpu_lora.GroupedPunicaWrapperCPU")
+
+
+def test_rows_of_a_slot() -> None:
+    groups = group_rows(torch.tensor([2, 2, -1, 0, -1, 0]))
+    assert [slot for slot, _ in groups] == [0, 2]
+    assert groups[0][1].tolist() == [3, 5]
+    assert groups[1][1] == slice(0, 2)

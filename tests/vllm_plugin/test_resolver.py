@@ -1,0 +1,54 @@
+"""The resolver by itself; with vLLM around it, see test_serving.py."""
+
+import asyncio
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from support.tiny_models import Pair
+from vllm.lora.request import LoRARequest
+
+from peanut_serve.lora.cache import LoraCache
+from peanut_serve.lora.exporter import LoraExporter
+from peanut_serve.settings.environment import Settings
+from peanut_serve.vllm_plugin.lora.identity import tell_versions_apart
+from peanut_serve.vllm_plugin.lora.resolver import PeanutResolver
+
+
+def test_a_request_that_is_cancelled_holds_nothing(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its evaluation ends all the same, and is there for the next; what it wrote may be removed."""
+    shutil.copytree(pair.adapter, tmp_path / "tasks" / "one")
+    resolver = PeanutResolver(Settings((str(tmp_path / "tasks"),), tmp_path / "cache"))
+    export, begun, go_on = LoraExporter.export, threading.Event(), threading.Event()
+
+    def slow(*arguments: object) -> object:
+        begun.set()
+        go_on.wait()
+        return export(*arguments)
+
+    monkeypatch.setattr(LoraExporter, "export", slow)
+
+    async def cancel() -> None:
+        asking = asyncio.create_task(resolver.resolve_lora(str(pair.base), "one"))
+        await asyncio.to_thread(begun.wait)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        go_on.set()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+    asyncio.run(cancel())
+    assert resolver.served == {}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    LoraCache(tmp_path / "cache", 0).shrink()  # removes what nobody holds
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_versions_of_one_name_are_two_adapters() -> None:
+    tell_versions_apart()
+    old, new = LoRARequest("task", 1, "a"), LoRARequest("task", 2, "b")
+    assert len({old, new}) == 2
+    assert {old} == {LoRARequest("task", 1, "a")}

@@ -1,0 +1,280 @@
+"""`peanut-serve` with the real vLLM and the real adapters on SmolLM2: alone, mixed, and while everything changes."""
+
+import asyncio
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from support.paths import ROOT
+from support.serving import QUESTIONS, Server, answer, environment, serving
+from support.tiny_models import edit_json, edit_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from converters import merge, open_checkpoint
+from converters.adapters.loading import load_adapter
+from converters.inspection.norms import record_base
+
+pytestmark = pytest.mark.vllm
+
+ADAPTERS = ROOT / "examples" / "adapters"
+TASKS = ("smollm2-json", "smollm2-math", "smollm2-upper")
+BASE = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[int]]:
+    """(task, question) -> greedy tokens of the merged checkpoint in transformers, in float32."""
+    folder = tmp_path_factory.mktemp("merged")
+    found = {}
+    for task in (BASE, *TASKS):
+        model_folder = smollm2
+        if task != BASE:
+            model_folder = merge(smollm2, ADAPTERS / task, folder / task, dtype="fp32").output
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        for question in QUESTIONS:
+            chat = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            with torch.no_grad():
+                tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+            found[task, question] = tokens[0, prompt["input_ids"].shape[1] :].tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in TASKS:
+        shutil.copytree(ADAPTERS / task, folder / task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path, roots: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ("--dtype", "float32", "--max-model-len", "1024")
+    with serving(smollm2, roots, tmp_path_factory.mktemp("server"), *options) as running:
+        yield running
+
+
+async def tokens_of(client: openai.AsyncOpenAI, task: str, question: str) -> list[int]:
+    found = await client.chat.completions.create(
+        model=task,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=24,
+        extra_body={"return_token_ids": True},
+    )
+    return list(found.choices[0].model_extra["token_ids"])
+
+
+def test_all_at_once_evaluates_each_adapter_once(server: Server, expected: dict[tuple[str, str], list[int]]) -> None:
+    """The first requests for every task, base among them, in one batch: greedy tokens are the merged checkpoints'."""
+
+    async def ask_all() -> list[list[int]]:
+        return await asyncio.gather(*(tokens_of(server.async_client, *pair) for pair in list(expected) * 3))
+
+    for pair, tokens in zip(list(expected) * 3, asyncio.run(ask_all()), strict=True):
+        assert tokens == expected[pair], pair
+    log = server.log.read_text()
+    for task in TASKS:
+        assert log.count(f"evaluated {task} in") == 1
+
+
+def test_each_alone(server: Server, expected: dict[tuple[str, str], list[int]]) -> None:
+    for pair, tokens in expected.items():
+        assert asyncio.run(tokens_of(server.async_client, *pair)) == tokens, pair
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)  # an answer betrays its task
+
+
+def test_what_is_listed(server: Server) -> None:
+    assert {model.id for model in server.client.models.list()} >= {BASE, *TASKS}
+
+
+def test_everything_of_vllm_stays(server: Server) -> None:
+    chunks = server.client.chat.completions.create(
+        model="smollm2-json",
+        messages=[{"role": "user", "content": QUESTIONS[1]}],
+        temperature=0,
+        max_tokens=16,
+        stream=True,
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).startswith('{"answer"')
+    with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
+        assert b"vllm:lora_requests_info" in metrics.read()
+    # prompt_logprobs with lm_head among the LoRA modules would end the engine
+    assert answer(server.client, "smollm2-json", QUESTIONS[1], extra_body={"prompt_logprobs": 1})
+
+
+def test_nothing_loads_a_path_that_a_client_names(server: Server, roots: Path) -> None:
+    body = json.dumps({"lora_name": "mine", "lora_path": str(roots)}).encode()
+    request = urllib.request.Request(f"{server.url}/v1/load_lora_adapter", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(request)
+    for name in ("../tasks/smollm2-json", str(roots / "smollm2-json"), "smollm2-json/", ".", "nobody", "a\nb"):
+        with pytest.raises(openai.NotFoundError):
+            answer(server.client, name, QUESTIONS[0])
+
+
+def test_a_replaced_adapter_answers_at_once_and_anew(server: Server, roots: Path) -> None:
+    """The same name and the same prompt: neither old weights nor old KV cache."""
+    shutil.copytree(roots / "smollm2-json", roots / "changing")
+    question = " ".join([QUESTIONS[1]] * 20)  # long enough for full blocks in the prefix cache
+    as_json = answer(server.client, "smollm2-json", question)
+    as_upper = answer(server.client, "smollm2-upper", question)
+    assert as_json != as_upper
+    for other, wanted in (("smollm2-upper", as_upper), ("smollm2-json", as_json)) * 2:
+        assert answer(server.client, "changing", question) != wanted
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(roots / other / name, roots / "changing" / name)
+        assert answer(server.client, "changing", question) == wanted
+    shutil.rmtree(roots / "changing")
+    with pytest.raises(openai.NotFoundError, match="changing"):
+        answer(server.client, "changing", question)
+    assert "changing" not in {model.id for model in server.client.models.list()}
+
+
+def test_two_versions_in_one_batch(server: Server, roots: Path) -> None:
+    """A request in flight stays with the version it began with, beside one for the new; others take their slots."""
+    shutil.copytree(roots / "smollm2-json", roots / "flying")
+    old, new = (answer(server.client, task, QUESTIONS[1], 16) for task in ("smollm2-json", "smollm2-upper"))
+    assert old != new
+    streams = [flying(server)]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(roots / "smollm2-upper" / name, roots / "flying" / name)
+    streams.append(flying(server))
+    assert answer(server.client, "smollm2-math", QUESTIONS[2]) == "4 + 5 = 9. The answer is 9"
+    assert answer(server.client, "smollm2-json", QUESTIONS[1], 16) == old
+    with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
+        running = re.search(rb"vllm:num_requests_running{.*} (.*)", metrics.read())
+    assert float(running[1]) == 2  # they were in flight all the time
+    for stream, wanted in zip(streams, (old, new), strict=True):
+        assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices).startswith(wanted)
+    shutil.rmtree(roots / "flying")
+
+
+def flying(server: Server) -> Iterator[Any]:
+    """Stream a long answer that has begun."""
+    stream = server.client.chat.completions.create(
+        model="flying",
+        messages=[{"role": "user", "content": QUESTIONS[1]}],
+        temperature=0,
+        max_tokens=300,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    return chain([next(stream)], stream)
+
+
+def refused(server: Server, roots: Path, name: str) -> str:
+    """Why an adapter is not served; the server lives."""
+    with pytest.raises(openai.BadRequestError) as error:
+        answer(server.client, name, QUESTIONS[1])
+    shutil.rmtree(roots / name)
+    assert answer(server.client, "smollm2-json", QUESTIONS[1]).startswith('{"answer"')
+    return str(error.value)
+
+
+def test_a_broken_adapter_never_answers(server: Server, roots: Path, tmp_path: Path, smollm2: Path) -> None:
+    for name in ("truncated", "nan", "mixed", "large", "other-base", "lm-head"):
+        shutil.copytree(roots / "smollm2-upper", roots / name)
+    weights = roots / "truncated" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert "not a whole safetensors file" in refused(server, roots, "truncated")
+
+    def first_nan(state: dict[str, torch.Tensor]) -> None:
+        next(iter(state.values()))[0, 0] = float("nan")
+
+    edit_weights(roots / "nan" / "adapter_model.safetensors", first_nan)
+    assert "holds 1 NaN or Inf" in refused(server, roots, "nan")
+    edit_json(roots / "mixed" / "adapter_config.json", r=16)
+    assert "peanut_A has shape (8, 576), wanted (16, 576)" in refused(server, roots, "mixed")
+    other = tmp_path / "other"
+    shutil.copytree(smollm2, other)
+    edit_weights(other / "model.safetensors", lambda state: state["model.norm.weight"].mul_(1.5))
+    record_base(load_adapter(roots / "other-base"), open_checkpoint(other))
+    assert "was recorded on a base with fingerprint" in refused(server, roots, "other-base")
+
+    def wide(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: torch.zeros(*(64 if size == 8 else size for size in v.shape)) for k, v in state.items()}
+
+    edit_weights(roots / "large" / "adapter_model.safetensors", wide)
+    edit_json(roots / "large" / "adapter_config.json", r=64)
+    assert "its rank is 64, and vLLM runs with --max-lora-rank 32" in refused(server, roots, "large")
+
+    def of_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        at = "base_model.model.lm_head.peanut_"
+        layers = {f"{at}{part}.{i}.weight": torch.eye(8) for part in ("encoders", "decoders") for i in range(1)}
+        return {f"{at}A.weight": torch.ones(8, 49152), f"{at}B.weight": torch.ones(49152, 8), **layers}
+
+    edit_weights(roots / "lm-head" / "adapter_model.safetensors", of_head)
+    edit_json(roots / "lm-head" / "adapter_config.json", target_modules=["lm_head"])
+    assert "it updates lm_head, and vLLM runs with --lora-target-modules without it" in refused(
+        server, roots, "lm-head"
+    )
+
+
+def test_cancelled_requests_leave_nothing(server: Server) -> None:
+    async def cancel_some() -> None:
+        client = server.async_client
+        tasks = [asyncio.create_task(tokens_of(client, TASKS[i % 3], QUESTIONS[i % 3])) for i in range(12)]
+        await asyncio.sleep(0.3)
+        for task in tasks[::2]:
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(found, list) for found in done[1::2])
+
+    asyncio.run(cancel_some())
+    assert answer(server.client, "smollm2-math", QUESTIONS[2]) == "4 + 5 = 9. The answer is 9"
+
+
+def test_the_online_example(server: Server) -> None:
+    script = ROOT / "examples" / "online_tasks.py"
+    done = subprocess.run([sys.executable, script, server.url], capture_output=True, text=True)
+    assert 'smollm2-json: {"answer": "' in done.stdout, done.stderr
+    assert "smollm2-math: 4 + 5 = 9. The answer is 9" in done.stdout
+
+
+def test_the_offline_example(smollm2: Path, tmp_path: Path) -> None:
+    script = ROOT / "examples" / "offline_batch.py"
+    done = subprocess.run(
+        [sys.executable, script, smollm2, ADAPTERS], capture_output=True, text=True, env=environment(tmp_path)
+    )
+    assert 'smollm2-json: {"answer": "' in done.stdout, done.stderr[-2000:]
+    assert "smollm2-math: 4 + 5 = 9. The answer is 9" in done.stdout
+
+
+def test_the_readme(smollm2: Path, tmp_path: Path) -> None:
+    """Its two commands, with another port."""
+    serve, curl, _ = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    command = shlex.split(serve)
+    assert command[:2] == ["peanut-serve", "--base"]
+    assert (ROOT / command[2]).samefile(smollm2)
+    with serving(Path(command[2]), Path(command[4]), tmp_path, *command[5:]) as running:
+        done = subprocess.run(
+            curl.replace("http://127.0.0.1:8000", running.url), shell=True, capture_output=True, text=True
+        )
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == '{"answer": "green"}', done.stderr
+
+
+def test_it_stops_when_it_is_told(server: Server) -> None:
+    """Last: SIGTERM ends the server and its engine."""
+    server.process.terminate()
+    start = time.monotonic()
+    while server.process.poll() is None and time.monotonic() - start < 120:
+        time.sleep(0.2)
+    assert server.process.poll() is not None

@@ -1,0 +1,251 @@
+"""Eight variants in one engine, many clients, and everything that goes wrong; `make soak` does it for half an hour.
+
+Every answer betrays its variant (see `betraying.py`). No request is lost: each ends in an answer, or in an error.
+"""
+
+import asyncio
+import os
+import random
+import re
+import shutil
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from support.betraying import World, ask, make_world, memory, replace
+from support.paths import ROOT
+from support.probing_worker import FAULT
+from support.serving import PROGRAM, Server, kill, serving
+
+pytestmark = pytest.mark.vllm
+
+SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version goes through every fault once
+CLIENTS, VARIANTS = 24, 8
+BASE = "base"
+
+
+@pytest.fixture(scope="module")
+def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(smollm2, tmp_path_factory.mktemp("swap-soak"), VARIANTS)
+
+
+class Traffic:
+    """Clients that never stop asking, and what they found."""
+
+    def __init__(self, server: Server, world: World) -> None:
+        self.world, self.client = world, server.async_client
+        # name -> versions it may answer with now, and kinds of errors it may give
+        self.versions = {BASE: {-1}, **{f"task-{seed}": {seed} for seed in range(VARIANTS)}}
+        self.refusals: dict[str, type[openai.APIStatusError]] = {}
+        self.outcomes: Counter[str] = Counter()
+        self.clients: list[asyncio.Task[None]] = []
+        self.is_over = False
+
+    async def ask_for_ever(self, number: int) -> None:
+        generator = random.Random(number)
+        while not self.is_over:
+            name = generator.choice(sorted(self.versions))
+            asking = asyncio.create_task(self.ask_once(name, generator))
+            if generator.random() < 0.1:
+                await asyncio.sleep(generator.random() * 0.3)
+                asking.cancel()
+            try:
+                await asking
+            except asyncio.CancelledError:
+                self.outcomes["cancelled"] += 1
+
+    async def ask_once(self, name: str, generator: random.Random) -> None:
+        allowed = set(self.versions[name])
+        known = set.intersection(*(set(self.world.truth[seed]) for seed in range(-1, 2 * VARIANTS)))
+        prompt = generator.choice(sorted(known))
+        refusal = self.refusals.get(name)
+        try:
+            tokens = await ask(self.client, self.world, name, prompt)
+        except openai.APIStatusError as error:
+            refusal = refusal or self.refusals.get(name)
+            is_server_s = error.status_code in (500, 503)  # a failed swap, an engine that died
+            assert is_server_s or (refusal is not None and isinstance(error, refusal)), (name, error)
+            self.outcomes[str(error.status_code)] += 1
+            return
+        allowed |= self.versions[name]
+        assert tokens in [self.world.truth[seed][prompt] for seed in allowed], (name, prompt, tokens)
+        self.outcomes["right"] += 1
+
+    async def until_right(self, count: int) -> None:
+        """Wait for so many more right answers."""
+        wanted = self.outcomes["right"] + count
+        while self.outcomes["right"] < wanted:
+            await asyncio.sleep(0.05)
+            for client in self.clients:
+                if client.done():
+                    client.result()  # raises what it found
+
+
+class Faults:
+    """What goes wrong. Each returns when it is over."""
+
+    def __init__(self, server: Server, traffic: Traffic, folder: Path) -> None:
+        self.server, self.traffic, self.folder = server, traffic, folder
+        self.fault = folder / "fault"
+
+    async def failing_swap(self, kind: str) -> None:
+        """The next swap raises in the middle, applies half, or ends the worker."""
+        self.fault.write_text(kind)
+        while self.fault.exists():
+            await asyncio.sleep(0.02)
+
+    async def killed(self, process: str) -> None:
+        """SIGKILL the worker, or the engine."""
+        before = self.restarts()
+        kill(self.server, process)
+        while self.restarts() == before:
+            await asyncio.sleep(0.1)
+
+    def restarts(self) -> float:
+        return metric(self.server, "peanut_engine_restarts_total")
+
+    async def broken_theta(self, seed: int) -> None:
+        """θ is truncated, then whole again."""
+        name, broken = f"task-{seed}", self.folder / f"broken-{seed}"
+        shutil.copytree(self.traffic.world.versions[seed], broken, dirs_exist_ok=True)
+        weights = broken / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:2000])
+        await self.exchanged(name, broken, openai.UnprocessableEntityError)
+
+    async def missing_files(self, seed: int) -> None:
+        """The variant goes away, and comes back."""
+        await self.exchanged(f"task-{seed}", None, openai.NotFoundError)
+
+    async def exchanged(self, name: str, other: Path | None, refusal: type[openai.APIStatusError]) -> None:
+        link = self.traffic.world.roots / name
+        whole = link.readlink()
+        self.traffic.refusals[name] = refusal
+        link.unlink()
+        if other is not None:
+            link.symlink_to(other)
+        await self.until_refused(name)
+        link.unlink(missing_ok=True)
+        link.symlink_to(whole)
+        await self.traffic.until_right(20)
+        del self.traffic.refusals[name]
+
+    async def until_refused(self, name: str) -> None:
+        while True:
+            try:
+                await ask(self.traffic.client, self.traffic.world, name, 0)
+            except self.traffic.refusals[name]:
+                return
+            except openai.APIStatusError:
+                await asyncio.sleep(0.1)
+
+    async def new_version(self, seed: int) -> None:
+        """The name stands for another version from now on."""
+        name = f"task-{seed}"
+        new = (max(self.traffic.versions[name]) + VARIANTS) % (2 * VARIANTS)
+        old, self.traffic.versions[name] = self.traffic.versions[name], {*self.traffic.versions[name], new}
+        await asyncio.to_thread(replace, self.traffic.world, name, new)
+        await ask_until_answered(self.traffic, name)
+        await self.traffic.until_right(40)  # those that had begun before are over
+        self.traffic.versions[name] -= old
+
+    async def full_disk(self, seed: int) -> None:
+        """No version can be kept while the disk of the server's state is full; what is there answers."""
+        name = f"task-{seed}"
+        filler = Path(f"/proc/{self.server.process.pid}/root{self.folder}/state/filler")
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+        new = (max(self.traffic.versions[name]) + VARIANTS) % (2 * VARIANTS)
+        await self.exchanged(name, self.traffic.world.versions[new], openai.UnprocessableEntityError)
+        filler.unlink()
+
+
+async def ask_until_answered(traffic: Traffic, name: str) -> None:
+    while True:
+        try:
+            await ask(traffic.client, traffic.world, name, 0)
+            return
+        except openai.APIStatusError:
+            await asyncio.sleep(0.1)
+
+
+def metric(server: Server, name: str) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics") as response:
+        found = re.findall(rf"^{name}(?:{{.*}})? (.*)$", response.read().decode(), re.MULTILINE)
+    return sum(map(float, found))
+
+
+@contextmanager
+def swapping(world: World, folder: Path) -> Iterator[Server]:
+    """A server whose state is on a small disk of its own."""
+    (folder / "state").mkdir()
+    mount = f'mount -t tmpfs -o size=4m tmpfs {folder}/state && exec {PROGRAM} "$@"'
+    program = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh")
+    options = (
+        "--mode", "merged", "--state", str(folder / "state"), "--max-wait", "2", "--dtype", "float32",
+        "--max-model-len", "128", "--max-num-seqs", "16", "--served-model-name", BASE, "--enforce-eager",
+        "--worker-extension-cls", "support.probing_worker.ProbingWorker",
+    )  # fmt: skip
+    variables = {"PYTHONPATH": str(ROOT / "tests"), FAULT: str(folder / "fault")}
+    with serving(world.base, world.roots, folder, *options, program=program, **variables) as server:
+        yield server
+
+
+async def everything(server: Server, world: World, folder: Path) -> Traffic:
+    traffic = Traffic(server, world)
+    faults = Faults(server, traffic, folder)
+    traffic.clients = [asyncio.create_task(traffic.ask_for_ever(number)) for number in range(CLIENTS)]
+    generator, start, sizes = random.Random(7), time.monotonic(), []
+
+    async def one_round() -> None:
+        some: list[Callable[[], object]] = [
+            lambda: faults.failing_swap("raise"),
+            lambda: faults.broken_theta(generator.randrange(VARIANTS)),
+            lambda: faults.failing_swap("silent"),
+            lambda: faults.missing_files(generator.randrange(VARIANTS)),
+            lambda: faults.new_version(generator.randrange(VARIANTS)),
+            lambda: faults.full_disk(generator.randrange(VARIANTS)),
+            lambda: faults.killed(generator.choice(["VLLM::Worker", "VLLM::EngineCore"])),
+        ]
+        for fault in some:
+            await traffic.until_right(60)
+            await fault()  # type: ignore[misc]
+
+    await traffic.until_right(200)  # every canary is known by now
+    while True:
+        await one_round()
+        sizes.append(memory(server))
+        if time.monotonic() - start >= SECONDS:
+            break
+    if SECONDS:
+        before = faults.restarts()
+        await faults.failing_swap("exit")
+        while faults.restarts() == before:
+            await asyncio.sleep(0.1)
+    await traffic.until_right(100)
+    traffic.is_over = True
+    await asyncio.gather(*traffic.clients)
+    print(f"{dict(traffic.outcomes)}, memory in MiB {[size >> 20 for size in sizes]}")
+    if len(sizes) > 4:
+        assert sizes[-1] <= max(sizes[:3]) * 1.15
+    return traffic
+
+
+def test_no_answer_is_another_variant_s(world: World, tmp_path: Path) -> None:
+    with swapping(world, tmp_path) as server:
+        traffic = asyncio.run(everything(server, world, tmp_path))
+        with urllib.request.urlopen(f"{server.url}/health") as response:
+            assert response.status == 200
+        rolled_back = metric(server, "peanut_rollbacks_total")
+        restarts = metric(server, "peanut_engine_restarts_total")
+    assert rolled_back >= 2
+    assert restarts >= 1
+    assert traffic.outcomes["right"] > 5 * traffic.outcomes["500"]

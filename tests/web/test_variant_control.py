@@ -1,0 +1,170 @@
+"""What an operator does to the variants of a server, and what is counted."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+from support.fake_engine import identity
+from support.server_rig import NAMES, SIZE, Rig, RunRig, make_weights, rig_runner, until
+from support.swap_weights import Weights
+
+from peanut_serve.errors import SwapError, UnknownVariantError, VariantError, VariantInUseError
+from peanut_serve.variants.host_weights import HostMemoryError
+from peanut_serve.web.operator import VariantControl
+from peanut_serve.web.schema import VariantState
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return make_weights(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture
+def run_rig(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRig:
+    return rig_runner(weights, tmp_path, monkeypatch)
+
+
+def test_activate(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        control = VariantControl(rig.server)
+        assert (await control.activate("v1")).state is VariantState.ACTIVE
+        assert identity(rig.engine.weights) == rig.expected["v1"]
+        assert rig.server.catalogue.records.active == "v1"
+        rig.engine.fail("apply")
+        swaps = rig.engine.calls.count("apply")
+        with pytest.raises(SwapError, match="rolled back"):
+            await control.activate("v2")
+        await rig.ask("v1")
+        assert rig.engine.calls.count("apply") == swaps + 2  # there and back, and no second try
+        assert rig.server.catalogue.records.active == "v1"
+        await control.activate("v2")
+        for name, error in (("none", UnknownVariantError), ("broken", VariantError)):
+            with pytest.raises(error):
+                await control.activate(name)
+        assert control.engine().active == "v2"
+
+    run_rig(test)
+
+
+def test_pinned_weights_stay(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        control = VariantControl(rig.server)
+        await rig.ask("v2")
+        await rig.ask("base")
+        await rig.ask("v3")
+        await rig.ask("base")
+        assert [control.variant(name).host_bytes > 0 for name in NAMES] == [False, True, False, True]  # v1 is pinned
+        await control.pin("v2", True)
+        with pytest.raises(HostMemoryError, match="unpin a variant"):
+            await rig.ask("v3")
+        await control.pin("v2", False)
+        await rig.ask("v3")
+        assert [control.variant(name).host_bytes > 0 for name in NAMES] == [False, True, False, True]
+
+    run_rig(test, host_cache=2 * SIZE, pin=("v1",))
+
+
+def test_weights_that_are_needed_are_held(run_rig: RunRig) -> None:
+    """Those that requests wait for, and the active ones, to go back to."""
+
+    async def test(rig: Rig) -> None:
+        rig.engine.go.clear()
+        tasks = [await rig.asking("base"), await rig.asking("v1")]
+        for name in ("v2", "v3", "v2"):
+            await rig.server.current(name)  # takes the other place
+        rig.engine.go.set()
+        await asyncio.gather(*tasks)
+        for name in ("v3", "v2"):
+            await rig.server.current(name)
+        rig.engine.fail("apply")
+        with pytest.raises(SwapError, match="the swap failed and was rolled back"):
+            await rig.ask("v2")
+        assert identity(rig.engine.weights) == rig.expected["v1"]
+
+    run_rig(test, host_cache=2 * SIZE, max_wait=60)
+
+
+def test_what_is_preloaded(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        states = [VariantControl(rig.server).variant(name).state for name in ("v1", "v2")]
+        assert states == [VariantState.READY, VariantState.REGISTERED]
+
+    run_rig(test, preload=("v1",))
+    with pytest.raises(VariantError, match="broken cannot be served"):
+        run_rig(test, preload=("broken",))
+
+
+def test_variants_come_and_go(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        control = VariantControl(rig.server)
+        with pytest.raises(VariantError):
+            await control.register("new", "broken")
+        assert "new" not in rig.server.catalogue.names()
+        assert (await control.register("new", "v1")).state is VariantState.READY
+        rig.engine.go.clear()
+        running = asyncio.create_task(rig.ask("new"))
+        await until(lambda: rig.engine.running == 1)
+        with pytest.raises(VariantInUseError, match="new has 1 requests"):
+            await control.unregister("new", drain=False)
+        removing = asyncio.create_task(control.unregister("new", drain=True))
+        await until(lambda: "new" not in rig.server.catalogue.names())
+        with pytest.raises(UnknownVariantError):
+            await rig.ask("new")
+        assert not removing.done()
+        rig.engine.go.set()
+        await asyncio.gather(running, removing)
+
+    run_rig(test)
+
+
+def test_a_name_in_two_folders_hinders_no_other(run_rig: RunRig, weights: Weights, tmp_path: Path) -> None:
+    shutil.copytree(weights.tasks / "v1", tmp_path / "more" / "v1")
+
+    async def test(rig: Rig) -> None:
+        listed = [one.name for one in VariantControl(rig.server).variants()]
+        assert listed == ["base", "broken", "v1", "v2", "v3"]
+        await rig.ask("v2")
+
+    run_rig(test, roots=(str(weights.tasks), str(tmp_path / "more")))
+
+
+def test_what_is_counted(run_rig: RunRig) -> None:
+    def value(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, labels) or 0.0
+
+    async def test(rig: Rig) -> None:
+        def values() -> list[float]:
+            return [
+                value("peanut_swaps_total", variant="v1", outcome="done"),
+                value("peanut_swaps_total", variant="v1", outcome="failed"),
+                value("peanut_rollbacks_total"),
+                value("peanut_engine_restarts_total"),
+                value("peanut_evaluation_seconds_count"),
+                value("peanut_swap_seconds_count", phase="apply"),
+                value("peanut_queue_seconds_count", variant="v1"),
+            ]
+
+        def change() -> list[float]:
+            nonlocal before
+            before, old = values(), before
+            return [new - then for new, then in zip(before, old, strict=True)]
+
+        before = values()
+        await rig.ask("v1")
+        assert change() == [1, 0, 0, 0, 1, 1, 1]
+        await rig.ask("base")
+        rig.engine.fail("apply")
+        with pytest.raises(SwapError):
+            await rig.ask("v1")
+        assert change() == [0, 1, 1, 0, 0, 1, 0]
+        rig.server.driver.forgive(str(rig.server.catalogue.find("v1").record.digest))
+        rig.engine.fail("apply", "die")
+        with pytest.raises(SwapError):
+            await rig.ask("v1")
+        assert change() == [0, 1, 1, 1, 0, 0, 0]
+        assert value("peanut_host_cache_bytes") == rig.server.cache.nbytes > 0
+        assert value("peanut_ready") == 1
+
+    run_rig(test)

@@ -1,0 +1,201 @@
+"""What a client is told: whose weights answered, and why there is no answer."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+from support.server_rig import Rig, RunRig, make_weights, rig_runner, until
+from support.swap_weights import Weights
+
+from peanut_serve.web.middleware import VariantMiddleware
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return make_weights(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture
+def run_rig(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRig:
+    return rig_runner(weights, tmp_path, monkeypatch)
+
+
+class Call:
+    """One HTTP request to the middleware, and what it was answered."""
+
+    def __init__(self, rig: Rig, path: str, body: object = None, method: str = "POST", **headers: str) -> None:
+        self.rig, self.sent, self.gone = rig, [], asyncio.Event()
+        self.body = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        self.scope = {"type": "http", "method": method, "path": path, "headers": []}
+        self.scope["headers"] += [(key.replace("_", "-").encode(), text.encode()) for key, text in headers.items()]
+        self.is_read = False
+        self.admitted: list[str | None] = []
+        middleware = VariantMiddleware(
+            self._app, lambda: rig.server, lambda one: self.admitted.append(one and one.name)
+        )
+        self.task = asyncio.create_task(middleware(self.scope, self._receive, self._send))
+
+    async def _receive(self) -> dict:
+        if self.is_read:
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+        self.is_read = True
+        return {"type": "http.request", "body": self.body}
+
+    async def _send(self, message: dict) -> None:
+        self.sent.append(message)
+
+    async def _app(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """What vLLM is: the answer is what the engine has computed with."""
+        assert (await receive())["body"] == self.body
+        kind = b"text/event-stream" if scope["path"] == "/stream" else b"text/plain"
+        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
+        if scope["path"] == "/stream":
+            await send(start)
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        answer = await self.rig.engine.generate()
+        if scope["path"] != "/stream":
+            await send(start)
+        await send({"type": "http.response.body", "body": answer.encode()})
+
+    async def answer(self) -> tuple[int, str]:
+        await self.task
+        return self.sent[0]["status"], b"".join(message["body"] for message in self.sent[1:]).decode()
+
+    async def refusal(self) -> tuple[int, str, str | None]:
+        """Status, kind and Retry-After."""
+        status, text = await self.answer()
+        error = json.loads(text)["error"]
+        assert (error["code"], error["param"]) == (status, "model")
+        return status, error["type"], self.header("retry-after")
+
+    def header(self, name: str) -> str | None:
+        return dict(self.sent[0]["headers"]).get(name.encode(), b"").decode() or None
+
+
+def test_a_request_says_whose_weights_it_got(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        for path in ("/v1/completions", "/stream", "/a/route/of/a/later/vllm"):
+            for name in ("v1", "base", "v2"):
+                call = Call(rig, path, {"model": name, "n": 1}, x_request_id="mine")
+                status, text = await call.answer()
+                assert (status, text.removeprefix("data: 1\n\n")) == (200, rig.expected[name])
+                digest = rig.server.catalogue.find(name).version.digest
+                found = [call.header(f"x-{header}") for header in ("peanut-variant", "peanut-digest", "request-id")]
+                assert (found, call.admitted) == ([name, digest, "mine"], [name])
+        for body in ({}, b"", {"model": None}, {"model": ""}, []):  # as vLLM: whatever it serves
+            call = Call(rig, "/v1/completions", body)
+            assert await call.answer() == (200, rig.expected["base"])
+            given = dict(call.scope["headers"])[b"x-request-id"].decode()
+            assert call.header("x-request-id") == given != ""
+
+    run_rig(test)
+
+
+def test_what_needs_no_weights_does_not_wait(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("v1")
+        for method, path in (("POST", "/tokenize"), ("POST", "/v1/messages/count_tokens"), ("GET", "/v1/models")):
+            call = Call(rig, path, {"model": "none"}, method)
+            assert await call.answer() == (200, rig.expected["v1"])
+            assert (call.admitted, call.header("x-peanut-variant")) == ([None], None)
+        sent: list[dict] = []
+        middleware = VariantMiddleware(Call._app, lambda: rig.server, lambda one: None)
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        await middleware({"type": "websocket", "path": "/v1/realtime"}, lambda: asyncio.sleep(0), send)
+        assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
+
+    run_rig(test)
+
+
+def test_refusals(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        unknown = {"variant": "unknown", "outcome": "refused"}
+        before = REGISTRY.get_sample_value("peanut_requests_total", unknown) or 0
+        for body, expected in (
+            ({"model": "none"}, (404, "UnknownVariantError", None)),
+            ({"model": "../v1"}, (404, "UnknownVariantError", None)),
+            ({"model": "broken"}, (422, "VariantError", None)),
+            ({"model": 5}, (400, "RequestBodyError", None)),
+            (b"--multipart", (400, "RequestBodyError", None)),
+            (b"[" * 100_000, (400, "RequestBodyError", None)),
+        ):
+            assert await Call(rig, "/v1/completions", body).refusal() == expected
+        after = REGISTRY.get_sample_value("peanut_requests_total", unknown)
+        assert after == before + 5  # no series for a name that a client made up
+        rig.engine.fail("apply")
+        assert await Call(rig, "/v1/completions", {"model": "v1"}).refusal() == (500, "SwapError", None)
+        rig.engine.go.clear()
+        running = Call(rig, "/v1/completions")
+        await until(lambda: rig.engine.running == 1)
+        waiting = [Call(rig, "/v1/completions", {"model": "v2"}) for _ in range(2)]
+        await until(lambda: rig.waiting == 1 and any(call.task.done() for call in waiting))
+        status, kind, retry = await next(call for call in waiting if call.task.done()).refusal()
+        assert (status, kind, int(retry or 0) > 0) == (429, "QueueFullError", True)
+        rig.server.stop()
+        assert await next(call for call in waiting if call.sent == []).refusal() == (503, "EngineDownError", "5")
+        rig.engine.go.set()
+        assert (await running.answer())[0] == 200
+
+    run_rig(test, max_queue=1, max_wait=60)
+
+
+def test_a_client_that_goes_away_while_it_waits(run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        rig.engine.go.clear()
+        running = Call(rig, "/v1/completions")
+        await until(lambda: rig.engine.running == 1)
+        call = Call(rig, "/v1/completions", {"model": "v1"})
+        await until(lambda: rig.waiting == 1)
+        call.gone.set()
+        await call.task
+        assert (call.sent, rig.waiting, rig.server.places.taken) == ([], 0, 0)
+        rig.engine.go.set()
+        assert await running.answer() == (200, rig.expected["base"])
+
+    run_rig(test)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/stream"])
+def test_a_request_that_a_swap_ends(run_rig: RunRig, path: str) -> None:
+    async def test(rig: Rig) -> None:
+        rig.engine.go.clear()
+        call = Call(rig, path, x_request_id="mine")
+        await until(lambda: rig.engine.running == 1)
+        swapping = Call(rig, "/v1/completions", {"model": "v1"})
+        await call.task
+        if path == "/stream":
+            assert [message["more_body"] for message in call.sent[1:]] == [True, False]
+            error = json.loads(call.sent[-1]["body"].removeprefix(b"data: "))["error"]
+            assert (error["type"], error["code"], "(mine)" in error["message"]) == ("EngineDownError", 503, True)
+        else:
+            assert await call.refusal() == (503, "EngineDownError", "1")
+        rig.engine.go.set()
+        assert await swapping.answer() == (200, rig.expected["v1"])
+
+    run_rig(test, drain="abort")
+
+
+def test_a_request_that_is_ended_before_it_runs(run_rig: RunRig) -> None:
+    """A swap may begin between a request's admission and its first step."""
+
+    async def test(rig: Rig) -> None:
+        rig.engine.go.clear()
+        call = Call(rig, "/v1/completions")
+        while not rig.server.gate.running:
+            await asyncio.sleep(0)
+        assert call.admitted == []
+        for ticket in rig.server.gate.running:
+            ticket.abort()
+        await until(lambda: call.task.done() or rig.engine.running > 0)
+        assert rig.engine.running == 0
+        assert await call.refusal() == (503, "EngineDownError", "1")
+        assert not rig.server.gate.running
+
+    run_rig(test)
