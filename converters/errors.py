@@ -1,27 +1,27 @@
-"""Every refusal of the toolkit. All messages say what was found, what was wanted and what to do.
+"""The exceptions of the toolkit. Each message says what was found, what was expected and what to do.
 
 PeanutError
 ├── AdapterError                the adapter cannot be used
-│   ├── LayoutError             the folder is in no layout this version reads
-│   ├── AdapterConfigError      adapter_config.json is invalid, unknown or disagrees with the weights
-│   └── ThetaError              θ is missing, extra, of the wrong shape, damaged or not finite
-├── BaseModelError              the base cannot be used
-│   ├── CheckpointError         missing, truncated, corrupt, or not safetensors
-│   ├── QuantizedBaseError      quantised weights cannot be merged into
-│   ├── AlreadyMergedError      f(W0; θ) needs the original W0
-│   └── BaseMismatchError       not the base the adapter was trained on
-├── HubError                    a download from the Hub, or an upload to it, failed
-├── TargetError                 an adapter weight finds no tensor in the base
+│   ├── LayoutError             the folder matches no layout that this version reads
+│   ├── AdapterConfigError      the config is invalid, has unknown keys or contradicts the weights
+│   └── ThetaError              θ is missing, unexpected, of the wrong shape, damaged or not finite
+├── BaseModelError              the base model cannot be used
+│   ├── CheckpointError         the checkpoint is missing, truncated, corrupt, or not safetensors
+│   ├── QuantizedBaseError      the weights are quantised; an adapter cannot be merged into them
+│   ├── AlreadyMergedError      the base already contains an adapter; f(W0; θ) needs the original W0
+│   └── BaseMismatchError       the adapter was trained on a different base
+├── HubError                    a download from the Hub or an upload to it failed
+├── TargetError                 an adapter weight has no matching tensor in the base
 ├── OutputError                 the output cannot be written
-│   ├── OutputExistsError       the folder exists
-│   │   └── OutputBusyError     another run is writing it
-│   ├── NoSpaceError            not enough room on the disk
+│   ├── OutputExistsError       the output folder already exists
+│   │   └── OutputBusyError     another run is writing the same output
+│   ├── NoSpaceError            not enough free disk space
 │   └── NonFiniteError          a merged weight is NaN or does not fit the output dtype
-├── VerificationError           what was written is not what was computed
-├── ConversionError             the format asked for cannot say what the adapter does
-├── OptionError                 an option has no meaning here
-│   └── MissingScalingError     the adapter does not store its scale
-└── MissingDependencyError      a package of an extra is not installed
+├── VerificationError           the written files differ from what was computed
+├── ConversionError             the requested format cannot express what the adapter does
+├── OptionError                 an option is invalid or does not apply to this input
+│   └── MissingScalingError     the adapter does not store its scale, and none was given
+└── MissingDependencyError      an optional package is not installed
 """
 
 
@@ -34,43 +34,43 @@ class AdapterError(PeanutError):
 
 
 class LayoutError(AdapterError):
-    """The folder is in no layout this version reads."""
+    """The folder matches no layout that this version reads."""
 
 
 class AdapterConfigError(AdapterError):
-    """The adapter's config is invalid, holds unknown keys, or disagrees with its weights."""
+    """The adapter's config is invalid, has unknown keys, or contradicts its weights."""
 
 
 class ThetaError(AdapterError):
-    """θ is missing, extra, of the wrong shape, damaged or not finite."""
+    """θ is missing, unexpected, of the wrong shape, damaged or not finite."""
 
 
 class BaseModelError(PeanutError):
-    """The base checkpoint cannot be used."""
+    """The base model cannot be used."""
 
 
 class CheckpointError(BaseModelError):
-    """The base is missing, truncated, corrupt, or not safetensors."""
+    """A checkpoint is missing, truncated, corrupt, or not safetensors."""
 
 
 class QuantizedBaseError(BaseModelError):
-    """The base holds quantised weights."""
+    """The weights of the base are quantised, so an adapter cannot be merged into them."""
 
 
 class AlreadyMergedError(BaseModelError):
-    """The base already carries a merged adapter."""
+    """The base already contains a merged adapter; f(W0; θ) needs the original W0."""
 
 
 class BaseMismatchError(BaseModelError):
-    """The base is not the one the adapter was trained on."""
+    """The adapter was trained on a different base."""
 
 
 class HubError(PeanutError):
-    """Something cannot be had from the Hub, or not be uploaded to it."""
+    """A download from the Hub or an upload to it failed."""
 
 
 class TargetError(PeanutError):
-    """A weight of the adapter finds no tensor in the base."""
+    """A weight of the adapter has no matching tensor in the base."""
 
 
 class OutputError(PeanutError):
@@ -78,15 +78,15 @@ class OutputError(PeanutError):
 
 
 class OutputExistsError(OutputError):
-    """The output folder exists, or another run is writing it."""
+    """The output already exists, or another run is writing it."""
 
 
 class OutputBusyError(OutputExistsError):
-    """Another run is writing the output."""
+    """Another run is writing the same output."""
 
 
 class NoSpaceError(OutputError):
-    """The disk has not enough room for the output."""
+    """There is not enough free disk space for the output."""
 
 
 class NonFiniteError(OutputError):
@@ -94,15 +94,15 @@ class NonFiniteError(OutputError):
 
 
 class VerificationError(PeanutError):
-    """The written files are not what was computed."""
+    """The written files differ from what was computed."""
 
 
 class ConversionError(PeanutError):
-    """The format that was asked for cannot say what the adapter does."""
+    """The requested format cannot express what the adapter does."""
 
 
 class OptionError(PeanutError):
-    """An option that has no meaning, or not for this input."""
+    """An option is invalid or does not apply to this input."""
 
 
 class MissingScalingError(OptionError):
@@ -110,4 +110,4 @@ class MissingScalingError(OptionError):
 
 
 class MissingDependencyError(PeanutError):
-    """A package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""

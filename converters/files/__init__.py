@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors files read and written in part, folders that appear whole, JSON, hashes."""
+"""Bytes on disk: partial reads and writes of safetensors files, atomic output folders, JSON and hashes."""

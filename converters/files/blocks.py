@@ -1,11 +1,11 @@
-"""How a weight is cut into blocks of rows, so that no weight has to be in memory whole."""
+"""The size of the row blocks in which weights are processed, so that no weight has to fit in memory as a whole."""
 
-# float64 bytes of one block of W0, and the fewest rows in it: measured (benchmarks/README.md). In smaller blocks the
-# calls cost as much as the numbers, larger ones leave the cache
+# float64 bytes of one block of W0, and its minimum number of rows, as measured (benchmarks/README.md). In smaller
+# blocks the calls cost as much as the arithmetic; larger ones do not fit in the cache
 BLOCK_BYTES = 8 << 20
 LEAST_ROWS = 32
 
 
 def block_rows(width: int) -> int:
-    """How many rows of a weight with `width` columns make one block."""
+    """Number of rows per block for a weight with `width` columns."""
     return max(LEAST_ROWS, BLOCK_BYTES // (8 * max(1, width)))

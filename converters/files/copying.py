@@ -1,4 +1,4 @@
-"""Copying bytes between files without bringing them into Python: reflinks, hard links, copy_file_range(2)."""
+"""Copying bytes between files without passing them through Python: reflinks, hard links, copy_file_range(2)."""
 
 import ctypes
 import errno
@@ -8,24 +8,24 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-_STEP = 16 << 20  # between two looks at whether to stop
-_FICLONE = 0x40049409  # ioctl(2): share all blocks of a file, copied when one of them is written to
+_STEP = 16 << 20  # bytes per call, so that a copy can be interrupted
+_FICLONE = 0x40049409  # ioctl(2): share all blocks of a file, copy on write
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range(2)
 
-# copy_file_range cannot do it here (two file systems, an old kernel), or does not say which side failed
+# copy_file_range is not possible here (two file systems, an old kernel), or does not report which side failed
 _FALL_BACK = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SourceError(OSError):
-    """The source of a copy could not be read, or ended too early."""
+    """The source of a copy could not be read or ended early."""
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, size: int) -> None:
     """Copy bytes from one open file to another.
 
-    Raises `SourceError` where reading failed, any other `OSError` where writing did.
+    Raises `SourceError` if reading failed, and any other `OSError` if writing failed.
     """
     while size:
         step = min(size, _STEP)
@@ -38,7 +38,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
                 raise
             done = _read_and_write(source, source_offset, target, target_offset, min(step, 1 << 20))
         if done == 0:
-            raise SourceError(errno.EIO, "it ended too early: it was truncated while it was read")
+            raise SourceError(errno.EIO, "the file ended early: it was truncated while it was read")
         start_writeback(target, target_offset, done)
         source_offset, target_offset, size = source_offset + done, target_offset + done, size - done
 
@@ -60,14 +60,14 @@ def write_at(target: int, data: memoryview, offset: int) -> None:
 
 
 def start_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Let the system begin to write a range to the disk: the sync at the end has less to do."""
+    """Start writing a range to disk in the background, so that the final sync has less to do."""
     _sync_range(descriptor, offset, size, _WRITE)
 
 
 def drop_written(descriptor: int, offset: int, size: int) -> None:
-    """Wait until a range is on the disk, and take it out of the page cache.
+    """Wait until a range is on disk, then drop it from the page cache.
 
-    A checkpoint would only drive out what is worth to be in there, its own base first.
+    Otherwise the output would evict pages that are worth keeping, those of its own base first.
     """
     _sync_range(descriptor, offset, size, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
     if hasattr(os, "posix_fadvise"):
@@ -80,12 +80,12 @@ def _sync_range(descriptor: int, offset: int, size: int, flags: int) -> None:
 
 
 def copy_file(source: Path, target: Path, share: bool = False) -> None:
-    """Make `target`, which must not exist, a copy of `source` by the cheapest way there is.
+    """Copy `source` to `target`, which must not exist, in the cheapest way available.
 
-    A reflink where the file system has them. Else, with `share`, a hard link: then both names are one file, and
-    who writes into it changes both. Else, or where that is not possible (two disks), the bytes are copied.
+    This is a reflink if the file system supports them. Otherwise, with `share`, it is a hard link: both names then
+    refer to one file, and writing to either changes both. If neither is possible (two disks), the bytes are copied.
 
-    Raises as `copy_range`.
+    Raises the same errors as `copy_range`.
     """
     source = source.resolve()
     try:
@@ -116,6 +116,6 @@ def _reflink(source: int, target: int) -> bool:
 
 
 def _can_reflink(source: int, target: Path) -> bool:
-    """Try it on a file without a name beside `target`."""
+    """Try a reflink to an unnamed temporary file next to `target`."""
     with tempfile.TemporaryFile(dir=target.parent) as trial:
         return _reflink(source, trial.fileno())

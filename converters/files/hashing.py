@@ -6,7 +6,7 @@ import xxhash
 
 
 def hash_file(file: Path) -> str:
-    """xxh3_128 of a file."""
+    """Hex digest of the xxh3_128 hash of a file."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as opened:
         while chunk := opened.read(1 << 20):

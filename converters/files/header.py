@@ -1,8 +1,8 @@
-"""Safetensors files: where each tensor lies, and the header of a new file.
+"""Headers of safetensors files: the location of each tensor, and the header of a new file.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length, a JSON header, the data.
-Validation is the safetensors library's; what it cannot do is hand out or take in a part of a tensor:
-`tensor_reader.py` and `shard_writer.py` do that.
+The safetensors library does the validation. It cannot read or write part of a tensor; `reader.py` and `writer.py`
+do that.
 """
 
 import json
@@ -27,10 +27,10 @@ FLOAT_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: its bytes are `file[offset : offset + nbytes]`, C-contiguous."""
+    """The location of one tensor: its bytes are `file[offset : offset + nbytes]`, C-contiguous."""
 
     name: str
-    dtype: str  # as safetensors spells it: F32, BF16, I64, ...
+    dtype: str  # in safetensors' spelling: F32, BF16, I64, ...
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -38,28 +38,28 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of a floating tensor; `KeyError` for any other."""
+        """The torch dtype of a floating-point tensor. Raises `KeyError` for any other."""
         return FLOAT_DTYPES[self.dtype]
 
     @property
     def row_size(self) -> int:
-        """Numbers in one row, i.e. at one index of dimension 0."""
+        """Number of elements in one row, i.e. at one index of dimension 0."""
         return math.prod(self.shape[1:])
 
     @property
     def as_matrix(self) -> "TensorInfo":
-        """The same bytes as a matrix: a vector is one of a single column."""
+        """The same bytes as a matrix; a vector becomes a matrix with a single column."""
         return replace(self, shape=(*self.shape, 1)) if len(self.shape) == 1 else self
 
     @property
     def is_float(self) -> bool:
-        """Whether this is an ordinary floating tensor, which a cast may touch."""
+        """Whether this is an ordinary floating-point tensor, which may be cast."""
         return self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """A tensor that will be written."""
 
     name: str
     dtype: str
@@ -71,14 +71,14 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     """The tensors of a safetensors file in file order, and its metadata.
 
     Raises:
-        CheckpointError: the file is not safetensors, truncated, or its header lies about its data.
+        CheckpointError: the file is not safetensors or is truncated, or its header does not match its data.
     """
     try:
         with safe_open(path, framework="np") as checked:  # checks lengths, overlaps and holes
             metadata = dict(checked.metadata() or {})
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); it may be truncated, fetch it again"
+            f"{path}: not a whole safetensors file ({error}); it may be truncated; fetch it again"
         ) from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -87,7 +87,7 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
 
 
 def list_tensors(header: Mapping[str, Any], file: Path, data_start: int) -> list[TensorInfo]:
-    """The entries of a header, in file order; the data begin at `data_start`."""
+    """The entries of a header in file order. The tensor data start at `data_start`."""
     tensors = [
         TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data_start + begin, end - begin)
         for name, entry in header.items()
@@ -100,7 +100,7 @@ def list_tensors(header: Mapping[str, Any], file: Path, data_start: int) -> list
 def build_header(
     specs: Iterable[TensorSpec], metadata: Mapping[str, str], path: Path
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The first bytes of a file that holds `specs` in this order, and where in it each tensor will lie."""
+    """The length and header of a file with `specs` in this order, and the location of each tensor in it."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for spec in specs:

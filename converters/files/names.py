@@ -1,11 +1,11 @@
-"""Names of files that several rooms look for."""
+"""File names that several packages look for."""
 
-MODEL_CONFIG = "config.json"  # a folder without one is not a model
+MODEL_CONFIG = "config.json"  # a folder without it is not a model
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MANIFEST_NAME = "peanut_manifest.json"  # only in what this toolkit wrote
+MANIFEST_NAME = "peanut_manifest.json"  # only in folders that this toolkit wrote
 ADAPTER_CONFIG = "adapter_config.json"
 NATIVE_CONFIG = "peanut_config.json"
 NATIVE_WEIGHTS = "peanut_theta.safetensors"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-BASE_RECORD = "peanut_base.json"  # beside an adapter: the base it belongs to
+BASE_RECORD = "peanut_base.json"  # next to an adapter: the base it belongs to

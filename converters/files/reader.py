@@ -1,4 +1,4 @@
-"""Reading tensors of safetensors files block by block, so that no tensor has to fit in memory."""
+"""Reading tensors of safetensors files in blocks, so that no tensor has to fit in memory."""
 
 import os
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ _AHEAD_BYTES = 64 << 20
 
 
 class TensorReader:
-    """Reads byte ranges and row blocks of tensors, keeping each file open once. For one thread.
+    """Reads byte ranges and row blocks of tensors. Opens each file once. Not thread-safe.
 
-    What a method yields is a view of one reused buffer: it is valid until the next read. `preadv` and not a map:
-    a file that is truncated while it is read is an error, not a SIGBUS.
+    The methods yield views of one reused buffer, which are valid until the next read. Files are read with `preadv`
+    instead of being mapped, so that truncation during a read raises an error, not SIGBUS.
 
     Args:
-        pinned: read into page-locked memory, from which a GPU can copy by itself.
+        pinned: read into page-locked memory, from which a GPU can copy directly.
     """
 
     def __init__(self, pinned: bool = False) -> None:
@@ -44,7 +44,7 @@ class TensorReader:
         self._files.clear()
 
     def descriptor(self, file: Path) -> int:
-        """The open file. Raises `CheckpointError` if it cannot be opened."""
+        """The descriptor of the open file. Raises `CheckpointError` if it cannot be opened."""
         if file not in self._files:
             try:
                 self._files[file] = os.open(file, os.O_RDONLY)
@@ -53,7 +53,7 @@ class TensorReader:
         return self._files[file]
 
     def prefetch(self, info: TensorInfo) -> None:
-        """Let the system read the beginning of a tensor ahead; it sees by itself that the rest is read in order."""
+        """Read the beginning of a tensor ahead; the kernel's own read-ahead covers the sequential rest."""
         if hasattr(os, "posix_fadvise"):
             size = min(info.nbytes, _AHEAD_BYTES)
             os.posix_fadvise(self.descriptor(info.file), info.offset, size, os.POSIX_FADV_WILLNEED)
@@ -73,13 +73,13 @@ class TensorReader:
                 raise CheckpointError(f"{info.file}: cannot read {info.name} ({error}); check the disk") from None
             if got == 0:
                 raise CheckpointError(
-                    f"{info.file}: ended in the middle of {info.name}; it was truncated while it was read"
+                    f"{info.file}: ended in the middle of {info.name}; the file was truncated while it was read"
                 )
             done += got
         return into
 
     def chunks(self, info: TensorInfo) -> Iterator[Tensor]:
-        """The bytes of a tensor in pieces, each uint8 (n,)."""
+        """The bytes of a tensor in chunks, each uint8 (n,)."""
         for start in range(0, info.nbytes, CHUNK_BYTES):
             yield self._read(info, start, min(CHUNK_BYTES, info.nbytes - start))
 
@@ -95,7 +95,7 @@ class TensorReader:
         return self._read(info, start, size).numpy().tobytes()
 
     def row_blocks(self, info: TensorInfo, rows: int) -> Iterator[Tensor]:
-        """A floating tensor in blocks of `rows` along dimension 0, each (n, ...)."""
+        """A floating-point tensor in blocks of `rows` along dimension 0, each (n, ...)."""
         if not info.shape:
             yield self._read(info, 0, info.nbytes).view(info.torch_dtype).reshape(())
             return
@@ -103,11 +103,11 @@ class TensorReader:
             yield self._rows(info, start, min(rows, info.shape[0] - start))
 
     def whole(self, info: TensorInfo) -> Tensor:
-        """A copy of a floating tensor."""
+        """A copy of a whole floating-point tensor."""
         return self._read(info, 0, info.nbytes).clone().view(info.torch_dtype).reshape(info.shape)
 
     def row(self, info: TensorInfo, index: int) -> Tensor:
-        """One row of a floating tensor."""
+        """One row of a floating-point tensor."""
         return self._rows(info, index, 1)[0]
 
     def _rows(self, info: TensorInfo, start: int, count: int) -> Tensor:

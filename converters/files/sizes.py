@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Sizes in human-readable form."""
 
 import re
 
@@ -6,7 +6,7 @@ from converters.errors import OptionError
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of '5GB', '500MB', '2GiB'; None for 'base', the base's own sharding.
+    """The number of bytes in '5GB', '500MB' or '2GiB'; None for 'base', which keeps the sharding of the base.
 
     Raises `OptionError` for anything else.
     """
@@ -18,5 +18,5 @@ def parse_size(text: str) -> int | None:
         power = " KMGT".index(found[2].upper() or " ")
         size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
     if size <= 0:
-        raise OptionError(f"'{text}' is no size; wanted something like 5GB, 500MB, 2GiB, or 'base'")
+        raise OptionError(f"'{text}' is not a valid size; expected something like 5GB, 500MB, 2GiB, or 'base'")
     return size

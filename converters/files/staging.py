@@ -1,7 +1,7 @@
-"""Output folders that appear whole or not at all: written beside, synced, renamed.
+"""Atomic output folders: written next to the output, synced, then renamed.
 
-The staging folder is hidden, lies on the same file system, and is locked by the run that writes it. What a
-killed run leaves is such a folder; it never has the output's name, and the next run to the same output
+The staging folder is hidden, is on the same file system, and is locked by the run that writes it. A killed run
+leaves only its staging folder, which never has the name of the output; the next run with the same output
 removes it.
 """
 
@@ -18,15 +18,15 @@ from pathlib import Path
 from converters.errors import NoSpaceError, OutputBusyError, OutputExistsError
 from converters.files.names import MANIFEST_NAME, MODEL_CONFIG
 
-# room beside the weights: tokenizer, manifest, file system overhead
+# space needed besides the weights: tokenizer, manifest, file system overhead
 _SPARE_BYTES = 32 << 20
 
 
 def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output that would damage something.
+    """Refuse an output that would overwrite files it must not touch.
 
     Raises:
-        OutputExistsError: it exists and `overwrite` is not set; or it is not a folder that peanut-merge wrote;
+        OutputExistsError: the output exists and `overwrite` is not set; it is not a folder that peanut-merge wrote;
             or it contains one of the `inputs`.
     """
     for path in inputs:
@@ -37,15 +37,15 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     if not overwrite:
         raise OutputExistsError(f"{output} exists; choose another -o, or replace it with --overwrite")
     if output.is_symlink() or not output.is_dir():
-        raise OutputExistsError(f"{output} is not a folder; --overwrite replaces only folders peanut-merge wrote")
+        raise OutputExistsError(f"{output} is not a folder; only folders that peanut-merge wrote can be overwritten")
     if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
         raise OutputExistsError(
-            f"{output} was not written by peanut-merge (no {MANIFEST_NAME}); remove it yourself, or choose another -o"
+            f"{output} was not written by peanut-merge (no {MANIFEST_NAME}); remove it, or choose another output"
         )
 
 
 def check_space(sizes: Mapping[Path, int]) -> None:
-    """Raise `NoSpaceError` unless the disks have room for outputs, path -> bytes, that are written together."""
+    """Raise `NoSpaceError` if the disks lack space for these outputs, path -> bytes, written at the same time."""
     needed: Counter[int] = Counter()
     for output, size in sizes.items():
         parent = next(path for path in output.absolute().parents if path.is_dir())
@@ -54,9 +54,9 @@ def check_space(sizes: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(parent).free
         if free < needed[disk]:
             raise NoSpaceError(
-                f"{output} needs {size / 1e9:.2f} GB, the disk of {parent} has {free / 1e9:.2f} GB free"
+                f"{output} needs {size / 1e9:.2f} GB, but the disk of {parent} has {free / 1e9:.2f} GB free"
                 + (f" for {len(sizes)} outputs" if len(sizes) > 1 else "")
-                + "; free some, or choose another -o"
+                + "; free some space or choose another output"
             )
 
 
@@ -65,7 +65,7 @@ def _staging_of(output: Path) -> Path:
 
 
 def _allocated(folder: Path) -> int:
-    """Bytes on the disk that an earlier run left: they are written again, or gone on with."""
+    """Disk usage of an earlier run's leftovers, which will be overwritten or reused."""
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0
 
 
@@ -73,10 +73,10 @@ def _allocated(folder: Path) -> int:
 def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes `output` when the block ends without an exception.
 
-    On an exception it is removed, and an existing `output` is as it was. With `keep` it is not, and what a run left
-    there before is still in it.
+    On an exception the folder is removed, and an existing `output` is not changed. With `keep`, the folder is not
+    removed, and it still contains what an earlier run left in it.
 
-    Raises `OutputBusyError` when another run is writing the same output.
+    Raises `OutputBusyError` if another run is writing the same output.
     """
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     staging = _staging_of(output)
@@ -94,7 +94,7 @@ def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
             _remove(staging)
         elif lock is None and not (was_there or isinstance(error, OutputBusyError)):
             with suppress(OSError):
-                staging.rmdir()  # stopped between making and locking it: it is empty
+                staging.rmdir()  # interrupted between creating and locking it, so it is empty
         raise
     finally:
         if lock is not None:
@@ -102,26 +102,28 @@ def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
 
 
 def _lock(staging: Path) -> int:
-    """Create and lock the staging folder; the lock ends with the process, however it ends."""
+    """Create and lock the staging folder; the lock is released when the process ends for any reason."""
     while True:
         with suppress(FileExistsError):
             staging.mkdir()
         try:
             descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            continue  # its owner renamed it in between
+            continue  # its owner renamed it in the meantime
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if staging.exists() and os.path.samestat(os.fstat(descriptor), staging.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise OutputBusyError(f"another run is writing this output (it holds {staging}); wait for it") from None
+            raise OutputBusyError(
+                f"another run is writing this output (it has locked {staging}); wait for it"
+            ) from None
         os.close(descriptor)
 
 
 def empty(folder: Path) -> None:
-    """Remove what a run left; first the config: a removal that is killed leaves nothing that looks like a model."""
+    """Empty a folder, config first, so that an interrupted removal does not leave what looks like a model."""
     (folder / MODEL_CONFIG).unlink(missing_ok=True)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -146,10 +148,10 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     if not output.exists():
         staging.rename(output)
     elif not overwrite:
-        raise OutputExistsError(f"{output} appeared while it was being written; choose another -o")
+        raise OutputExistsError(f"{output} appeared while it was being written; choose another output")
     else:
         _exchange(staging, output)
-        _remove(staging)  # by now the old output
+        _remove(staging)  # now the old output
     _sync_directory(output.parent)
 
 
@@ -162,7 +164,7 @@ def _sync_directory(folder: Path) -> None:
 
 
 def _exchange(staging: Path, output: Path) -> None:
-    """Swap two folders in one step (renameat2(2), RENAME_EXCHANGE), or in two where the system cannot."""
+    """Swap two folders atomically (renameat2(2), RENAME_EXCHANGE), or in several renames if unsupported."""
     at_cwd, rename_exchange = -100, 2
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):

@@ -1,4 +1,4 @@
-"""Whether a file is still the one that was opened."""
+"""Detecting whether a file changed after it was opened."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes when a file is replaced or written to."""
+    """Attributes that change when a file is replaced or written to."""
 
     inode: int
     size: int
@@ -15,7 +15,7 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path) -> "FileState | None":
-        """The state now; None if the file is gone."""
+        """The current state, or None if the file does not exist."""
         try:
             found = os.stat(file)  # noqa: PTH116
         except OSError:

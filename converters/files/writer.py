@@ -1,4 +1,4 @@
-"""Writing one safetensors file, tensors in any order and from several threads."""
+"""Writing one safetensors file, with tensors in any order and from several threads."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from converters.files.header import TensorSpec, build_header
 
 
 class ShardWriter:
-    """A safetensors file of known layout that is filled piece by piece.
+    """A safetensors file of known layout that is filled incrementally.
 
-    The header is written last, by `finish`: until then no reader takes the file for a checkpoint.
+    `finish` writes the header last; until then no reader accepts the file as a checkpoint.
 
     Args:
-        path: where; what is there is kept, so that a run can be gone on with.
+        path: the file; existing content is kept, so that an interrupted run can be resumed.
         specs: the tensors in file order.
-        metadata: of the header.
+        metadata: written to the header.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
@@ -28,25 +28,25 @@ class ShardWriter:
         os.ftruncate(self._file, len(self._header) + sum(spec.nbytes for spec in specs))
 
     def write(self, name: str, start: int, data: Tensor) -> None:
-        """Write contiguous numbers to bytes `start : start + data.nbytes` of a tensor."""
+        """Write a contiguous tensor to bytes `start : start + data.nbytes` of a tensor."""
         place = self.places[name]
         if start + data.nbytes > place.nbytes:
             raise ValueError(f"{place.file}: {name} has {place.nbytes} bytes, not {start + data.nbytes}")
         write_at(self._file, data.reshape(-1).view(torch.uint8).numpy().data, place.offset + start)
 
     def start_writeback(self, name: str) -> None:
-        """Let the system begin to bring a tensor to the disk."""
+        """Start writing a tensor to disk in the background."""
         start_writeback(self._file, self.places[name].offset, self.places[name].nbytes)
 
     def drop(self, name: str) -> None:
-        """Wait until a tensor is on the disk, and take it out of the page cache."""
+        """Wait until a tensor is on disk, then drop it from the page cache."""
         drop_written(self._file, self.places[name].offset, self.places[name].nbytes)
 
     def finish(self) -> None:
-        """Write the header, and sync the file to the disk."""
+        """Write the header and sync the file to disk."""
         write_at(self._file, memoryview(self._header), 0)
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Close the file, finished or not."""
+        """Close the file, whether or not it is finished."""
         os.close(self._file)

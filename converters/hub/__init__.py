@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: names, downloads, streaming, and its errors in plain words."""
+"""The Hugging Face Hub: model names, downloads, streaming, and readable errors."""

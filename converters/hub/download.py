@@ -6,14 +6,14 @@ from pathlib import Path
 def fetch_snapshot(
     repo_id: str, revision: str | None, token: str | None, patterns: list[str], main_file: str
 ) -> Path:
-    """The folder of a commit in the cache, with the files that match `patterns` fetched.
+    """Fetch the files of a commit that match `patterns` and return the commit's folder in the cache.
 
     Args:
-        repo_id, revision, token: of the repository.
-        patterns: which files.
-        main_file: by which an offline cache that another program filled is found.
+        repo_id, revision, token: the repository and how to access it.
+        patterns: the files to fetch, as glob patterns.
+        main_file: a file that locates the commit offline in a cache that another program filled.
 
-    Raises what huggingface_hub raises; see `converters.hub.errors.hub_errors`.
+    Raises the errors of huggingface_hub; see `converters.hub.errors.hub_errors`.
     """
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import IncompleteSnapshotError
@@ -21,7 +21,7 @@ def fetch_snapshot(
     try:
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
     except IncompleteSnapshotError:
-        # offline, with a cache that another program filled: it may lack files nobody needs
+        # offline, with a cache that another program filled: it may lack files that are not needed
         found = try_to_load_from_cache(repo_id, main_file, revision=revision)
         if not isinstance(found, str):
             raise

@@ -2,7 +2,7 @@
 
 import re
 
-# the models of arXiv 2410.01870, §5, as they are called on the Hub
+# the models of arXiv 2410.01870, §5, and their ids on the Hub
 SHORT_NAMES = {
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",

@@ -1,4 +1,4 @@
-"""`--stream`: the shards of a base on the Hub, fetched when their turn comes and removed when it has passed."""
+"""Streaming: the shards of a base on the Hub are fetched one after another and removed after use."""
 
 import fcntl
 import os
@@ -17,15 +17,15 @@ from converters.hub.errors import hub_errors
 
 
 class ShardStream:
-    """The weights of one commit on the Hub, of which at most two files lie on the disk at a time.
+    """The weights of one commit on the Hub, with at most two files on disk at a time.
 
-    They lie in a folder of their own among huggingface-hub's assets, locked by this process; what a killed one left
-    there is gone on with, or removed, by the next. A file that is in huggingface-hub's cache is used from there, and
-    stays.
+    The files are stored in a separate folder among huggingface-hub's assets, which this process locks. Files left by
+    a killed process are reused or removed by the next one. Files in huggingface-hub's cache are used from there and
+    kept.
 
     Args:
-        repo_id: of the model.
-        commit: of the Hub, 40 hex digits.
+        repo_id: the Hub id of the model.
+        commit: the commit on the Hub, 40 hex digits.
         token: as for `find_base`.
     """
 
@@ -43,7 +43,7 @@ class ShardStream:
         self._headers: dict[Path, list[TensorInfo]] = {}
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file on the Hub."""
+        """Whether the commit contains a file of this name."""
         return name in self._names
 
     @cached_property
@@ -54,7 +54,7 @@ class ShardStream:
             return set(HfApi(token=self._token).list_repo_files(self._repo_id, revision=self._commit))
 
     def header(self, name: str) -> tuple[list[TensorInfo], dict[str, str]]:
-        """As `read_header`, of a file that is not fetched for it: the `file` of its tensors is where it will lie."""
+        """As `read_header`, without fetching the file; `TensorInfo.file` is the path it will be fetched to."""
         from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
         from huggingface_hub.errors import SafetensorsParsingError
 
@@ -81,17 +81,17 @@ class ShardStream:
 
     @property
     def most_bytes(self) -> int:
-        """What two files take on the disk at most."""
+        """The maximum disk usage of two files."""
         return sum(sorted(self._sizes.values())[-2:])
 
     def fetch(self, files: Sequence[Path], keep: bool) -> Generator[Path]:
-        """Each of `files` in turn: it is there until the next one is asked for, which is fetched meanwhile.
+        """Fetch `files` in order. Each is available until the next is requested, which is fetched in the background.
 
-        Where that ends early, what is there is removed; but not with `keep`, so that another run can go on with it.
+        If the iteration ends early, the files on disk are removed, unless `keep` is set so that a run can be resumed.
 
         Raises:
             HubError: the download failed.
-            CheckpointError: a file is not what its header on the Hub told.
+            CheckpointError: a file does not match the header that was read from the Hub.
         """
         for left in set(self.folder.glob("*.safetensors")) - set(files[:2]):
             left.unlink()
@@ -112,7 +112,7 @@ class ShardStream:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def _begin(self, file: Path) -> "Future[None]":
-        """Fetch a file on a thread that does not keep the process from ending."""
+        """Fetch a file on a daemon thread, which does not keep the process alive."""
         done: Future[None] = Future()
 
         def work() -> None:
@@ -135,13 +135,15 @@ class ShardStream:
             hf_hub_download(self._repo_id, file.name, revision=self._commit, token=self._token, local_dir=self.folder)
 
     def _check(self, file: Path) -> None:
-        told = self._headers.get(file)
-        if told is not None and read_header(file)[0] != told:
-            raise CheckpointError(f"{self._repo_id}: {file.name} is not what the Hub told of it; try again")
+        expected = self._headers.get(file)
+        if expected is not None and read_header(file)[0] != expected:
+            raise CheckpointError(
+                f"{self._repo_id}: {file.name} does not match the header read from the Hub earlier; try again"
+            )
 
 
 def _claim(root: Path) -> tuple[Path, int]:
-    """A folder below `root` that no other process works in, and the lock that says so."""
+    """Claim a folder below `root` that no other process uses. Returns it and its lock."""
     number = -1
     while True:
         number += 1

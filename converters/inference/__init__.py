@@ -1,1 +1,1 @@
-"""What running an ONNX model needs, both while it is exported and while it is served."""
+"""Running ONNX models: sessions, adapter files and preprocessing, shared by export and serving."""

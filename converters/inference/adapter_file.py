@@ -10,15 +10,15 @@ from converters.inference.runtime import onnxruntime
 
 
 def model_version(fingerprint: str) -> int:
-    """What an adapter file calls the version of its model: 28 bits of the fingerprint of the base.
+    """The model version stored in an adapter file: 28 bits derived from the fingerprint of the base.
 
-    ONNX Runtime stores this number and never looks at it; `peanut_serve.onnx_engine` does.
+    ONNX Runtime stores this number but never checks it; the ONNX engine of `peanut_serve` does.
     """
     return int(hashlib.sha256(fingerprint.encode()).hexdigest()[:7], 16)
 
 
 def write_adapter_file(file: Path, parameters: Mapping[str, Tensor], fingerprint: str) -> None:
-    """Write overridable initializers by name, float32, for a graph over the base with this fingerprint."""
+    """Write float32 values of overridable initializers, by name, for a graph of the base with this fingerprint."""
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(1)
     content.set_model_version(model_version(fingerprint))
@@ -28,6 +28,6 @@ def write_adapter_file(file: Path, parameters: Mapping[str, Tensor], fingerprint
 
 
 def read_adapter_file(file: Path) -> tuple[int, frozenset[str]]:
-    """The model version of an adapter file, see `model_version`, and the names of what it holds."""
+    """The model version of an adapter file, see `model_version`, and the names of its parameters."""
     content = onnxruntime.AdapterFormat.read_adapter(str(file.resolve()))
     return int(content.get_model_version()), frozenset(content.get_parameters())

@@ -1,4 +1,4 @@
-"""What models are given, and what makes inputs of it. transformers is imported on first use."""
+"""Examples for a model, and the protocol that turns them into inputs. transformers is imported on first use."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,23 +13,26 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 class Preprocessor(Protocol):
-    """Makes a batch of some examples."""
+    """Turns examples into one batch."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-        """The inputs by name, as `Kind.inputs` describes them. Raises `OptionError` for what cannot be one."""
+        """The inputs by name, as in `ModelKind.inputs`. Raises `OptionError` for an unusable example."""
         ...
 
 
 def full_config(folder: Path, config: Mapping[str, Any]) -> Any:
-    """`config` with the defaults of its model type, under the names that all model types share."""
+    """`config` with the defaults of its model type, under the attribute names that all model types share.
+
+    Raises `CheckpointError` if transformers rejects it.
+    """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.for_model(**config)
-    except Exception as error:  # configs check themselves, each in its way
+    except Exception as error:  # each config class validates itself in its own way
         raise CheckpointError(f"{folder}: config.json cannot be used ({brief(error)})") from None
 
 
 def brief(what: object) -> str:
-    """In one line, and not a long one."""
+    """The text in a single line, cut to 200 characters."""
     return " ".join(str(what).split())[:200]

@@ -1,4 +1,4 @@
-"""From image files to the inputs of a graph, by the preprocessor_config.json of its model. Nothing is fetched."""
+"""Preprocessing of image files according to a model's preprocessor_config.json. Nothing is downloaded."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,32 @@ from converters.errors import CheckpointError, MissingDependencyError, OptionErr
 from converters.inference.examples import Example, brief, full_config
 
 PROCESSOR_FILE = "preprocessor_config.json"
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # by content; no EPS, which starts Ghostscript
-_MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
+_FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # detected by content; without EPS, which runs Ghostscript
+_MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 _DUMMY_SIZES = ((48, 64), (64, 48))  # (height, width)
 
 
 class ImagePreprocessor:
-    """Image files to `pixel_values` float32 (batch, channels, height, width).
+    """Turns image files into `pixel_values`, float32 (batch, channels, height, width).
 
     Args:
-        folder: of a model, with a preprocessor_config.json.
-        config: its config.json.
+        folder: the folder of a model with a preprocessor_config.json.
+        config: the config.json of the model.
 
     Attributes:
         shape: (channels, height, width), the same for every image.
 
     Raises:
-        CheckpointError: preprocessor_config.json is missing, unusable, not for the model's channels, or gives images
-            of different sizes.
+        CheckpointError: preprocessor_config.json is missing or unusable, does not match the model's channels, or
+            produces images of different sizes.
         MissingDependencyError: Pillow is not installed.
     """
 
@@ -39,45 +47,45 @@ class ImagePreprocessor:
         file = folder / PROCESSOR_FILE
         if not file.is_file():
             raise CheckpointError(
-                f"{folder}: no {PROCESSOR_FILE}; wanted the one the model was trained with, as transformers' "
-                "image processors save it: it says how images are resized and normalised"
+                f"{folder}: no {PROCESSOR_FILE}; expected the one the model was trained with, as saved by "
+                "transformers' image processors: it defines how images are resized and normalised"
             )
         self._channels: int = full_config(folder, config).num_channels
         if self._channels not in _MODES:
-            raise CheckpointError(f"{folder}: the model takes images of {self._channels} channels, wanted 1 or 3")
+            raise CheckpointError(f"{folder}: the model takes images of {self._channels} channels, expected 1 or 3")
         dummies = [np.zeros((self._channels, *size), np.uint8) for size in _DUMMY_SIZES]
         try:
             self._processor = _load_processor(folder)
             shapes = {self._process([dummy]).shape[1:] for dummy in dummies}
-        except Exception as error:  # a processor trips over a bad setting wherever it uses it
+        except Exception as error:  # a processor fails on a bad setting wherever it uses it
             raise CheckpointError(f"{file}: cannot be used ({brief(error)})") from None
         if len(shapes) > 1:
             raise CheckpointError(
-                f"{file}: gives images of different sizes ({', '.join(str(one) for one in sorted(shapes))}), wanted "
-                "one that resizes or crops all to one size"
+                f"{file}: produces images of different sizes ({', '.join(str(one) for one in sorted(shapes))}), "
+                "expected one that resizes or crops all images to one size"
             )
         self.shape: tuple[int, int, int] = shapes.pop()
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-        """Arrays of image files. Raises `OptionError`, naming the file, for one that is missing or broken."""
+        """The arrays of image files. Raises `OptionError`, naming the file, if one is missing or broken."""
         images = []
         for example in examples:
             if not isinstance(example, Path):
-                raise OptionError(f"{brief(repr(example))} is a text, wanted an image file: the model takes images")
+                raise OptionError(f"{brief(repr(example))} is a text, expected an image file: the model takes images")
             images.append(read_image(example, self._channels))
         return {"pixel_values": self._process(images)}
 
     def _process(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        # said and not guessed: an image of 3 rows looks like one with its channels first
+        # stated, since a guess would take an image of 3 rows for one with its channels first
         found = self._processor(images, return_tensors="np", input_data_format="channels_first")
         pixels: NDArray[np.float32] = found["pixel_values"].astype(np.float32)
         return pixels
 
 
 def image_shape(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(channels, height, width) of what the model in `folder` is given; without a preprocessor, of its config.
+    """(channels, height, width) of the input of the model in `folder`, from its preprocessor or else its config.
 
-    Raises as `ImagePreprocessor`, except that preprocessor_config.json may be missing.
+    Raises the same errors as `ImagePreprocessor`, except that preprocessor_config.json may be missing.
     """
     if (folder / PROCESSOR_FILE).is_file():
         return ImagePreprocessor(folder, config).shape
@@ -88,10 +96,12 @@ def image_shape(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int]
 
 
 def read_image(file: Path, channels: int) -> NDArray[np.uint8]:
-    """An image as (channels, height, width), upright as its EXIF says; `channels` is 1 (grey) or 3 (RGB).
+    """Read an image as (channels, height, width), rotated according to its EXIF data.
 
-    Raises `OptionError` if it is missing, broken, no image, one of more than 8 bits a channel (Pillow would clip it),
-    or so large that Pillow takes it for a decompression bomb.
+    `channels` is 1 (grey) or 3 (RGB).
+
+    Raises `OptionError` if the file is missing, broken or not an image, has more than 8 bits per channel (Pillow
+    would clip it), or is so large that Pillow considers it a decompression bomb.
     """
     images, operations = _pillow()
     try:
@@ -99,11 +109,11 @@ def read_image(file: Path, channels: int) -> NDArray[np.uint8]:
             warnings.simplefilter("error", images.DecompressionBombWarning)
             with images.open(file, formats=_FORMATS) as image:
                 if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode}, wanted 8 bits a channel")
+                    raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
                 pixels = np.array(operations.exif_transpose(image).convert(_MODES[channels]))
-    except Exception as error:  # on a broken file every format raises something else
+    except Exception as error:  # each format raises different exceptions for a broken file
         raise OptionError(
-            f"{file}: cannot be read as an image ({brief(error)}); wanted a file of the format {', '.join(_FORMATS)}"
+            f"{file}: cannot be read as an image ({brief(error)}); expected one of the formats {', '.join(_FORMATS)}"
         ) from None
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
@@ -119,5 +129,5 @@ def _pillow() -> tuple[ModuleType, ModuleType]:
 def _load_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
-    # "pil" also where torchvision is installed: the two resize differently, and an export is to be measured alike
+    # "pil" even if torchvision is installed: the two resize differently, and exports must be measured consistently
     return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Which models can be exported, and what their graphs take and give. Imports neither onnx nor torch."""
+"""The models that can be exported, with the inputs and outputs of their graphs. Imports neither onnx nor torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _IMAGE = ("pixel_values",)
 _TEXT = ("input_ids", "attention_mask")
 _TEXT_PAIR = (*_TEXT, "token_type_ids")
 
-# model type -> inputs of its graph; every one is exported by a test and held against torch
+# model type -> inputs of its graph; a test exports each type and compares it with torch
 INPUTS = {
     "vit": _IMAGE,
     "deit": _IMAGE,
@@ -28,9 +28,9 @@ INPUTS = {
     "qwen2": _TEXT,
     "gpt2": _TEXT,
 }
-_DECODERS = ("llama", "qwen2", "gpt2")  # they generate, without a cache; the others do everything else
+_DECODERS = ("llama", "qwen2", "gpt2")  # for text generation, without a cache; the others support all other tasks
 
-# end of a class name -> (task as the Hub calls it, the output)
+# suffix of a class name -> (task in the Hub's terms, name of the output)
 _TASKS = {
     "ForImageClassification": ("image-classification", "logits"),
     "ForImageClassificationWithTeacher": ("image-classification", "logits"),
@@ -44,14 +44,14 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class ModelKind:
-    """What a graph computes.
+    """The task, inputs and output of a graph.
 
     Attributes:
-        task: as the Hub calls it: `image-classification`, `text-classification`, `token-classification`,
+        task: in the Hub's terms: `image-classification`, `text-classification`, `token-classification`,
             `text-generation` or `feature-extraction`.
-        inputs: `pixel_values` float32 (batch, channels, height, width); or `input_ids`, `attention_mask` and perhaps
-            `token_type_ids`, int64 (batch, sequence).
-        output: `logits` (batch, labels), of tokens (batch, sequence, labels), or `last_hidden_state`
+        inputs: `pixel_values` float32 (batch, channels, height, width); or `input_ids`, `attention_mask` and, for
+            some models, `token_type_ids`, int64 (batch, sequence).
+        output: `logits` (batch, labels), or (batch, sequence, labels) for tokens, or `last_hidden_state`
             (batch, sequence, hidden); float32.
     """
 
@@ -61,19 +61,19 @@ class ModelKind:
 
     @property
     def takes_images(self) -> bool:
-        """Whether the input is an image; else it is text."""
+        """Whether the input is an image rather than text."""
         return self.inputs == _IMAGE
 
     @property
     def has_labels(self) -> bool:
-        """Whether the last dimension of the output is one of labels."""
+        """Whether the last dimension of the output indexes labels."""
         return self.task.endswith("classification")
 
 
 def find_kind(config: Mapping[str, Any]) -> ModelKind:
-    """The kind of the model a config.json describes.
+    """The kind of the model that a config.json describes.
 
-    Raises `ConversionError`, naming those that work, if it cannot be exported.
+    Raises `ConversionError`, listing the supported models, if it cannot be exported.
     """
     model_type, name = str(config.get("model_type")), str((config.get("architectures") or ["Model"])[0])
     end = max((end for end in _TASKS if name.endswith(end)), key=len, default=None)
@@ -81,8 +81,8 @@ def find_kind(config: Mapping[str, Any]) -> ModelKind:
     if model_type not in INPUTS or end is None or generates != (model_type in _DECODERS):
         encoders = ", ".join(known for known in INPUTS if known not in _DECODERS)
         raise ConversionError(
-            f"{name} ({model_type}) cannot be exported to ONNX; what works are image, sequence and token classifiers "
+            f"{name} ({model_type}) cannot be exported to ONNX; supported are image, sequence and token classifiers "
             f"and headless models of {encoders}, and causal language models of {', '.join(_DECODERS)}; a merged "
-            "checkpoint can be written of every model"
+            "checkpoint can be written for every model"
         )
     return ModelKind(_TASKS[end][0], INPUTS[model_type], _TASKS[end][1])

@@ -1,4 +1,4 @@
-"""The preprocessor or tokenizer that lies beside a model."""
+"""Opening the image preprocessor or tokenizer of a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ from converters.inference.texts import TextPreprocessor
 def open_preprocessor(
     folder: Path, kind: ModelKind, config: Mapping[str, Any]
 ) -> ImagePreprocessor | TextPreprocessor:
-    """What makes the inputs of a graph of this kind, for the model in `folder` with this config.json.
+    """The preprocessor for graphs of this kind, for the model in `folder` with this config.json.
 
-    Raises `CheckpointError`, or `MissingDependencyError`, if it cannot be made; see the classes.
+    Raises `CheckpointError` or `MissingDependencyError` if it cannot be created; see the two classes.
     """
     return ImagePreprocessor(folder, config) if kind.takes_images else TextPreprocessor(folder, kind, config)

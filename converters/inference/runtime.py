@@ -1,4 +1,4 @@
-"""ONNX Runtime, or a sentence that says how to get it."""
+"""ONNX Runtime, or an error that says how to install it."""
 
 from converters.errors import MissingDependencyError
 

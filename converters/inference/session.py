@@ -1,4 +1,4 @@
-"""ONNX Runtime, with what a caller cannot forget: adapters are applied, inputs fit, threads are bounded."""
+"""ONNX Runtime sessions that select the inputs, apply adapters and limit threads for the caller."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +12,14 @@ from converters.inference.runtime import onnxruntime
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_FATAL_ONLY = 4  # every error is an exception as well
+_FATAL_ONLY = 4  # errors are raised as exceptions as well
 
 
 class LoadedAdapter:
     """An `.onnx_adapter` file in memory.
 
     Args:
-        file: the file.
+        file: the file to load.
 
     Raises `CheckpointError` if it is missing or damaged.
     """
@@ -35,14 +35,14 @@ class LoadedAdapter:
 
 
 class Session:
-    """A graph that is ready to run. May be used by several threads.
+    """A graph that is ready to run. Thread-safe.
 
     Args:
-        model: the .onnx file; its external data lies beside it.
-        threads: for one run; all cores by default.
-        providers: ONNX Runtime's execution providers, by default the CPU's.
+        model: the .onnx file, with its external data next to it.
+        threads: the number of threads of one run; all cores by default.
+        providers: ONNX Runtime's execution providers; by default the CPU.
 
-    Raises `CheckpointError` if the file is missing, damaged, or of an opset that this ONNX Runtime cannot run.
+    Raises `CheckpointError` if the file is missing or damaged, or if this ONNX Runtime does not support its opset.
     """
 
     def __init__(self, model: Path, threads: int | None = None, providers: tuple[str, ...] = ()) -> None:
@@ -60,9 +60,9 @@ class Session:
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, arrays: Arrays, adapter: LoadedAdapter | None = None) -> NDArray[np.float32]:
-        """The first output, for inputs by name; `adapter` is active in this run alone.
+        """The first output for the named inputs. `adapter` is active in this run only.
 
-        Not by way of I/O binding: ONNX Runtime 1.32 ignores adapters there in silence.
+        This does not use I/O binding, with which ONNX Runtime 1.32 silently ignores adapters.
         """
         feed = {name: arrays[name] for name in self.inputs}
         found: NDArray[np.float32] = self._session.run(None, feed, adapter.options if adapter else None)[0]

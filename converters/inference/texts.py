@@ -1,4 +1,4 @@
-"""From texts to the inputs of a graph, by the tokenizer of its model. Nothing is fetched."""
+"""Preprocessing of texts with a model's tokenizer. Nothing is downloaded."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,22 +16,22 @@ _POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert")  # the first toke
 
 
 class TextPreprocessor:
-    """Texts and pairs of texts to int64 (batch, longest), each cut to what the model takes and padded at its end.
+    """Turns texts and pairs of texts into int64 (batch, longest), truncated to the model's limit and right-padded.
 
-    Padded at the end whatever the tokenizer says: the positions of GPT-2 count from the first column. With the
-    `pad_token_id` of the config, if it has one: by it a classifier on a decoder finds the last token, and RoBERTa its
-    positions.
+    Sequences are padded on the right regardless of the tokenizer's setting, because GPT-2 counts positions from the
+    first column. They are padded with the `pad_token_id` of the config if it has one: a classifier on a decoder uses
+    it to find the last token, and RoBERTa to compute positions.
 
     Args:
-        folder: of a model, with a tokenizer.
-        kind: whose inputs are wanted.
-        config: the model's config.json.
+        folder: the folder of a model with a tokenizer.
+        kind: the kind of graph, which determines the inputs.
+        config: the config.json of the model.
 
     Attributes:
-        max_length: tokens of the longest sequence, special ones included.
-        pad_id: what pads `input_ids`; the other inputs are padded with 0.
+        max_length: the maximum number of tokens in a sequence, including special tokens.
+        pad_id: the id that pads `input_ids`; the other inputs are padded with 0.
 
-    Raises `CheckpointError` if the tokenizer is missing, unusable, or has nothing to pad with.
+    Raises `CheckpointError` if the tokenizer is missing or unusable, or if there is no token to pad with.
     """
 
     def __init__(self, folder: Path, kind: ModelKind, config: Mapping[str, Any]) -> None:
@@ -47,17 +47,17 @@ class TextPreprocessor:
         pad_id = next((one for one in known if one is not None and 0 <= one < self._vocab_size), None)
         if pad_id is None:
             raise CheckpointError(
-                f"{folder}: nothing to pad texts with; wanted a pad_token_id in config.json, or a pad_token or "
+                f"{folder}: no token to pad texts with; expected a pad_token_id in config.json, or a pad_token or "
                 "eos_token of the tokenizer"
             )
         self.pad_id: int = pad_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-        """Arrays of texts.
+        """The arrays of texts.
 
         Raises:
-            OptionError: an example is a file, or has no tokens.
-            CheckpointError: the model has no embedding of a token.
+            OptionError: an example is a file or has no tokens.
+            CheckpointError: the model has no embedding for a token.
         """
         rows = [self._encode(example) for example in examples]
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
@@ -68,51 +68,51 @@ class TextPreprocessor:
         largest = arrays["input_ids"].max()
         if largest >= self._vocab_size:
             raise CheckpointError(
-                f"{self._folder}: the tokenizer gives the token {largest}, the model has {self._vocab_size}; "
-                "wanted the tokenizer the model was trained with"
+                f"{self._folder}: the tokenizer produced the token id {largest}, but the model has only "
+                f"{self._vocab_size} tokens; expected the tokenizer the model was trained with"
             )
         return arrays
 
     def spans(self, text: str) -> list[tuple[int, int] | None]:
-        """Where the tokens of a text lie in it, (start, end) for each of its row; None for special ones.
+        """The (start, end) of each token of a row in its text; None for special tokens.
 
         Raises:
-            OptionError: the text is longer than what the model takes.
-            CheckpointError: the tokenizer does not know where tokens lie.
+            OptionError: the text is longer than the model's limit.
+            CheckpointError: the tokenizer does not report the positions of tokens.
         """
         if not self._tokenizer.is_fast:
             raise CheckpointError(
-                f"{self._folder}: its tokenizer does not say where tokens lie; wanted one with a tokenizer.json"
+                f"{self._folder}: the tokenizer does not report the positions of tokens; use one with tokenizer.json"
             )
         found = self._tokenizer([text], return_offsets_mapping=True, return_special_tokens_mask=True)
         places, special = found["offset_mapping"][0], found["special_tokens_mask"][0]
         if len(places) > self.max_length:
             raise OptionError(
                 f"the text {brief(repr(text))} has {len(places)} tokens, and the model takes {self.max_length}; "
-                "split it: of the rest nothing would be said"
+                "split it: the rest would be ignored"
             )
         return [None if mask else tuple(place) for place, mask in zip(places, special, strict=True)]
 
     def _encode(self, example: Example) -> Mapping[str, list[int]]:
         if isinstance(example, Path):
-            raise OptionError(f"{example} is a file, wanted a text: the model takes texts")
-        # as a list of one: transformers 5.19 takes a lone text with an empty second one for no pair
+            raise OptionError(f"{example} is a file, expected a text: the model takes texts")
+        # as lists: transformers 5.19 does not treat a single text with an empty second text as a pair
         texts = ([example[0]], [example[1]]) if isinstance(example, tuple) else ([example],)
         wanted = {
             f"return_{name}": True for name in self._names if name != "input_ids"
-        }  # by default not all are given
+        }  # by default the tokenizer does not return all of them
         found = self._tokenizer(*texts, truncation=True, max_length=self.max_length, **wanted)
         if not found["input_ids"][0]:
-            raise OptionError(f"the text {brief(repr(texts[0][0]))} has no tokens, wanted at least one")
+            raise OptionError(f"the text {brief(repr(texts[0][0]))} has no tokens, expected at least one")
         return {name: found[name][0] for name in self._names}
 
 
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    # without a vocabulary transformers makes a tokenizer that knows no words, and says nothing
+    # without a vocabulary transformers silently creates a tokenizer that knows no words
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise CheckpointError(f"{folder}: no tokenizer; wanted one of {', '.join(_VOCABULARIES)}")
+        raise CheckpointError(f"{folder}: no tokenizer; expected one of {', '.join(_VOCABULARIES)}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above

@@ -1,1 +1,1 @@
-"""How strongly an adapter acts where, on its base: numbers and a picture."""
+"""How much an adapter changes each module of its base, as numbers and as a plot."""

@@ -1,4 +1,4 @@
-"""How strongly an adapter acts where, on its base."""
+"""How much an adapter changes each module of its base, and recording that base."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from converters.plans.merge import plan_merge
 
 @dataclass(frozen=True)
 class DeltaNorm:
-    """How large one update is: Frobenius norms of the delta and of W0."""
+    """The size of one update: the Frobenius norms of the delta and of W0."""
 
     module: str
     shape: tuple[int, int]  # (out, in)
@@ -29,16 +29,17 @@ class DeltaNorm:
 
     @property
     def relative(self) -> float:
-        """Norm of the delta relative to its weight."""
+        """The norm of the delta divided by the norm of the weight."""
         return self.delta / self.weight if self.weight else float("inf")
 
 
 def delta_norms(
     adapter: Adapter, base: Checkpoint, advance: Callable[[int], None] = lambda count: None
 ) -> list[DeltaNorm]:
-    """The norm of every update and of its weight, in layer order. Holds one block at a time.
+    """The norm of every update and of its weight, in layer order. Only one block is in memory at a time.
 
-    Raises what `plan_merge` raises when the adapter does not belong to the base; `advance` counts modules.
+    `advance` is called with the number of modules done. Raises the errors of `plan_merge` if the adapter does not
+    belong to the base.
     """
     plan = plan_merge(base, [Weighted(adapter)])
     found = []
@@ -58,7 +59,7 @@ def delta_norms(
 
 
 def norm_table(norms: Sequence[DeltaNorm]) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:
-    """Relative norms as a table: (layers, kinds of module, layer -> kind -> norm), layers in order, names short."""
+    """Relative norms as (layers, kinds of module, layer -> kind -> norm), layers in order, names shortened."""
     cells: dict[str, dict[str, float]] = {}
     for norm in norms:
         layer, kind = split_module(norm.module)
@@ -70,14 +71,14 @@ def norm_table(norms: Sequence[DeltaNorm]) -> tuple[list[str], list[str], dict[s
 
 
 def record_base(adapter: Adapter, base: Checkpoint) -> Path:
-    """Write the base's identity beside the adapter, so that every other base is refused from then on.
+    """Write the identity of the base to the adapter's folder, so that any other base is refused from then on.
 
-    Checks first that the adapter fits the base. Returns the file, `peanut_base.json`.
+    The adapter is checked against the base first. Returns the file, `peanut_base.json`.
 
-    Raises `OptionError` for an adapter that is no local folder, `OutputError` when it cannot be written.
+    Raises `OptionError` if the adapter is not a local folder, `OutputError` if the file cannot be written.
     """
     if adapter.repo_id is not None or not adapter.path.is_dir():
-        raise OptionError(f"the base can be recorded in an adapter's own folder only, and {adapter.path} is none")
+        raise OptionError(f"the base can only be recorded in a local adapter folder, and {adapter.path} is not one")
     plan_merge(base, [Weighted(adapter)], force_base=True)
     try:
         return write_base_record(adapter.folder, base)

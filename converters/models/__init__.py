@@ -1,1 +1,1 @@
-"""A base model on disk: its checkpoint, config, class, labels and companion files."""
+"""Base models on disk: checkpoint, config, model class, labels and companion files."""

@@ -1,8 +1,8 @@
-"""What transformers knows of a model class: its tensor names, shapes and ties. The only import of transformers.
+"""What transformers knows about a model class: its tensor names, shapes and ties.
 
-It is imported only when a merge needs it, which takes seconds: when names of adapter and checkpoint do not
-agree as they stand, or when a head comes with the adapter. The class is built on the meta device, without
-weights. Renamings between checkpoint and memory are those of `transformers/conversion_mapping.py`.
+Importing transformers takes seconds, so a merge imports it only if it needs to: when the tensor names of adapter and
+checkpoint differ, or when the adapter includes a head. The class is built on the meta device, without weights. The
+renamings between checkpoint and memory are those of `transformers/conversion_mapping.py`.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 from converters.errors import PeanutError, TargetError
 
-# PEFT's task types (peft/utils/peft_types.py) and the auto class that loads such a model
+# PEFT's task types (peft/utils/peft_types.py) and the auto classes that load such models
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -20,26 +20,25 @@ AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
-    "IMAGE_CLS": "AutoModelForImageClassification",  # PEFT has no such type; the authors' vision code trains it
+    "IMAGE_CLS": "AutoModelForImageClassification",  # not a task type of PEFT; the authors' vision code trains it
 }
 
 
-# the tasks whose model class is decided by the head that comes with the adapter
+# the tasks whose model class depends on the head that the adapter includes
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "IMAGE_CLS")
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """The names of one model class, in transformers' memory.
+    """The tensor names of one model class, as transformers uses them in memory.
 
     Attributes:
-        name: class name, as it stands in `architectures` of a config.
-        shapes: every tensor of its state dict.
+        name: the class name, as in `architectures` of a config.
+        shapes: the shape of every tensor of its state dict.
         linear: names of its nn.Linear modules.
-        tied: tensor that is only an alias -> the tensor it is tied to.
-        prefix: its `base_model_prefix` (`vit`, `bert`, `model`), where it has such a submodule.
-        optional: whether transformers may do without a tensor of this name.
-        num_labels, vocab_size: sizes the config stands for.
+        tied: alias -> the tensor it is tied to.
+        prefix: its `base_model_prefix` (`vit`, `bert`, `model`), or empty if it has no such submodule.
+        num_labels, vocab_size: the sizes that the config states or implies.
     """
 
     name: str
@@ -53,24 +52,24 @@ class Architecture:
     _optional: tuple[str, ...]
 
     def canonical(self, name: str) -> str:
-        """The name in memory of a tensor that a checkpoint or an adapter, old or new, calls `name`."""
+        """The name in memory of the tensor that an old or new checkpoint or adapter calls `name`."""
         return name if name in self.shapes else self._rename(name)[0]
 
     def converted(self, name: str) -> bool:
-        """Whether transformers fuses or splits the tensor a checkpoint calls `name` while loading."""
+        """Whether transformers fuses or splits the tensor that a checkpoint calls `name` when loading it."""
         return self._rename(name)[1] is not None
 
     def optional(self, name: str) -> bool:
-        """Whether transformers loads a checkpoint without this tensor in silence."""
+        """Whether transformers silently loads a checkpoint without this tensor."""
         return any(re.search(pattern, name) for pattern in self._optional)
 
 
 def build_architecture(
     config: Mapping[str, Any], class_name: str | None = None, task_type: str | None = None
 ) -> Architecture:
-    """Build the class `class_name` (or what loads `task_type`) for `config`, without weights.
+    """Build `class_name`, or the class that loads `task_type`, for `config` without weights.
 
-    Raises `TargetError` when this transformers does not have the model, or not without remote code.
+    Raises `TargetError` if this version of transformers lacks the model or supports it only with remote code.
     """
     import torch
     import transformers
@@ -80,9 +79,9 @@ def build_architecture(
     model_type = str(config.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:
         raise TargetError(
-            f"the names of adapter and base do not agree as they stand, and transformers "
-            f"{transformers.__version__} does not know the model type {model_type!r} to translate them"
-            + ("; models with remote code are not run" if config.get("auto_map") else "")
+            f"the tensor names of adapter and base differ, and transformers {transformers.__version__}, which would "
+            f"translate them, does not know the model type {model_type!r}"
+            + (" (models with remote code are not run)" if config.get("auto_map") else "")
         )
     settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     try:
@@ -91,7 +90,7 @@ def build_architecture(
             model = _build(transformers, native, class_name, task_type)
     except PeanutError:
         raise
-    except Exception as error:  # whatever a model's constructor raises for a config it cannot make sense of
+    except Exception as error:  # constructors of models raise anything for a config they cannot use
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
             f"transformers {transformers.__version__} cannot build {class_name or model_type} from the base's "

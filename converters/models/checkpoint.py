@@ -1,4 +1,4 @@
-"""A base checkpoint on disk: its config, the place of every tensor, and its identity."""
+"""A base checkpoint on disk: its config, the location of every tensor, and its identity."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from converters.files.state import FileState
 if TYPE_CHECKING:
     from converters.hub.stream import ShardStream
 
-# fingerprint: tensors up to this size are read whole, larger ones at evenly spaced places
+# fingerprint: tensors up to this size are read whole, larger ones are sampled at evenly spaced positions
 _WHOLE_BYTES = 64 << 10
 _SAMPLE_BYTES = 4 << 10
 _SAMPLES = 16
@@ -40,17 +40,17 @@ class Checkpoint:
     """A folder with a config and safetensors weights, opened but not loaded.
 
     Attributes:
-        folder: where it lies.
-        config: config.json, as it stands.
-        tensors: name -> place, in file order.
-        shards: file names in order; one for a single file.
-        repo_id: Hub id it came from, if it did.
-        revision: commit on the Hub, if it came from there.
-        metadata: of the safetensors files.
-        states: the files as they were when the headers were read.
-        holder: what keeps `folder` alive, if it is temporary.
-        stream: what fetches the shards, if they are not there.
-        samples: tensor -> its digest in `sample_digests`, of what was streamed.
+        folder: the folder of the checkpoint.
+        config: the unmodified config.json.
+        tensors: name -> location, in file order.
+        shards: file names in order; a single name for an unsharded checkpoint.
+        repo_id: the Hub id, if it came from the Hub.
+        revision: the commit on the Hub, if it came from there.
+        metadata: the metadata of the safetensors files.
+        states: the state of each file when its header was read.
+        holder: an object that keeps a temporary `folder` alive.
+        stream: fetches the shards, if they are not on disk.
+        samples: tensor -> its digest from `sample_digests`, for streamed tensors.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Checkpoint:
     repo_id: str | None = None
     revision: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    holder: object = None  # keeps a temporary folder alive
+    holder: object = None
     states: Mapping[Path, FileState | None] = field(default_factory=dict)
     stream: "ShardStream | None" = None
     samples: dict[str, str] = field(default_factory=dict)
@@ -72,26 +72,26 @@ class Checkpoint:
 
     @property
     def is_merged(self) -> bool:
-        """Whether this toolkit wrote it: its weights already hold an adapter."""
+        """Whether this toolkit wrote it, so that its weights already contain an adapter."""
         return (self.folder / MANIFEST_NAME).exists()
 
     @property
     def architecture(self) -> str | None:
-        """The class the config names first."""
+        """The first model class that the config names."""
         names = self.config.get("architectures")
         return str(names[0]) if isinstance(names, list) and names else None
 
     @property
     def knows_fingerprint(self) -> bool:
-        """Whether the weights are there, or have been."""
+        """Whether the weights are on disk or have all been streamed."""
         return self.stream is None or self.samples.keys() >= self.tensors.keys()
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the weights: a SHA-256 over every tensor's name, dtype, shape and sampled bytes.
 
-        Small tensors count whole, large ones by 16 evenly spaced pieces of 4 KiB, so a 7B model takes
-        milliseconds. Two fine-tunings of one model differ; sharding and file names do not matter.
+        Small tensors are read whole, large ones as 16 evenly spaced samples of 4 KiB, so a 7B model takes
+        milliseconds. Two fine-tuned versions of one model differ; sharding and file names do not matter.
         """
         missing = [info for name, info in self.tensors.items() if name not in self.samples]
         samples = {**self.samples, **sample_digests(missing)}
@@ -102,16 +102,16 @@ class Checkpoint:
         return "sampled-sha256:" + digest.hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` if a file is not as it was when it was opened."""
+        """Raise `CheckpointError` if a file has changed since it was opened."""
         for file, state in self.states.items():
             if FileState.of(file) != state:
                 raise CheckpointError(
-                    f"{file} changed while it was merged; nothing was written; merge again when nothing writes to it"
+                    f"{file} changed while it was merged; nothing was written; merge again once nothing writes to it"
                 )
 
 
 def sample_digests(infos: Iterable[TensorInfo]) -> dict[str, str]:
-    """Tensor -> SHA-256 of its sampled bytes."""
+    """The SHA-256 of each tensor's sampled bytes, by name."""
     digests = {}
     with TensorReader() as reader:
         for info in infos:
@@ -136,17 +136,19 @@ def open_checkpoint(
     holder: object = None,
     stream: "ShardStream | None" = None,
 ) -> Checkpoint:
-    """Open the base in `folder`. Reads the config and the headers, no weights. See `Checkpoint` for the rest.
+    """Open the base in `folder`. Reads the config and the headers, but no weights.
+
+    The other parameters are attributes of `Checkpoint`.
 
     Raises:
-        CheckpointError: no model there, an incomplete or corrupt one, or not safetensors.
-        QuantizedBaseError: its weights are quantised.
+        CheckpointError: there is no model, or it is incomplete, corrupt, or not safetensors.
+        QuantizedBaseError: the weights are quantised.
     """
     folder = Path(folder)
     if not (folder / MODEL_CONFIG).is_file():
         if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder} is an adapter, wanted a base model; pass it with --adapter")
-        raise CheckpointError(f"{folder}: no config.json; wanted a folder with a transformers model")
+            raise CheckpointError(f"{folder} is an adapter, expected a base model; pass it as the adapter")
+        raise CheckpointError(f"{folder}: no config.json; expected a folder with a transformers model")
     config = read_json(folder / MODEL_CONFIG, "model config")
     _refuse_quantized_config(folder, config)
     shards, weight_map = _shards(
@@ -163,20 +165,20 @@ def open_checkpoint(
                 raise CheckpointError(f"{folder}: {info.name} is in {tensors[info.name].file.name} and in {shard}")
             tensors[info.name] = info
     if weight_map is not None and set(weight_map) != set(tensors):
-        odd = sorted(set(weight_map) ^ set(tensors))
+        unmatched = sorted(set(weight_map) ^ set(tensors))
         raise CheckpointError(
-            f"{folder}: {INDEX_FILE} and the shards disagree on {len(odd)} tensors, for example {odd[0]}; "
-            "the download is incomplete or mixed"
+            f"{folder}: {INDEX_FILE} and the shards disagree on {len(unmatched)} tensors, for example "
+            f"{unmatched[0]}; the download is incomplete or mixes files of two models"
         )
     _refuse_quantized_tensors(folder, tensors)
     return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata, holder, states, stream)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard of a shard index. Raises `CheckpointError` unless shards are files in the same folder."""
+    """Read tensor name -> shard from an index. Raises `CheckpointError` for shards outside its folder."""
     weight_map = read_json(index, "shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map in it")
+        raise CheckpointError(f"{index} has no weight_map; fetch the model again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: '{name}' is not a file name in the same folder")
@@ -185,7 +187,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def _shards(folder: Path, has: Callable[[str], bool]) -> tuple[tuple[str, ...], dict[str, str] | None]:
     index = folder / INDEX_FILE
-    if has(SINGLE_FILE):  # as in transformers, it wins over an index
+    if has(SINGLE_FILE):  # as in transformers, it takes precedence over an index
         return (SINGLE_FILE,), None
     if index.is_file():
         weight_map = read_weight_map(index)
@@ -197,12 +199,12 @@ def _shards(folder: Path, has: Callable[[str], bool]) -> tuple[tuple[str, ...], 
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     if pickles:
         raise CheckpointError(
-            f"{folder} holds its weights as pickles ({pickles[0]}), wanted safetensors; convert them once with "
-            "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), with the class of the model"
+            f"{folder} stores its weights as pickles ({pickles[0]}), expected safetensors; convert them once with "
+            "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), using the class of the model"
         )
     raise CheckpointError(
-        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; wanted safetensors weights (a model that is only to be "
-        "had as pickles has to be saved once with transformers' save_pretrained)"
+        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; expected safetensors weights (a model that is "
+        "only available as pickles must be saved once with transformers' save_pretrained)"
     )
 
 
@@ -213,7 +215,7 @@ def _refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:
         if isinstance(settings, dict) and method == "bitsandbytes":
             method = "bitsandbytes " + ("4-bit" if settings.get("load_in_4bit") else "8-bit")
         raise QuantizedBaseError(
-            f"{folder} is quantised ({method or 'unknown method'}): merge on the weights in training precision, "
+            f"{folder} is quantised ({method or 'unknown method'}): merge into the weights in training precision, "
             "then quantise the result"
         )
 
@@ -223,6 +225,6 @@ def _refuse_quantized_tensors(folder: Path, tensors: Mapping[str, TensorInfo]) -
         packed = info.dtype.startswith(_QUANTIZED_DTYPES) and info.name.endswith(".weight")
         if packed or info.name.endswith(_QUANTIZED_SUFFIXES):
             raise QuantizedBaseError(
-                f"{folder} is quantised ({info.name} is {info.dtype}): merge on the weights in training "
+                f"{folder} is quantised ({info.name} is {info.dtype}): merge into the weights in training "
                 "precision, then quantise the result"
             )

@@ -1,4 +1,4 @@
-"""The files beside the weights that make a checkpoint usable: tokenizer, chat template, preprocessor, licence."""
+"""The files that a checkpoint needs besides its weights: tokenizer, chat template, preprocessor, licence."""
 
 from pathlib import Path
 
@@ -26,16 +26,16 @@ _BASE_PATTERNS = (
 )
 COMPANION_PATTERNS = (*_TOKENIZER_PATTERNS, *_USE_PATTERNS, *_BASE_PATTERNS)
 
-# a folder that holds one of these brings a whole tokenizer: the base's files would only mix with it
+# a folder with one of these has a complete tokenizer, which must not be mixed with the base's files
 _TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json")
 
 
 def find_companions(base: Path, adapter: Path | None) -> dict[str, Path]:
-    """Relative name -> file to copy. The adapter's files win: training may have added tokens.
+    """Relative name -> file to copy. The adapter's files take precedence: training may have added tokens.
 
-    `adapter` is None for an adapter that is a file: what lies beside it may be anything.
+    `adapter` is None for an adapter that is a single file, since the files next to it may be unrelated.
 
-    If the adapter folder holds a tokenizer, none of the base's tokenizer files are taken.
+    If the adapter folder contains a tokenizer, none of the base's tokenizer files are copied.
     """
     own = _matching(adapter, (*_TOKENIZER_PATTERNS, *_USE_PATTERNS)) if adapter is not None else {}
     own_tokenizer = any(mark in own for mark in _TOKENIZER_MARKS)

@@ -1,18 +1,18 @@
-"""Changes to a model's config.json that keep it true to the merged weights."""
+"""Changes to a model's config.json that keep it consistent with the merged weights."""
 
 import copy
 from collections.abc import Mapping
 from typing import Any
 
-# by safetensors dtype; the value is what configs say
+# safetensors dtype -> its name in configs
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-_DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and before
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, and earlier versions
 _TIE = "tie_word_embeddings"
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` whose dtype, under every spelling and in every nested config that states one, is `dtype`."""
+    """A copy of `config` with this dtype, under either key and in every nested config that states one."""
     changed = _map_nested(config, _DTYPE_KEYS, CONFIG_DTYPES[dtype])
     if not any(key in changed for key in _DTYPE_KEYS):
         changed["dtype"] = CONFIG_DTYPES[dtype]
@@ -20,17 +20,17 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def with_vocab_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """`config` whose vocabulary size, wherever it stands as `old`, is `new`."""
+    """A copy of `config` in which every vocabulary size `old` is replaced with `new`."""
     return _map_nested(config, ("vocab_size",), new, only=old)
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` that no longer ties the output head to the input embedding."""
+    """A copy of `config` that does not tie the output head to the input embedding."""
     return {**_map_nested(config, (_TIE,), False), _TIE: False}
 
 
 def with_labels(config: Mapping[str, Any], labels: list[str]) -> dict[str, Any]:
-    """`config` with these class labels."""
+    """A copy of `config` with these class labels."""
     changed = copy.deepcopy(dict(config))
     changed["id2label"] = {str(i): label for i, label in enumerate(labels)}
     changed["label2id"] = {label: i for i, label in enumerate(labels)}
@@ -39,7 +39,7 @@ def with_labels(config: Mapping[str, Any], labels: list[str]) -> dict[str, Any]:
 
 
 def labels_of(config: Mapping[str, Any]) -> list[str] | None:
-    """The class labels a config states in order, or None if it states none that are."""
+    """The class labels of a config in order, or None if it has none or they are not numbered from 0."""
     table = config.get("id2label")
     if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
         return None
@@ -47,7 +47,7 @@ def labels_of(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def _map_nested(config: Mapping[str, Any], keys: tuple[str, ...], value: Any, only: Any = None) -> dict[str, Any]:
-    """A copy of `config` where each of `keys` that exists, at any depth, is `value` (if it was `only`)."""
+    """A copy of `config` with existing `keys`, at any depth, set to `value`; with `only`, just those that had it."""
     changed: dict[str, Any] = {}
     for key, old in config.items():
         if key in keys and (only is None or old == only):

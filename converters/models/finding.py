@@ -1,4 +1,4 @@
-"""Where a base comes from: a local folder, a Hub id, or the short name of a model of the paper."""
+"""Finding a base model: a local folder, a Hub id, or the short name of a model of the paper."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from converters.models.companions import COMPANION_PATTERNS
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base that now lies in `folder`, its weights perhaps in `stream`.
+    """A base that is available in `folder`, with its weights possibly in `stream`.
 
-    `note` says what was taken where that was a choice.
+    `note` explains which source was chosen where the name is ambiguous or short.
     """
 
     folder: Path
@@ -28,33 +28,33 @@ class BaseSource:
 
 
 def find_base(base: str, revision: str | None = None, token: str | None = None, stream: bool = False) -> BaseSource:
-    """Resolve `--base`: a folder of that name wins, then the short names, then the Hub.
+    """Resolve the name of a base: a local folder first, then the short names, then the Hub.
 
     Args:
         base: folder, short name (`llama2-7b`, ...) or Hub id (`user/model`).
         revision: branch, tag or commit on the Hub.
-        token: Hub token; by default the one huggingface-hub finds (HF_TOKEN, `hf auth login`).
-        stream: leave the weights on the Hub for now.
+        token: Hub token; defaults to the one that huggingface-hub finds (HF_TOKEN, `hf auth login`).
+        stream: do not download the weights yet.
 
     Raises:
-        CheckpointError: no such folder, and the name cannot be a Hub id.
-        OptionError: `revision` or `stream` for a local folder.
+        CheckpointError: there is no such folder, and the name is not a valid Hub id.
+        OptionError: `revision` or `stream` was given for a local folder.
         HubError: the download failed.
     """
     folder = Path(base).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise OptionError(f"--revision {revision} has no meaning for the local folder {base}")
+            raise OptionError(f"revision={revision!r} has no meaning for the local folder {base}; leave it out")
         if stream:
-            raise OptionError(f"--stream has no meaning for the local folder {base}; wanted a Hub id")
+            raise OptionError(f"--stream has no meaning for the local folder {base}; expected a Hub id")
         shadows = base in SHORT_NAMES
         note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
         return BaseSource(folder, note=note)
     if folder.is_file():
-        raise CheckpointError(f"{base} is a file; wanted the folder that holds config.json and the weights")
+        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
     repo_id = SHORT_NAMES.get(base, base)
     if not is_hub_id(repo_id):
-        raise CheckpointError(f"no folder {base}, and this is no Hub id; check the path")
+        raise CheckpointError(f"no folder {base}, and it is not a valid Hub id; check the path")
     path = _download(repo_id, revision, token, weights=not stream)
     note = f"base: {base} is {repo_id} on the Hub, revision {path.name}" if repo_id != base else None
     shards = ShardStream(repo_id, path.name, token) if stream else None
@@ -62,7 +62,7 @@ def find_base(base: str, revision: str | None = None, token: str | None = None, 
 
 
 def _download(repo_id: str, revision: str | None, token: str | None, weights: bool) -> Path:
-    """The cached snapshot with just what a merge reads: config, companions, safetensors, a mark of a merge."""
+    """Download only what a merge reads: config, companions, safetensors, and the manifest of a merged model."""
     small = ["config.json", INDEX_FILE, MANIFEST_NAME, *COMPANION_PATTERNS]
     if weights:
         small.append(SINGLE_FILE)

@@ -1,4 +1,4 @@
-"""Class labels on disk."""
+"""Reading class labels from disk."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from converters.models import config as model_config
 
 
 def read_labels(path: Path, error_class: type[PeanutError] = OptionError) -> list[str]:
-    """Class labels from a JSON list, an object from '0', '1', ..., or an object with such an `id2label`.
+    """Read class labels from a JSON list, an object with the keys '0', '1', ..., or a config with such an `id2label`.
 
     Raises `error_class` for anything else.
     """
@@ -20,22 +20,22 @@ def read_labels(path: Path, error_class: type[PeanutError] = OptionError) -> lis
             value = [value[str(i)] for i in range(len(value))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise error_class(
-            f"{path}: wanted a JSON list of labels, or an object from '0', '1', ... ({error})"
+            f"{path}: expected a JSON list of labels, or an object with keys '0', '1', ... ({error})"
         ) from None
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value) or not value:
-        raise error_class(f"{path}: wanted a JSON list of strings")
+        raise error_class(f"{path}: expected a non-empty JSON list of strings")
     if len(set(value)) != len(value):
-        raise error_class(f"{path}: a label stands twice")
+        raise error_class(f"{path}: a label occurs twice; labels must be unique")
     return value
 
 
 def labels_beside(adapter: Path) -> tuple[str, ...] | None:
-    """Labels recorded with an adapter, if there are any.
+    """Labels recorded with an adapter, or None.
 
-    They stand in the `labels.json` of its folder, or as `id2label` in a config.json there. For an adapter that is
-    a file only the config beside it counts: there may be files of other tasks, and a `labels.json` of one of them.
+    They are read from `labels.json` in its folder, or from `id2label` in the config.json there. For a single-file
+    adapter only the config next to it is read: a `labels.json` may belong to another task in that folder.
 
-    Raises `AdapterConfigError` when the file is damaged.
+    Raises `AdapterConfigError` if the file is damaged.
     """
     folder = adapter if adapter.is_dir() else adapter.parent
     if adapter.is_dir() and (folder / "labels.json").is_file():

@@ -106,7 +106,7 @@ def test_a_text_that_the_model_does_not_take_whole(exported: Pair) -> None:
 def test_a_tokenizer_that_does_not_say_where_tokens_lie(exported: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = OnnxEngine(exported.output)
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
-    with pytest.raises(CheckpointError, match="does not say where tokens lie"):
+    with pytest.raises(CheckpointError, match="does not report the positions of tokens"):
         engine.entities(["Paris"])
 
 

@@ -127,7 +127,7 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     monkeypatch.delenv("PEANUT_ADMIN_KEY", raising=False)
     for options, refusal in (
         (["--data-parallel-size", "2"], "--data-parallel-size does not go with --mode merged"),
-        (["--host-cache", "much"], "'much' is no size"),
+        (["--host-cache", "much"], "'much' is not a valid size"),
         (["--max-wait", "-1"], "--max-wait is -1.0: input should be greater than or equal to 0"),
         (["--admin-port", "8001"], "--admin-port needs a key: set PEANUT_ADMIN_KEY"),
     ):

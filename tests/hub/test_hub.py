@@ -1,5 +1,5 @@
-"""Bases from the Hub, against a server on loopback that speaks its routes. HF_ENDPOINT is read when
-huggingface_hub is imported, so these drive the command in a process of its own."""
+"""Bases from the Hub, served by a server on loopback with the same routes. huggingface_hub reads HF_ENDPOINT
+on import, so these tests run the command in a separate process."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_a_model_with_pickles_only(hub: Hub, pair: Pair) -> None:
     (pair.base / "model.safetensors").unlink()
     refused = merge_from(hub, pair, "org/single")
     assert refused.returncode == 1
-    assert "wanted safetensors weights" in refused.stderr
+    assert "expected safetensors weights" in refused.stderr
     assert "saved once with transformers' save_pretrained" in refused.stderr
     assert "pytorch_model.bin" not in hub.downloads
 
@@ -89,7 +89,7 @@ def test_the_revision_the_training_recorded_is_taken(hub: Hub, pair: Pair) -> No
 
 
 def test_offline_with_a_cache_that_another_program_filled(hub: Hub, pair: Pair) -> None:
-    """It lacks a companion that nobody needs, which is fine; weights it may not lack."""
+    """The cache may lack a companion that is not needed, but not the weights."""
     edit_config(pair.adapter, base_model_name_or_path="org/sharded")
     assert merge_from(hub, pair, "org/sharded").returncode == 0
     snapshot = next(pair.base.parent.glob(f"cache/**/snapshots/{COMMIT}"))
@@ -101,14 +101,14 @@ def test_offline_with_a_cache_that_another_program_filled(hub: Hub, pair: Pair) 
     next(snapshot.glob("model-*.safetensors")).unlink()
     refused = merge_from(hub, pair, "org/sharded", "--overwrite", **offline)
     assert refused.returncode == 1
-    assert "neither whole in the local cache" in refused.stderr
+    assert "neither complete in the local cache" in refused.stderr
     assert (pair.output / "config.json").exists()
 
 
 def test_an_unreachable_hub(hub: Hub, pair: Pair) -> None:
     refused = merge_from(hub, pair, "org/single", HF_ENDPOINT="http://127.0.0.1:9")
     assert refused.returncode == 1
-    assert "no folder 'org/single' here, and org/single is neither whole in the local cache nor" in refused.stderr
+    assert "no folder 'org/single' here, and org/single is neither complete in the local cache nor" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -136,7 +136,7 @@ def test_an_adapter_from_the_hub(hub: Hub, pair: Pair) -> None:
 
 
 def test_an_adapter_of_another_layout_from_the_hub(hub: Hub, pair: Pair, tmp_path: Path) -> None:
-    """Its weights have no name of PEFT's: they are fetched when nothing else is there."""
+    """Its weights do not have a file name of PEFT: they are fetched if there are no others."""
     case = VISION / "vanilla_qv"
     (tmp_path / "repo").mkdir()
     shutil.copy(case / "theta.safetensors", tmp_path / "repo")
@@ -151,4 +151,4 @@ def test_an_adapter_of_another_layout_from_the_hub(hub: Hub, pair: Pair, tmp_pat
 def test_the_base_of_a_hub_adapter_is_not_recorded_in_the_cache(hub: Hub, pair: Pair) -> None:
     hub.models["user/gsm8k"] = pair.adapter
     done = run("peanut-inspect", "user/gsm8k", "--base", pair.base, "--record-base", **hub_settings(hub, pair))
-    assert "can be recorded in an adapter's own folder only" in done.stderr
+    assert "the base can only be recorded in a local adapter folder" in done.stderr

@@ -1,4 +1,4 @@
-"""Uploading what was merged, to a Hub on loopback."""
+"""Uploading merged output to a Hub on loopback."""
 
 import json
 import shlex
@@ -26,13 +26,13 @@ def hub(pair: Pair):
 
 @pytest.fixture
 def push(hub: Hub, pair: Pair, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> Push:
-    """Merge and push in this process, without huggingface_hub's waits between its attempts."""
+    """Merge and push in this process, without huggingface_hub's delays between retries."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    disable_progress_bars()  # the command does it before huggingface_hub is imported, which was long ago here
+    disable_progress_bars()  # the command does it before importing huggingface_hub, which is already imported here
 
     def push(*options: str, repo: str | None = REPO) -> CompletedProcess[str]:
         where = () if repo is None else ("--push-to-hub", repo)
@@ -48,7 +48,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def on_hub(hub: Hub, repo: str = REPO, branch: str = "main") -> dict[str, bytes]:
-    """What is there, without the file that the Hub itself puts into each repository."""
+    """The files of a repository, without the one that the Hub itself adds to each."""
     files = files_in(hub.uploads.repositories[repo].folder(branch))
     del files[".gitattributes"]
     return files
@@ -126,12 +126,18 @@ def test_a_branch(hub: Hub, pair: Pair, push: Push) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["user/merged", "--token", "hf_old"], "the Hub does not know this token (401); pass --token, set HF_TOKEN"),
-        (["other/merged"], "the Hub forbids it (403: You don't have the rights to create a model under the namesp"),
-        (["org/model"], "the Hub forbids it (403: Authorization error: you have no write access to org/model); use"),
+        (["user/merged", "--token", "hf_old"], "the Hub rejected this token (401); pass --token, set HF_TOKEN"),
+        (
+            ["other/merged"],
+            "the Hub denied access (403: You don't have the rights to create a model under the namesp",
+        ),
+        (
+            ["org/model"],
+            "the Hub denied access (403: Authorization error: you have no write access to org/model); use",
+        ),
         (
             ["org/model", "--push-revision", "main"],
-            "nothing can be pushed to org/model@main: the Hub forbids it (403",
+            "nothing can be pushed to org/model@main: the Hub denied access (403",
         ),
         (["merged"], "merged cannot be a repository on the Hub; wanted user/name"),
         (["user/a--b"], "nothing can be pushed to user/a--b: "),
@@ -156,15 +162,18 @@ def test_a_hub_that_cannot_be_used_is_noticed_before_the_merge(
         return refused.stderr
 
     hub.limited["/api/repos/create"] = 1
-    assert "the Hub takes no more requests for now (429); try again in 55 s" in refuses()
+    assert "the rate limit of the Hub was reached (429); try again in 55 s" in refuses()
     monkeypatch.delenv("HF_TOKEN")
-    assert "the Hub wants a token (401); pass --token, set HF_TOKEN, or log in: hf auth login" in refuses()
+    assert "the Hub requires a token (401); pass --token, set HF_TOKEN, or log in: hf auth login" in refuses()
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         assert "offline mode is on; unset HF_HUB_OFFLINE" in refuses()
     hub.dies_at = "/"
-    assert "the Hub cannot be reached, or hung up (Server disconnected" in refuses()
-    assert "the Hub cannot be reached, or hung up ([Errno 111] Connection refused); check the network" in refuses()
+    assert "the Hub cannot be reached or closed the connection (Server disconnected" in refuses()
+    assert (
+        "the Hub cannot be reached or closed the connection ([Errno 111] Connection refused); check the network"
+        in refuses()
+    )
 
 
 def test_what_the_merge_itself_refuses_creates_no_repository(hub: Hub, pair: Pair, push: Push) -> None:
@@ -204,7 +213,7 @@ def test_how_to_try_again_is_said(hub: Hub, pair: Pair, push: Push) -> None:
     assert push("--max-shard-size", "20KB", "--push-revision", "trial").returncode == 0
     hub.limited["/commit/"] = 1
     failed = push("--overwrite", "--push-revision", "trial")
-    assert "the Hub takes no more requests for now (429)" in failed.stderr
+    assert "the rate limit of the Hub was reached (429)" in failed.stderr
     command = failed.stderr.splitlines()[-1].partition("To try only that again: ")[2]
     assert command.startswith(f"hf upload user/merged {pair.output} --revision trial ")
     again = run(*shlex.split(command), **hub_settings(hub, pair), HF_TOKEN="hf_writer")
@@ -224,5 +233,5 @@ def test_a_push_of_somebody_else_in_between_is_not_mixed_with(
 
     monkeypatch.setattr(HfApi, "model_info", ask_then_change)
     failed = push()
-    assert "failed: somebody else changed it meanwhile (412)" in failed.stderr
+    assert "failed: someone else changed it in the meantime (412)" in failed.stderr
     assert on_hub(hub) == {"model-00001-of-00002.safetensors": b"theirs"}

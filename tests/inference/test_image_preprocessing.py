@@ -1,4 +1,4 @@
-"""Preprocessing of images, against Pillow and numpy."""
+"""Preprocessing of images, compared with Pillow and numpy."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def test_images_are_resized_rescaled_and_normalised_in_order(tmp_path: Path):
     np.testing.assert_allclose(found["pixel_values"], np.array(wanted), rtol=0, atol=1e-5)
 
 
-def test_the_middle_is_cut_out_where_the_processor_says_so(tmp_path: Path):
+def test_images_are_cropped_to_the_centre_if_the_processor_says_so(tmp_path: Path):
     crop = {"crop_size": {"height": 6, "width": 4}, "image_mean": MEAN, "image_std": STD}
     BitImageProcessorPil(size={"shortest_edge": 8}, resample=3, **crop).save_pretrained(tmp_path)
     image = picture(16, 32)
@@ -52,7 +52,7 @@ def test_the_middle_is_cut_out_where_the_processor_says_so(tmp_path: Path):
     assert preprocess.shape == (3, 6, 4)
 
 
-def test_without_rescaling_pixels_stay_as_they_are_but_for_the_dtype(tmp_path: Path):
+def test_without_rescaling_only_the_dtype_of_pixels_changes(tmp_path: Path):
     model = image_model(tmp_path / "model", do_rescale=False, do_normalize=False)
     found = ImagePreprocessor(model, VIT)([save_picture(tmp_path / "a.png", picture(8, 6))])["pixel_values"]
     assert found.dtype == np.float32
@@ -85,9 +85,9 @@ def test_rows_are_not_taken_for_channels(tmp_path: Path, size: tuple[int, int]):
     np.testing.assert_allclose(found, [wanted], rtol=0, atol=1e-5)
 
 
-def test_images_are_turned_upright(tmp_path: Path):
+def test_images_are_rotated_upright(tmp_path: Path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be seen, turn by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     turned = save_picture(tmp_path / "a.png", picture(6, 8), exif=exif)
     found = ImagePreprocessor(image_model(tmp_path / "model"), VIT)([turned])["pixel_values"]
     np.testing.assert_allclose(found, [normalised(np.rot90(np.asarray(picture(6, 8)), k=-1))], rtol=0, atol=1e-5)
@@ -115,10 +115,10 @@ def spoil(file: Path, how: str) -> None:
         ("text", "cannot identify image file"),
         ("postscript", "cannot identify image file"),
         ("cut short", "truncated"),
-        ("16 bits", "mode I;16, wanted 8 bits a channel"),
+        ("16 bits", "mode I;16, expected 8 bits per channel"),
     ],
 )
-def test_what_is_no_image_is_refused(tmp_path: Path, how: str, reason: str):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path, how: str, reason: str):
     preprocess = ImagePreprocessor(image_model(tmp_path / "model"), VIT)
     spoil(tmp_path / "a.png", how)
     with pytest.raises(OptionError, match=reason) as error:
@@ -128,7 +128,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path, how: str, reason: str):
     assert message.endswith("wanted a file of the format BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP")
 
 
-@pytest.mark.parametrize("side", [12, 20])  # where Pillow warns, and where it raises
+@pytest.mark.parametrize("side", [12, 20])  # a size at which Pillow warns, and one at which it raises
 def test_a_decompression_bomb_is_refused(tmp_path: Path, side: int, monkeypatch):
     preprocess = ImagePreprocessor(image_model(tmp_path / "model"), VIT)
     bomb, fine = (
@@ -142,24 +142,24 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, side: int, monkeypatch)
     refusal(error)
 
 
-def test_files_and_texts_are_told_apart(tmp_path: Path):
+def test_files_and_texts_are_not_confused(tmp_path: Path):
     with pytest.raises(OptionError) as error:
         ImagePreprocessor(image_model(tmp_path / "images"), VIT)(["a good film"])
-    assert refusal(error) == "'a good film' is a text, wanted an image file: the model takes images"
+    assert refusal(error) == "'a good film' is a text, expected an image file: the model takes images"
     with pytest.raises(OptionError) as error:
         texts_of("bert", text_model(tmp_path / "texts"))([Path("a.png")])
-    assert refusal(error) == "a.png is a file, wanted a text: the model takes texts"
+    assert refusal(error) == "a.png is a file, expected a text: the model takes texts"
 
 
 @pytest.mark.parametrize(
     ("settings", "config", "reason"),
     [
-        ({"do_resize": False}, {}, r"different sizes \(\(3, 48, 64\), \(3, 64, 48\)\), wanted one that resizes"),
+        ({"do_resize": False}, {}, r"different sizes \(\(3, 48, 64\), \(3, 64, 48\)\), expected one that resizes"),
         ({"image_mean": [0.5]}, {}, "cannot be used .*mean must have 3 elements"),
         ({"size": "x"}, {}, "cannot be used .*size"),
         ({"image_processor_type": "NoSuch"}, {}, "cannot be used .*Unrecognized image processor"),
         ({}, {"num_channels": 1}, "cannot be used .*mean must have 1 elements"),
-        ({}, {"num_channels": 4}, "takes images of 4 channels, wanted 1 or 3"),
+        ({}, {"num_channels": 4}, "takes images of 4 channels, expected 1 or 3"),
         ({}, {"num_channels": "x"}, r"config\.json cannot be used .*num_channels"),
     ],
 )
@@ -174,7 +174,9 @@ def test_an_unusable_image_processor_is_refused(tmp_path: Path, settings: dict, 
 def test_a_missing_or_broken_image_processor_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError) as error:
         open_preprocessor(tmp_path, IMAGES, VIT)
-    assert refusal(error).startswith(f"{tmp_path}: no preprocessor_config.json; wanted the one the model was trained")
+    assert refusal(error).startswith(
+        f"{tmp_path}: no preprocessor_config.json; expected the one the model was trained"
+    )
     write(tmp_path / "preprocessor_config.json", "{")
     with pytest.raises(
         CheckpointError, match=r"preprocessor_config\.json: cannot be used .*not a valid JSON"
@@ -211,14 +213,14 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch):
         ({"image_size": 32}, (3, 32, 32)),
         ({"image_size": [32, 48]}, (3, 32, 48)),
         ({"image_size": 28, "num_channels": 1}, (1, 28, 28)),
-        ({}, (3, 224, 224)),  # ViT's own
+        ({}, (3, 224, 224)),  # ViT's default
     ],
 )
-def test_without_a_processor_the_config_says_the_shape(tmp_path: Path, config: dict, wanted: tuple):
+def test_without_a_processor_the_config_defines_the_shape(tmp_path: Path, config: dict, wanted: tuple):
     assert image_shape(tmp_path, {**VIT, **config}) == wanted
 
 
-def test_the_processor_says_the_shape_before_the_config(tmp_path: Path):
+def test_the_processor_takes_precedence_over_the_config_for_the_shape(tmp_path: Path):
     assert image_shape(image_model(tmp_path), {**VIT, "image_size": 32}) == (3, 6, 8)
     write(tmp_path / "preprocessor_config.json", "{")
     with pytest.raises(CheckpointError):

@@ -1,4 +1,4 @@
-"""`peanut-inspect`: the layout and its evidence, shapes per module, and a picture of where an adapter acts."""
+"""`peanut-inspect`: the layout and its evidence, shapes per module, and a plot of the size of the updates."""
 
 import json
 import resource
@@ -49,20 +49,20 @@ def test_shapes_per_module(run_here: Run) -> None:
     assert facts["depth"] == [1, 2]
     shown = run_here("peanut-inspect", REAL, "--base", REAL_BASE).stdout
     rows = {" ".join(line.replace("│", " ").split()) for line in shown.splitlines()}
-    assert "intermediate.dense [8, 768] [768, 8] 8 1 6" in rows  # one row for all layers that are alike
+    assert "intermediate.dense [8, 768] [768, 8] 8 1 6" in rows  # one row for all identical layers
     assert "attention.query [8, 192] [192, 8] 8 2 6" in rows
     assert any(row.startswith("layer.5 0.") for row in rows)
     assert "…" not in shown
 
 
-def test_a_base_settles_what_the_folder_cannot_tell(run_here: Run) -> None:
+def test_a_base_resolves_what_the_folder_leaves_open(run_here: Run) -> None:
     adapter, base = LLM / "gqa" / "adapter", LLM / "gqa" / "base"
     assert run_here("peanut-inspect", adapter, "--base", base).returncode == 0
     facts = json.loads(run_here("peanut-inspect", adapter, "--layout", "authors-llm", "--json").stdout)
     assert facts["layout"] == "authors-llm"
 
 
-def test_the_picture_is_drawn(tmp_path: Path, run_here: Run) -> None:
+def test_the_plot_is_drawn(tmp_path: Path, run_here: Run) -> None:
     from matplotlib import image
 
     file = tmp_path / "where.png"
@@ -71,10 +71,10 @@ def test_the_picture_is_drawn(tmp_path: Path, run_here: Run) -> None:
     pixels = image.imread(file)
     assert pixels.shape[0] > 200
     assert pixels.shape[1] > 400
-    assert len({tuple(colour) for colour in pixels.reshape(-1, pixels.shape[2]).tolist()}) > 24  # a cell each
+    assert len({tuple(colour) for colour in pixels.reshape(-1, pixels.shape[2]).tolist()}) > 24  # one cell each
 
 
-def test_the_picture_has_the_norms_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_plot_contains_the_norms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from matplotlib.axes import Axes
 
     drawn = []
@@ -95,12 +95,12 @@ def test_kinds_that_would_be_confused_keep_their_names() -> None:
     assert cells["a.0"] == {"x.dense": 0, "y.dense": 1}
 
 
-def test_a_picture_that_cannot_be_drawn_is_refused_first(pair: Pair, tmp_path: Path, run_here: Run) -> None:
+def test_a_plot_that_cannot_be_written_is_refused_first(pair: Pair, tmp_path: Path, run_here: Run) -> None:
     taken = tmp_path / "taken.png"
     taken.write_text("mine")
     for file, error, message in (
         (taken, OutputExistsError, "exists; choose another file"),
-        (tmp_path / "a.docx", OptionError, "'.docx' is no picture; wanted one of .*png"),
+        (tmp_path / "a.docx", OptionError, "'.docx' is not a supported format; expected one of .*png"),
         (tmp_path / "nowhere" / "a.png", OptionError, "there is no folder"),
     ):
         with pytest.raises(error, match=message):
@@ -110,7 +110,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_first(pair: Pair, tmp_path: P
     assert done.stderr == "peanut-inspect: --plot needs --base\n"
 
 
-def test_without_matplotlib_the_message_has_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'peanut-serve\[plot\]'"):
@@ -140,7 +140,7 @@ def test_the_layouts_are_listed_in_the_help_and_are_those_that_exist(run_here: R
             assert f"  {name:20} {summary}" in shown
 
 
-def test_what_it_is_can_be_told_without_its_scale(run_here: Run) -> None:
+def test_an_adapter_can_be_inspected_without_its_scale(run_here: Run) -> None:
     theta = GLUE / "peanut_l_scale0.1" / "theta.safetensors"
     facts = json.loads(run_here("peanut-inspect", theta, "--json").stdout)
     assert (facts["layout"], facts["r"], facts["modules"]) == ("authors-glue", 8, 4)
@@ -150,8 +150,8 @@ def test_what_it_is_can_be_told_without_its_scale(run_here: Run) -> None:
 
 
 @pytest.mark.parametrize("what", ["plot", "record"])
-def test_a_disk_that_is_full_is_one_line(what: str, pair: Pair, tmp_path: Path) -> None:
-    """The system lets no file grow beyond a few bytes."""
+def test_a_full_disk_is_reported_in_one_line(what: str, pair: Pair, tmp_path: Path) -> None:
+    """The file size limit is a few bytes."""
     program = Path(sys.executable).parent / "peanut-inspect"
     option = ["--plot", tmp_path / "a.png"] if what == "plot" else ["--record-base"]
     done = subprocess.run(

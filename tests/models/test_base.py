@@ -1,4 +1,4 @@
-"""Opening a base, and holding it against what the adapter was trained on."""
+"""Opening a base, and comparing it with the base the adapter was trained on."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_fingerprint_is_of_the_weights_and_not_of_the_files(pair: Pair, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_weights_not_the_files(pair: Pair, tmp_path: Path) -> None:
     first = open_checkpoint(pair.base).fingerprint
     tiny_llama().from_pretrained(pair.base).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(open_checkpoint(tmp_path / "sharded").shards) > 2
@@ -43,7 +43,7 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_files(pair: Pair, tmp_
     assert open_checkpoint(pair.base).fingerprint != first
 
 
-def test_the_fingerprint_samples_large_tensors_to_their_ends(tmp_path: Path) -> None:
+def test_the_fingerprint_samples_large_tensors_up_to_their_end(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = {"w": torch.zeros(1000, 100)}
     found = set()
@@ -55,7 +55,7 @@ def test_the_fingerprint_samples_large_tensors_to_their_ends(tmp_path: Path) -> 
     assert len(found) == 3
 
 
-def test_a_recorded_base_is_held_to(pair: Pair) -> None:
+def test_a_recorded_base_is_enforced(pair: Pair) -> None:
     path = record_base(load_adapter(pair.adapter), open_checkpoint(pair.base))
     assert path == pair.adapter / "peanut_base.json"
     prepare_merge(pair.base, pair.adapter)
@@ -122,7 +122,9 @@ def test_a_merged_base_is_refused_unless_the_adapter_was_trained_on_it(pair: Pai
 )
 def test_a_quantised_base_is_named_and_refused(pair: Pair, settings: dict, name: str) -> None:
     edit_json(pair.base / "config.json", quantization_config=settings)
-    with pytest.raises(QuantizedBaseError, match=rf"is quantised \({name}\): merge on the weights in training prec"):
+    with pytest.raises(
+        QuantizedBaseError, match=rf"is quantised \({name}\): merge into the weights in training prec"
+    ):
         prepare_merge(pair.base, pair.adapter)
 
 
@@ -157,14 +159,14 @@ def test_a_base_that_shrinks_while_it_is_read(pair: Pair) -> None:
     assert sorted(p.name for p in pair.base.parent.iterdir()) == ["adapter", "base"]
 
 
-def test_a_lying_header_is_refused(pair: Pair) -> None:
+def test_a_header_that_does_not_match_the_data_is_refused(pair: Pair) -> None:
     file = pair.base / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"shape":[96,32]', b'"shape":[95,32]', 1))
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         prepare_merge(pair.base, pair.adapter)
 
 
-def test_shards_that_are_not_whole(pair: Pair, tmp_path: Path) -> None:
+def test_incomplete_shards(pair: Pair, tmp_path: Path) -> None:
     base = tmp_path / "sharded"
     tiny_llama().save_pretrained(base, max_shard_size="20KB")
     index = base / "model.safetensors.index.json"
@@ -188,28 +190,28 @@ def test_shards_that_are_not_whole(pair: Pair, tmp_path: Path) -> None:
         prepare_merge(base, pair.adapter)
 
 
-def test_folders_that_are_no_base(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is an adapter, wanted a base model; pass it with --adapter"):
+def test_folders_that_are_not_a_base(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is an adapter, expected a base model; pass it as the adapter"):
         prepare_merge(pair.adapter, pair.adapter)
-    with pytest.raises(CheckpointError, match="no folder .*/nowhere, and this is no Hub id"):
+    with pytest.raises(CheckpointError, match="no folder .*/nowhere, and it is not a valid Hub id"):
         prepare_merge(tmp_path / "nowhere", pair.adapter)
-    with pytest.raises(CheckpointError, match="is a file; wanted the folder"):
+    with pytest.raises(CheckpointError, match="is a file; expected the folder"):
         prepare_merge(pair.base / "config.json", pair.adapter)
-    with pytest.raises(CheckpointError, match=r"no config.json; wanted a folder with a transformers model"):
+    with pytest.raises(CheckpointError, match=r"no config.json; expected a folder with a transformers model"):
         prepare_merge(tmp_path, pair.adapter)
-    with pytest.raises(OptionError, match="--revision main has no meaning for the local folder"):
+    with pytest.raises(OptionError, match="revision='main' has no meaning for the local folder .*; leave it out"):
         prepare_merge(pair.base, pair.adapter, revision="main")
     (pair.base / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="the model config is a JSON list"):
         prepare_merge(pair.base, pair.adapter)
 
 
-def test_pickled_weights_are_refused_with_the_cure(pair: Pair) -> None:
+def test_pickled_weights_are_refused_with_a_way_to_convert_them(pair: Pair) -> None:
     file = pair.base / "model.safetensors"
     torch.save(load_file(file), pair.base / "pytorch_model.bin")
     file.unlink()
     with pytest.raises(
-        CheckpointError, match=r"as pickles \(pytorch_model.bin\), wanted safetensors; .*save_pretrain"
+        CheckpointError, match=r"as pickles \(pytorch_model.bin\), expected safetensors; .*save_pretrain"
     ):
         prepare_merge(pair.base, pair.adapter)
     (pair.base / "pytorch_model.bin").unlink()

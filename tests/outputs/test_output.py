@@ -70,7 +70,7 @@ def test_sizes(text: str, size: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "5 apples"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(OptionError, match="is no size; wanted something like 5GB"):
+    with pytest.raises(OptionError, match="is not a valid size; expected something like 5GB"):
         parse_size(text)
 
 

@@ -143,7 +143,7 @@ def test_no_space_is_seen_ahead(pair: Pair) -> None:
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     os.truncate(file, 8 + len(text) + len(data) + size)
-    with pytest.raises(NoSpaceError, match=r"down needs 1000.00 GB, the disk of .* has \d+.\d\d GB free"):
+    with pytest.raises(NoSpaceError, match=r"down needs 1000.00 GB, but the disk of .* has \d+.\d\d GB free"):
         merge(pair.base, pair.adapter, pair.output / "deep" / "down")
     assert not pair.output.exists()
 
