@@ -125,7 +125,7 @@ def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path, how: str, reason
         preprocess([save_picture(tmp_path / "fine.png"), tmp_path / "a.png"])
     message = refusal(error)
     assert message.startswith(f"{tmp_path / 'a.png'}: cannot be read as an image (")
-    assert message.endswith("wanted a file of the format BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP")
+    assert message.endswith("expected one of the formats BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP")
 
 
 @pytest.mark.parametrize("side", [12, 20])  # a size at which Pillow warns, and one at which it raises
