@@ -142,7 +142,7 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda w: w.update({f"{KEY}B.weight": torch.zeros(32, 5)}),
         r"peanut_B has shape \(32, 5\), wanted \(32, 4\)",
     ),
-    "nan": (set_number(float("nan")), "peanut_B.weight contains 2 NaN or Inf values out of 128; the training diverged"),
+    "nan": (set_number(float("nan")), "B.weight contains 2 NaN or Inf values out of 128; the training diverged"),
     "inf": (set_number(float("inf")), "peanut_B.weight contains 2 NaN or Inf"),
     "integers": (lambda w: w.update({f"{KEY}A.weight": torch.zeros(4, 32, dtype=torch.int32)}), "is torch.int32"),
     "nothing": (lambda w: w.clear(), "contain no θ"),
