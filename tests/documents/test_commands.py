@@ -133,6 +133,7 @@ def test_the_help(run_here: Run, document: Document) -> None:
         assert "Usage: " in done.stdout
 
 
+@pytest.mark.slow
 @having(lambda document: document.shell_commands)
 def test_the_blocks(smollm2: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, document: Document) -> None:
     """Servers by what they tell vLLM; test_serving.py and test_swapping.py start such servers, and ask them."""
@@ -196,6 +197,7 @@ def test_the_extras_exist() -> None:
     assert {"vllm", "onnx", "plot"} <= named <= extras
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_the_readme_says(smollm2: Path, tmp_path: Path, run_here: Run) -> None:
     adapter = ROOT / "examples" / "adapters" / "smollm2-json"
     done = run_here("peanut-merge", "--base", smollm2, "--adapter", adapter, "-o", tmp_path / "merged")
