@@ -112,7 +112,7 @@ def test_what_is_finished_stays(pair: Pair, run_here: Run) -> None:
     merge(pair.base, pair.adapter, pair.output)
     before = (pair.output / "model.safetensors").stat()
     done = run_here("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output, "--resume")
-    assert "21 of 21 tensors were there from an earlier run" in done.stdout
+    assert "21 of 21 tensors were written by an earlier run" in done.stdout
     assert (pair.output / "model.safetensors").stat().st_ino == before.st_ino
     with (pair.output / "model.safetensors").open(
         "r+b"
@@ -147,7 +147,7 @@ def test_a_stopped_command_says_how_to_go_on(pair: Pair) -> None:
             time.sleep(0.001)
         child.send_signal(signal.SIGTERM)
         _, said = child.communicate()
-    assert said.strip() == "peanut-merge: stopped; --resume goes on with what is done"
+    assert said.strip() == "peanut-merge: stopped; --resume continues from here"
     assert not pair.output.exists()
     taken = merge(pair.base, pair.adapter, pair.output, resume=True).taken_over
     assert taken >= 1

@@ -7,7 +7,7 @@ from converters.files.names import MANIFEST_NAME
 from converters.inference.kinds import find_kind
 from converters.outputs.model_card import adapter_rows, base_id_of
 from converters.outputs.onnx.checks import TaskCheck
-from converters.outputs.onnx.plan import ExportOptions, Form
+from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
 

@@ -16,7 +16,7 @@ from converters.outputs.manifest import provenance
 from converters.outputs.onnx.card import build_onnx_card
 from converters.outputs.onnx.checks import TaskCheck
 from converters.outputs.onnx.graphs.merged import BASE_DATA
-from converters.outputs.onnx.plan import ExportOptions, Form
+from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
 

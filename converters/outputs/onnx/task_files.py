@@ -15,7 +15,8 @@ from converters.outputs.onnx.graphs.self_merging import write_self_merging
 from converters.outputs.onnx.graphs.swappable import adapter_parameters, check_swappable, write_swappable
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.graphs.traced import TracedBase
-from converters.outputs.onnx.plan import MODEL_FILES, ExportOptions, Form
+from converters.outputs.onnx.options import ExportOptions, Form
+from converters.outputs.onnx.plan import MODEL_FILES
 
 WEB_FOLDER = "onnx"  # where transformers.js looks for graphs
 
