@@ -12,6 +12,7 @@ from converters.adapters.layouts.names import LAYOUT_SUMMARIES
 from converters.adapters.layouts.table import LAYOUTS
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError
+from converters.methods.table import PEFT_METHODS
 
 # types of PEFT that learn prompts: there is nothing to merge (peft/utils/peft_types.py)
 _PROMPT_TYPES = {
@@ -82,14 +83,15 @@ def _claims(source: AdapterSource, layout: str | None) -> list[tuple[Layout, str
 def _refuse_others(source: AdapterSource) -> None:
     """Refuse the other types of PEFT, by name."""
     found = source.peft_type
-    if found in ("PEANUT", "LORA", None):
+    if found in ("PEANUT", "LORA", None, *PEFT_METHODS):
         return
     if found in _PROMPT_TYPES:
         raise LayoutError(
             f"{source.path} says peft_type {found}: it learned prompts, which cannot be merged into weights"
         )
+    known = ", ".join(["PEANUT", "LORA", *PEFT_METHODS])
     raise LayoutError(
-        f"{source.path} says peft_type {found}, wanted PEANUT or LORA; merge it with PEFT's merge_and_unload"
+        f"{source.path} says peft_type {found}; read are {known}; merge it with PEFT's merge_and_unload"
     )
 
 

@@ -11,7 +11,7 @@ from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
 from converters.methods.finite import all_finite
-from converters.methods.update import Update, merge_rows
+from converters.methods.update import merge_rows
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
@@ -32,12 +32,14 @@ def tensor_blocks(plan: Plan, tensor: TensorPlan, worker: Worker) -> Iterator[Te
 def updated_blocks(
     source: TensorInfo, merges: Sequence[tuple[Plan, TensorPlan]], worker: Worker
 ) -> Iterator[tuple[int, Tensor]]:
-    """`W0 + Σ f(W0; θ)` for each of several merges of one W0, which is read once, or twice; with the merge's index.
+    """`W0 + Σ delta` for each of several merges of one W0, which is read once, or twice; with the merge's index.
 
     Raises `NonFiniteError` when the numbers do not fit the dtype.
     """
+    source = source.as_matrix
+    shape = (source.shape[0], source.shape[1])
     updates = [
-        [Update(plan.tweaker(term), source.shape[1], EVALUATION_DTYPE, worker.device) for term in tensor.terms]
+        [plan.delta_of(term).update(shape, EVALUATION_DTYPE, worker.device) for term in tensor.terms]
         for plan, tensor in merges
     ]
     first = [update for several in updates for update in several if update.needs_pass]

@@ -13,8 +13,7 @@ from converters.errors import VerificationError
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
 from converters.files.reader import TensorReader
-from converters.methods.peanut import Orientation, Tweaker
-from converters.methods.update import factors_from
+from converters.methods.base import Reads, WeightDelta
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
@@ -80,7 +79,7 @@ def check_headers(folder: Path, plan: Plan) -> None:
 def verify_tensor(
     written: TensorInfo,
     tensor: TensorPlan,
-    tweakers: Sequence[Tweaker],
+    deltas: Sequence[WeightDelta],
     digest: str,
     reader: TensorReader,
 ) -> tuple[int, float]:
@@ -89,7 +88,7 @@ def verify_tensor(
     Args:
         written: where it lies in the output.
         tensor: what it should be.
-        tweakers: its updates, in float64.
+        deltas: its updates, in float64.
         digest: xxh3_128 of what was written.
         reader: reads both the output and the base.
 
@@ -98,15 +97,15 @@ def verify_tensor(
     Raises `VerificationError` when the bytes are others, or a recomputed number is wrong.
     """
     wrong = f"{tensor.name}: the bytes on the disk are not those that were written; check the disk"
-    if not tweakers or tensor.source is None:
+    if not deltas or tensor.source is None:
         if reader.hash(written) != digest:
             raise VerificationError(wrong)
         return 0, 0.0
-    rows, columns = _sample(tensor, tweakers)
-    found_digest, found = _hash_and_pick(written, rows, columns, reader)
+    rows, columns = _sample(tensor, deltas)
+    found_digest, found = _hash_and_pick(written.as_matrix, rows, columns, reader)
     if found_digest != digest:
         raise VerificationError(wrong)
-    return check_numbers(found, tensor, rows, columns, tweakers, reader)
+    return check_numbers(found, tensor, rows, columns, deltas, reader)
 
 
 def _hash_and_pick(info: TensorInfo, rows: Tensor, columns: Tensor, reader: TensorReader) -> tuple[str, Tensor]:
@@ -126,19 +125,18 @@ def check_numbers(
     tensor: TensorPlan,
     rows: Tensor,
     columns: Tensor,
-    tweakers: Sequence[Tweaker],
+    deltas: Sequence[WeightDelta],
     reader: TensorReader,
 ) -> tuple[int, float]:
     """Recompute an updated weight at `rows` and `columns`, and compare it with `found`, which it has there.
 
-    One value of h depends on a whole column of W0 in the columns orientation and on a whole row in the rows
-    orientation: those are read from the base, apart from what the merge read.
+    What a number depends on (`Reads`) is read from the base, apart from what the merge read.
 
     Returns: (numbers checked, their largest error in ulp).
 
     Raises `VerificationError` if one is not the float64 value, rounded once.
     """
-    w0, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    w0, delta, spread = _recompute(tensor, rows, columns, deltas, reader)
     reference = w0 + delta
     error = (found - reference).abs()
     unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
@@ -153,20 +151,20 @@ def check_numbers(
 
 
 def verify_numbers(
-    merged: Tensor, tensor: TensorPlan, tweakers: Sequence[Tweaker], reader: TensorReader
+    merged: Tensor, tensor: TensorPlan, deltas: Sequence[WeightDelta], reader: TensorReader
 ) -> tuple[int, float]:
     """Recompute a sample of an updated weight that is in memory; the rest is as for `check_numbers`."""
-    rows, columns = _sample(tensor, tweakers)
-    few_rows = len(rows) < len(columns)
+    rows, columns = _sample(tensor, deltas)
+    merged, few_rows = merged.view(tensor.matrix_shape), len(rows) < len(columns)
     found = merged[rows][:, columns] if few_rows else merged[:, columns][rows]
-    return check_numbers(found.double(), tensor, rows, columns, tweakers, reader)
+    return check_numbers(found.double(), tensor, rows, columns, deltas, reader)
 
 
 def check_factors(
     up: Tensor,
     down: Tensor,
     tensor: TensorPlan,
-    tweakers: Sequence[Tweaker],
+    deltas: Sequence[WeightDelta],
     dtype: torch.dtype,
     reader: TensorReader,
 ) -> tuple[int, float]:
@@ -175,7 +173,7 @@ def check_factors(
     Args:
         up, down: factors that were rounded to `dtype`, (out, r) and (r, in), in float64.
         tensor: the weight.
-        tweakers: its updates, in float64.
+        deltas: its updates, in float64.
         dtype: of the factors.
         reader: reads the base.
 
@@ -183,8 +181,8 @@ def check_factors(
 
     Raises `VerificationError` if an error is larger than rounding each factor once makes it.
     """
-    rows, columns = _sample(tensor, tweakers)
-    _, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    rows, columns = _sample(tensor, deltas)
+    _, delta, spread = _recompute(tensor, rows, columns, deltas, reader)
     up, down, tiny = up[rows], down[:, columns], torch.finfo(dtype).smallest_normal
     error = (up @ down - delta).abs()
     rounding = torch.finfo(dtype).eps * ((up.abs() + tiny) @ (down.abs() + tiny))
@@ -194,43 +192,59 @@ def check_factors(
 
 
 def _recompute(
-    tensor: TensorPlan, rows: Tensor, columns: Tensor, tweakers: Sequence[Tweaker], reader: TensorReader
+    tensor: TensorPlan, rows: Tensor, columns: Tensor, deltas: Sequence[WeightDelta], reader: TensorReader
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W0, the sum of its updates, and the magnitudes all of that was added up from; each (rows, columns), float64."""
-    source = tensor.source
-    if source is None:
+    if tensor.source is None:
         raise ValueError(f"{tensor.name} is not from the base")
-    kinds = {tweaker.orientation for tweaker in tweakers}
-    w0_rows = read_rows(source, rows, reader) if Orientation.ROWS in kinds else None
-    w0_columns = read_columns(source, columns, reader) if w0_rows is None or Orientation.COLUMNS in kinds else None
-    w0 = w0_columns[rows] if w0_columns is not None else w0_rows[:, columns]  # type: ignore[index]
+    read = _W0(tensor.source.as_matrix, rows, columns, {delta.reads for delta in deltas}, reader)
+    w0 = read.of(Reads.NOTHING)
     total, spread = torch.zeros_like(w0), w0.abs()
-    for tweaker in tweakers:
-        delta, magnitude = _delta_at(tweaker, w0_rows, w0_columns, rows, columns)
-        total, spread = total + delta, spread + magnitude
+    for delta in deltas:
+        found, magnitude = delta.delta_at(read.of(delta.reads), rows, columns)
+        total, spread = total + found, spread + magnitude
     return w0, total, spread
 
 
-def _delta_at(
-    tweaker: Tweaker, w0_rows: Tensor | None, w0_columns: Tensor | None, rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
-    """f at some rows and columns, and the sum of magnitudes it was added up from; both (rows, columns)."""
-    if tweaker.orientation is Orientation.FREE:
-        up, down = tweaker.hidden(tweaker.b[rows]), tweaker.a[:, columns]
-    elif tweaker.orientation is Orientation.COLUMNS and w0_columns is not None:
-        up, down = tweaker.b[rows], tweaker.hidden(tweaker.a @ w0_columns)
-    elif w0_rows is not None:
-        up, down = tweaker.hidden(tweaker.a @ w0_rows.T).T, tweaker.b[columns].T
-    else:
-        raise ValueError("the sample lacks what the tweaker reads")
-    return factors_from(tweaker, up, down).delta(), abs(tweaker.scaling) * (up.abs() @ down.abs())
+class _W0:
+    """What of W0 has to be read to recompute some rows and columns.
+
+    Args:
+        info: the weight.
+        rows, columns: what is recomputed.
+        reads: what its updates depend on.
+        reader: reads the base.
+    """
+
+    def __init__(
+        self, info: TensorInfo, rows: Tensor, columns: Tensor, reads: set[Reads], reader: TensorReader
+    ) -> None:
+        self._rows, self._columns = rows, columns
+        self._whole = read_rows(info, torch.arange(info.shape[0]), reader) if Reads.WHOLE in reads else None
+        self._at_rows = read_rows(info, rows, reader) if Reads.ROWS in reads else None
+        by_columns = Reads.COLUMNS in reads or (self._whole is None and self._at_rows is None)
+        self._at_columns = read_columns(info, columns, reader) if by_columns else None
+
+    def of(self, reads: Reads) -> Tensor:
+        """W0 at the rows, at the columns, whole; else at both."""
+        known = {Reads.WHOLE: self._whole, Reads.ROWS: self._at_rows, Reads.COLUMNS: self._at_columns}.get(reads)
+        if known is not None:
+            return known
+        if self._at_columns is not None:
+            return self._at_columns[self._rows]
+        if self._at_rows is not None:
+            return self._at_rows[:, self._columns]
+        if self._whole is not None:
+            return self._whole[self._rows][:, self._columns]
+        raise ValueError("nothing of W0 was read")
 
 
-def _sample(tensor: TensorPlan, tweakers: Sequence[Tweaker]) -> tuple[Tensor, Tensor]:
+def _sample(tensor: TensorPlan, deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
     """Rows and columns to recompute: some of those that need much of W0 each, all of the others."""
-    kinds = {tweaker.orientation for tweaker in tweakers}
-    rows = _pick(tensor.shape[0], sampled=Orientation.ROWS in kinds)
-    columns = _pick(tensor.shape[1], sampled=Orientation.ROWS not in kinds or Orientation.COLUMNS in kinds)
+    reads = {delta.reads for delta in deltas}
+    by_rows = bool(reads & {Reads.ROWS, Reads.WHOLE})
+    rows = _pick(tensor.matrix_shape[0], sampled=by_rows)
+    columns = _pick(tensor.matrix_shape[1], sampled=not by_rows or Reads.COLUMNS in reads)
     return rows, columns
 
 

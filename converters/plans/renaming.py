@@ -49,7 +49,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
     for position, adapter in enumerate(adapters):
-        _place_tweakers(draft, position, adapter, arch, names)
+        _place_updates(draft, position, adapter, arch, names)
         _place_embedded(draft, position, adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
@@ -100,7 +100,7 @@ class _BaseNames:
         return prefix + name if inside and self._arch.canonical(prefix + name) == self.canonical[name] else name
 
 
-def _place_tweakers(
+def _place_updates(
     draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
 ) -> None:
     adapted = {}
@@ -109,13 +109,17 @@ def _place_tweakers(
         source = names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
-        if arch.converted(source):
-            raise TargetError(
-                f"{module}: transformers builds this weight by fusing or splitting {source} of the checkpoint, and a "
-                "merge into such a tensor is not supported; adapt a module that is stored as it is"
-            )
         output = canonical if canonical in arch.tied else names.output(source)
         draft.targets.append(Target(position, module, source, output))
+        bias = names.find(arch.canonical(f"{module}.bias")) if adapter.describe(module).bias is not None else None
+        if bias is not None:
+            draft.targets.append(Target(position, module, bias, names.output(bias), "bias"))
+        for name in filter(None, (source, bias)):
+            if arch.converted(name):
+                raise TargetError(
+                    f"{module}: transformers builds this weight by fusing or splitting {name} of the checkpoint, and "
+                    "a merge into such a tensor is not supported; adapt a module that is stored as it is"
+                )
         adapted[canonical.removesuffix(".weight")] = source.removesuffix(".weight")
     others = {
         spelling: linear

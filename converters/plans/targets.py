@@ -18,12 +18,13 @@ from converters.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Target:
-    """One update of one weight: read W0 from `base_name`, write `W0 + f(W0; θ)` as `output_name`."""
+    """One update of one parameter of a module: read it as `base_name`, write it as `output_name`."""
 
     adapter: int  # which of the adapters
     module: str
     base_name: str
     output_name: str
+    parameter: str = "weight"  # or its bias
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Target
         if untrained_modules(adapter, linear - set(pairs), pairs):
             return None
         targets += [Target(position, module, name, name) for module, name in pairs.items()]
+        biases = {module: f"{module}.bias" for module in pairs if adapter.describe(module).bias is not None}
+        targets += [
+            Target(position, module, name, name, "bias") for module, name in biases.items() if name in base.tensors
+        ]
     updated = {target.base_name for target in targets}
     return Targets(
         targets=tuple(targets),

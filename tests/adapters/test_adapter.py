@@ -28,8 +28,8 @@ def test_facts_of_an_adapter(make_pair: Callable[..., Pair]) -> None:
     adapter = load_adapter(pair.adapter)
     assert adapter.layout == "hf-peft"
     assert "PEANUT" in adapter.evidence
-    theta = adapter.modules["model.layers.1.self_attn.v_proj"]
-    assert (theta.depth, theta.act_fn, theta.scaling) == (2, "tanh", 0.25)
+    theta = adapter.describe("model.layers.1.self_attn.v_proj").facts
+    assert (theta["depth"], theta["act_fn"], theta["scaling"]) == (2, "tanh", 0.25)
     assert adapter.rank("model.layers.1.self_attn.v_proj") == 3
     assert adapter.weight_shape("model.layers.1.self_attn.v_proj") == (16, None)
     assert list(adapter.saved) == ["lm_head.weight"]
@@ -191,7 +191,7 @@ def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"holds neither adapter_config\.json nor weights"):
         load_adapter(tmp_path / "empty")
     edit_config(pair.adapter, peft_type="VERA")
-    with pytest.raises(LayoutError, match="peft_type VERA, wanted PEANUT or LORA; merge it with PEFT"):
+    with pytest.raises(LayoutError, match="peft_type VERA; read are PEANUT, LORA, IA3; merge it with PEFT"):
         load_adapter(pair.adapter)
     (pair.adapter / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterConfigError, match="cannot read the adapter config"):

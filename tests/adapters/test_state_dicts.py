@@ -150,8 +150,8 @@ def test_the_scale_of_the_glue_code_has_to_be_given() -> None:
 
 def test_the_scale_of_the_vision_code_is_one_unless_given() -> None:
     theta = CASE.folder / "theta.bin"
-    assert {t.scaling for t in load_adapter(theta).modules.values()} == {1.0}
-    assert {t.scaling for t in load_adapter(theta, scaling=0.5).modules.values()} == {0.5}
+    assert {t.settings["scaling"] for t in load_adapter(theta).modules.values()} == {1.0}
+    assert {t.settings["scaling"] for t in load_adapter(theta, scaling=0.5).modules.values()} == {0.5}
 
 
 def glue_theta(layers: list[int], count: int, folder: Path) -> tuple[Path, Path]:
@@ -202,7 +202,7 @@ def test_a_missing_layer_is_refused(tmp_path: Path, layers: list[int], count: in
 def test_r_and_depth_are_read_per_module() -> None:
     """Really trained with the authors' code: depth 6 on attention means depth 4 on the dense layers there."""
     adapter = load_adapter(DATA / "vit-tiny" / "authors-digits5to9")
-    depths = {module.rsplit(".", 1)[-1]: theta.depth for module, theta in adapter.modules.items()}
+    depths = {module.rsplit(".", 1)[-1]: adapter.describe(module).facts["depth"] for module in adapter.modules}
     assert depths == {"query": 2, "value": 2, "dense": 1}
 
 

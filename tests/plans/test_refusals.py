@@ -98,7 +98,7 @@ TABLE: dict[str, Row] = {
     # wrong layout flag
     "layout: PEFT's folder as LoRA": (
         peft, None, ["--layout", "lora"],
-        "is not in the layout lora (plain LoRA as PEFT writes it: peft_type LORA, lora_A (r, in) and lora_B "
+        "is not in the layout lora (LoRA and DoRA as PEFT writes them: peft_type LORA, lora_A (r, in) and lora_B "
         "(out, r)): it is hf-peft, because adapter_config.json says peft_type PEANUT",
     ),
     "layout: the LLM code's folder as vision": (

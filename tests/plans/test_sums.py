@@ -145,7 +145,7 @@ def test_options_apply_to_those_that_need_them(make_pair: Callable[..., Pair], t
     stated = {m: load_adapter(THETA.adapter).tweaker(m) for m in load_adapter(THETA.adapter).modules}
     save_adapter(tmp_path / "stated", stated)
     plan = prepare_merge(THETA.base, [tmp_path / "stated", THETA.adapter], scaling=0.25)
-    scalings = {w.adapter.path: {t.scaling for t in w.adapter.modules.values()} for w in plan.adapters}
+    scalings = {w.adapter.path: {t.settings["scaling"] for t in w.adapter.modules.values()} for w in plan.adapters}
     assert scalings == {tmp_path / "stated": {1.0}, THETA.adapter: {0.25}}
     with pytest.raises(OptionError, match="--scaling 0.25 applies to none of the adapters"):
         prepare_merge(THETA.base, [tmp_path / "stated", tmp_path / "stated"], scaling=0.25)

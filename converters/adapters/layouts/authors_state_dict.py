@@ -16,7 +16,7 @@ from converters.adapters.adapter import ModuleTheta
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.files.json_files import read_json
-from converters.methods.peanut import Orientation
+from converters.methods.peanut import Orientation, Tweaker
 
 _THETA_KEY = re.compile(
     r"(?:(?P<parent>.+)\.)(?P<kind>q_adapter|v_adapter|adapter)"
@@ -87,14 +87,11 @@ def _read_module(module: str, parts: Mapping[str, str], scaling: float) -> Modul
         parts = {_NAIVE.get(part, part): key for part, key in parts.items()}
     if missing := sorted({"A", "B"} - set(parts)):
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
-    sides = []
     for side in ("encoders", "decoders"):
         found = sorted(int(part.split(".")[1]) for part in parts if part.startswith(side))
         if found != list(range(len(found))):
             raise ThetaError(f"{module}: {side} {found} are not numbered from 0 without a gap; one is missing")
-        sides.append(tuple(parts[f"{side}.{i}"] for i in found))
-    encoders, decoders = sides
-    return ModuleTheta(Orientation.COLUMNS, parts["A"], parts["B"], encoders, decoders, scaling=scaling)
+    return ModuleTheta(Tweaker, parts, {"orientation": Orientation.COLUMNS.value, "scaling": scaling})
 
 
 def class_beside(folder: Path) -> str | None:

@@ -77,16 +77,14 @@ def save_adapter(
         raise ThetaError("no tweakers to save")
     tensors = {f"saved.{name}": tensor for name, tensor in (saved or {}).items()}
     for module, tweaker in tweakers.items():
-        tensors |= {f"theta.{module}.A": tweaker.a, f"theta.{module}.B": tweaker.b}
-        tensors |= {f"theta.{module}.encoders.{i}": e for i, e in enumerate(tweaker.encoders)}
-        tensors |= {f"theta.{module}.decoders.{i}": d for i, d in enumerate(tweaker.decoders)}
+        tensors |= {f"theta.{module}.{part}": tensor for part, tensor in tweaker.parts.items()}
     facts = {
         "base_model_name_or_path": base_name,
         "task_type": task_type,
         "model_class": model_class,
         "labels": list(labels) if labels is not None else None,
     }
-    modules = {module: {key: getattr(tweaker, key) for key in _SETTINGS} for module, tweaker in tweakers.items()}
+    modules = {module: tweaker.settings for module, tweaker in tweakers.items()}
     with staged(folder, overwrite=False) as staging:
         # a copy each: safetensors refuses tensors that share memory
         save_file(
@@ -200,10 +198,4 @@ def _module(module: str, parts: Mapping[str, str], settings: Mapping[str, Any]) 
     ]
     if missing := [part for part in wanted if part not in parts]:
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
-    return ModuleTheta(
-        a=parts["A"],
-        b=parts["B"],
-        encoders=tuple(parts[f"encoders.{i}"] for i in sides[0]),
-        decoders=tuple(parts[f"decoders.{i}"] for i in sides[1]),
-        **{**settings, "orientation": Orientation(settings["orientation"])},
-    )
+    return ModuleTheta(Tweaker, {part: parts[part] for part in wanted}, settings)

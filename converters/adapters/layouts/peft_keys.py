@@ -5,6 +5,7 @@ keeps the name, and the base weights as `<module>.base_layer.weight` (`peft/util
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,29 +30,29 @@ class PeftKeys:
     embedded: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(source: AdapterSource, theta_key: re.Pattern[str], mark: str, bias: str = "none") -> PeftKeys:
+def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, bias: str = "none") -> PeftKeys:
     """Sort the keys of a state dict.
 
     Args:
         source: the adapter.
-        theta_key: matches a key of θ, with groups module, part, and perhaps index and name (the adapter's).
+        parameters: name of a parameter of θ in a state dict (`lora_A`) -> part of θ. A key has perhaps the adapter's
+            name, a number (of a list of parameters) and `.weight` behind it.
         mark: stands in every key of θ; one that has it and does not match is refused.
         bias: LoRA's `bias`: with `all` or `lora_only`, biases are trained and replace the base's.
 
     Raises:
         ThetaError: a key is not of PEFT's form, there is no θ, or there are several adapters.
     """
-    where = source.weights
+    where, theta_key = source.weights, _theta_key(parameters)
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
         if match := theta_key.fullmatch(name):
-            groups = match.groupdict()
-            adapters.add(groups.get("name"))
-            part = groups["part"] if groups.get("index") is None else f"{groups['part']}.{int(groups['index'])}"
-            if part in found.parts.setdefault(groups["module"], {}):
+            adapters.add(match["name"])
+            part = parameters[match["parameter"]] + (f".{int(match['index'])}" if match["index"] else "")
+            if part in found.parts.setdefault(match["module"], {}):
                 _refuse_several(where, adapters)
-            found.parts[groups["module"]][part] = key
+            found.parts[match["module"]][part] = key
         elif mark in name:
             raise ThetaError(f"{where}: the key {key} is not of PEFT's form")
         elif match := _SAVED_MODULE.fullmatch(name):
@@ -70,6 +71,13 @@ def sort_keys(source: AdapterSource, theta_key: re.Pattern[str], mark: str, bias
         for name in [n for n in found.saved if whole_model and n.endswith(".bias") and n[:-5] not in found.parts]:
             found.embedded[name] = found.saved.pop(name)
     return found
+
+
+def _theta_key(parameters: Mapping[str, str]) -> re.Pattern[str]:
+    """What matches a key of θ."""
+    names = "|".join(map(re.escape, parameters))
+    adapter, index = r"(?:\.(?P<name>(?!weight$)[^.\d][^.]*))?", r"(?:\.(?P<index>\d+))?"
+    return re.compile(rf"(?P<module>.+)\.(?P<parameter>{names}){adapter}{index}(?:\.weight)?")
 
 
 def _refuse_several(where: Path, adapters: set[str | None]) -> None:

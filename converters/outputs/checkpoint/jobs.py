@@ -67,8 +67,8 @@ class Output:
         written = WrittenTensor(digest)
         if verify:
             plan = self.draft.plan
-            tweakers = [plan.tweaker(term).to("cpu", torch.float64) for term in self.tensor.terms]
-            written = WrittenTensor(digest, *verify_tensor(self.place, self.tensor, tweakers, digest, worker.reader))
+            deltas = plan.deltas_of(self.tensor)
+            written = WrittenTensor(digest, *verify_tensor(self.place, self.tensor, deltas, digest, worker.reader))
             self.draft.advance(self.tensor.nbytes)
         self.draft.record(self.shard, self.tensor.name, written)
 
