@@ -25,7 +25,7 @@ FLAGS = {name: _RENAMED.get(name, f"--{name.replace('_', '-')}") for name in _PA
 
 # `stream=`, `force_base=True`, `opset=17`, `format='lora'`, as a word of its own: a path may have a = in it, too
 _PARAMETER = re.compile(
-    rf"(?<![^\s(])(?P<name>{'|'.join(FLAGS)})=(?:True\b|'(?P<text>[^']*)'|(?P<number>\d+)\b|(?=[\s,;:.)]|$))"
+    rf"(?<![^\s(])(?P<name>{'|'.join(FLAGS)})=(?:True\b|'(?P<text>[^']*)'|(?P<number>\d+)(?!\.?\w)|(?=[\s,;:.)]|$))"
 )
 
 
