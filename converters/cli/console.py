@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich import progress
 from rich.console import Console
 
+from converters.cli.flags import in_flags
 from converters.files.sizes import size_text as size_text  # also for the commands of peanut_serve
 from converters.outputs.base import Advance, Report, Shown
 
@@ -55,7 +56,7 @@ def _bar(what: str, total: int, amounts: progress.ProgressColumn) -> Iterator[Ad
 def print_notes(notes: Sequence[str]) -> None:
     """Notes for the user, each once."""
     for note in dict.fromkeys(notes):
-        err.print(f"note: {note}", markup=False)
+        err.print(f"note: {in_flags(note)}", markup=False)
 
 
 def print_shown(shown: Shown, as_json: bool, pushed_to: str | None = None) -> None:

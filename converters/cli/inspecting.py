@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from converters.adapters import facts as description
@@ -20,15 +21,13 @@ from converters.outputs.verifying import verify_output
 
 def verify(folder: Path, full: Sources | None, as_json: bool) -> None:
     """Compare an output with its manifest; with `full`, recompute it from its base and adapters."""
+    open_inputs = None if full is None else partial(_open_inputs, full)
+    console.print_shown(verify_output(folder, open_inputs, console.TerminalProgress()), as_json)
 
-    def open_inputs() -> tuple[Checkpoint, Sequence[Weighted]]:
-        if full is None:
-            raise OptionError("base= is missing")
-        adapters = open_sources(full)
-        return open_base(full, adapters)[0], adapters
 
-    shown = verify_output(folder, None if full is None else open_inputs, console.TerminalProgress())
-    console.print_shown(shown, as_json)
+def _open_inputs(sources: Sources) -> tuple[Checkpoint, Sequence[Weighted]]:
+    adapters = open_sources(sources)
+    return open_base(sources, adapters)[0], adapters
 
 
 def describe(adapter: str, sources: Sources, *, plot: Path | None, record: bool, as_json: bool) -> None:

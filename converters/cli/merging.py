@@ -4,6 +4,7 @@ from converters.api.options import MergeOptions, Sources
 from converters.api.planning import plan_merges
 from converters.cli.console import TerminalProgress, print_notes, print_shown
 from converters.errors import OptionError
+from converters.hub.download import hide_progress_bars
 from converters.outputs.base import OutputRequest
 from converters.outputs.table import FormatRow
 from converters.outputs.upload import Push
@@ -37,8 +38,6 @@ def merge(
         return
     push.prepare(plans)
     if sources.stream:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()  # two progress bars would overwrite each other
+        hide_progress_bars()
     result = output_format.write(planned, request.write, TerminalProgress())
     print_shown(output_format.show(planned, result), as_json, push.upload(folders[0]))

@@ -18,7 +18,9 @@ from converters.errors import OptionError
     [
         ("stream= is for a base on the Hub", "--stream is for a base on the Hub"),
         ("pass force_base=True", "pass --force-base"),
-        ("opset=17 is too old", "--opset 17 is too old"),
+        ("opset=17 is too old; not opset=17.", "--opset 17 is too old; not --opset 17."),
+        ("scaling=0.25: leave it out", "--scaling 0.25: leave it out"),
+        ("scaling=1e-05 applies to none", "--scaling 1e-05 applies to none"),
         ("not for format='lora'", "not for --format lora"),
         ("it is public; leave out private=", "it is public; leave out --private"),
         ("(see quantize=)", "(see --quantize)"),

@@ -261,7 +261,7 @@ def test_weights_that_overflow_fp16_are_refused(exported: dict[str, Exported], t
             assert numpy_helper.to_array(stored)[5, 7] == value
             (tmp_path / "small.onnx").unlink()
         else:
-            with pytest.raises(ConversionError, match=rf"^{name} has a weight of 70000 and fp16 ends at 65504"):
+            with pytest.raises(ConversionError, match=rf"^{name} has a weight of 70000, but fp16 ends at 65504"):
                 quantize(tmp_path / "model.onnx", tmp_path / "small.onnx", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert quantize(tmp_path / "model.onnx", tmp_path / "small.onnx", "int8").quantized == 37
