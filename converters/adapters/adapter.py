@@ -14,9 +14,10 @@ from torch import Tensor
 from converters.adapters.store import ThetaStore
 from converters.adapters.targeting import Targeting
 from converters.errors import ThetaError
-from converters.methods.base import Method, WeightShape
+from converters.methods.base import Method
 from converters.methods.finite import all_finite
 from converters.methods.peanut import Tweaker
+from converters.methods.weight_delta import WeightShape
 
 
 @dataclass(frozen=True)

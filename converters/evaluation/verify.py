@@ -1,6 +1,6 @@
 """Check written weights against θ and the base."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ import xxhash
 from torch import Tensor
 
 from converters.errors import VerificationError
+from converters.evaluation.recompute import recompute, sample_places
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
 from converters.files.reader import TensorReader
-from converters.methods.base import Reads, WeightDelta
+from converters.methods.weight_delta import WeightDelta
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
-_SAMPLES = 8  # columns, or rows, of each updated weight
 # what a rounded number may be off: half a unit in the last place (torch casts float64 to 16 bits by way of
 # float32, hence a little more), and the roundoff of a float64 evaluation
 _HALF = 0.5 + 2.0**-11
@@ -101,7 +101,7 @@ def verify_tensor(
         if reader.hash(written) != digest:
             raise VerificationError(wrong)
         return 0, 0.0
-    rows, columns = _sample(tensor, deltas)
+    rows, columns = sample_places(tensor, deltas)
     found_digest, found = _hash_and_pick(written.as_matrix, rows, columns, reader)
     if found_digest != digest:
         raise VerificationError(wrong)
@@ -136,7 +136,7 @@ def check_numbers(
 
     Raises `VerificationError` if one is not the float64 value, rounded once.
     """
-    w0, delta, spread = _recompute(tensor, rows, columns, deltas, reader)
+    w0, delta, spread = recompute(tensor, rows, columns, deltas, reader)
     reference = w0 + delta
     error = (found - reference).abs()
     unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
@@ -154,7 +154,7 @@ def verify_numbers(
     merged: Tensor, tensor: TensorPlan, deltas: Sequence[WeightDelta], reader: TensorReader
 ) -> tuple[int, float]:
     """Recompute a sample of an updated weight that is in memory; the rest is as for `check_numbers`."""
-    rows, columns = _sample(tensor, deltas)
+    rows, columns = sample_places(tensor, deltas)
     merged, few_rows = merged.view(tensor.matrix_shape), len(rows) < len(columns)
     found = merged[rows][:, columns] if few_rows else merged[:, columns][rows]
     return check_numbers(found.double(), tensor, rows, columns, deltas, reader)
@@ -181,87 +181,14 @@ def check_factors(
 
     Raises `VerificationError` if an error is larger than rounding each factor once makes it.
     """
-    rows, columns = _sample(tensor, deltas)
-    _, delta, spread = _recompute(tensor, rows, columns, deltas, reader)
+    rows, columns = sample_places(tensor, deltas)
+    _, delta, spread = recompute(tensor, rows, columns, deltas, reader)
     up, down, tiny = up[rows], down[:, columns], torch.finfo(dtype).smallest_normal
     error = (up @ down - delta).abs()
     rounding = torch.finfo(dtype).eps * ((up.abs() + tiny) @ (down.abs() + tiny))
     if bool((wrong := error > rounding + _ROUNDOFF * spread).any()):
         raise VerificationError(f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed deltas are wrong")
     return error.numel(), float(error.max() / delta.abs().max().clamp(min=torch.finfo(delta.dtype).tiny))
-
-
-def _recompute(
-    tensor: TensorPlan, rows: Tensor, columns: Tensor, deltas: Sequence[WeightDelta], reader: TensorReader
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W0, the sum of its updates, and the magnitudes all of that was added up from; each (rows, columns), float64."""
-    if tensor.source is None:
-        raise ValueError(f"{tensor.name} is not from the base")
-    read = _W0(tensor.source.as_matrix, rows, columns, {delta.reads for delta in deltas}, reader)
-    w0 = read.of(Reads.NOTHING)
-    total, spread = torch.zeros_like(w0), w0.abs()
-    for delta in deltas:
-        found, magnitude = delta.delta_at(read.of(delta.reads), rows, columns)
-        total, spread = total + found, spread + magnitude
-    return w0, total, spread
-
-
-class _W0:
-    """What of W0 has to be read to recompute some rows and columns.
-
-    Args:
-        info: the weight.
-        rows, columns: what is recomputed.
-        reads: what its updates depend on.
-        reader: reads the base.
-    """
-
-    def __init__(
-        self, info: TensorInfo, rows: Tensor, columns: Tensor, reads: set[Reads], reader: TensorReader
-    ) -> None:
-        self._rows, self._columns = rows, columns
-        self._whole = read_rows(info, torch.arange(info.shape[0]), reader) if Reads.WHOLE in reads else None
-        self._at_rows = read_rows(info, rows, reader) if Reads.ROWS in reads else None
-        by_columns = Reads.COLUMNS in reads or (self._whole is None and self._at_rows is None)
-        self._at_columns = read_columns(info, columns, reader) if by_columns else None
-
-    def of(self, reads: Reads) -> Tensor:
-        """W0 at the rows, at the columns, whole; else at both."""
-        known = {Reads.WHOLE: self._whole, Reads.ROWS: self._at_rows, Reads.COLUMNS: self._at_columns}.get(reads)
-        if known is not None:
-            return known
-        if self._at_columns is not None:
-            return self._at_columns[self._rows]
-        if self._at_rows is not None:
-            return self._at_rows[:, self._columns]
-        if self._whole is not None:
-            return self._whole[self._rows][:, self._columns]
-        raise ValueError("nothing of W0 was read")
-
-
-def _sample(tensor: TensorPlan, deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
-    """Rows and columns to recompute: some of those that need much of W0 each, all of the others."""
-    reads = {delta.reads for delta in deltas}
-    by_rows = bool(reads & {Reads.ROWS, Reads.WHOLE})
-    rows = _pick(tensor.matrix_shape[0], sampled=by_rows)
-    columns = _pick(tensor.matrix_shape[1], sampled=not by_rows or Reads.COLUMNS in reads)
-    return rows, columns
-
-
-def _pick(size: int, sampled: bool) -> Tensor:
-    """Indices: all, or some that are evenly spread."""
-    return torch.linspace(0, size - 1, min(_SAMPLES, size)).long() if sampled else torch.arange(size)
-
-
-def read_rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
-    """Some rows of a matrix, in float64."""
-    return torch.stack([reader.row(info, int(row)).double() for row in picked])
-
-
-def read_columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
-    """Some columns of a matrix, in float64. Holds one block beside them."""
-    blocks: Iterator[Tensor] = reader.row_blocks(info, block_rows(info.row_size))
-    return torch.cat([block.index_select(1, picked).double() for block in blocks])
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

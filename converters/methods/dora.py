@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from converters.errors import ThetaError
-from converters.methods.base import Method, Reads, WeightShape
+from converters.methods.base import Method
 from converters.methods.peft_form import PeftForm
 from converters.methods.update import Update
+from converters.methods.weight_delta import Reads, WeightShape
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,11 @@ from torch import Tensor
 from converters.errors import ConversionError, ThetaError
 from converters.files.blocks import block_rows
 from converters.methods.activations import ACTIVATIONS, NEGATIVE_SLOPE, find_activation, known_activations
-from converters.methods.base import Method, Reads, WeightShape, one_or_many
+from converters.methods.base import Method, one_or_many
 from converters.methods.factors import Factors
+from converters.methods.network import check_shapes, hidden_layers
 from converters.methods.update import Update
+from converters.methods.weight_delta import Reads, WeightShape
 
 
 class Orientation(str, Enum):
@@ -74,12 +76,12 @@ class Tweaker(Method):
             if name is not None and name not in known_activations():
                 raise ThetaError(f"unknown act_fn '{name}'; known are {', '.join(known_activations())}")
         check_shapes(
-            self.orientation,
             tuple(self.a.shape),
             tuple(self.b.shape),
             [tuple(e.shape) for e in self.encoders],
             [tuple(d.shape) for d in self.decoders],
-            self.residual,
+            is_free=self.orientation is Orientation.FREE,
+            residual=self.residual,
         )
 
     @classmethod
@@ -201,16 +203,7 @@ class Tweaker(Method):
     def hidden(self, projected: Tensor) -> Tensor:
         """h from the projection `A W0` (r, n) or `(W0 Aᵀ)ᵀ` (r, n): features lie on dimension 0."""
         act = find_activation(self.act_fn, self.negative_slope)
-        h = act(projected)
-        inputs = []
-        for encoder in self.encoders:
-            inputs.append(h)
-            h = act(encoder @ h)
-        for decoder in self.decoders:
-            h = act(decoder @ h)
-            if self.residual:
-                h = h + inputs.pop()
-        return h
+        return hidden_layers(projected, act, self.encoders, self.decoders, self.residual)
 
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
@@ -312,26 +305,3 @@ class TweakerUpdate(Update):
     def norm(self, blocks: Callable[[], Iterable[Tensor]]) -> float:
         """See `Update.norm`: from the factors."""
         return self.factors(blocks()).norm()
-
-
-def check_shapes(
-    orientation: Orientation,
-    a: tuple[int, ...],
-    b: tuple[int, ...],
-    encoders: Sequence[tuple[int, ...]],
-    decoders: Sequence[tuple[int, ...]],
-    residual: bool,
-) -> None:
-    """Raise `ThetaError` unless the layers of one tweaker fit each other."""
-    pair = len(a) == 2 and len(b) == 2 and a[0] == b[1] > 0
-    if not pair or (orientation is not Orientation.FREE and a[1] != b[0]):
-        wanted = "(r, in) and (out, r)" if orientation is Orientation.FREE else "(r, d) and (d, r)"
-        raise ThetaError(f"A has shape {a} and B {b}; wanted {wanted}")
-    if residual and len(encoders) != len(decoders):
-        raise ThetaError(f"{len(encoders)} encoders but {len(decoders)} decoders; mirrored residuals need as many")
-    if orientation is Orientation.FREE and (encoders or decoders):
-        raise ThetaError("hidden layers, but the free orientation (LoRA) has none")
-    for layer in (*encoders, *decoders):
-        if layer != (a[0], a[0]):
-            cause = "; A and B look swapped" if layer == (a[1], a[1]) else ""
-            raise ThetaError(f"a hidden layer has shape {layer}; wanted {(a[0], a[0])}{cause}")

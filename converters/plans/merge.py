@@ -14,7 +14,7 @@ from converters.adapters.base_record import check_base
 from converters.adapters.embedded_base import check_embedded
 from converters.errors import LayoutError, OptionError, QuantizedBaseError
 from converters.files.header import FLOAT_DTYPES, TensorInfo
-from converters.methods.base import WeightDelta
+from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.plans.renaming import find_renamed_targets

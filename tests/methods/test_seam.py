@@ -16,11 +16,12 @@ from torch import Tensor
 from converters import Orientation, Tweaker, Weighted, load_adapter, merge, prepare_merge
 from converters.adapters.adapter import ModuleTheta
 from converters.errors import ConversionError, VerificationError
-from converters.methods.base import Method, Reads, WeightShape
+from converters.methods.base import Method
 from converters.methods.dora import Dora
 from converters.methods.ia3 import Ia3
 from converters.methods.table import METHODS
 from converters.methods.update import WholeUpdate
+from converters.methods.weight_delta import Reads, WeightShape
 from converters.outputs.checkpoint.recheck import check_against
 from converters.outputs.lora import plan_lora_adapter
 

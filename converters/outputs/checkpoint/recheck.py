@@ -10,11 +10,12 @@ from torch import Tensor
 from converters.adapters.adapter import Weighted
 from converters.errors import BaseMismatchError, CheckpointError, VerificationError
 from converters.evaluation.blocks import unchanged_blocks
-from converters.evaluation.verify import Verification, check_numbers, read_columns, read_rows
+from converters.evaluation.recompute import read_columns, read_rows
+from converters.evaluation.verify import Verification, check_numbers
 from converters.files.blocks import block_rows
 from converters.files.header import TensorInfo
 from converters.files.reader import TensorReader
-from converters.methods.base import Reads
+from converters.methods.weight_delta import Reads
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from converters.outputs.checking import damaged_manifest
 from converters.outputs.manifest import build_manifest, read_manifest

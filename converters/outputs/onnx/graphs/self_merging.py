@@ -12,7 +12,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
-from converters.methods.base import WeightDelta
+from converters.methods.weight_delta import WeightDelta
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.graphs.template import bind, trace_module
 from converters.outputs.onnx.graphs.template_cache import cached_graph
