@@ -103,20 +103,20 @@ def plan_lora_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
 
 
 def as_lora(plan: Plan, output: Path) -> LoraAdapterPlan:
-    """A planned merge as a LoRA adapter. Looks at no output.
+    """A planned merge as a LoRA adapter. Does not look at the output.
 
     Raises:
-        ConversionError: LoRA cannot say what the adapter does, or vLLM could not serve it; the message says why.
+        ConversionError: the adapter cannot be expressed as LoRA, or vLLM could not serve it; the message says why.
     """
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     modules = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     refuse_full_rank(plan, modules)
     saved = saved_tensors(plan, arch)
     whole = saved_modules(arch, saved)
-    if odd := [module for module in whole if module.rsplit(".", 1)[-1] not in _VLLM_SAVED]:
+    if unserved := [module for module in whole if module.rsplit(".", 1)[-1] not in _VLLM_SAVED]:
         raise ConversionError(
-            f"the adapter replaces {odd[0]} whole; of a LoRA adapter vLLM serves no such module but "
-            f"{' and '.join(_VLLM_SAVED)}; merge it: a merged checkpoint can be served"
+            f"the adapter replaces the module {unserved[0]}; in a LoRA adapter, vLLM serves only replaced modules "
+            f"called {' or '.join(_VLLM_SAVED)}; merge it: a merged checkpoint can be served"
         )
     config = {
         **base_facts(plan, arch),

@@ -118,7 +118,7 @@ def _common_settings(tweakers: dict[str, Tweaker]) -> dict[str, Any]:
             configs.append(tweaker.peanut_config())
         except ConversionError as error:
             raise ConversionError(
-                f"a PeanutConfig cannot say what this adapter does to {name}: {error}; merge it"
+                f"a PeanutConfig cannot express what this adapter does to {name}: {error}; merge it"
             ) from None
     settings = {}
     for key in configs[0]:

@@ -23,7 +23,7 @@ from converters.outputs.onnx.graphs.traced import TracedBase
 
 
 def check_swappable(traced: TracedBase, tasks: Sequence[TaskWeights]) -> None:
-    """Raise `ConversionError` if low-rank inputs cannot say what a task does, or a task lacks a head."""
+    """Raise `ConversionError` if low-rank inputs cannot express what a task does, or a task lacks a head."""
     whole = _whole(traced, tasks)
     for task in tasks:
         refuse_full_rank(task.plan, task.updated)
