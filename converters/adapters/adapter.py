@@ -1,4 +1,4 @@
-"""A trained adapter: θ per module, what it replaces whole, and where it came from."""
+"""A trained adapter: θ per module, the tensors it replaces, and where it came from."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from converters.methods.weight_delta import WeightShape
 
 @dataclass(frozen=True)
 class ModuleTheta:
-    """Where θ of one module lies in the store, and what the layout says of it.
+    """Where θ of one module is in the store, and what the layout says about it.
 
     Attributes:
         method: the formula that θ is for.
@@ -43,19 +43,19 @@ class Adapter:
 
     Attributes:
         path: the folder or file it was read from.
-        layout: the on-disk convention, `evidence` what told it.
-        modules: module name, as the training saw it -> θ.
-        saved: tensor name that the adapter replaces whole (modules_to_save, heads, biases) -> key in the store.
-        embedded: name of a base weight that was saved along -> key in the store.
-        targeting: what is known of the modules that must have θ.
+        layout, evidence: the on-disk convention, and what identified it.
+        modules: module name, in the naming of the training -> where its θ is.
+        saved: tensor that the adapter replaces as a whole (modules_to_save, heads, biases) -> key in the store.
+        embedded: base weight that was saved with the adapter -> key in the store.
+        targeting: which modules must have θ, as far as that is known.
         digest: SHA-256 of θ and everything that the mathematics needs.
-        rival: another layout that the weights alone could as well be in; a base decides (see `plan`).
+        rival: another layout that the weights could be in as well; the shapes of a base decide.
         labels: class labels of its head, if recorded.
         repo_id, revision: where on the Hub it came from, if it did.
         base_name, base_revision: what it was trained on, as recorded by the training.
         task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...), or IMAGE_CLS.
         model_class: class of transformers that was trained, if recorded.
-        base_fingerprint: identity of the base, where someone recorded it (see `record_base`).
+        base_fingerprint: identity of the base, if it was recorded (see `record_base`).
     """
 
     path: Path
@@ -79,7 +79,7 @@ class Adapter:
 
     @property
     def folder(self) -> Path:
-        """The folder it lies in."""
+        """The folder that contains it."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -92,7 +92,7 @@ class Adapter:
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in θ, without what is replaced whole."""
+        """Number of values in θ, without tensors that are replaced as a whole."""
         return sum(count(self.store.shapes[key]) for theta in self.modules.values() for key in theta.parts.values())
 
     def describe(self, module: str) -> Method:
@@ -126,11 +126,11 @@ class Adapter:
         return {module: _describe(self.store, module, theta) for module, theta in self.modules.items()}
 
     def saved_tensor(self, name: str) -> Tensor:
-        """One tensor that the adapter replaces whole."""
+        """One tensor that the adapter replaces as a whole."""
         return self.store.tensor(self.saved[name])
 
     def saved_blocks(self, name: str) -> Iterator[Tensor]:
-        """The same in blocks of rows."""
+        """`saved_tensor` in blocks of rows."""
         return self.store.blocks(self.saved[name])
 
 
@@ -160,13 +160,13 @@ def _describe(store: ThetaStore, module: str, theta: ModuleTheta) -> Method:
 
 
 def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Mapping[str, str]) -> str:
-    """Check that θ of every module fits itself and is finite; returns the digest of it all.
+    """Check the shapes and values of θ of every module; returns the digest.
 
-    The digest is a SHA-256 of every tensor under a name that does not depend on the layout, and of all that
-    the mathematics needs.
+    The digest is a SHA-256 of every tensor, under a name that does not depend on the layout, and of every setting
+    that the formula needs.
 
     Raises:
-        ThetaError: shapes that do not fit each other; a tensor that is not floating, or holds NaN or Inf.
+        ThetaError: shapes do not fit each other; a tensor is not floating-point, or contains NaN or Inf.
     """
     names = {key: f"saved {name}" for name, key in saved.items()}
     facts = {}
@@ -184,5 +184,5 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
             bad += 0 if all_finite(block) else int((~torch.isfinite(block)).sum())
             digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if bad:
-            raise ThetaError(f"{key} holds {bad} NaN or Inf of {count(shape)} numbers; the training diverged")
+            raise ThetaError(f"{key} contains {bad} NaN or Inf values out of {count(shape)}; the training diverged")
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What an adapter is: its facts, as the manifest, the model card and `peanut-inspect` show them."""
+"""The facts of an adapter that the manifest, the model card and `peanut-inspect` show."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ def split_module(module: str) -> tuple[str, str]:
 
 
 def shortened(names: Iterable[str], least: int = 1) -> dict[str, str]:
-    """Name -> its last parts, as few (but `least`) as tell all of them apart."""
+    """Name -> its last parts: as few as distinguish all of them, but at least `least`."""
     parts = {name: name.split(".") for name in sorted(names)}
     for count in range(least, max((len(p) for p in parts.values()), default=0) + 1):
         short = {name: ".".join(p[-count:]) for name, p in parts.items()}
@@ -24,7 +24,7 @@ def shortened(names: Iterable[str], least: int = 1) -> dict[str, str]:
 
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:
-    """What the mathematics needs besides θ: a value, or a list where it is not the same for all modules."""
+    """The settings of the formula: a value, or a list where modules differ."""
     modules = [adapter.describe(module) for module in adapter.modules]
     facts: dict[str, Any] = {}
     for method in dict.fromkeys(type(one) for one in modules):
@@ -34,7 +34,7 @@ def settings_of(adapter: Adapter) -> dict[str, Any]:
 
 def describe(adapter: Adapter) -> dict[str, Any]:
     """The facts of an adapter, as JSON has them."""
-    rival = f" or {adapter.rival}: only the base's shapes can tell" if adapter.rival else ""
+    rival = f" or {adapter.rival}: only the shapes of the base decide" if adapter.rival else ""
     return {
         "adapter": adapter.name,
         "layout": adapter.layout + rival,

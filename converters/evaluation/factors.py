@@ -1,4 +1,4 @@
-"""The exact factors of all updates of one weight: `Σ delta = lora_B @ lora_A`, whatever format they go to."""
+"""The exact factors of all updates of one weight: `Σ delta = lora_B @ lora_A`, for every format that needs them."""
 
 from collections.abc import Mapping
 

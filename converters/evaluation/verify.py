@@ -67,7 +67,9 @@ def check_headers(folder: Path, plan: Plan) -> None:
     written = {info.name: info for shard in plan.shards for info in read_header(folder / shard)[0]}
     wanted = {tensor.name: tensor for tensor in plan.tensors}
     if set(written) != set(wanted):
-        raise VerificationError(f"the output lacks or has too many tensors: {sorted(set(written) ^ set(wanted))[:3]}")
+        raise VerificationError(
+            f"tensors are missing from the output, or were not planned: {sorted(set(written) ^ set(wanted))[:3]}"
+        )
     for name, info in written.items():
         tensor = wanted[name]
         if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
@@ -96,7 +98,7 @@ def verify_tensor(
 
     Raises `VerificationError` when the bytes are others, or a recomputed number is wrong.
     """
-    wrong = f"{tensor.name}: the bytes on the disk are not those that were written; check the disk"
+    wrong = f"{tensor.name}: the bytes on disk differ from those that were written; check the disk"
     if not deltas or tensor.source is None:
         if reader.hash(written) != digest:
             raise VerificationError(wrong)

@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def head(self) -> Adapter:
-        """The adapter that tensors are taken from whole; the first if none is."""
+        """The adapter that replaces tensors as a whole; the first if none does."""
         return self.adapters[find_head([weighted.adapter for weighted in self.adapters])].adapter
 
     @property
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def default_output(self) -> Path:
-        """`./<base>-<adapter>`; `./<adapter>-merged` where the base came with the adapter."""
+        """`./<base>-<adapter>`; `./<adapter>-merged` where the base is inside the adapter."""
         return Path(f"{self.name}-merged" if self.base.holder is not None else f"{self.base.name}-{self.name}")
 
     def delta_of(self, term: Term) -> WeightDelta:
@@ -77,7 +77,7 @@ class Plan:
         return [self.delta_of(term).to("cpu", torch.float64) for term in tensor.terms]
 
     def sharing(self, shared: Collection[str]) -> "Plan":
-        """The same plan with the base tensors `shared`, which are the same in several outputs, in their own files."""
+        """The same plan with the base tensors `shared`, which several outputs have in common, in separate files."""
         limit = self.options["max_shard_size"]
         return replace(self, shards=shard_tensors(self.base, self.tensors, limit, shared))
 
@@ -96,7 +96,7 @@ def plan_merge(
     labels: list[str] | None = None,
     force_base: bool = False,
 ) -> Plan:
-    """Plan a merge. Reads no weights, but for base weights that were saved along with θ.
+    """Plan a merge. Reads no weights, except base weights that were saved together with θ.
 
     Args:
         base: the base.
@@ -104,11 +104,11 @@ def plan_merge(
         dtype: `auto` (each tensor's own), `bf16`, `fp16` or `fp32`.
         max_shard_size: bytes; None for the base's own sharding.
         labels: class labels for a head that comes with the adapter.
-        force_base: merge although the recorded base is another.
+        force_base: merge even if the adapter was recorded on another base.
 
     Raises:
-        BaseMismatchError, QuantizedBaseError, TargetError, ThetaError, OptionError: see there.
-        LayoutError: nothing tells which of two layouts an adapter is in.
+        BaseMismatchError, QuantizedBaseError, TargetError, ThetaError, OptionError: see `converters.errors`.
+        LayoutError: an adapter could be in two layouts, and nothing decides between them.
     """
     if dtype not in DTYPE_OPTIONS:
         raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
@@ -122,7 +122,7 @@ def plan_merge(
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
     if base.stream is not None and found.embedded:
         raise OptionError(
-            "--stream: the adapter holds weights of its base, which have to be compared with the base before; "
+            "--stream: the adapter contains weights of its base, which have to be compared with the base first; "
             "leave out --stream"
         )
     if base.holder is None:  # else those weights are the base
@@ -153,24 +153,24 @@ def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
 
 
 def _refuse_conflicts(found: Targets) -> None:
-    """Refuse a tensor that one adapter replaces whole and another one updates."""
+    """Refuse a tensor that one adapter replaces and another one updates."""
     updated = {target.output_name for target in found.targets}
     if both := sorted(updated & set(found.replaced)):
         raise OptionError(
-            f"{both[0]} is replaced whole by one adapter and updated by another: a sum of the two is not defined; "
+            f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
             "merge one of them"
         )
 
 
 def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]) -> None:
-    """Refuse an adapter that as well could be in another layout, unless the base's shapes decide.
+    """Refuse an adapter that could be in two layouts, unless the base's shapes decide.
 
     LoRA and the authors' LLM code share every name; lora_B is (out, r) in one and (in, r) in the other.
     """
     if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
         return
     raise LayoutError(
-        f"{adapter.path}: every adapted weight is square, so nothing tells whether this is a plain LoRA or from the "
+        f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
         f"PEANuT authors' LLM code, which saves under the same names; say --layout {adapter.layout} or --layout "
         f"{adapter.rival} ({adapter.evidence})"
     )

@@ -10,7 +10,7 @@ from converters.files.header import FLOAT_DTYPES, TensorInfo, TensorSpec
 class Action(str, Enum):
     """What a merge does to a tensor."""
 
-    KEPT = "kept"  # the base's bytes, or its numbers in another dtype
+    KEPT = "kept"  # the base's bytes, or its values in another dtype
     UPDATED = "updated"  # g(W0; θ)
     REPLACED = "replaced"  # from modules_to_save, in place of the base's
     ADDED = "added"  # new to the base: a head, or an untied output embedding
@@ -36,7 +36,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     source: TensorInfo | None  # in the base: W0, or what is kept
     terms: tuple[Term, ...] = ()  # updates, to be summed
-    saved: str | None = None  # tensor of the plan's head that is written here whole
+    saved: str | None = None  # tensor of the plan's head that is written here
 
     @property
     def nbytes(self) -> int:

@@ -177,7 +177,7 @@ CONFIGS = {
     "bias": ({"bias": "some"}, "bias = 'some'; wanted none, all or lora_only"),
     "rank": ({"r": 5}, r"lora_A has 4 rows, the config says r = 5"),
     "rank pattern": ({"rank_pattern": {"k_proj": 2}}, "k_proj: lora_A has 4 rows, the config says r = 2"),
-    "pattern": ({"rank_pattern": {"((": 2}}, "a pattern is no regular expression"),
+    "pattern": ({"rank_pattern": {"((": 2}}, "a pattern is not a valid regular expression"),
     "alpha": ({"lora_alpha": None}, "lora_alpha = None; wanted a finite number"),
     "alpha pattern": ({"alpha_pattern": {"k_proj": "1"}}, "alpha_pattern = '1'; wanted a finite number"),
     "table": ({"alpha_pattern": [1]}, r"alpha_pattern = \[1\]; wanted an object"),

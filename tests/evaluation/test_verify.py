@@ -57,7 +57,7 @@ def test_a_flipped_bit_in_an_untouched_tensor(pair: Pair, monkeypatch: pytest.Mo
                 file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(shard_writer.ShardWriter, "start_writeback", flip_and_start)
-    with pytest.raises(VerificationError, match=r"lm_head.weight: the bytes on the disk are not those"):
+    with pytest.raises(VerificationError, match=r"lm_head.weight: the bytes on disk differ from those"):
         merge(pair.base, pair.adapter, pair.output)
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]
 

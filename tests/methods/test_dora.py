@@ -159,7 +159,7 @@ def test_it_resumes_verifies_and_is_described(tmp_path: Path, run_here: Run) -> 
 def test_config_and_weights_have_to_agree(tmp_path: Path) -> None:
     _, adapter = trained(tmp_path)
     edit_json(adapter / "adapter_config.json", use_dora=False)
-    with pytest.raises(AdapterConfigError, match="use_dora is off, but the weights hold"):
+    with pytest.raises(AdapterConfigError, match="use_dora is off, but the weights contain"):
         load_adapter(adapter)
     edit_json(adapter / "adapter_config.json", use_dora=True)
     edit_weights(

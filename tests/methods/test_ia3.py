@@ -146,7 +146,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="IA3 needs; leave it out"):
         load_adapter(adapter, scaling=0.5)
     (adapter / "adapter_config.json").rename(tmp_path / "aside.json")
-    with pytest.raises(LayoutError, match=r"there is no adapter_config\.json beside it"):
+    with pytest.raises(LayoutError, match=r"there is no adapter_config\.json next to it"):
         load_adapter(adapter)
     (tmp_path / "aside.json").rename(adapter / "adapter_config.json")
     edit_weights(

@@ -3,7 +3,7 @@
 Their code hangs modules into a transformers model: `q_adapter` and `v_adapter` beside `query` and `value`,
 `adapter` inside a dense layer. Each has A (r, out), B (out, r), and `encoders.N`, `decoders.N` (r, r) with mirrored
 residuals; an older class calls the four hidden layers of depth 6 `i1` to `i4`. They compute `x (W0ᵀ + g(W0ᵀ))`, which
-is the columns orientation of W0. σ is ReLU. Whatever else is in the state dict is the base, or the head that was
+is the columns orientation of W0. σ is ReLU. Everything else in the state dict is the base, or the head that was
 trained with θ.
 """
 
@@ -42,7 +42,7 @@ class AuthorsKeys:
 
 
 def sort_keys(source: AdapterSource) -> AuthorsKeys | None:
-    """Sort the keys of a state dict; None if it holds nothing of the authors' code."""
+    """Sort the keys of a state dict; None if there is nothing of the authors' code in it."""
     if source.config is not None:
         return None
     found, rest = AuthorsKeys(), {}
@@ -83,7 +83,7 @@ def read_modules(source: AdapterSource, keys: AuthorsKeys, scaling: float) -> di
 def _read_module(module: str, parts: Mapping[str, str], scaling: float) -> ModuleTheta:
     if any(part in _NAIVE for part in parts):
         if missing := sorted(set(_NAIVE) - set(parts)):
-            raise ThetaError(f"{module}: {missing[0]} is missing of i1 to i4; the adapter is incomplete")
+            raise ThetaError(f"{module}: {missing[0]} of i1 to i4 is missing; the adapter is incomplete")
         parts = {_NAIVE.get(part, part): key for part, key in parts.items()}
     if missing := sorted({"A", "B"} - set(parts)):
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
@@ -95,7 +95,7 @@ def _read_module(module: str, parts: Mapping[str, str], scaling: float) -> Modul
 
 
 def class_beside(folder: Path) -> str | None:
-    """The class that was trained, from a config.json beside its weights (a Trainer's folder), if it tells one.
+    """The class that was trained, from a config.json beside its weights (a Trainer's folder), if it names one.
 
     Raises `AdapterConfigError` when the config is damaged.
     """

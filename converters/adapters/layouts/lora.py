@@ -111,4 +111,6 @@ def _pattern_of(table: Mapping[str, Any], module: str, source: AdapterSource) ->
     try:
         return next((pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", module)), None)
     except re.error as error:
-        raise AdapterConfigError(f"{source.config_path}: a pattern is no regular expression ({error})") from None
+        raise AdapterConfigError(
+            f"{source.config_path}: a pattern is not a valid regular expression ({error})"
+        ) from None

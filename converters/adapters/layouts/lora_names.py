@@ -1,7 +1,7 @@
 """θ under LoRA's names, `lora_A` and `lora_B`: what plain LoRA and the PEANuT authors' LLM code both write.
 
 Both say `peft_type: LORA`. Plain LoRA has lora_A (r, in) and lora_B (out, r); the authors' code has lora_A (r, in)
-and lora_B (in, r). Where `out = in` nothing in the folder tells them apart.
+and lora_B (in, r). Where `out = in`, nothing in the folder distinguishes them.
 """
 
 import re
@@ -49,7 +49,7 @@ ScalingOf = Callable[[str, int], float]
 
 
 def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Module -> shapes of its lora_A and lora_B, or None if this is nothing with LoRA's names.
+    """Module -> shapes of its lora_A and lora_B, or None if there are no LoRA names in it.
 
     Raises `LayoutError` for a variant of LoRA that is not read.
     """
@@ -98,9 +98,9 @@ def read_modules(
 
     Args:
         source: the source.
-        layout, evidence: its layout, and what told it.
+        layout, evidence: its layout, and what identified it.
         scaling: s, where no config states it.
-        math, inert: fields of the config that count, and that do not.
+        math, inert: fields of the config that the formula needs, and fields without effect.
         scaling_of: given the config, a function from a module and its r to s.
         theta_of: a module, its keys, s and fan_in_fan_out -> its θ.
 
@@ -119,7 +119,7 @@ def read_modules(
         find_scaling = _always(scaling)
     else:
         raise MissingScalingError(
-            f"{source.path} has no {ADAPTER_CONFIG}, and s = lora_alpha / r stands only there: give --scaling, or "
+            f"{source.path} has no {ADAPTER_CONFIG}, and only that states s = lora_alpha / r: give --scaling, or "
             "put the config of the training beside the weights"
         )
     transposed = boolean(where, "fan_in_fan_out", config.get("fan_in_fan_out") or False)

@@ -44,6 +44,6 @@ def check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) ->
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
     if source.config is not None and not source.config.get(str(form.flag)):
         raise AdapterConfigError(
-            f"{source.config_path}: {form.flag} is off, but the weights hold parameters of that variant of LoRA; "
-            "config and weights are of different trainings"
+            f"{source.config_path}: {form.flag} is off, but the weights contain parameters of that variant of LoRA; "
+            "config and weights come from different trainings"
         )

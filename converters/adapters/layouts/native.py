@@ -1,6 +1,6 @@
-"""This project's own layout: `peanut_config.json` and `peanut_theta.safetensors`, for what no other code can say.
+"""This project's own layout, `peanut_config.json` and `peanut_theta.safetensors`: for what no other can express.
 
-It stores everything that the mathematics needs, per module, so that every tweaker can be written down: any
+It stores everything that the formula needs, per module, so that every tweaker can be saved: any
 orientation, activation (also `sin_2pi`, also on the output), any depth, with residuals or without.
 
     peanut_config.json         {"format": "peanut", "format_version": 1, "modules": {"<module>": {
@@ -8,7 +8,7 @@ orientation, activation (also `sin_2pi`, also on the output), any depth, with re
                                    "residual": true, "output_act_fn": null, "negative_slope": 0.01}},
                                 "base_model_name_or_path", "task_type", "model_class", "labels": optional}
     peanut_theta.safetensors   theta.<module>.A  .B  .encoders.<i>  .decoders.<i>    see `Tweaker` for shapes
-                               saved.<tensor>      what is replaced whole: heads, biases, embeddings
+                               saved.<tensor>      tensors that are replaced: heads, biases, embeddings
     peanut_base.json           the base's fingerprint, if it was given
 """
 
@@ -51,7 +51,7 @@ def save_adapter(
     task_type: str | None = None,
     model_class: str | None = None,
 ) -> Path:
-    """Save a trained adapter in the native layout, with everything that the mathematics needs.
+    """Save a trained adapter in the native layout, with everything that the formula needs.
 
     Args:
         folder: where to; it must not exist.
@@ -173,7 +173,7 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> dict[str, dict[str,
         raise AdapterConfigError(f"{where}: no modules in it")
     for module, settings in modules.items():
         if not isinstance(settings, dict) or set(settings) != set(_SETTINGS):
-            raise AdapterConfigError(f"{where}: {module} wants exactly the settings {', '.join(_SETTINGS)}")
+            raise AdapterConfigError(f"{where}: {module} must have exactly the settings {', '.join(_SETTINGS)}")
         if settings["orientation"] not in [o.value for o in Orientation]:
             raise AdapterConfigError(f"{where}: {module}: orientation = {settings['orientation']!r} is unknown")
         known = [*known_activations(), None]

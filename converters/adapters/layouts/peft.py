@@ -37,8 +37,8 @@ def claims(source: AdapterSource) -> str | None:
         return f"{ADAPTER_CONFIG} says peft_type PEANUT"
     if source.config is None and any(".peanut_A." in name for name in source.keys):
         raise LayoutError(
-            f"{source.weights} holds θ of HF PEFT, but there is no {ADAPTER_CONFIG} beside it, and r, depth, act_fn "
-            "and scaling stand only there; copy it from where the adapter was trained"
+            f"{source.weights} contains θ of HF PEFT, but there is no {ADAPTER_CONFIG} next to it, and only "
+            "that states r, depth, act_fn and scaling; copy it from where the adapter was trained"
         )
     return None
 
@@ -92,7 +92,7 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> None:
 
 
 def _module(name: str, keys: dict[str, str], store: ThetaStore, config: Mapping[str, Any]) -> ModuleTheta:
-    """θ of one module, held against the config's r and depth."""
+    """θ of one module, checked against the config's r and depth."""
     r, depth = config["r"], config["depth"]
     wanted = ["A", "B", *(f"{side}.{i}" for side in ("encoders", "decoders") for i in range(depth))]
     if missing := [part for part in wanted if part not in keys]:

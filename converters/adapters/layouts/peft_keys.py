@@ -36,12 +36,12 @@ def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, b
     Args:
         source: the adapter.
         parameters: name of a parameter of θ in a state dict (`lora_A`) -> part of θ. A key has perhaps the adapter's
-            name, a number (of a list of parameters) and `.weight` behind it.
-        mark: stands in every key of θ; one that has it and does not match is refused.
+            name, a number (in a list of parameters) and `.weight` after it.
+        mark: part of every key of θ; a key that contains it and does not match is refused.
         bias: LoRA's `bias`: with `all` or `lora_only`, biases are trained and replace the base's.
 
     Raises:
-        ThetaError: a key is not of PEFT's form, there is no θ, or there are several adapters.
+        ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
     """
     where, theta_key = source.weights, _theta_key(parameters)
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
@@ -54,7 +54,7 @@ def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, b
                 _refuse_several(where, adapters)
             found.parts[match["module"]][part] = key
         elif mark in name:
-            raise ThetaError(f"{where}: the key {key} is not of PEFT's form")
+            raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
         elif match := _SAVED_MODULE.fullmatch(name):
             adapters.add(match["name"])
             found.saved[f"{match['module']}.{match['parameter']}"] = key
@@ -64,7 +64,7 @@ def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, b
             trained = is_trained_bias or (plain == name and not whole_model)
             (found.saved if trained else found.embedded)[plain] = key
     if not found.parts:
-        raise ThetaError(f"{where}: the weights hold no θ (no key with {mark}A); nothing to merge")
+        raise ThetaError(f"{where}: the weights contain no θ (no key with {mark}A); there is nothing to merge")
     if len(adapters - {None}) > 1:
         _refuse_several(where, adapters)
     if bias == "lora_only":
@@ -82,4 +82,4 @@ def _theta_key(parameters: Mapping[str, str]) -> re.Pattern[str]:
 
 def _refuse_several(where: Path, adapters: set[str | None]) -> None:
     names = ", ".join(sorted(str(name) for name in adapters if name is not None))
-    raise ThetaError(f"{where}: θ of several adapters ({names}) in one file; save the one that is wanted")
+    raise ThetaError(f"{where}: θ of several adapters ({names}) in one file; save only the one to use")

@@ -25,8 +25,8 @@ def claims(source: AdapterSource) -> str | None:
     marks = [f".{name}" for _, form in PEFT_METHODS.values() for name in form.parameters]
     if source.config is None and any(f"{key}.".find(f"{mark}.") >= 0 for key in source.keys for mark in marks):
         raise LayoutError(
-            f"{source.weights} holds θ of HF PEFT, but there is no {ADAPTER_CONFIG} beside it, which says what the "
-            "method does; copy it from where the adapter was trained"
+            f"{source.weights} contains θ of HF PEFT, but there is no {ADAPTER_CONFIG} next to it, which states the "
+            "method; copy it from where the adapter was trained"
         )
     return None
 

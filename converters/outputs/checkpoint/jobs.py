@@ -120,7 +120,7 @@ class TensorJob:
                 _write_unchanged(output, worker)
         for output in todo:
             output.end(self.verify, worker)
-        worker.leave_behind(todo)
+        worker.defer_drop(todo)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class SavedJob:
         """Write and check it."""
         _write_unchanged(self.output, worker)
         self.output.end(self.verify, worker)
-        worker.leave_behind([self.output])
+        worker.defer_drop([self.output])
 
 
 @dataclass(frozen=True)
