@@ -133,7 +133,7 @@ def test_a_head_that_nobody_brings(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     ViTModel.from_pretrained(VIT / "base", add_pooling_layer=False).save_pretrained(tmp_path / "base")
     edit_json(tmp_path / "base" / "config.json", architectures=["ViTForImageClassification"])
-    with pytest.raises(ConversionError, match=r"neither the base nor adapter holds classifier\.bias"):
+    with pytest.raises(ConversionError, match=r"neither the base nor adapter has classifier\.bias"):
         export_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
