@@ -1,4 +1,4 @@
-"""Offline conversion of trained PEANuT adapters. The public names; each is imported when it is first used."""
+"""Offline conversion of trained PEANuT adapters. The public names; each is imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from converters.methods.peanut import Orientation, Tweaker
     from converters.models.checkpoint import Checkpoint, open_checkpoint
     from converters.outputs.checkpoint.write import MergeResult, run_merge
+    from converters.outputs.onnx.options import ExportOptions, Form
     from converters.plans.merge import Plan
 
 _HOME = {
     "Adapter": "adapters.adapter",
     "Checkpoint": "models.checkpoint",
+    "ExportOptions": "outputs.onnx.options",
     "Factors": "methods.factors",
+    "Form": "outputs.onnx.options",
     "MergeResult": "outputs.checkpoint.write",
     "Orientation": "methods.peanut",
     "PeanutError": "errors",
@@ -48,7 +51,9 @@ _HOME = {
 __all__ = [
     "Adapter",
     "Checkpoint",
+    "ExportOptions",
     "Factors",
+    "Form",
     "MergeResult",
     "Orientation",
     "PeanutError",

@@ -1,1 +1,1 @@
-"""The public functions: merge and export in one call."""
+"""The public functions: merge and export in one call, and the options as objects."""

@@ -1,25 +1,17 @@
-"""Exporting to ONNX in one call: open, plan, carry out."""
+"""Exporting to ONNX in one call: open, plan, write."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapters.opening import AdapterSpec
-from converters.api.merging import prepare_each, prepare_merge
-from converters.errors import MissingDependencyError
+from converters.api.options import MergeOptions, Sources
+from converters.api.planning import plan_merges
+from converters.outputs.onnx.format import require_onnx
+from converters.outputs.onnx.options import ExportOptions
 
 if TYPE_CHECKING:
-    from converters.outputs.onnx.plan import ExportOptions
     from converters.outputs.onnx.write import ExportResult
-
-_NEEDED = ("onnx", "onnxruntime", "onnxscript")
-
-
-def require_onnx() -> None:
-    """Raise `MissingDependencyError` unless the packages of the extra are there."""
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise MissingDependencyError(f"ONNX export needs {', '.join(missing)}: pip install 'peanut-serve[onnx]'")
 
 
 def export_onnx(
@@ -28,7 +20,7 @@ def export_onnx(
     output: str | Path | None = None,
     *,
     each: bool = False,
-    options: "ExportOptions | None" = None,
+    options: ExportOptions | None = None,
     revision: str | None = None,
     adapter_revision: str | None = None,
     token: str | None = None,
@@ -43,8 +35,9 @@ def export_onnx(
     Args:
         base, adapter, revision, adapter_revision, token, layout, scaling, labels, force_base: as for
             `converters.merge`.
-        output: folder to write; see `converters.onnx_export.export_plan.plan_export`.
-        each: every adapter is a task of its own; else all of them are summed.
+        output: folder to write: `./<adapter>-onnx` by default, `./<base>-onnx` for tasks that share a folder. For
+            several tasks in the form MERGED, the folder that holds theirs.
+        each: every adapter is a task of its own; otherwise all of them are summed.
         options: what to write; by default one graph with merged weights, verified.
         overwrite: replace outputs of earlier exports.
 
@@ -52,15 +45,11 @@ def export_onnx(
         PeanutError: see `converters.errors`; whichever it is, no output was written or changed.
     """
     require_onnx()
-    from converters.outputs.onnx.plan import ExportOptions, plan_export
+    from converters.outputs.onnx.plan import plan_export
     from converters.outputs.onnx.write import run_export
 
-    prepare = prepare_each if each else prepare_merge
-    prepared = prepare(
-        base, adapter, revision=revision, adapter_revision=adapter_revision, token=token, layout=layout,
-        scaling=scaling, dtype="fp32", labels=labels, force_base=force_base,
-    )  # fmt: skip
-    plans = prepared if isinstance(prepared, list) else [prepared]
+    sources = Sources(base, adapter, revision, adapter_revision, token, layout, scaling)
+    plans = plan_merges(sources, MergeOptions("fp32", labels=labels, force_base=force_base), each=each)
     folder = None if output is None else Path(output)
     planned = plan_export(plans, folder, options or ExportOptions(), overwrite=overwrite)
     return run_export(planned, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Running `peanut-merge` and `peanut-inspect`: results on stdout, the rest on stderr, a refusal in one line."""
+"""Running `peanut-merge` and `peanut-inspect`: results on stdout, the rest on stderr, an error in one line."""
 
 import os
 import signal
@@ -9,15 +9,16 @@ from typing import NoReturn
 import typer
 
 from converters.cli import inspect_command, merge_command
+from converters.cli.flags import in_flags
 from converters.errors import PeanutError
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM; not a KeyboardInterrupt, which typer would answer by itself."""
+    """SIGINT or SIGTERM; not a KeyboardInterrupt, which typer would handle itself."""
 
 
 def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
-    """Run one command: a refusal is one line on stderr and exit code 1."""
+    """Run one command: an error is one line on stderr and exit code 1."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name=name, help=help_text)(command)
 
@@ -34,14 +35,14 @@ def _run(name: str, command: Callable[..., None], help_text: str) -> NoReturn:
     try:
         app(prog_name=name)
     except (_Stopped, Exception) as error:
-        if signals:  # where C code was interrupted, it may have raised something else in place of _Stopped
+        if signals:  # C code that was interrupted may have raised something else instead of _Stopped
             kept = "--resume" in sys.argv
-            left = "--resume goes on with what is done" if kept else "nothing half-written was left"
+            left = "--resume continues from here" if kept else "nothing incomplete was left"
             print(f"{name}: stopped; {left}", file=sys.stderr)
             sys.exit(128 + signals[0])
         if not isinstance(error, PeanutError | OSError):
             raise
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 

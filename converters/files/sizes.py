@@ -20,3 +20,8 @@ def parse_size(text: str) -> int | None:
     if size <= 0:
         raise OptionError(f"'{text}' is not a valid size; expected something like 5GB, 500MB, 2GiB, or 'base'")
     return size
+
+
+def size_text(size: int) -> str:
+    """Bytes, for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -26,3 +26,10 @@ def fetch_snapshot(
         if not isinstance(found, str):
             raise
         return Path(found).parent
+
+
+def hide_progress_bars() -> None:
+    """Show no progress bars of huggingface-hub: beside another bar they overwrite each other."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()

@@ -1,1 +1,1 @@
-"""What is written, a file or folder per format."""
+"""What is written: one file or folder per format, found in `table.py`."""

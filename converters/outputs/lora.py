@@ -1,7 +1,7 @@
 """Write adapters as one exact LoRA adapter: once W0 is known, `f(W0; θ) = lora_B @ lora_A`. No SVD is needed.
 
-The folder is HF PEFT's (`peft/tuners/lora/config.py`), which vLLM reads as well (`vllm/lora/peft_helper.py`). The
-scale is inside the factors: `lora_alpha = r`. Ranks of summed adapters add.
+The folder is in HF PEFT's layout (`peft/tuners/lora/config.py`), which vLLM reads as well
+(`vllm/lora/peft_helper.py`). The scale is part of the factors: `lora_alpha = r`. The ranks of summed adapters add.
 """
 
 import math
@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
-from converters.errors import ConversionError, NonFiniteError, OutputError
+from converters.errors import ConversionError, NonFiniteError
 from converters.evaluation.factors import rank_of, refuse_full_rank, sum_factors
 from converters.evaluation.verify import FactorCheck, check_factors
 from converters.evaluation.worker import find_devices
 from converters.files.blocks import block_rows
-from converters.files.hashing import hash_file
 from converters.files.header import FLOAT_DTYPES, TensorInfo, TensorSpec
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
 from converters.files.reader import TensorReader
-from converters.files.staging import check_output, staged
+from converters.files.staging import check_output
 from converters.files.writer import ShardWriter
 from converters.methods.finite import all_finite
 from converters.models import config as model_config
 from converters.models.architecture import build_architecture
-from converters.outputs.checkpoint.draft import Advance
-from converters.outputs.manifest import provenance
+from converters.outputs.base import Advance, WriteOptions
+from converters.outputs.manifest import provenance, weights_entry
 from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.publishing import publishing
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
@@ -70,7 +70,7 @@ class LoraAdapterPlan:
 
     @property
     def max_lora_rank(self) -> int | None:
-        """The least --max-lora-rank with which vLLM serves it; None if it serves no such rank."""
+        """The smallest --max-lora-rank with which vLLM serves it; None if vLLM serves no such rank."""
         return next((rank for rank in VLLM_RANKS if rank >= self.r), None)
 
     @property
@@ -88,7 +88,7 @@ def plan_lora_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
     """Plan to write the sum of the plan's adapters as one LoRA adapter, its factors in the plan's dtype, or float32.
 
     Args:
-        plan: a planned merge, which has held the adapters against their base and settled all names.
+        plan: a planned merge, whose adapters were checked against their base and whose names are settled.
         output: folder to write.
         overwrite: replace an earlier output of this toolkit.
 
@@ -103,20 +103,20 @@ def plan_lora_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
 
 
 def as_lora(plan: Plan, output: Path) -> LoraAdapterPlan:
-    """A planned merge as a LoRA adapter. Looks at no output.
+    """A planned merge as a LoRA adapter. Does not look at the output.
 
     Raises:
-        ConversionError: LoRA cannot say what the adapter does, or vLLM could not serve it; the message says why.
+        ConversionError: the adapter cannot be expressed as LoRA, or vLLM could not serve it; the message says why.
     """
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     modules = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     refuse_full_rank(plan, modules)
     saved = saved_tensors(plan, arch)
     whole = saved_modules(arch, saved)
-    if odd := [module for module in whole if module.rsplit(".", 1)[-1] not in _VLLM_SAVED]:
+    if unserved := [module for module in whole if module.rsplit(".", 1)[-1] not in _VLLM_SAVED]:
         raise ConversionError(
-            f"the adapter replaces {odd[0]} whole; of a LoRA adapter vLLM serves no such module but "
-            f"{' and '.join(_VLLM_SAVED)}; merge it: a merged checkpoint can be served"
+            f"the adapter replaces the module {unserved[0]}; in a LoRA adapter, vLLM serves only replaced modules "
+            f"called {' or '.join(_VLLM_SAVED)}; merge it: a merged checkpoint can be served"
         )
     config = {
         **base_facts(plan, arch),
@@ -142,32 +142,27 @@ def write_lora_adapter(
     overwrite: bool = False,
     advance: Advance = lambda size: None,
 ) -> FactorCheck:
-    """Write a planned LoRA adapter, read it back and hold a sample of its deltas against θ and the base.
+    """Write a planned LoRA adapter, read it back and compare a sample of its deltas with what θ and the base give.
 
-    Only the weights that are updated are read. `advance` is told of their bytes.
+    Only the weights that are updated are read; `advance` is called with their bytes.
 
     Raises:
         NonFiniteError: a factor does not fit the dtype.
         VerificationError: what was written is not the update.
-        OutputError: it cannot be written. Whichever it is, nothing was changed.
+        OutputError: a file could not be written. Whichever error it is, no existing output was changed.
     """
     output, plan = converted.output, converted.plan
-    try:
-        with staged(output, overwrite) as staging:
-            check = _write_weights(converted, staging / PEFT_WEIGHTS[0], find_devices(device)[0], advance)
-            labels = model_config.labels_of(plan.config) if converted.saved else None
-            if labels is not None:
-                write_json(staging / "labels.json", labels)
-            write_base_record(staging, plan.base)
-            weights = {"file": PEFT_WEIGHTS[0], "xxh3_128": hash_file(staging / PEFT_WEIGHTS[0])}
-            facts = {**provenance(plan, plan.base.fingerprint), "format": "lora", "weights": weights}
-            write_json(staging / MANIFEST_NAME, facts)
-            write_json(staging / ADAPTER_CONFIG, dict(converted.config))
-            plan.base.check_unchanged()
-            for weighted in plan.adapters:
-                weighted.adapter.store.check_unchanged()
-    except OSError as error:
-        raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
+    with publishing({output: [plan]}, WriteOptions(overwrite=overwrite)) as folders:
+        staging = folders[output]
+        check = _write_weights(converted, staging / PEFT_WEIGHTS[0], find_devices(device)[0], advance)
+        labels = model_config.labels_of(plan.config) if converted.saved else None
+        if labels is not None:
+            write_json(staging / "labels.json", labels)
+        write_base_record(staging, plan.base)
+        weights = weights_entry(staging / PEFT_WEIGHTS[0])
+        facts = {**provenance(plan, plan.base.fingerprint), "format": "lora", "weights": weights}
+        write_json(staging / MANIFEST_NAME, facts)
+        write_json(staging / ADAPTER_CONFIG, dict(converted.config))
     return check
 
 
@@ -217,8 +212,8 @@ def _rounded(name: str, factor: Tensor, dtype: str) -> Tensor:
     rounded = factor.to(FLOAT_DTYPES[dtype]).contiguous()
     if not all_finite(rounded):
         raise NonFiniteError(
-            f"{name} does not fit {dtype} (its largest number is {float(factor.abs().max()):g}); "
-            "write --dtype fp32, or is this another base than it was trained on?"
+            f"{name} does not fit {dtype} (its largest number is {float(factor.abs().max()):g}); write it with "
+            "dtype='fp32', and check that this is the base the adapter was trained on"
         )
     return rounded
 

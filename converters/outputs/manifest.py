@@ -1,15 +1,21 @@
-"""The manifest beside merged weights: what they were made of, and what every tensor is.
+"""The manifest of an output: the inputs it was made from, and what is in it.
 
-`peanut_manifest.json` holds no dates and no paths, so that the same merge gives the same bytes.
+`peanut_manifest.json` holds no dates and no paths, so that the same merge gives the same bytes. Its `format` is the
+name of the output's format; a merged checkpoint has none.
 """
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from converters._version import __version__
 from converters.adapters.adapter import Weighted
 from converters.adapters.facts import settings_of
+from converters.errors import CheckpointError
+from converters.files.hashing import hash_file
+from converters.files.json_files import read_json
+from converters.files.names import MANIFEST_NAME
 from converters.hub.names import is_hub_id
 from converters.plans.merge import Plan
 
@@ -17,10 +23,10 @@ FORMAT_VERSION = 1
 
 
 def build_manifest(plan: Plan, hashes: dict[str, str], fingerprint: str, verified: Any) -> dict[str, Any]:
-    """The manifest of a merge.
+    """The manifest of a merged checkpoint.
 
     Args:
-        plan: what was done.
+        plan: the merge.
         hashes: xxh3_128 of every output tensor.
         fingerprint: of the base.
         verified: the result of the verification, or None if it was turned off.
@@ -51,7 +57,7 @@ def build_manifest(plan: Plan, hashes: dict[str, str], fingerprint: str, verifie
 
 
 def provenance(plan: Plan, fingerprint: str) -> dict[str, Any]:
-    """The part of the manifest that tells of what something was made."""
+    """The part of every manifest that names the inputs and the versions of the software."""
     base = plan.base
     return {
         "format_version": FORMAT_VERSION,
@@ -68,6 +74,18 @@ def provenance(plan: Plan, fingerprint: str) -> dict[str, Any]:
         },
         "adapters": [_adapter(weighted) for weighted in plan.adapters],
     }
+
+
+def weights_entry(file: Path) -> dict[str, str]:
+    """The part of an adapter's manifest about its file of weights."""
+    return {"file": file.name, "xxh3_128": hash_file(file)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output. Raises `CheckpointError` if this toolkit did not write the folder."""
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; wanted a folder that peanut-merge wrote")
+    return read_json(folder / MANIFEST_NAME, "manifest")
 
 
 def _adapter(weighted: Weighted) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _PIPELINES = {
 
 
 def build_model_card(plan: Plan) -> str:
-    """Markdown with a YAML head. JSON strings are YAML strings."""
+    """Markdown with a YAML header. JSON strings are YAML strings."""
     base = plan.base
     base_id = base_id_of(plan)
     head = ["library_name: transformers", "tags:", "- peanut", "- peft", "- merged"]
@@ -47,7 +47,7 @@ def build_model_card(plan: Plan) -> str:
 
 
 def base_id_of(plan: Plan) -> str | None:
-    """The base on the Hub: where it came from, or what the adapter says it was trained on."""
+    """The Hub id of the base: where it came from, or what the adapter's config says it was trained on."""
     trained_on = plan.adapters[0].adapter.base_name or ""
     return plan.base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
 
@@ -59,7 +59,7 @@ def formulas_of(plan: Plan) -> list[str]:
 
 
 def adapter_rows(weighted: Weighted) -> list[str]:
-    """The lines of a table that tell of one adapter."""
+    """The rows of a table about one adapter."""
     adapter = weighted.adapter
     facts = ", ".join(f"{key} = {value}" for key, value in settings_of(adapter).items() if key != "orientation")
     times = "" if weighted.weight == 1 else f"{weighted.weight:g} times "

@@ -1,7 +1,7 @@
-"""Write an adapter as HF PEFT's own PEANuT folder, where a PeanutConfig can say exactly what it does.
+"""Write an adapter as HF PEFT's own PEANuT folder, where a PeanutConfig can express exactly what it does.
 
-`PeftModel.from_pretrained(model, folder)` loads it (PEFT ≥ 0.19). Module names are those of today's transformers,
-which is what PEFT looks for.
+`PeftModel.from_pretrained(model, folder)` loads it (PEFT ≥ 0.19). Module names are those of the installed
+transformers, which is what PEFT looks for.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
 from converters.adapters.loading import load_adapter
-from converters.errors import ConversionError, OutputError, VerificationError
+from converters.errors import ConversionError, VerificationError
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
-from converters.files.staging import check_output, staged
+from converters.files.staging import check_output
 from converters.methods.peanut import Tweaker
 from converters.models import config as model_config
 from converters.models.architecture import Architecture, build_architecture
-from converters.outputs.manifest import provenance
+from converters.outputs.base import WriteOptions
+from converters.outputs.manifest import provenance, weights_entry
 from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 
 
@@ -49,12 +51,12 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
     """Plan to write the adapter of `plan` as a PEFT PEANuT adapter; its weight goes into the scaling.
 
     Args:
-        plan: a planned merge, which has held the adapter against its base and settled all names.
+        plan: a planned merge, whose adapter was checked against its base and whose names are settled.
         output: folder to write.
         overwrite: replace an earlier output of this toolkit.
 
     Raises:
-        ConversionError: a PeanutConfig cannot say what this adapter does; the message says why.
+        ConversionError: a PeanutConfig cannot express what this adapter does; the message says why.
         OutputExistsError: the folder exists, or contains an input.
     """
     tweakers = _tweakers(plan)
@@ -70,22 +72,24 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
 def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -> Path:
     """Write a planned PEFT adapter and read it back; returns the folder.
 
-    Raises `OutputError` when it cannot be written; nothing was changed then.
+    Raises:
+        VerificationError: what was read back is not what was written.
+        OutputError: a file could not be written. Whichever error it is, no existing output was changed.
     """
     output, plan = converted.output, converted.plan
-    try:
-        with staged(output, overwrite) as staging:
-            write_json(staging / ADAPTER_CONFIG, converted.config)
-            tensors = _state_dict(converted.modules, converted.saved)
-            save_file(tensors, staging / PEFT_WEIGHTS[0], metadata={"format": "pt"})
-            labels = model_config.labels_of(plan.config) if converted.saved else None
-            if labels is not None:
-                write_json(staging / "labels.json", labels)
-            write_base_record(staging, plan.base)
-            write_json(staging / MANIFEST_NAME, provenance(plan, plan.base.fingerprint))
-            _check_written(staging, converted.modules)
-    except OSError as error:
-        raise OutputError(f"{output} could not be written: {error}; it is as it was before") from error
+    with publishing({output: [plan]}, WriteOptions(overwrite=overwrite)) as folders:
+        staging = folders[output]
+        write_json(staging / ADAPTER_CONFIG, converted.config)
+        tensors = _state_dict(converted.modules, converted.saved)
+        save_file(tensors, staging / PEFT_WEIGHTS[0], metadata={"format": "pt"})
+        labels = model_config.labels_of(plan.config) if converted.saved else None
+        if labels is not None:
+            write_json(staging / "labels.json", labels)
+        write_base_record(staging, plan.base)
+        weights = weights_entry(staging / PEFT_WEIGHTS[0])
+        facts = {**provenance(plan, plan.base.fingerprint), "format": "peft", "weights": weights}
+        write_json(staging / MANIFEST_NAME, facts)
+        _check_written(staging, converted.modules)
     return output
 
 
@@ -114,7 +118,7 @@ def _common_settings(tweakers: dict[str, Tweaker]) -> dict[str, Any]:
             configs.append(tweaker.peanut_config())
         except ConversionError as error:
             raise ConversionError(
-                f"a PeanutConfig cannot say what this adapter does to {name}: {error}; merge it"
+                f"a PeanutConfig cannot express what this adapter does to {name}: {error}; merge it"
             ) from None
     settings = {}
     for key in configs[0]:

@@ -1,4 +1,4 @@
-"""What HF PEFT's adapter folders have in common: names of modules, modules_to_save, and what they are for."""
+"""What HF PEFT's adapter folders have in common: module names, modules_to_save, and facts about the base."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ PREFIX = "base_model.model."
 
 
 def module_name(arch: Architecture, tensor: str) -> str:
-    """The module of a checkpoint's weight, as today's transformers calls it: that is what PEFT looks for."""
+    """The module of a checkpoint's weight, as the installed transformers names it: that is what PEFT looks for."""
     return arch.canonical(tensor).removesuffix(".weight")
 
 
 def saved_tensors(plan: Plan, arch: Architecture) -> dict[str, Tensor]:
-    """Name -> tensor, of what the adapter replaces whole."""
+    """Name -> tensor, for the tensors that the adapter replaces."""
     return {arch.canonical(t.name): plan.head.saved_tensor(t.saved) for t in plan.tensors if t.saved is not None}
 
 
@@ -30,14 +30,14 @@ def saved_modules(arch: Architecture, saved: dict[str, Tensor]) -> list[str]:
     for module in modules:
         if missing := sorted(n for n in arch.shapes if n.startswith(f"{module}.") and n not in saved):
             raise ConversionError(
-                f"PEFT saves modules whole, and the adapter has only a part of {module} ({missing[0]} is not in it); "
+                f"PEFT saves modules whole, but the adapter has only a part of {module} ({missing[0]} is not in it); "
                 "merge it"
             )
     return sorted(modules)
 
 
 def base_facts(plan: Plan, arch: Architecture) -> dict[str, Any]:
-    """The part of an adapter_config.json that tells of the base (`peft/config.py`, `PeftConfig`)."""
+    """The part of an adapter_config.json about the base (`peft/config.py`, `PeftConfig`)."""
     task_type = plan.head.task_type
     known = task_type in AUTO_CLASSES and task_type != "IMAGE_CLS"
     return {

@@ -216,5 +216,5 @@ def test_a_stop_that_c_code_turns_into_another_error_is_still_a_stop(
     monkeypatch.setattr(SafetensorsStore, "tensor", interrupted)
     done = run_here("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output)
     assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "peanut-merge: stopped; nothing half-written was left\n"
+    assert done.stderr == "peanut-merge: stopped; nothing incomplete was left\n"
     assert not pair.output.exists()

@@ -82,7 +82,7 @@ def test_a_peft_adapter_goes_to_the_hub_and_comes_back(hub: Hub, pair: Pair, pus
     arguments = ("--base", pair.base, "--adapter", "user/theta", "--push-to-hub", "User/Theta")
     refused = run("peanut-merge", *arguments, "-o", pair.output.with_name("no"), **hub_settings(hub, pair))
     assert refused.stderr.strip() == (
-        "peanut-merge: User/Theta is an input of this; push to another, or give --push-revision BRANCH"
+        "peanut-merge: User/Theta is an input of this merge; push to another repository, or give --push-revision"
     )
 
 
@@ -204,7 +204,9 @@ def test_a_hub_that_goes_away_during_the_upload(hub: Hub, pair: Pair, push: Push
     failed = push()
     assert (failed.returncode, failed.stdout) == (1, "")
     message = failed.stderr.splitlines()[-1]
-    assert message.startswith(f"peanut-merge: {pair.output} is whole, but its upload to user/merged failed: the Hub ")
+    assert message.startswith(
+        f"peanut-merge: {pair.output} is complete, but its upload to user/merged failed: the Hub "
+    )
     assert on_hub(hub) == {}
     checked = push("--resume", repo=None)  # reads all of it
     assert (checked.returncode, json.loads(checked.stdout)["taken_over"]) == (0, 21)
@@ -215,7 +217,7 @@ def test_how_to_try_again_is_said(hub: Hub, pair: Pair, push: Push) -> None:
     hub.limited["/commit/"] = 1
     failed = push("--overwrite", "--push-revision", "trial")
     assert "the rate limit of the Hub was reached (429)" in failed.stderr
-    command = failed.stderr.splitlines()[-1].partition("To try only that again: ")[2]
+    command = failed.stderr.splitlines()[-1].partition("To repeat only the upload: ")[2]
     assert command.startswith(f"hf upload user/merged {pair.output} --revision trial ")
     again = run(*shlex.split(command), **hub_settings(hub, pair), HF_TOKEN="hf_writer")
     assert again.returncode == 0, again.stderr

@@ -126,7 +126,7 @@ def test_names(pair: Pair, adapters: list[Path], run_here: Run, monkeypatch: pyt
     planned = run_here("peanut-merge", "--base", pair.base, *asked, "--each", "--dry-run", "-o", "out")
     assert (planned.stdout.count("would write"), (pair.base.parent / "out").exists()) == (2, False)
     refused = run_here("peanut-merge", "--base", pair.base, *asked, "--each", "--format", "peft")
-    assert "--each is for merged checkpoints" in refused.stderr
+    assert "--each is for --format merged" in refused.stderr
 
 
 def test_one_bad_adapter_and_nothing_is_written(

@@ -1,6 +1,6 @@
 """What goes wrong around a merge: full disks, bad disks, inputs that change, folders that vanish, a second run.
 
-Nothing is lost, nothing half-written is left, the base is untouched, and the message says what happened.
+Nothing is lost, nothing incomplete is left, the base is untouched, and the message says what happened.
 """
 
 import errno
@@ -37,9 +37,10 @@ def sharded(pair: Pair) -> None:
 ON_SMALL_DISKS = """
 import json, os, subprocess, sys
 from pathlib import Path
-from converters import executor, merging
+from converters.api import merging
+from converters.outputs.checkpoint import write
 from converters.errors import PeanutError
-executor.check_space = lambda sizes: None
+write.check_space = lambda sizes: None
 base, adapter, disk, options, limits = sys.argv[1:]
 output = Path(disk) / "merged"
 for limit in limits.split(","):
@@ -89,7 +90,7 @@ def test_a_disk_that_is_full_at_every_stage(pair: Pair, resume: bool) -> None:
             continue
         failed += 1
         assert "merged could not be written: [Errno 28] No space left on device" in found, (limit, found)
-        assert "it is as it was before" in found
+        assert "no existing output was changed" in found
         assert left == ([".merged.peanut-staging"] if resume and left else []), limit
     assert failed >= 25
     assert (content(pair.base), content(pair.adapter)) == before
@@ -226,7 +227,7 @@ def test_the_folder_is_removed_under_it(
         write(self, *arguments)
 
     monkeypatch.setattr(ShardWriter, "write", remove_and_write)
-    with pytest.raises(OutputError, match=r"merged could not be written: .* was removed while it was written"):
+    with pytest.raises(OutputError, match=r"merged could not be written: .* was removed while it was being written"):
         merge(pair.base, pair.adapter, output)
     assert not output.exists()
 
@@ -249,7 +250,8 @@ def test_two_runs_with_the_same_output_at_once(pair: Pair) -> None:
     alone = merge(pair.base, pair.adapter, pair.output.with_name("alone"))
     script = """
 import sys
-from converters import executor, merging, verify
+from converters.api import merging
+from converters.evaluation import verify
 from converters.errors import OutputExistsError
 print("ready", flush=True)
 for line in sys.stdin:

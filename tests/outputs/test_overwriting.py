@@ -1,4 +1,4 @@
-"""Outputs that exist, are being written, or cannot be: nothing is damaged, and nothing half-written is left."""
+"""Outputs that exist, are being written, or cannot be: nothing is damaged, and nothing incomplete is left."""
 
 import fcntl
 import json
@@ -41,7 +41,10 @@ def test_overwrite_replaces_at_the_end_only(pair: Pair, monkeypatch: pytest.Monk
     merge(pair.base, pair.adapter, pair.output)
     (pair.output / "mine.txt").write_text("x")
     before = content(pair.output)
-    with pytest.raises(OutputError, match="disk on fire; it is as it was before"), monkeypatch.context() as patch:
+    with (
+        pytest.raises(OutputError, match="disk on fire; no existing output was changed"),
+        monkeypatch.context() as patch,
+    ):
         patch.setattr("converters.outputs.checkpoint.draft.build_model_card", raise_error(OSError("disk on fire")))
         merge(pair.base, pair.adapter, pair.output, overwrite=True, dtype="bf16")
     assert content(pair.output) == before
@@ -161,6 +164,6 @@ def test_a_write_that_fails_leaves_nothing(pair: Pair, limit: int) -> None:
     )
     assert done.returncode == 1
     assert "could not be written: [Errno 27] File too large" in done.stderr
-    assert "it is as it was before" in done.stderr
+    assert "no existing output was changed" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]

@@ -16,7 +16,7 @@ from support.tiny_models import Pair, save_adapter, tiny_llama
 from converters import merge, merge_each
 from converters.errors import OutputError, OutputExistsError
 from converters.evaluation.worker import Worker
-from converters.methods import update as evaluation
+from converters.files import blocks
 from converters.outputs.checkpoint import jobs
 from converters.outputs.checkpoint import write as executor
 
@@ -112,7 +112,7 @@ def test_what_is_finished_stays(pair: Pair, run_here: Run) -> None:
     merge(pair.base, pair.adapter, pair.output)
     before = (pair.output / "model.safetensors").stat()
     done = run_here("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output, "--resume")
-    assert "21 of 21 tensors were there from an earlier run" in done.stdout
+    assert "21 of 21 tensors were written by an earlier run" in done.stdout
     assert (pair.output / "model.safetensors").stat().st_ino == before.st_ino
     with (pair.output / "model.safetensors").open(
         "r+b"
@@ -147,7 +147,7 @@ def test_a_stopped_command_says_how_to_go_on(pair: Pair) -> None:
             time.sleep(0.001)
         child.send_signal(signal.SIGTERM)
         _, said = child.communicate()
-    assert said.strip() == "peanut-merge: stopped; --resume goes on with what is done"
+    assert said.strip() == "peanut-merge: stopped; --resume continues from here"
     assert not pair.output.exists()
     taken = merge(pair.base, pair.adapter, pair.output, resume=True).taken_over
     assert taken >= 1
@@ -163,8 +163,8 @@ def test_the_same_bytes_whatever_the_blocks_and_workers(
     pair = make_pair(model, r=16, depth=1, act_fn="silu", target_modules=targets)
     wanted = files(merge(pair.base, pair.adapter, pair.output, dtype=dtype).output)
     for workers, block in ((1, 8 << 20), (2, 1), (5, 20_000), (3, 70_000)):
-        monkeypatch.setattr(evaluation, "LEAST_ROWS", 1)
-        monkeypatch.setattr(evaluation, "BLOCK_BYTES", block)
+        monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
         monkeypatch.setattr(executor, "find_devices", lambda device, n=workers: [torch.device("cpu")] * n)
         found = files(merge(pair.base, pair.adapter, pair.output, dtype=dtype, overwrite=True).output)
         assert found == wanted

@@ -1,9 +1,9 @@
-"""One output folder under way: its shard files, its journal, and what is known of each tensor."""
+"""One output folder that is being written: its shard files, its journal, and what is known of each tensor."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +15,11 @@ from converters.files.json_files import write_json
 from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
 from converters.files.writer import ShardWriter
 from converters.models.companions import find_companions
+from converters.outputs.base import Advance
 from converters.outputs.checkpoint.journal import Journal, WrittenTensor
 from converters.outputs.manifest import build_manifest
 from converters.outputs.model_card import build_model_card
 from converters.plans.merge import Plan
-
-# told how many more bytes are done; a merge writes `plan.total_size`, its verification reads as many again
-Advance = Callable[[int], None]
 
 
 class Draft:
@@ -30,7 +28,7 @@ class Draft:
     Args:
         plan: what is to be written.
         folder: the staging folder.
-        advance: told of bytes written, and of bytes verified.
+        advance: called with bytes written and bytes verified: in total `plan.total_size`, twice if it is verified.
     """
 
     def __init__(self, plan: Plan, folder: Path, advance: Advance) -> None:
@@ -64,7 +62,7 @@ class Draft:
         self.journal.record(shard, name, written)
 
     def finish(self, verified: bool) -> Verification | None:
-        """Sync the weights, and write everything else; last the config, which makes it look like a model."""
+        """Sync the weights and write everything else; last the config, which makes the folder a model."""
         plan = self.plan
         for writer in self._writers.values():
             writer.finish()
@@ -96,7 +94,7 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 
 def _identity(plan: Plan) -> str:
-    """What a finished tensor has to agree in to be taken over from an earlier run."""
+    """What has to be the same for a finished tensor of an earlier run to be taken over."""
     base = plan.base
     facts: Mapping[str, Any] = {
         "version": __version__,

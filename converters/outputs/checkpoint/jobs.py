@@ -1,4 +1,4 @@
-"""The jobs of a merge: each writes, and checks, everything that is made of one tensor of the base."""
+"""The jobs of a merge: each writes, and checks, everything that is made from one tensor of the base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Output:
     Args:
         draft: the output.
         shard: the file in it.
-        tensor: what is to become of it.
+        tensor: what is to be written.
         place: where it lies in the draft.
     """
 
@@ -36,7 +36,7 @@ class Output:
 
     @property
     def was_written(self) -> bool:
-        """Whether an earlier run noted it as written."""
+        """Whether an earlier run recorded it as written."""
         return self.tensor.name in self.draft.journal.finished
 
     def take_over(self, verify: bool, worker: Worker) -> None:
@@ -58,7 +58,7 @@ class Output:
         self.draft.advance(piece.nbytes)
 
     def end(self, verify: bool, worker: Worker) -> None:
-        """The last piece was put: hold it against what should be, see `verify.py`, and let it go to the disk."""
+        """After the last piece: check what was written, see `verify.py`, and start writing it to the disk."""
         self.draft.open_shard(self.shard).start_writeback(self.tensor.name)
         self.record(self._digest.hexdigest(), verify, worker)
 
@@ -73,13 +73,13 @@ class Output:
         self.draft.record(self.shard, self.tensor.name, written)
 
     def drop(self) -> None:
-        """Leave it to the disk."""
+        """Drop it from the page cache."""
         self.draft.open_shard(self.shard).drop(self.tensor.name)
 
 
 @dataclass(frozen=True)
 class TakeOverJob:
-    """Look whether an earlier run has written a tensor."""
+    """Take a tensor over if an earlier run has written it."""
 
     output: Output
     verify: bool
@@ -87,13 +87,13 @@ class TakeOverJob:
     is_finished: bool = False
 
     def run(self, worker: Worker) -> None:
-        """Look."""
+        """Take it over, if it is there."""
         self.output.take_over(self.verify, worker)
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """Everything that is made of one tensor of the base, in one pass over it, or two."""
+    """Everything that is made from one tensor of the base, in one pass over it, or two."""
 
     source: TensorInfo
     outputs: Sequence[Output]
@@ -145,7 +145,7 @@ class SavedJob:
 
 @dataclass(frozen=True)
 class FileJob:
-    """A shard that is, byte for byte, a file which exists already.
+    """A shard that is identical to a file that exists already.
 
     Attributes:
         source: the first tensor in it.

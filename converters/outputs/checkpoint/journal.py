@@ -1,6 +1,6 @@
-"""What a run has finished, a file for each shard, so that a run that was killed can be gone on with.
+"""What a run has finished, a file for each shard, so that another run can continue a run that was killed.
 
-The entries are hints: what they name is hashed again before it is taken over. So they need no sync.
+The entries are hints: a tensor is hashed again before it is taken over. So the files need no sync.
 """
 
 import json
@@ -25,8 +25,8 @@ class WrittenTensor:
 
     Attributes:
         digest: xxh3_128 of its bytes.
-        recomputed: numbers that were recomputed in float64; None if it was not verified.
-        max_ulp: their largest error.
+        recomputed: how many numbers were recomputed in float64; None if it was not verified.
+        max_ulp: their largest error, in ulp.
     """
 
     digest: str
@@ -39,7 +39,7 @@ class Journal:
 
     Args:
         staging: the folder the output is written in.
-        key: identity of the merge. A journal of another merge is of no use: it, and all it tells of, is removed.
+        key: identity of the merge. A journal of another merge is removed, and with it what that merge had written.
     """
 
     def __init__(self, staging: Path, key: str) -> None:
@@ -58,11 +58,11 @@ class Journal:
         (self._folder / "key").write_text(key)
 
     def record(self, shard: str, name: str, written: WrittenTensor) -> None:
-        """Note that a tensor is written, and checked. For any thread."""
+        """Record that a tensor is written, and checked. Thread-safe."""
         self._append(f"{shard}.jsonl", [name, *astuple(written)])
 
     def record_samples(self, samples: Mapping[str, str]) -> None:
-        """Note the digests of a shard of the base that will be gone."""
+        """Record the digests of a shard of the base that will not stay on the disk."""
         for name, digest in samples.items():
             self._append(_SAMPLES, [name, digest])
 
@@ -79,13 +79,13 @@ class Journal:
         self._files.clear()
 
     def remove(self) -> None:
-        """Everything is finished."""
+        """Remove the journal: everything is finished."""
         self.close()
         shutil.rmtree(self._folder)
 
 
 def _read(path: Path) -> Iterator[list[Any]]:
-    """The entries of one file, if it is there; a last line that was cut off counts for nothing."""
+    """The entries of one file, if it is there; an incomplete last line is ignored."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError):
             yield json.loads(line)

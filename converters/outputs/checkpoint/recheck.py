@@ -1,4 +1,4 @@
-"""Checking a merged folder again, at any time: by its manifest alone, or against θ and the base."""
+"""Checking a merged folder again, at any time: against its manifest alone, or against θ and the base."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,63 +13,52 @@ from converters.evaluation.blocks import unchanged_blocks
 from converters.evaluation.recompute import read_columns, read_rows
 from converters.evaluation.verify import Verification, check_numbers
 from converters.files.blocks import block_rows
-from converters.files.hashing import hash_file
 from converters.files.header import TensorInfo
-from converters.files.json_files import read_json
-from converters.files.names import MANIFEST_NAME
 from converters.files.reader import TensorReader
 from converters.methods.weight_delta import Reads
 from converters.models.checkpoint import Checkpoint, open_checkpoint
-from converters.outputs.manifest import build_manifest
+from converters.outputs.checking import damaged_manifest
+from converters.outputs.manifest import build_manifest, read_manifest
 from converters.plans.merge import Plan, plan_merge
 from converters.plans.tensor import TensorPlan
 
 _NUMBERS = 1 << 22  # recomputed at a time
+_ENTRY = {"file", "dtype", "shape", "xxh3_128"}  # of the manifest, for each tensor
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a merged folder. Raises `CheckpointError` if this toolkit did not write the folder."""
-    if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; wanted a folder that peanut-merge wrote")
-    manifest = read_json(folder / MANIFEST_NAME, "manifest")
-    if not isinstance(manifest.get("tensors"), dict):
-        raise CheckpointError(f"{folder / MANIFEST_NAME}: no tensors in it; it is damaged")
+def open_written(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """A merged checkpoint and the `tensors` of its manifest.
+
+    Raises:
+        CheckpointError: this toolkit did not write the folder, or it is damaged.
+        VerificationError: a file that the manifest names is missing.
+    """
+    tensors = _read_merged_manifest(folder)["tensors"]
+    for file in dict.fromkeys(entry["file"] for entry in tensors.values()):
+        if not (folder / file).is_file():
+            raise VerificationError(f"{folder}: {file} is missing; merge again")
+    return open_checkpoint(folder), tensors
+
+
+def _read_merged_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    tensors = manifest.get("tensors")
+    if not isinstance(tensors, dict):
+        raise damaged_manifest(folder, "no tensors in it")
+    for name, entry in tensors.items():
+        if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
+            raise damaged_manifest(folder, f"the entry of {name} is not complete")
     return manifest
 
 
-def check_files(folder: Path) -> dict[str, str] | None:
-    """Hold the files of an ONNX export against its manifest; returns them with their hashes, None if it is no export.
+def plan_again(folder: Path, base: Checkpoint, adapters: Sequence[Weighted]) -> Plan:
+    """The plan that the folder should be the result of, with the options in its manifest.
 
     Raises:
-        CheckpointError: this toolkit did not write the folder.
-        VerificationError: a file is missing, or its bytes changed.
+        BaseMismatchError: the base or an adapter is not the one it was merged from.
+        PeanutError: what `plan_merge` raises.
     """
-    if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; wanted a folder that peanut-merge wrote")
-    manifest = read_json(folder / MANIFEST_NAME, "manifest")
-    if manifest.get("format") != "onnx":
-        return None
-    files: dict[str, str] = manifest["files"]
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise VerificationError(f"{folder}: {name} is missing")
-        if hash_file(folder / name) != digest:
-            raise VerificationError(f"{folder}: {name} changed since it was written; export again")
-    return files
-
-
-def open_merged(folder: Path) -> Checkpoint:
-    """Open a merged folder. Raises `CheckpointError` if it is none, or no whole checkpoint any more."""
-    read_manifest(folder)
-    return open_checkpoint(folder)
-
-
-def plan_again(folder: Path, base: Checkpoint, adapters: Sequence[Weighted]) -> Plan:
-    """The plan that the folder should be the result of, with the options its manifest tells.
-
-    Raises `BaseMismatchError` if the base or an adapter is not the one it was merged from; and as `plan_merge`.
-    """
-    manifest = read_manifest(folder)
+    manifest = _read_merged_manifest(folder)
     fingerprint = manifest["base"]["fingerprint"]
     if base.fingerprint != fingerprint:
         raise BaseMismatchError(
@@ -78,10 +67,10 @@ def plan_again(folder: Path, base: Checkpoint, adapters: Sequence[Weighted]) -> 
     wanted = [(entry["digest"], entry["weight"]) for entry in manifest["adapters"]]
     given = [(weighted.adapter.digest, weighted.weight) for weighted in adapters]
     if wanted != given:
-        told, found = (
+        recorded, found = (
             ", ".join(f"{weight:g} times {digest[:12]}" for digest, weight in pairs) for pairs in (wanted, given)
         )
-        raise BaseMismatchError(f"{folder} was merged with adapters of digest {told}; given are {found}")
+        raise BaseMismatchError(f"{folder} was merged with adapters of digest {recorded}; given are {found}")
     options = manifest["options"]
     return plan_merge(
         base, adapters, dtype=options["dtype"], max_shard_size=options["max_shard_size"], labels=options["labels"],
@@ -90,16 +79,16 @@ def plan_again(folder: Path, base: Checkpoint, adapters: Sequence[Weighted]) -> 
 
 
 def check_hashes(folder: Path, advance: Callable[[int], None] = lambda size: None) -> Checkpoint:
-    """Hold every tensor of a merged folder against its manifest; `advance` is told of bytes read.
+    """Compare every tensor of a merged folder with its manifest; `advance` is called with bytes read.
 
     Raises:
-        CheckpointError: it is not such a folder, or no whole checkpoint any more.
-        VerificationError: a tensor is missing, extra, of another dtype or shape, or its bytes changed.
+        CheckpointError: this toolkit did not write the folder, or it is damaged.
+        VerificationError: a file or tensor is missing, extra, of another dtype or shape, or its bytes changed.
     """
-    found = open_merged(folder)
-    wanted = read_manifest(folder)["tensors"]
-    if odd := sorted(set(wanted) ^ set(found.tensors)):
-        raise VerificationError(f"{folder}: {odd[0]} is {'missing' if odd[0] in wanted else 'not in the manifest'}")
+    found, wanted = open_written(folder)
+    if differing := sorted(set(wanted) ^ set(found.tensors)):
+        name = differing[0]
+        raise VerificationError(f"{folder}: {name} is {'missing' if name in wanted else 'not in the manifest'}")
     with TensorReader() as reader:
         for name, info in found.tensors.items():
             entry = wanted[name]
@@ -119,7 +108,7 @@ def check_hashes(folder: Path, advance: Callable[[int], None] = lambda size: Non
 def is_finished(output: Path, plan: Plan) -> bool:
     """Whether `output` is, byte for byte, what carrying out `plan` would write."""
     try:
-        manifest = read_manifest(output)
+        manifest = _read_merged_manifest(output)
         hashes = {name: entry["xxh3_128"] for name, entry in manifest["tensors"].items()}
         # what is still on the Hub is known by its commit
         fingerprint = plan.base.fingerprint if plan.base.knows_fingerprint else manifest["base"]["fingerprint"]
@@ -132,13 +121,13 @@ def is_finished(output: Path, plan: Plan) -> bool:
 
 
 def check_against(output: Path, plan: Plan, advance: Callable[[int], None] = lambda count: None) -> Verification:
-    """Recompute every number of a merged folder from θ and the base, in float64; `advance` is told of bytes.
+    """Recompute every number of a merged folder from θ and the base, in float64; `advance` is called with bytes.
 
     Raises `VerificationError` naming the first tensor with a wrong number.
     """
     found = open_checkpoint(output).tensors
-    if odd := sorted({tensor.name for tensor in plan.tensors} ^ set(found)):
-        raise VerificationError(f"{output}: {odd[0]} is in one of the output and its plan, but not in both")
+    if differing := sorted({tensor.name for tensor in plan.tensors} ^ set(found)):
+        raise VerificationError(f"{output}: {differing[0]} is in either the output or its plan, but not in both")
     checks = []
     with TensorReader() as reader, TensorReader() as base_reader:
         for tensor in plan.tensors:
@@ -172,7 +161,7 @@ def _recompute(
 def _compare(
     tensor: TensorPlan, info: TensorInfo, plan: Plan, reader: TensorReader, base_reader: TensorReader
 ) -> None:
-    """Hold a tensor without updates against the base or the adapter."""
+    """Compare a tensor without updates with the base's, or with the adapter's."""
     if tensor.is_copy and tensor.source is not None:
         same = reader.hash(info) == base_reader.hash(tensor.source)
     else:
@@ -180,8 +169,8 @@ def _compare(
         blocks = reader.row_blocks(info, block_rows(info.row_size))
         same = all(_equal(a, b) for a, b in zip(wanted, blocks, strict=True))
     if not same:
-        whence = f"the adapter's {tensor.saved}" if tensor.source is None else f"{tensor.source.name} of the base"
-        raise VerificationError(f"{tensor.name} is not {whence}; merge again")
+        origin = f"the adapter's {tensor.saved}" if tensor.source is None else f"{tensor.source.name} of the base"
+        raise VerificationError(f"{tensor.name} is not {origin}; merge again")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

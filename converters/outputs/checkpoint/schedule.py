@@ -1,4 +1,4 @@
-"""Which jobs write the drafts of a run: one for each tensor of the base, one for each file that is taken whole."""
+"""Which jobs write the drafts of a run: one for each tensor of the base, one for each file that is copied whole."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ class JobPlan:
     Attributes:
         of_file: file of the base -> jobs that read it, in the order of its tensors.
         without_source: jobs that read no base.
-        links: to files that other jobs wrote.
-        take_over: to be done first: they look for what an earlier run has written.
+        links: copies of, or links to, files that other jobs wrote.
+        take_over: to be done first: they take over what an earlier run has written.
     """
 
     of_file: dict[Path, list[Job]] = field(default_factory=dict)
@@ -34,10 +34,10 @@ class JobPlan:
 
 
 def plan_jobs(drafts: Sequence[Draft], share: bool, verify: bool) -> JobPlan:
-    """The jobs that write the weights of all drafts, which are of one base."""
+    """The jobs that write the weights of all drafts; the drafts have the same base."""
     base = drafts[0].plan.base
     planned = JobPlan(of_file={info.file: [] for info in base.tensors.values()})
-    made: dict[str, list[Output]] = {}  # base tensor -> what is made of it
+    made: dict[str, list[Output]] = {}  # base tensor -> what is made from it
     written: dict[_Content, list[TensorInfo]] = {}
     outputs: list[Output] = []
     for draft in drafts:
@@ -70,7 +70,7 @@ def plan_jobs(drafts: Sequence[Draft], share: bool, verify: bool) -> JobPlan:
 
 
 def written_sizes(plans: Iterable[Plan], share: bool) -> list[int]:
-    """Bytes that each of several plans on one base will write; with `share` what is the same counts once."""
+    """Bytes that each of several plans on one base will write; with `share`, identical files count once."""
     sizes, seen = [], set[_Content]()
     for plan in plans:
         contents = [(_content(tensors), sum(tensor.nbytes for tensor in tensors)) for tensors in plan.shards.values()]

@@ -6,16 +6,20 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from converters.adapters.base_record import check_base
-from converters.errors import CheckpointError, NonFiniteError, OutputError, VerificationError
+from converters.errors import CheckpointError, NonFiniteError, VerificationError
 from converters.evaluation.pool import Pipeline
 from converters.evaluation.verify import Verification
 from converters.evaluation.worker import find_devices
-from converters.files.staging import check_output, check_space, staged
+from converters.files.staging import check_output, check_space
 from converters.models.checkpoint import sample_digests
-from converters.outputs.checkpoint.draft import Advance, Draft
+from converters.outputs.base import Advance, WriteOptions
+from converters.outputs.checkpoint.draft import Draft
 from converters.outputs.checkpoint.recheck import is_finished
 from converters.outputs.checkpoint.schedule import JobPlan, plan_jobs, written_sizes
+from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 
 
@@ -27,8 +31,8 @@ class MergeResult:
         output: the folder.
         plan: what was done to each tensor.
         verification: None if it was turned off.
-        seconds: wall time of writing and verifying, of all outputs that were written together.
-        taken_over: tensors that an earlier run had written.
+        seconds: wall time of writing and verifying all outputs that were written together.
+        taken_over: number of tensors that an earlier run had written.
     """
 
     output: Path
@@ -38,24 +42,38 @@ class MergeResult:
     taken_over: int = 0
 
 
-def check_merge(
-    plans: Mapping[Path, Plan], overwrite: bool, share: bool = False, resume: bool = False
-) -> dict[Path, Plan]:
-    """Everything that can be refused about outputs; returns those that are to be written.
+@dataclass(frozen=True, eq=False)
+class CheckpointsPlan:
+    """Merged checkpoints of one base that can be written.
 
-    With `resume`, an output that is there and whole already is not.
-
-    Raises `OutputError` of one kind or another.
+    Attributes:
+        outputs: output folder -> plan.
+        todo: those of them that are to be written; with `resume`, an output that is finished is not.
+        devices: where f is evaluated.
     """
-    todo = {output: plan for output, plan in plans.items() if not (resume and is_finished(output, plan))}
+
+    outputs: Mapping[Path, Plan]
+    todo: Mapping[Path, Plan]
+    devices: Sequence[torch.device]
+
+
+def plan_checkpoints(outputs: Mapping[Path, Plan], options: WriteOptions) -> CheckpointsPlan:
+    """Refuse everything about outputs, folder -> plan, that can be refused before they are written.
+
+    Raises:
+        OptionError: the device is unknown, or not there.
+        OutputError: an output exists, contains an input, or does not fit on the disk.
+    """
+    devices = find_devices(options.device)
+    todo = {output: plan for output, plan in outputs.items() if not (options.resume and is_finished(output, plan))}
     inputs = {weighted.adapter.path for plan in todo.values() for weighted in plan.adapters}
     inputs |= {plan.base.folder for plan in todo.values()}
     for output in todo:
-        check_output(output, overwrite, inputs)
-    sizes = dict(zip(todo, written_sizes(todo.values(), share), strict=True))
+        check_output(output, options.overwrite, inputs)
+    sizes = dict(zip(todo, written_sizes(todo.values(), options.share), strict=True))
     streams = [plan.base.stream for plan in todo.values() if plan.base.stream is not None]
     check_space({**sizes, **{stream.folder: stream.most_bytes for stream in streams}})
-    return todo
+    return CheckpointsPlan(outputs, todo, devices)
 
 
 def run_merge(
@@ -69,71 +87,68 @@ def run_merge(
     resume: bool = False,
     advance: Advance = lambda size: None,
 ) -> MergeResult:
-    """Carry out a plan; see `converters.merge`. `advance` is told of bytes written and of bytes verified."""
-    output = Path(output) if output is not None else plan.default_output
-    return run_merges(
-        {output: plan}, device=device, overwrite=overwrite, verify=verify, share=share, resume=resume, advance=advance
-    )[0]
+    """Carry out a plan; see `converters.merge`. `advance` is called with bytes written and bytes verified.
+
+    Raises `PeanutError` of some kind; whichever it is, no output was written or changed.
+    """
+    options = WriteOptions(device, overwrite, verify, share, resume)
+    outputs = {plan.default_output if output is None else Path(output): plan}
+    return write_checkpoints(plan_checkpoints(outputs, options), options, advance)[0]
 
 
-def run_merges(
-    plans: Mapping[Path, Plan],
-    *,
-    device: str = "auto",
-    overwrite: bool = False,
-    verify: bool = True,
-    share: bool = False,
-    resume: bool = False,
-    advance: Advance = lambda size: None,
+def write_checkpoints(
+    planned: CheckpointsPlan, options: WriteOptions, advance: Advance = lambda size: None
 ) -> list[MergeResult]:
-    """Carry out plans on one base together, output folder -> plan; see `converters.merge_each`."""
-    devices = find_devices(device)
-    todo = check_merge(plans, overwrite, share, resume)
+    """Write planned checkpoints together; returns a result for each output, also for those that were finished.
+
+    Raises:
+        NonFiniteError: a merged weight is not finite, or does not fit the dtype.
+        VerificationError: what was written is not what was computed.
+        OutputError: a file could not be written. Whichever error it is, no existing output was changed.
+    """
     results = {
-        output: MergeResult(output, plan, None, 0.0, len(plan.tensors))
-        for output, plan in plans.items()
-        if output not in todo
+        output: MergeResult(output, plan, None, 0.0, len(plan.tensors)) for output, plan in planned.outputs.items()
     }
-    if todo:
+    if planned.todo:
         start = time.perf_counter()
-        try:
-            with ExitStack() as stack:
-                drafts = []
-                for output, plan in todo.items():
-                    folder = stack.enter_context(staged(output, overwrite, keep=resume))
-                    drafts.append(stack.enter_context(Draft(plan, folder, advance)))
-                with _seeing_removal(drafts):
-                    _write_weights(drafts, Pipeline(devices), share, verify, resume)
-                    _check_streamed_base(todo.values())
-                    verifications = [draft.finish(verify) for draft in drafts]
-                _check_inputs_unchanged(todo.values())
-        except OSError as error:
-            names = ", ".join(map(str, todo))
-            raise OutputError(f"{names} could not be written: {error}; it is as it was before") from error
+        with publishing({output: [plan] for output, plan in planned.todo.items()}, options) as folders:
+            drafts, verifications = _write_drafts(planned, folders, options, advance)
         seconds = time.perf_counter() - start
-        for output, draft, verification in zip(todo, drafts, verifications, strict=True):
+        for output, draft, verification in zip(planned.todo, drafts, verifications, strict=True):
             results[output] = MergeResult(output, draft.plan, verification, seconds, draft.taken_over)
-    return [results[output] for output in plans]
+    return list(results.values())
+
+
+def _write_drafts(
+    planned: CheckpointsPlan, folders: Mapping[Path, Path], options: WriteOptions, advance: Advance
+) -> tuple[list[Draft], list[Verification | None]]:
+    """Write the outputs into their staging folders."""
+    with ExitStack() as stack:
+        drafts = [stack.enter_context(Draft(plan, folders[output], advance)) for output, plan in planned.todo.items()]
+        with _naming_removed_folders(drafts):
+            _write_weights(drafts, Pipeline(planned.devices), options)
+            _check_streamed_base(planned.todo.values())
+            return drafts, [draft.finish(options.verify) for draft in drafts]
 
 
 @contextmanager
-def _seeing_removal(drafts: Sequence[Draft]) -> Iterator[None]:
-    """Where a staging folder was removed meanwhile, say that instead of what came of it."""
+def _naming_removed_folders(drafts: Sequence[Draft]) -> Iterator[None]:
+    """If a staging folder was removed meanwhile, report that instead of the error it caused."""
     try:
         yield
     except (OSError, CheckpointError):
-        gone = next((draft.folder for draft in drafts if not draft.folder.is_dir()), None)
-        if gone is None:
+        removed = next((draft.folder for draft in drafts if not draft.folder.is_dir()), None)
+        if removed is None:
             raise
-        raise OSError(f"{gone} was removed while it was written") from None
+        raise OSError(f"{removed} was removed while it was being written") from None
 
 
-def _write_weights(drafts: Sequence[Draft], pipeline: Pipeline, share: bool, verify: bool, resume: bool) -> None:
+def _write_weights(drafts: Sequence[Draft], pipeline: Pipeline, options: WriteOptions) -> None:
     base = drafts[0].plan.base
-    planned = plan_jobs(drafts, share, verify)
+    planned = plan_jobs(drafts, options.share, options.verify)
     try:
         pipeline.run(planned.take_over)
-        with closing(_base_files(planned, drafts, resume)) as files:
+        with closing(_base_files(planned, drafts, options.resume)) as files:
             for file in files:
                 pipeline.run(planned.of_file[file])
         pipeline.run(planned.without_source)
@@ -144,7 +159,7 @@ def _write_weights(drafts: Sequence[Draft], pipeline: Pipeline, share: bool, ver
 
 
 def _base_files(planned: JobPlan, drafts: Sequence[Draft], resume: bool) -> Generator[Path]:
-    """The files of the base in turn; of a streamed one only those of which something is not known yet."""
+    """The files of the base in turn; of a streamed base only those that a job still has to read, or to sample."""
     base = drafts[0].plan.base
     if base.stream is None:
         yield from planned.of_file
@@ -167,15 +182,8 @@ def _base_files(planned: JobPlan, drafts: Sequence[Draft], resume: bool) -> Gene
 
 
 def _check_streamed_base(plans: Iterable[Plan]) -> None:
-    """Now that the fingerprint is known."""
+    """Compare a streamed base with the adapters, now that its fingerprint is known."""
     for plan in plans:
         if plan.base.stream is not None:
             for weighted in plan.adapters:
                 check_base(plan.base, weighted.adapter, plan.options["force_base"])
-
-
-def _check_inputs_unchanged(plans: Iterable[Plan]) -> None:
-    for plan in plans:
-        plan.base.check_unchanged()
-        for weighted in plan.adapters:
-            weighted.adapter.store.check_unchanged()

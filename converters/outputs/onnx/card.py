@@ -7,7 +7,7 @@ from converters.files.names import MANIFEST_NAME
 from converters.inference.kinds import find_kind
 from converters.outputs.model_card import adapter_rows, base_id_of
 from converters.outputs.onnx.checks import TaskCheck
-from converters.outputs.onnx.plan import ExportOptions, Form
+from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
 
@@ -23,7 +23,7 @@ _HOW = {
 def build_onnx_card(
     plans: Sequence[Plan], files: Sequence[TaskFiles], checks: Sequence[TaskCheck], options: ExportOptions
 ) -> str:
-    """Markdown with a YAML head. JSON strings are YAML strings."""
+    """Markdown with a YAML header. JSON strings are YAML strings."""
     base = plans[0].base
     base_id = base_id_of(plans[0])
     library = "transformers.js" if options.transformersjs else "onnx"
@@ -42,11 +42,11 @@ def build_onnx_card(
         lines += [f"| graph, {precision} | `{model}` |" for precision, model in written.models.items()]
         lines += [f"| adapter file | `{written.adapter}` |"] if written.adapter else []
         lines += [line for weighted in plan.adapters for line in adapter_rows(weighted)]
-        lines += [f"| {name} | {_told(check, name)} |" for name in check.scores]
+        lines += [f"| {name} | {_score_text(check, name)} |" for name in check.scores]
     return "\n".join(["---", *head, "---", "", *lines, "", f"Written by peanut-serve; see `{MANIFEST_NAME}`.", ""])
 
 
-def _told(check: TaskCheck, name: str) -> str:
+def _score_text(check: TaskCheck, name: str) -> str:
     score = check.scores[name]
     if score.accuracy is not None:
         return f"accuracy {score.accuracy:.4f} on {score.count} examples"

@@ -31,9 +31,9 @@ class TaskCheck:
     """How a task was checked.
 
     Attributes:
-        merged: of the merged weights, against float64.
-        parity: of the float32 graph with the merged torch model; None if verification was turned off.
-        scores: `torch` and each precision -> how well it does on the eval data.
+        merged: the merged weights, compared with float64.
+        parity: the float32 graph, compared with the merged torch model; None if verification was turned off.
+        scores: `torch` and each precision -> its score on the eval data.
     """
 
     merged: Verification
@@ -41,11 +41,11 @@ class TaskCheck:
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     def agreement(self, precision: str) -> float:
-        """Share of the eval data where a graph says what torch says."""
+        """Share of the eval data on which a graph predicts what torch predicts."""
         return agreement(self.scores[precision], self.scores[TORCH])
 
     def summary(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """For the manifest."""
         scores = {name: {**score.summary(), "agreement": self.agreement(name)} for name, score in self.scores.items()}
         return {
             "merged": self.merged.summary(),
@@ -64,7 +64,7 @@ def check_task(
 ) -> TaskCheck:
     """Check and measure the graphs of a task.
 
-    Raises `VerificationError` when a graph is no valid ONNX, or computes something else than torch.
+    Raises `VerificationError` when a graph is not valid ONNX, or does not compute what torch does.
     """
     if not verify and not prepared:
         return TaskCheck(task.verification, None)

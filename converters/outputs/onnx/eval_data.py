@@ -1,4 +1,4 @@
-"""Labelled examples on disk, and how well a model does on them. The model is any function from inputs to logits."""
+"""Labelled examples on disk, and the score of a model on them. The model is any function from inputs to logits."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ _COLUMNS_WANTED = (
 
 @dataclass(frozen=True, eq=False)
 class EvalData:
-    """Examples and what they are.
+    """Labelled examples.
 
     Attributes:
         name: of the folder or file.
@@ -40,7 +40,7 @@ class EvalData:
 
 
 class Batch(NamedTuple):
-    """Some examples as inputs of a graph, and what they are."""
+    """Some examples as inputs of a graph, and their targets."""
 
     inputs: dict[str, NDArray[Any]]
     targets: NDArray[Any]
@@ -48,13 +48,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """How well a model did.
+    """The score of a model.
 
     Attributes:
-        count: of examples.
+        count: number of examples.
         predictions: (count,) indices of labels, int64; or values, float64.
-        accuracy: share of right labels; None for values.
-        pearson: correlation of predicted and right values; None for labels, or where either are all the same.
+        accuracy: share of correct labels; None for values.
+        pearson: correlation of predicted and correct values; None for labels, or if either are constant.
         mean_absolute_error: of the values; None for labels.
     """
 
@@ -65,7 +65,7 @@ class Score:
     mean_absolute_error: float | None = None
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says: JSON values, without the predictions."""
+        """For the manifest: JSON values, without the predictions."""
         if self.mean_absolute_error is None:
             return {"count": self.count, "accuracy": self.accuracy}
         return {"count": self.count, "pearson": self.pearson, "mean_absolute_error": self.mean_absolute_error}
@@ -75,37 +75,37 @@ def read_eval_data(path: Path, kind: ModelKind, labels: Sequence[str]) -> EvalDa
     """Labelled examples of a folder `path/LABEL/IMAGE` or, for texts, of a CSV file in UTF-8 with a header.
 
     The CSV has a column `label`, and `text` or `sentence` (perhaps with `text_pair`), or `sentence1` and `sentence2`;
-    others are passed over. A label is given by its name or, if there is no such name, by its index. For texts and a
-    single label the model predicts a value, and `label` is that value.
+    other columns are ignored. A label is given by its name or, if there is no such name, by its index. For texts and
+    a single label the model predicts a value, and `label` is that value.
 
-    Of a class folder the files count whose names end like an image's (`IMAGE_SUFFIXES`); hidden ones do not. The
+    In a class folder, files with the suffix of an image (`IMAGE_SUFFIXES`) are used; hidden files are not. The
     images are opened when they are preprocessed.
 
-    Raises `OptionError` for a kind that is no classifier of images or texts, and for data that is not as above.
+    Raises `OptionError` for a kind that is not a classifier of images or texts, and for data that is not as above.
     """
     readers = {"image-classification": _read_folder, "text-classification": _read_csv}
     if kind.task not in readers:
-        raise OptionError(f"eval data is for classifiers of images and of texts, this model does {kind.task}")
+        raise OptionError(f"eval data is for classifiers of images and of texts, but this model does {kind.task}")
     if not labels:
         raise OptionError(f"{path}: the model's config.json names no labels, wanted an id2label from '0' on")
     return EvalData(path.resolve().name, *readers[kind.task](path, labels))
 
 
 def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = 8) -> Iterator[Batch]:
-    """The data, preprocessed; a list of it serves several models (at 224 x 224, 600 kB for an image)."""
+    """The preprocessed data; as a list it can be used for several models (at 224 x 224, 600 kB per image)."""
     for start in range(0, len(data.examples), batch_size):
         part = slice(start, start + batch_size)
         yield Batch(preprocessor(data.examples[part]), data.targets[part])
 
 
 def score_of(logits: Logits, prepared: Iterable[Batch]) -> Score:
-    """How well a model does on batches, at least one.
+    """The score of a model on batches, at least one.
 
     Args:
-        logits: gives the model's logits (batch, labels) for its inputs; (batch, 1) if it predicts values.
+        logits: computes the model's logits (batch, labels) for its inputs; (batch, 1) if it predicts values.
         prepared: see `batches`.
 
-    Raises `VerificationError` if logits are not of such a shape, or not finite.
+    Raises `VerificationError` if logits do not have that shape, or are not finite.
     """
     predicted, wanted = [], []
     for batch in prepared:
@@ -126,10 +126,10 @@ def score_of(logits: Logits, prepared: Iterable[Batch]) -> Score:
 
 
 def agreement(a: Score, b: Score) -> float:
-    """How alike two models predict on the same data, 1 if they do the same.
+    """How similar the predictions of two models are on the same data; 1 if they are equal.
 
-    The share of examples with the same label; for values, Lin's concordance: a correlation that, other than
-    Pearson's, falls when one of them is shifted or scaled.
+    The share of examples with the same label; for values, Lin's concordance: a correlation that, unlike
+    Pearson's, decreases when one of them is shifted or scaled.
 
     Raises `ValueError` if the scores are of different numbers of examples.
     """
@@ -194,7 +194,7 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     rows, line = [], 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            reader = csv.reader(file, strict=True)  # else an open quote takes the rest of the file into one field
+            reader = csv.reader(file, strict=True)  # otherwise an open quote swallows the rest of the file
             for cells in reader:
                 if cells:
                     rows.append((line, cells))
@@ -233,7 +233,7 @@ def _index(label: str, labels: Sequence[str], complaint: str) -> int:
     """The place of a label given by name or else by its index. Raises `OptionError` if it is neither."""
     if label in labels:
         return labels.index(label)
-    is_number = label.isascii() and label.isdecimal() and len(label) < 10  # int() takes no thousands of digits
+    is_number = label.isascii() and label.isdecimal() and len(label) < 10  # int() rejects thousands of digits
     if is_number and int(label) < len(labels):
         return int(label)
     shown = _quoted(labels[:_LABELS_SHOWN]) + ", ..." * (len(labels) > _LABELS_SHOWN)

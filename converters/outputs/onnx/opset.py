@@ -6,20 +6,18 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 
 from converters.errors import OptionError
 from converters.inference.runtime import onnxruntime
-
-# torch's translations are written in it, and every ONNX Runtime since 1.14 runs it, in browsers too
-DEFAULT_OPSET = 18
+from converters.outputs.onnx.options import DEFAULT_OPSET
 
 
 def check_opset(opset: int) -> None:
     """Raise `OptionError` for an opset that torch does not write, or the installed ONNX Runtime does not run."""
     if opset < DEFAULT_OPSET:
-        raise OptionError(f"--opset {opset} is older than what torch writes; wanted {DEFAULT_OPSET} or newer")
+        raise OptionError(f"opset={opset} is older than what torch writes; wanted {DEFAULT_OPSET} or newer")
     if not _runs(opset):
         newest = next(known for known in range(onnx.defs.onnx_opset_version(), 0, -1) if _runs(known))
         raise OptionError(
-            f"--opset {opset} cannot be run by ONNX Runtime {onnxruntime.__version__}, which knows opsets up to "
-            f"{newest}; leave --opset out for {DEFAULT_OPSET}, which runs nearly everywhere"
+            f"opset={opset} cannot be run by ONNX Runtime {onnxruntime.__version__}, which supports opsets up to "
+            f"{newest}; leave out opset= for {DEFAULT_OPSET}, which runs nearly everywhere"
         )
 
 

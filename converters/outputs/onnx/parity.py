@@ -1,4 +1,4 @@
-"""A written graph held against the merged torch model, on inputs of several sizes."""
+"""A written graph compared with the merged torch model, on inputs of several sizes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,15 +18,15 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a graph is from torch.
+    """How much a graph differs from torch.
 
     Attributes:
-        examples: inputs that were compared.
+        examples: number of inputs that were compared.
         batch_sizes: of their batches.
         real: how many of them were real ones.
-        largest_difference: of an output to torch's.
-        tolerance: what it had to be below.
-        agreement: share of outputs whose largest entry is the same; of classifiers.
+        largest_difference: of an output from torch's.
+        tolerance: the limit for it.
+        agreement: share of outputs whose largest entry is the same; for classifiers.
     """
 
     examples: int
@@ -37,7 +37,7 @@ class Parity:
     agreement: float
 
     def summary(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """For the manifest."""
         return asdict(self)
 
 
@@ -51,13 +51,13 @@ def check_parity(
     """Compare a graph with the merged torch model on random inputs, and on real ones where there are any.
 
     Args:
-        what: the graph, for messages.
-        run: gives its output for inputs by name.
+        what: the name of the graph, for messages.
+        run: computes its output for inputs by name.
         reference: the base in torch.
-        changed: the task's tensors, in place of the base's.
+        changed: the task's tensors, which replace the base's.
         real: batches of real inputs.
 
-    Raises `VerificationError` when an output is further off than `TOLERANCE`, or not finite.
+    Raises `VerificationError` when an output differs by more than `TOLERANCE`, or is not finite.
     """
     random, genuine = reference.random_inputs(seed=1), list(real)
     differences, scales, same = [], [1.0], []

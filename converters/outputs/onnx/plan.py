@@ -1,8 +1,7 @@
-"""What an export writes where. Everything that can be refused before a model is loaded is refused here."""
+"""What an export writes, and where. Everything that can be refused before a model is loaded is refused here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from converters.errors import ConversionError, OptionError
@@ -13,47 +12,14 @@ from converters.inference.kinds import ModelKind, find_kind
 from converters.models import config as model_config
 from converters.outputs.onnx.eval_data import EvalData, read_eval_data
 from converters.outputs.onnx.graphs.merged import BASE_DATA
-from converters.outputs.onnx.opset import DEFAULT_OPSET, check_opset
+from converters.outputs.onnx.opset import check_opset
+from converters.outputs.onnx.options import ExportOptions, Form
 from converters.plans.merge import Plan
 
 # precision -> name of its graph (https://huggingface.co/docs/transformers.js/guides/dtypes)
 MODEL_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 _BASE = BASE_DATA.removesuffix(".onnx_data")
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
-
-
-class Form(str, Enum):
-    """How tasks are written."""
-
-    MERGED = "merged"  # a folder for each, with a graph that needs nothing else
-    SHARED = "shared"  # one folder: a graph for each, and one file of the weights they have in common
-    SWAPPABLE = "swappable"  # one folder: one graph, and a file of low-rank inputs for each
-    SELF_MERGING = (
-        "self-merging"  # one folder: a graph for each that holds θ and f, and one file of the base's weights
-    )
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What can be chosen.
-
-    Attributes:
-        form: how tasks are written.
-        opset: of the graphs.
-        quantize: precisions to write beside float32: `int8` (dynamic, per channel), `fp16`.
-        transformersjs: put graphs under `onnx/`, where transformers.js looks for them.
-        eval_data: labelled images or texts to measure every graph on.
-        verify: hold every graph against torch.
-        device: where f is evaluated.
-    """
-
-    form: Form = Form.MERGED
-    opset: int = DEFAULT_OPSET
-    quantize: tuple[str, ...] = ()
-    transformersjs: bool = False
-    eval_data: Path | None = None
-    verify: bool = True
-    device: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +30,7 @@ class ExportPlan:
         outputs: folder -> the tasks in it.
         options: what was chosen.
         image_shapes: folder -> (channels, height, width) of its images; None for models of texts.
-        eval_data: of the only task.
+        eval_data: for the only task.
     """
 
     outputs: Mapping[Path, tuple[Plan, ...]]
@@ -79,7 +45,7 @@ class ExportPlan:
 
     @property
     def sizes(self) -> dict[Path, int]:
-        """Bytes each folder takes at most."""
+        """Upper bound of the bytes in each folder."""
         per_number = sum(_BYTES[precision] for precision in ("fp32", *self.options.quantize)) / 4
         total = max if self.options.form is Form.SWAPPABLE else sum  # one graph for all
         return {
@@ -95,13 +61,13 @@ def plan_export(
 
     Args:
         plans: a planned merge in float32 for each.
-        output: the folder, or for several tasks with the form MERGED the folder of their folders.
+        output: the folder; for several tasks in the form MERGED, the folder that holds theirs.
         options: what to write.
         overwrite: replace earlier outputs.
 
     Raises:
         ConversionError: the model cannot be exported, or not in that form.
-        OptionError: an option that has no meaning here; eval data that does not fit the labels.
+        OptionError: an option does not apply here; the eval data does not match the labels.
         OutputError: the output exists, or there is no room for it.
     """
     kinds = [find_kind(plan.config) for plan in plans]
@@ -123,25 +89,24 @@ def plan_export(
 
 def _check_options(plans: Sequence[Plan], options: ExportOptions) -> None:
     if unknown := sorted(set(options.quantize) - (set(MODEL_FILES) - {"fp32"})):
-        raise OptionError(f"--quantize {unknown[0]} is unknown; wanted int8 or fp16")
+        raise OptionError(f"quantize={unknown[0]!r} is unknown; wanted int8 or fp16")
     if options.form is not Form.MERGED:
-        for name, given in (("--quantize", options.quantize), ("--transformersjs", options.transformersjs)):
-            if given:
+        for name in ("quantize", "transformersjs"):
+            if getattr(options, name):
                 raise OptionError(
-                    f"{name} is for graphs with merged weights of their own, not for {options.form.value}"
+                    f"{name}= is for graphs with merged weights of their own, not for {options.form.value} ones"
                 )
         classes = {plan.config["architectures"][0]: plan.name for plan in plans}
         if len(classes) > 1:
-            told = ", ".join(f"{task} is a {name}" for name, task in classes.items())
-            raise ConversionError(f"tasks with one graph have to be of one class: {told}; export them apart")
+            found = ", ".join(f"{task} is a {name}" for name, task in classes.items())
+            raise ConversionError(f"tasks in one folder must be of one class: {found}; export them separately")
     if options.eval_data is not None and len(plans) > 1:
-        raise OptionError("--eval-data measures one task, and several are exported; export them one by one")
+        raise OptionError("eval_data= measures one task, but several are exported; export them one by one")
     if options.eval_data is not None and plans[0].config.get("problem_type") == "multi_label_classification":
-        raise OptionError("--eval-data has one label for each example, and this model gives several (multi-label)")
-    if odd := next((plan for plan in plans if plan.options["dtype"] != "fp32"), None):
-        raise OptionError(
-            f"{odd.name}: ONNX graphs are written in float32, not {odd.options['dtype']}; see --quantize"
-        )
+        raise OptionError("eval_data= has one label for each example, but this model gives several (multi-label)")
+    for plan in plans:
+        if (dtype := plan.options["dtype"]) != "fp32":
+            raise OptionError(f"{plan.name}: ONNX graphs are written in float32, not {dtype}; see quantize=")
 
 
 def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dict[Path, tuple[Plan, ...]]:

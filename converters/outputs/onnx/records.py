@@ -1,4 +1,4 @@
-"""What lies beside the graphs: config, tokenizer or preprocessor, the manifest, a model card."""
+"""The files beside the graphs: config, tokenizer or preprocessor, the manifest, a model card."""
 
 import shutil
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from converters.outputs.manifest import provenance
 from converters.outputs.onnx.card import build_onnx_card
 from converters.outputs.onnx.checks import TaskCheck
 from converters.outputs.onnx.graphs.merged import BASE_DATA
-from converters.outputs.onnx.plan import ExportOptions, Form
+from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
 
@@ -25,9 +25,9 @@ _WEIGHTS_PATTERNS = ("*.onnx", "*.onnx_data", "*.onnx_adapter", "onnx/*.onnx", "
 
 
 def copy_companions(folder: Path, plans: Sequence[Plan]) -> None:
-    """Copy tokenizer or preprocessor files, the adapter's rather than the base's.
+    """Copy tokenizer or preprocessor files; the adapter's take precedence over the base's.
 
-    Raises `OptionError` when tasks that share a folder bring different ones.
+    Raises `OptionError` when tasks that share a folder have different ones.
     """
     sources: dict[str, Path] = {}
     for plan in plans:
@@ -36,7 +36,7 @@ def copy_companions(folder: Path, plans: Sequence[Plan]) -> None:
             known = sources.setdefault(name, source)
             if known.read_bytes() != source.read_bytes():
                 raise OptionError(
-                    f"{known} and {source} differ, and tasks in one folder have one {name}; export apart"
+                    f"{known} and {source} differ, but tasks in one folder share one {name}; export them separately"
                 )
     for name, source in sources.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -82,8 +82,8 @@ def write_records(
 
 
 def _for_the_loader(plan: Plan, written: TaskFiles, form: Form, hashes: dict[str, str]) -> dict[str, Any]:
-    """What `peanut_serve.onnx_engine` holds the files of a task against."""
-    # a swappable graph is not the task's: it may be another that has its inputs, too
+    """What `peanut_serve.classify` compares the files of a task with."""
+    # a swappable graph does not belong to one task: another graph with its inputs works as well
     own = {written.adapter} if written.adapter else {*written.models.values(), BASE_DATA}
     return {
         "base": plan.base.fingerprint,
@@ -95,9 +95,9 @@ def _for_the_loader(plan: Plan, written: TaskFiles, form: Form, hashes: dict[str
 
 
 def _for_transformers_js(written: TaskFiles, hashes: dict[str, str]) -> dict[str, Any]:
-    """What transformers.js loads unless it is told otherwise (its `src/utils/dtypes.js` and `model-loader.js`).
+    """What transformers.js loads by default (its `src/utils/dtypes.js` and `model-loader.js`).
 
-    In browsers that is int8, whether it is there or not; and weights beside a graph only where they are announced.
+    In browsers that is int8, whether it exists or not; and external weights only if the config announces them.
     """
     beside = {Path(model).name: 1 for model in written.models.values() if f"{model}_data" in hashes}
     return {

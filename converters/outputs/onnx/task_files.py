@@ -15,7 +15,8 @@ from converters.outputs.onnx.graphs.self_merging import write_self_merging
 from converters.outputs.onnx.graphs.swappable import adapter_parameters, check_swappable, write_swappable
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.graphs.traced import TracedBase
-from converters.outputs.onnx.plan import MODEL_FILES, ExportOptions, Form
+from converters.outputs.onnx.options import ExportOptions, Form
+from converters.outputs.onnx.plan import MODEL_FILES
 
 WEB_FOLDER = "onnx"  # where transformers.js looks for graphs
 
@@ -28,7 +29,7 @@ class TaskFiles:
         task: its name.
         models: precision -> graph, relative to the folder.
         adapter: its adapter file, of a swappable graph.
-        quantized: precision -> what became of the linear layers.
+        quantized: precision -> how many linear layers have it.
     """
 
     task: str
@@ -42,7 +43,7 @@ def write_tasks(
 ) -> list[TaskFiles]:
     """Write graphs, weights and adapter files of the tasks into a folder.
 
-    Raises `ConversionError` when the form cannot say what a task does.
+    Raises `ConversionError` when the form cannot express what a task does.
     """
     if options.form is Form.MERGED:
         return [_write_merged(folder, traced, task, options) for task in tasks]
@@ -66,7 +67,7 @@ def _write_merged(folder: Path, traced: TracedBase, task: TaskWeights, options: 
 
 
 def _write_sharing(folder: Path, traced: TracedBase, tasks: Sequence[TaskWeights], form: Form) -> list[TaskFiles]:
-    """A graph for each task, beside one file of what they have in common."""
+    """A graph for each task, and one file of the weights they share."""
     merges_itself = form is Form.SELF_MERGING
     own = [(task.whole if merges_itself else task.tensors).keys() for task in tasks]
     shared = write_base(folder, shared_weights(traced, own))
@@ -100,7 +101,7 @@ def _labels(task: TaskWeights) -> int | None:
 
 
 def _metadata(task: TaskWeights, form: Form) -> dict[str, str]:
-    """What a graph says of itself."""
+    """The metadata of a graph."""
     labels = model_config.labels_of(task.plan.config)
     return {
         "peanut.base": task.plan.base.fingerprint,

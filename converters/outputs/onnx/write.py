@@ -1,16 +1,14 @@
-"""Carrying out an export: every output folder appears whole at the end, or none does."""
+"""Carrying out an export: all output folders appear at the end, complete, or none does."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import OutputError
 from converters.evaluation.worker import find_devices
-from converters.files.staging import staged
 from converters.inference.kinds import find_kind
 from converters.models.architecture import build_architecture
+from converters.outputs.base import Report, WriteOptions
 from converters.outputs.onnx.checks import TaskCheck, check_task, prepare_eval_data
 from converters.outputs.onnx.graphs.reference import Reference
 from converters.outputs.onnx.graphs.task_weights import evaluate_task
@@ -19,10 +17,8 @@ from converters.outputs.onnx.graphs.traced import TracedBase
 from converters.outputs.onnx.plan import ExportPlan
 from converters.outputs.onnx.records import copy_companions, write_records
 from converters.outputs.onnx.task_files import TaskFiles, write_tasks
+from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
-
-# told of the steps, as they begin
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,11 @@ class ExportedTask:
 
     Attributes:
         output: the folder it is in.
-        plan: what it is.
+        plan: the merge it computes.
         files: what was written.
         check: how it was checked.
-        nbytes: size of the files that are its alone.
-        seconds: of evaluating and writing it, without its checks; of tasks that are written together, a part.
+        nbytes: size of the files that only this task uses.
+        seconds: time of evaluating and writing it, without its checks; an equal share for tasks written together.
     """
 
     output: Path
@@ -52,7 +48,7 @@ class ExportResult:
 
     Attributes:
         tasks: in the order they were given.
-        loading_seconds: of loading the base and of tracing it, or of finding its graph in the cache.
+        loading_seconds: time of loading the base and tracing it, or finding its graph in the cache.
     """
 
     tasks: tuple[ExportedTask, ...]
@@ -63,23 +59,15 @@ def run_export(planned: ExportPlan, *, overwrite: bool = False, report: Report =
     """Carry out a planned export.
 
     Raises:
-        ConversionError: the tracer cannot follow the model, or the form cannot say what a task does.
+        ConversionError: the tracer cannot follow the model, or the form cannot express what a task does.
         VerificationError: a graph does not compute what torch does.
-        OutputError: it cannot be written. Whichever it is, no output was written or changed.
+        OutputError: a file could not be written. Whichever error it is, no output was written or changed.
     """
     writer = _Writer(planned, report)
     tasks: list[ExportedTask] = []
-    try:
-        with ExitStack() as stack:
-            for output, plans in planned.outputs.items():
-                tasks += writer.write(stack.enter_context(staged(output, overwrite)), output, plans)
-            for plan in planned.plans:
-                plan.base.check_unchanged()
-                for weighted in plan.adapters:
-                    weighted.adapter.store.check_unchanged()
-    except OSError as error:
-        names = ", ".join(map(str, planned.outputs))
-        raise OutputError(f"{names} could not be written: {error}; it is as it was before") from error
+    with publishing(planned.outputs, WriteOptions(overwrite=overwrite)) as folders:
+        for output, plans in planned.outputs.items():
+            tasks += writer.write(folders[output], output, plans)
     return ExportResult(tuple(tasks), writer.loading_seconds)
 
 
@@ -116,7 +104,7 @@ class _Writer:
         ]
 
     def _base_of(self, plan: Plan, shape: tuple[int, int, int] | None) -> TracedBase:
-        """The base as the class of a plan, loaded and traced."""
+        """The base, loaded as the class of a plan and traced."""
         name = plan.config["architectures"][0]
         key = f"{name} {shape} {plan.config.get('vocab_size')} {plan.config.get('tie_word_embeddings')}"
         if key not in self._traced:
@@ -131,7 +119,7 @@ class _Writer:
 
 
 def _own_bytes(folder: Path, files: TaskFiles) -> int:
-    """Bytes of what is a task's alone."""
+    """Bytes of the files that only this task uses."""
     own = [files.adapter] if files.adapter else [*files.models.values()]
     paths = [folder / name for model in own for name in (model, f"{model}_data")]
     return sum(path.stat().st_size for path in paths if path.is_file())

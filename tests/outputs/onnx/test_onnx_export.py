@@ -207,7 +207,7 @@ def test_what_the_command_says(tmp_path: Path, run_here: Run) -> None:
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert first.startswith(f"wrote {tmp_path}/out: model.onnx, model_fp16.onnx, 16.")
-    assert "8 inputs (0 real) in batches of 1, 2, 5: largest difference to torch" in second
+    assert "8 inputs (0 real) in batches of 1, 2, 5: largest difference from torch" in second
     assert second.endswith("top-1 agreement 100.00%")
     assert third.startswith("  fp16: 37 of 37 linear layers, 5.")
 

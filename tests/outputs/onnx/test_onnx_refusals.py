@@ -15,13 +15,12 @@ from support.paths import DATA
 from support.tiny_models import Pair, edit_json, save_adapter
 from transformers import Qwen3Config, Qwen3ForCausalLM, ViTConfig, ViTForImageClassification, ViTModel
 
-from converters import Orientation, Tweaker, open_checkpoint
+from converters import ExportOptions, Form, Orientation, Tweaker, open_checkpoint
 from converters import save_adapter as save_native
 from converters.api.exporting import export_onnx
 from converters.errors import ConversionError, MissingDependencyError, VerificationError
 from converters.outputs.onnx import parity, task_files
 from converters.outputs.onnx.graphs.template import bind
-from converters.outputs.onnx.plan import ExportOptions, Form
 
 VIT = DATA / "vit-tiny"
 
@@ -64,7 +63,7 @@ def test_an_architecture_that_does_not_work(
         (("--swappable", "--share"), "different forms; choose one"),
         (("--swappable", "--quantize", "int8"), "--quantize is for graphs with merged weights of their own"),
         (("--self-merging", "--transformersjs"), "--transformersjs is for graphs with merged weights"),
-        (("--resume",), "--resume is for merged checkpoints, not for --format onnx"),
+        (("--resume",), "--resume is for --format merged, not for --format onnx"),
         (("--device", "cuda:9"), "cuda:9"),
         (("--each", "--adapter", VIT / "digits5to9", "--eval-data", "x"), "--eval-data measures one task"),
         (("--eval-data", "nowhere"), "nowhere does not exist"),
@@ -134,7 +133,7 @@ def test_a_head_that_nobody_brings(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     ViTModel.from_pretrained(VIT / "base", add_pooling_layer=False).save_pretrained(tmp_path / "base")
     edit_json(tmp_path / "base" / "config.json", architectures=["ViTForImageClassification"])
-    with pytest.raises(ConversionError, match=r"neither the base nor adapter holds classifier\.bias"):
+    with pytest.raises(ConversionError, match=r"neither the base nor adapter has classifier\.bias"):
         export_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -191,7 +190,7 @@ def test_the_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, name, None)
             patched.setattr(
-                "converters.api.exporting.find_spec", lambda asked, name=name: None if asked == name else 1
+                "converters.outputs.onnx.format.find_spec", lambda asked, name=name: None if asked == name else 1
             )
             with pytest.raises(MissingDependencyError, match=rf"needs {name}: pip install 'peanut-serve\[onnx\]'"):
                 export_onnx(VIT / "base", VIT / "oddeven", tmp_path / "out")

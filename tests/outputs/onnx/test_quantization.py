@@ -215,7 +215,7 @@ def test_the_rest_is_as_it_was(exported: dict[str, Exported], name: str, precisi
 def test_the_same_input_gives_the_same_bytes(exported: dict[str, Exported], tmp_path: Path) -> None:
     """In another process, where sets of names have another order."""
     script = (
-        "import sys; from pathlib import Path; from converters.onnx_export.quantization import quantize\n"
+        "import sys; from pathlib import Path; from converters.outputs.onnx.graphs.quantization import quantize\n"
         "for precision in ('int8', 'fp16'): quantize(Path(sys.argv[1]), Path(precision), precision)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
@@ -261,7 +261,7 @@ def test_weights_that_overflow_fp16_are_refused(exported: dict[str, Exported], t
             assert numpy_helper.to_array(stored)[5, 7] == value
             (tmp_path / "small.onnx").unlink()
         else:
-            with pytest.raises(ConversionError, match=rf"^{name} has a weight of 70000 and fp16 ends at 65504"):
+            with pytest.raises(ConversionError, match=rf"^{name} has a weight of 70000, but fp16 ends at 65504"):
                 quantize(tmp_path / "model.onnx", tmp_path / "small.onnx", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert quantize(tmp_path / "model.onnx", tmp_path / "small.onnx", "int8").quantized == 37

@@ -1,4 +1,4 @@
-"""Graphs with merged weights: one task in a file of its own, or several that share what none of them changes."""
+"""Graphs with merged weights: one task in a file of its own, or several that share unchanged weights."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,19 +19,19 @@ BASE_DATA = "base.onnx_data"
 def write_merged(
     model: Path, traced: TracedBase, task: TaskWeights, labels: int | None, metadata: Mapping[str, str]
 ) -> None:
-    """Write one task: a single file, or with its weights beside it where they are too large for one."""
+    """Write one task: a single file, or a graph with a file of weights if they are too large for one."""
     weights = {name: task.tensors.get(name, weight) for name, weight in traced.weights.items()}
     proto = bind(traced.template, lambda name: declared(name, weights[name]), labels=labels, metadata=metadata)
     save_model(model, proto, weights)
 
 
 def write_base(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, TensorProto]:
-    """Write what graphs in `folder` share; returns their initializers."""
+    """Write the weights that graphs in `folder` share; returns their initializers."""
     return _write(folder / BASE_DATA, weights)
 
 
 def shared_weights(traced: TracedBase, own: Sequence[Collection[str]]) -> dict[str, Tensor]:
-    """The base's weights that at least one task does not bring; `own` are the names each of them brings."""
+    """The base's weights that at least one task uses; `own` are the names of the weights that each task replaces."""
     return {name: weight for name, weight in traced.weights.items() if not all(name in names for names in own)}
 
 

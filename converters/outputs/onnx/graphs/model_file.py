@@ -1,6 +1,6 @@
 """Graphs on the disk, without a second copy of their weights in memory.
 
-A protobuf message is its fields one after the other, each behind its number and length
+A protobuf message is a sequence of fields, each preceded by its number and length
 (https://protobuf.dev/programming-guides/encoding), so the numbers of a weight go from its tensor into the file.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from converters.outputs.onnx.graphs.weights_file import WeightsFile, raw_bytes
 
-# protobuf ends at 2 GiB; what is not weights takes a few MB
+# protobuf's limit is 2 GiB; everything but the weights takes a few MB
 SINGLE_FILE_BYTES = 2_000_000_000
 _LENGTH_DELIMITED = 2  # wire type
 
@@ -30,11 +30,11 @@ def declared(name: str, tensor: Tensor) -> TensorProto:
 
 
 def save_model(model: Path, proto: ModelProto, weights: Mapping[str, Tensor]) -> None:
-    """Write a graph: a single file, or with its weights beside it where they are too large for one.
+    """Write a graph: a single file, or a graph with a file of weights if they are too large for one.
 
     Args:
         model: the .onnx file.
-        proto: the graph. Where its weights come beside it, it refers to them afterwards.
+        proto: the graph. If the weights get a file of their own, it refers to them afterwards.
         weights: the numbers of its `declared` initializers, float32.
     """
     if sum(tensor.nbytes for tensor in weights.values()) <= SINGLE_FILE_BYTES:
@@ -71,12 +71,12 @@ def _chunks(proto: ModelProto, weights: Mapping[str, Tensor]) -> Iterator[bytes 
 
 
 def _field(number: int, length: int) -> bytes:
-    """What stands before the bytes of a field."""
+    """The tag and length that precede the bytes of a field."""
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(length)
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that another follows."""
+    """Seven bits per byte, the lowest first; the eighth bit is set if another byte follows."""
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Smaller graphs of merged models: int8 weights, with activations quantised as they come; or fp16 throughout."""
+"""Smaller graphs of merged models: int8 weights, with activations quantised at run time; or fp16 throughout."""
 
 import logging
 import tempfile
@@ -18,7 +18,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from converters.errors import ConversionError, PeanutError
 from converters.outputs.onnx.graphs.model_file import SINGLE_FILE_BYTES, external_data
 
-_ENOUGH = 0.9  # share of linear layers; with fewer, a graph is float32 in all but name
+_ENOUGH = 0.9  # share of linear layers; with fewer, a graph is quantised in name only
 _OVERFLOW = 65520  # the least number that fp16 rounds to infinity
 _ONE_LINE = 300
 _HEADER = ("producer_name", "producer_version", "metadata_props")
@@ -26,7 +26,7 @@ _HEADER = ("producer_name", "producer_version", "metadata_props")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What became of a graph.
+    """A quantised graph.
 
     Attributes:
         linears: linear layers, each a MatMul or Gemm by a weight.
@@ -39,7 +39,7 @@ class Quantized:
     nbytes: int
 
     def summary(self) -> dict[str, int]:
-        """As the manifest has it."""
+        """For the manifest."""
         return asdict(self)
 
 
@@ -48,7 +48,7 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
 
     Args:
         model: a graph that `merged.write_merged` wrote.
-        output: the new graph; weights that are too large for one file come beside it, as in `merged`.
+        output: the new graph; weights that are too large for one file get their own, as in `merged`.
         precision: `int8` (a scale for each output of a linear layer, one for a table of embeddings) or `fp16`.
 
     Raises `ConversionError` if it cannot be converted, a weight does not fit fp16, or too few layers were quantised.
@@ -75,7 +75,7 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
 
 
 def _facts(model: Path) -> tuple[ModelProto, int]:
-    """What a graph says of itself, and how many linear layers it has."""
+    """The header of a graph, and how many linear layers it has."""
     proto = onnx.load(model, load_external_data=False)
     header = ModelProto(**{field: getattr(proto, field) for field in _HEADER})
     return header, len(_linear_types(proto.graph))
@@ -83,9 +83,9 @@ def _facts(model: Path) -> tuple[ModelProto, int]:
 
 @contextmanager
 def _undisturbed(scratch: Path) -> Iterator[None]:
-    """Keeps what the libraries write out of /tmp, which may be small, and what they log off the screen."""
+    """Keep temporary files of the libraries out of /tmp, which may be small, and silence their logging."""
     silent, folder, handler = logging.root.manager.disable, tempfile.tempdir, logging.NullHandler()
-    logging.root.addHandler(handler)  # else `logging.warning` adds one that stays
+    logging.root.addHandler(handler)  # otherwise `logging.warning` adds one that stays
     logging.disable(logging.CRITICAL)
     tempfile.tempdir = str(scratch)
     try:
@@ -101,7 +101,7 @@ def _to_int8(model: Path, scratch: Path) -> ModelProto:
     proto = onnx.load(model)
     _fold_transposes(proto.graph)
     onnx.save(proto, folded, save_as_external_data=True, location="folded.onnx_data")
-    # it makes a MatMul and an Add of a Gemm; Gather reads embeddings, without them MiniLM is larger than in fp16
+    # a Gemm becomes a MatMul and an Add; Gather reads embeddings: without them MiniLM is larger than in fp16
     quantize_dynamic(
         folded, quantized, op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
         weight_type=QuantType.QInt8, use_external_data_format=True,
@@ -150,11 +150,11 @@ def _to_fp16(model: Path, scratch: Path) -> ModelProto:
 
 
 def _float32_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
-    """Names of the nodes that are not for fp16; `floats` are the values in float32.
+    """Names of the nodes that stay in float32; `floats` are the values in float32.
 
-    Masks: the least float32 would be -inf, and a row that is masked whole NaN. Angles of rotary embeddings: from 2048
-    on, fp16 does not tell positions apart. Squares in RMSNorm: that of 256 overflows. LayerNormalization and Softmax
-    may be in fp16: logits are as close (the former computes in float32 anyway), and there are fewer casts.
+    Masks: the lowest float32 would become -inf, and a fully masked row NaN. Angles of rotary embeddings: above 2048,
+    fp16 cannot distinguish positions. Squares in RMSNorm: the square of 256 overflows. LayerNormalization and Softmax
+    can be in fp16: the logits are as close (the former computes in float32 anyway), and there are fewer casts.
     """
     angles = _nodes_before(graph, ("Cos", "Sin"), floats)
     squares = _nodes_before(graph, ("Sqrt",), floats, through=("Sqrt", "Add", "ReduceMean"))
@@ -162,7 +162,7 @@ def _float32_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
 
 
 def _masking_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
-    """Whatever a number too large for fp16 passes through, to the Softmax."""
+    """All nodes that a number too large for fp16 passes through, up to the Softmax."""
     readers = _readers(graph)
     found: set[str] = set()
     reached = [tensor.name for tensor in graph.initializer if not tensor.dims and _overflows(tensor)]
@@ -177,7 +177,7 @@ def _masking_nodes(graph: GraphProto, floats: set[str]) -> set[str]:
 def _nodes_before(
     graph: GraphProto, ends: Collection[str], floats: set[str], through: Collection[str] | None = None
 ) -> set[str]:
-    """The nodes of types `ends` and those before them: as far as these are of types `through`, and one further."""
+    """The nodes of types `ends` and those before them: as long as these are of types `through`, and one more."""
     producers = {result: node for node in graph.node for result in node.output}
     found: set[str] = set()
     waiting = [node for node in graph.node if node.op_type in ends]
@@ -195,7 +195,7 @@ def _check_fits(graph: GraphProto, kept: set[str]) -> None:
         if not {node.name for node in readers[tensor.name]} <= kept and _overflows(tensor):
             largest = np.abs(numpy_helper.to_array(tensor)).max()
             raise ConversionError(
-                f"{tensor.name} has a weight of {largest:.6g} and fp16 ends at 65504; int8 and float32 can hold it"
+                f"{tensor.name} has a weight of {largest:.6g}, but fp16 ends at 65504; use int8 or float32"
             )
 
 

@@ -1,4 +1,4 @@
-"""The merged model in torch: what graphs are traced from, and what they are held against.
+"""The merged model in torch: graphs are traced from it, and compared with it.
 
 The base is loaded by transformers itself, which finds and renames its tensors without our help. A task's tensors then
 take the place of the base's in one forward pass; nothing is copied.
@@ -14,7 +14,7 @@ from converters.errors import ConversionError
 from converters.inference.kinds import ModelKind
 from converters.plans.merge import Plan
 
-_LABELS = ("id2label", "label2id", "num_labels")  # what a config says of them
+_LABELS = ("id2label", "label2id", "num_labels")  # keys of a config
 # pairs of batch size and, for texts, length
 _SHAPES = ((1, 5), (2, 12), (5, 31))
 
@@ -23,8 +23,8 @@ class Reference(torch.nn.Module):
     """The class of a plan with the base's weights, in float32.
 
     Args:
-        plan: whose config and base it is of.
-        kind: what its graph computes.
+        plan: it has the config and the base.
+        kind: what the graph computes.
         image_shape: (channels, height, width), where it takes images.
 
     Raises `ConversionError` when transformers cannot load the base into that class.
@@ -52,7 +52,7 @@ class Reference(torch.nn.Module):
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Tensor:
-        """The output with the tensors `changed`, which may have other sizes, in place of the base's."""
+        """The output with the tensors `changed`, which may have other sizes, instead of the base's."""
         tensors = {f"model.{name}": tensor for name, tensor in changed.items()}
         output: Tensor = torch.func.functional_call(self, tensors, tuple(inputs[name] for name in self.kind.inputs))
         return output
@@ -76,26 +76,26 @@ class Reference(torch.nn.Module):
 
 
 def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
-    """The model, and the names of the tensors that the base has not, or in another size."""
+    """The model, and the names of the tensors that the base lacks, or has in another size."""
     import transformers
     from transformers.utils import logging
 
     name = plan.config["architectures"][0]
     settings = {key: value for key, value in plan.config.items() if key not in ("dtype", "torch_dtype")}
-    if name == plan.base.architecture:  # it has a head, of labels that may be others than the task's
+    if name == plan.base.architecture:  # it has a head, whose labels may differ from the task's
         settings = {key: value for key, value in settings.items() if key not in _LABELS}
         settings |= {key: value for key, value in plan.base.config.items() if key in _LABELS}
     config = transformers.CONFIG_MAPPING[str(plan.config["model_type"])].from_dict(settings)
     model_class = getattr(transformers, name)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # that a head is missing is known
+    logging.set_verbosity_error()  # no warning about a missing head: it is handled
     logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             plan.base.folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-    except Exception as error:  # whatever transformers raises for weights it cannot make sense of
+    except Exception as error:  # transformers raises many kinds for weights it cannot use
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConversionError(
             f"transformers {transformers.__version__} cannot load {plan.base.folder} as {model_class.__name__}: "

@@ -23,25 +23,23 @@ from converters.outputs.onnx.graphs.traced import TracedBase
 
 
 def check_swappable(traced: TracedBase, tasks: Sequence[TaskWeights]) -> None:
-    """Raise `ConversionError` if low-rank inputs cannot say what a task does, or a task lacks a head."""
+    """Raise `ConversionError` if low-rank inputs cannot express what a task does, or a task lacks a head."""
     whole = _whole(traced, tasks)
     for task in tasks:
         refuse_full_rank(task.plan, task.updated)
         if lacking := sorted((whole - task.tensors.keys()) & traced.reference.missing):
             raise ConversionError(
-                f"{task.plan.name} does not bring {lacking[0]}, which the base has not and other tasks bring; "
-                "export it apart"
+                f"{task.plan.name} lacks {lacking[0]}, which other tasks have and the base does not; "
+                "export it separately"
             )
         if both := sorted(whole & task.updated.keys()):
-            raise ConversionError(
-                f"{both[0]} is replaced whole by one task and updated by another; export them apart"
-            )
+            raise ConversionError(f"{both[0]} is replaced by one task and updated by another; export them separately")
 
 
 def write_swappable(
     model: Path, traced: TracedBase, tasks: Sequence[TaskWeights], metadata: Mapping[str, str]
 ) -> None:
-    """Write the graph that all of the tasks' adapter files fit.
+    """Write the graph that takes the adapter files of all tasks.
 
     Raises `ConversionError` for an adapted weight that is not that of a linear layer.
     """
@@ -66,7 +64,7 @@ def write_swappable(
 def adapter_parameters(
     traced: TracedBase, tasks: Sequence[TaskWeights], task: TaskWeights, device: torch.device
 ) -> dict[str, Tensor]:
-    """What the adapter file of one of the tasks holds, float32: low-rank inputs; its heads, or else the base's."""
+    """The content of a task's adapter file, float32: low-rank inputs, and its heads or else the base's."""
     parameters = {name: task.tensors.get(name, traced.weights[name]).contiguous() for name in _whole(traced, tasks)}
     with TensorReader() as reader:
         for name, planned in task.updated.items():
@@ -88,7 +86,7 @@ def _input_names(weight: str) -> tuple[str, str]:
 
 
 def _add_low_rank(proto: ModelProto, weight: str, out: int, width: int) -> None:
-    """Add `x @ lora_A @ lora_B` to what every linear layer with this weight computes from x."""
+    """Add `x @ lora_A @ lora_B` to the output of every linear layer with this weight."""
     graph = proto.graph
     names = _input_names(weight)
     shapes = ((width, 0), (0, out))
@@ -113,7 +111,7 @@ def _add_low_rank(proto: ModelProto, weight: str, out: int, width: int) -> None:
 
 
 def _linear_nodes(proto: ModelProto, weight: str) -> list[NodeProto]:
-    """The nodes that multiply by a weight, as it is or transposed."""
+    """The nodes that multiply by a weight, transposed or not."""
     nodes = proto.graph.node
     transposed = {node.output[0] for node in nodes if node.op_type == "Transpose" and node.input[0] == weight}
     return [

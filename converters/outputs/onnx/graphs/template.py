@@ -1,4 +1,4 @@
-"""A graph without weights: they are inputs. So one trace serves every task of a base."""
+"""A graph whose weights are inputs. So one trace serves every task of a base."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ class Template:
     """A traced graph.
 
     Attributes:
-        proto: a whole ONNX model, whose inputs are those of the kind and then every weight, float32.
+        proto: a complete ONNX model; its inputs are those of the kind, then every weight in float32.
         kind: what it computes.
     """
 
@@ -48,7 +48,7 @@ class Template:
 
 
 def trace(reference: Reference, opset: int) -> Template:
-    """Trace a model. Its names stay those of transformers' memory, its linear weights (out, in).
+    """Trace a model. Weights keep the names they have in transformers, linear ones the shape (out, in).
 
     Raises `ConversionError` when the tracer cannot follow it.
     """
@@ -74,7 +74,7 @@ def trace_module(
     dynamic_shapes: tuple[Any, ...] | None = None,
     weights: Collection[str] = (),
 ) -> ModelProto:
-    """The graph of a module, constants folded. Its `weights` become inputs, without the first part of their names.
+    """The graph of a module, constants folded. Its `weights` become inputs, named without the leading `model.`.
 
     Raises `ConversionError` when the tracer cannot follow it.
     """
@@ -85,7 +85,7 @@ def trace_module(
                 input_names=list(input_names), output_names=list(output_names), dynamic_shapes=dynamic_shapes,
             )  # fmt: skip
     except Exception as error:  # the tracer runs the model's own code
-        first = error.__cause__ or error  # torch wraps it into a page of advice
+        first = error.__cause__ or error  # torch wraps it in a page of advice
         cause = (str(first).splitlines() or [type(first).__name__])[0]
         raise ConversionError(f"torch {torch.__version__} cannot trace this model: {cause}") from None
     graph = program.model.graph
@@ -95,7 +95,7 @@ def trace_module(
         if value.uses():
             graph.inputs.append(value)
             value.name = name.removeprefix(_WRAPPED)
-    optimizer.optimize(program.model)  # cannot touch the weights any more
+    optimizer.optimize(program.model)  # no longer touches the weights
     return _cleaned(onnx_ir.to_proto(program.model))
 
 
@@ -107,7 +107,7 @@ def _dynamic_shapes(kind: ModelKind) -> tuple[tuple[dict[int, object], ...]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tracers talk a lot, on every channel there is."""
+    """Silence the tracers, which write to every channel."""
     disable(CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -147,7 +147,7 @@ def bind(
 
     Args:
         template: the graph.
-        initializer: gives the tensor of a weight, which may have another shape than in the trace.
+        initializer: returns the tensor of a weight; its shape may differ from the one in the trace.
         labels: length of the output's last axis; None leaves it open.
         metadata: of the model.
         overridable: weights that stay inputs, with the initializer as default.

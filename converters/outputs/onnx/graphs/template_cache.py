@@ -1,4 +1,4 @@
-"""Traced graphs on the disk, by everything they depend on: tracing takes seconds, a task should not."""
+"""A cache of traced graphs on the disk, keyed by everything they depend on: tracing takes seconds."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from converters._version import __version__
 from converters.outputs.onnx.graphs.reference import Reference
 from converters.outputs.onnx.graphs.template import Template, trace
 
-# keys of a config that no graph depends on: how many labels there are is settled when weights are bound
+# keys of a config that no graph depends on: the number of labels is set when weights are bound
 _INDIFFERENT = (
     "_name_or_path", "dtype", "id2label", "label2id", "num_labels", "problem_type", "torch_dtype",
     "transformers_version",
@@ -32,10 +32,10 @@ def cache_folder() -> Path:
 
 
 def cached_graph(facts: Mapping[str, Any], make: Callable[[], ModelProto]) -> ModelProto:
-    """A graph from the cache; if it is not there, or damaged, it is made and put there.
+    """A graph from the cache; if it is missing or damaged, it is made and stored.
 
     Args:
-        facts: everything it depends on but the versions of what traces it; JSON values.
+        facts: everything it depends on except the versions of the tracing packages; JSON values.
         make: traces it.
     """
     versions = {"peanut-serve": __version__, **{name: version(name) for name in _TRACERS}}
@@ -57,7 +57,7 @@ def cached_graph(facts: Mapping[str, Any], make: Callable[[], ModelProto]) -> Mo
 def traced_template(
     reference: Reference, config: Mapping[str, Any], opset: int, image_shape: tuple[int, int, int] | None
 ) -> Template:
-    """The graph of a model, from the cache, or traced and put there.
+    """The graph of a model, from the cache, or traced and stored there.
 
     Raises `ConversionError` when the tracer cannot follow it.
     """

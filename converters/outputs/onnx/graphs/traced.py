@@ -1,4 +1,4 @@
-"""One traced base: what all its tasks have in common while they are written."""
+"""One traced base: what all its tasks share while they are written."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ class TracedBase:
 
     Attributes:
         arch: the names of its class.
-        reference: it in torch.
+        reference: the base in torch.
         template: its graph.
         updates: graphs of f, by what they depend on.
     """
@@ -31,12 +31,12 @@ class TracedBase:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The base's weight for every one of the graph; of those it lacks, whatever transformers made up."""
+        """The base's weight for every weight of the graph; for those it lacks, the one transformers initialised."""
         found = self.reference.weights()
         return {name: found[name] for name in self.template.shapes}
 
     def linear_shape(self, weight: str) -> tuple[int, int]:
-        """(out, in) of a linear layer, whose weight lies as (in, out) in a Conv1D."""
+        """(out, in) of a linear layer; a Conv1D stores its weight as (in, out)."""
         out, width = self.template.shapes[weight]
         return (out, width) if weight.removesuffix(".weight") in self.arch.linear else (width, out)
 
@@ -45,6 +45,6 @@ class TracedBase:
         lacking = self.reference.missing & self.template.shapes.keys()
         if made_up := sorted(lacking - task.tensors.keys()):
             raise ConversionError(
-                f"neither the base nor {task.plan.name} holds {made_up[0]}, which {self.arch.name} needs: it would "
-                "be random; is the adapter's head missing (modules_to_save)?"
+                f"neither the base nor {task.plan.name} has {made_up[0]}, which {self.arch.name} needs: it would be "
+                "random; check whether the adapter lacks its head (modules_to_save)"
             )

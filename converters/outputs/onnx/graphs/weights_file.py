@@ -1,4 +1,4 @@
-"""External data of ONNX graphs: tensors one after the other in a file beside them."""
+"""External data of ONNX graphs: tensors one after the other in a file beside the graphs."""
 
 from pathlib import Path
 from types import TracebackType
@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-# what ONNX Runtime can map into memory without a copy begins on a page; small tensors would only leave holes
+# ONNX Runtime can map a tensor without a copy if it begins on a page; for small ones the padding would be waste
 _PAGE, _SMALL_ALIGNMENT = 4096, 64
 _SMALL_BYTES = 64 << 10
 
@@ -16,7 +16,7 @@ class WeightsFile:
     """A new file of tensors, float32.
 
     Args:
-        file: where; graphs that refer to it have to lie in the same folder (ONNX Runtime follows no other path).
+        file: must be in the same folder as the graphs that refer to it (ONNX Runtime follows no other path).
     """
 
     def __init__(self, file: Path) -> None:
