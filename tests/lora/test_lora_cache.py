@@ -56,8 +56,8 @@ GET = """
 import sys, time
 from pathlib import Path
 from converters import prepare_merge
-from converters.lora_adapter import plan_lora_adapter, write_lora_adapter
-from peanut_serve.lora_cache import LoraCache
+from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
+from peanut_serve.lora.cache import LoraCache
 base, adapter, cache, seconds = sys.argv[1:]
 lease = LoraCache(Path(cache), 10**9).get(
     "a", lambda folder: print("wrote", write_lora_adapter(plan_lora_adapter(prepare_merge(base, adapter), folder)))
@@ -112,8 +112,7 @@ def test_what_is_in_use_stays(cache: LoraCache, write: Writer) -> None:
 def test_another_process_s_use_counts_until_it_dies(cache: LoraCache, pair: Pair) -> None:
     process = getting(pair, cache, seconds=600)
     assert process.stdout is not None
-    while "ready" not in process.stdout.readline():
-        pass
+    assert any("ready" in line for line in process.stdout)
     tiny = LoraCache(cache.folder, 1)
     tiny.shrink()
     assert (cache.folder / "a").is_dir()

@@ -37,9 +37,10 @@ def sharded(pair: Pair) -> None:
 ON_SMALL_DISKS = """
 import json, os, subprocess, sys
 from pathlib import Path
-from converters import executor, merging
+from converters.api import merging
+from converters.outputs.checkpoint import write
 from converters.errors import PeanutError
-executor.check_space = lambda sizes: None
+write.check_space = lambda sizes: None
 base, adapter, disk, options, limits = sys.argv[1:]
 output = Path(disk) / "merged"
 for limit in limits.split(","):
@@ -249,7 +250,8 @@ def test_two_runs_with_the_same_output_at_once(pair: Pair) -> None:
     alone = merge(pair.base, pair.adapter, pair.output.with_name("alone"))
     script = """
 import sys
-from converters import executor, merging, verify
+from converters.api import merging
+from converters.evaluation import verify
 from converters.errors import OutputExistsError
 print("ready", flush=True)
 for line in sys.stdin:

@@ -37,7 +37,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 # Imports are most of a short run and hold nothing to break: one process has done them, and forks for every merge.
 FORKING = """
 import json, os, sys
-from converters import executor, merging, verify  # all that a merge imports
+from converters.api import merging
+from converters.evaluation import verify  # all that a merge imports
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, options = json.loads(line)

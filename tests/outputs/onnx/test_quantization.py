@@ -215,7 +215,7 @@ def test_the_rest_is_as_it_was(exported: dict[str, Exported], name: str, precisi
 def test_the_same_input_gives_the_same_bytes(exported: dict[str, Exported], tmp_path: Path) -> None:
     """In another process, where sets of names have another order."""
     script = (
-        "import sys; from pathlib import Path; from converters.onnx_export.quantization import quantize\n"
+        "import sys; from pathlib import Path; from converters.outputs.onnx.graphs.quantization import quantize\n"
         "for precision in ('int8', 'fp16'): quantize(Path(sys.argv[1]), Path(precision), precision)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
