@@ -227,6 +227,7 @@ def test_the_processor_says_the_shape_before_the_config(tmp_path: Path):
 
 def test_importing_is_cheap():
     code = "import sys, converters.outputs.onnx.eval_data, converters.inference.preprocessing; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = done.stdout.split()
     assert "converters.inference.images" in found
     assert not {"transformers", "torch", "PIL", "onnx", "onnxruntime"} & set(found)

@@ -158,6 +158,7 @@ def test_a_disk_that_is_full_is_one_line(what: str, pair: Pair, tmp_path: Path) 
         [program, pair.adapter, "--base", pair.base, *option],
         capture_output=True,
         text=True,
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
     )
     assert done.returncode == 1

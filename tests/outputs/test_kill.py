@@ -81,7 +81,7 @@ def forker() -> Iterator[Forker]:
     forker = Forker()
     yield forker
     forker.process.kill()
-    forker.process.communicate()
+    forker.process.communicate(timeout=60)
 
 
 def snapshot(folder: Path) -> dict[str, bytes] | None:
@@ -146,7 +146,7 @@ def test_a_stopped_command_cleans_up_and_says_so(work: Pair, number: signal.Sign
         while not staging.exists() and child.poll() is None:
             time.sleep(0.001)
         child.send_signal(number)
-        _, said = child.communicate()
+        _, said = child.communicate(timeout=60)
     assert child.returncode == 128 + number
     assert said.strip() == "peanut-merge: stopped; nothing half-written was left"
     assert not output.exists()

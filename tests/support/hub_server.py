@@ -220,7 +220,7 @@ def serve_hub(models: dict[str, Path]) -> Iterator[Hub]:
         finally:
             server.shutdown()
             server.server_close()
-            thread.join()
+            thread.join(30)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def site(models: Path) -> Iterator[str]:
 def answers(**request: object) -> list[list[dict[str, Any]]]:
     """Of transformers.js."""
     asked = json.dumps({"modules": str(MODULES), "web": False, "options": {}, **request})
-    done = subprocess.run([NODE, SCRIPT], input=asked, capture_output=True, text=True)
+    done = subprocess.run([NODE, SCRIPT], input=asked, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
