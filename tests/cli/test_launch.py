@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import Run, run
-from support.hub_server import hub_settings, serve_hub
+from support.hub.server import hub_settings, serve_hub
 from support.tiny_models import Pair, save_adapter, tiny_llama
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser

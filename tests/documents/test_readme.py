@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.admin_server import KEY, FakeControl, serving_app
 from support.commands import Run, run
 from support.golden import GLUE, VISION
-from support.hub_server import hub_settings, serve_hub
+from support.hub.server import hub_settings, serve_hub
 from support.paths import JSON_ADAPTER, ROOT
+from support.server.admin import KEY, FakeControl, serving_app
 from support.tiny_models import Pair, save_adapter, tiny_llama
 from transformers import ViTForImageClassification
 

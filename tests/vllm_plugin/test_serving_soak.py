@@ -7,8 +7,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.betraying import World, ask, make_world, memory, replace
-from support.serving import Server, serving
+from support.engines.betraying import World, ask, make_world, memory, replace
+from support.engines.serving import Server, serving
 
 pytestmark = pytest.mark.vllm
 

