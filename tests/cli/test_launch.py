@@ -142,6 +142,7 @@ def test_an_adapter_on_the_hub(pair: Pair) -> None:
     assert "variants: me/style" in done.stdout, done.stderr
 
 
+@pytest.mark.slow  # vLLM is imported twice
 def test_vllm_finds_the_plugin_and_its_routes_stay_shut(tasks: Path, tmp_path: Path) -> None:
     """As in `PEANUT_ADAPTERS=... vllm serve`: what vLLM's own start does before it builds the server."""
     script = """

@@ -92,6 +92,7 @@ def looks_like_a_model(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("resume", [False, True])
 def test_killed_at_random_moments(work: Pair, forker: Forker, resume: bool) -> None:
     """No output, or the whole one, byte for byte; with `resume` every run goes on with what the killed ones left."""
@@ -121,6 +122,7 @@ def test_killed_at_random_moments(work: Pair, forker: Forker, resume: bool) -> N
     shutil.rmtree(work.output)
 
 
+@pytest.mark.kills
 def test_a_killed_overwrite_leaves_the_old_or_the_new(work: Pair, forker: Forker) -> None:
     merge(work.base, work.adapter, work.output, dtype="bf16")
     old = snapshot(work.output)

@@ -16,7 +16,7 @@ from support.tiny_models import Pair, save_adapter, tiny_llama
 from converters import merge, merge_each
 from converters.errors import OutputError, OutputExistsError
 from converters.evaluation.worker import Worker
-from converters.methods import update as evaluation
+from converters.files import blocks
 from converters.outputs.checkpoint import jobs
 from converters.outputs.checkpoint import write as executor
 
@@ -163,8 +163,8 @@ def test_the_same_bytes_whatever_the_blocks_and_workers(
     pair = make_pair(model, r=16, depth=1, act_fn="silu", target_modules=targets)
     wanted = files(merge(pair.base, pair.adapter, pair.output, dtype=dtype).output)
     for workers, block in ((1, 8 << 20), (2, 1), (5, 20_000), (3, 70_000)):
-        monkeypatch.setattr(evaluation, "LEAST_ROWS", 1)
-        monkeypatch.setattr(evaluation, "BLOCK_BYTES", block)
+        monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
         monkeypatch.setattr(executor, "find_devices", lambda device, n=workers: [torch.device("cpu")] * n)
         found = files(merge(pair.base, pair.adapter, pair.output, dtype=dtype, overwrite=True).output)
         assert found == wanted

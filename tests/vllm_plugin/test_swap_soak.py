@@ -22,7 +22,7 @@ from support.engines.probing_worker import FAULT
 from support.engines.serving import PROGRAM, Server, kill, serving
 from support.paths import ROOT
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.soak]
 
 SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version goes through every fault once
 CLIENTS, VARIANTS = 24, 8
