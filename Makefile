@@ -20,7 +20,7 @@ test: $(VENV)/.test
 
 # no engine of vLLM, no killing, no soak, no real model: minutes, and no need of the bases
 test-fast: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
 
 test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m gpu

@@ -199,6 +199,13 @@ def test_no_folder_is_crowded() -> None:
     assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}
 
 
+def test_tests_share_by_support_and_fixtures() -> None:
+    """No test module is imported by another, nor is a `conftest`."""
+    files = [Module(path.stem, path) for path in (ROOT / "tests").rglob("*.py")]
+    found = [f"{module.file} imports {name}" for module in files for name in module.imports]
+    assert [arrow for arrow in found if arrow.split()[-1].startswith(("test_", "tests.", "conftest"))] == []
+
+
 def functions() -> list[tuple[str, int, int]]:
     """(name, lines, parameters) of every function; a public one's parameters are not counted."""
     found = [one for module in MODULES.values() for one in module.functions]

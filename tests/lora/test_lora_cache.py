@@ -82,6 +82,7 @@ def test_threads_wait_for_one(cache: LoraCache, write: Writer) -> None:
     assert [path.name for path in cache.folder.iterdir()] == ["a"]
 
 
+@pytest.mark.slow  # three processes import everything
 def test_processes_wait_for_one(cache: LoraCache, pair: Pair) -> None:
     outputs = [process.communicate()[0] for process in [getting(pair, cache) for _ in range(3)]]
     assert all("ready" in output for output in outputs)
