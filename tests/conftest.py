@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# graphs that tests trace stay out of the cache of whoever runs them; it is read when huggingface_hub is imported
-os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="peanut-assets-")
+# graphs that tests trace stay out of the cache of whoever runs them, and workers of pytest-xdist share theirs; it is
+# read when huggingface_hub is imported
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="peanut-assets-")
+    atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 
 import hypothesis
 import pytest
@@ -26,13 +29,22 @@ from transformers import PreTrainedModel
 import peanut_serve.cli
 from converters.cli import main as cli
 
-atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
-
 # `make soak` takes the longer one
 _SOAK = hypothesis.settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 hypothesis.settings.register_profile("soak", _SOAK)
 hypothesis.settings.register_profile("test", _SOAK, max_examples=150, derandomize=True)
 hypothesis.settings.load_profile("test")
+
+
+REAL_MODELS = {"smollm2", "vit_small", "minilm"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test with a real model is slow."""
+    for item in items:
+        if REAL_MODELS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -80,6 +80,7 @@ def test_base_self_without_room_for_it(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000)),
     )
     assert done.returncode == 1

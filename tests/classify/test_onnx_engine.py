@@ -254,7 +254,7 @@ def test_a_graph_that_does_not_load(folders: dict[Form, Path]) -> None:
 
 def test_without_onnx_runtime_the_extra_is_named(originals: dict[Form, Path]) -> None:
     hidden = "import sys; sys.modules['onnxruntime'] = None"
-    code = f"{hidden}; from peanut_serve.predict_command import main; main(sys.argv[1:])"
+    code = f"{hidden}; from peanut_serve.cli.predict_command import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, originals[Form.MERGED], "a.png"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1

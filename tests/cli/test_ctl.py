@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
-from support.admin_server import KEY, FakeControl, serving_app
+from support.server.admin import KEY, FakeControl, serving_app
 
 from peanut_serve.cli import ctl_command
 from peanut_serve.web.admin import admin_app, bind

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import Run, run
-from support.hub_server import hub_settings, serve_hub
+from support.hub.server import hub_settings, serve_hub
 from support.tiny_models import Pair, save_adapter, tiny_llama
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -142,6 +142,7 @@ def test_an_adapter_on_the_hub(pair: Pair) -> None:
     assert "variants: me/style" in done.stdout, done.stderr
 
 
+@pytest.mark.slow  # vLLM is imported twice
 def test_vllm_finds_the_plugin_and_its_routes_stay_shut(tasks: Path, tmp_path: Path) -> None:
     """As in `PEANUT_ADAPTERS=... vllm serve`: what vLLM's own start does before it builds the server."""
     script = """

@@ -12,11 +12,11 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from support.admin_server import KEY, FakeControl, serving_app
 from support.commands import Run, run
 from support.documents import CONTRIBUTING, CONVERTERS, EXECUTED, README, SERVING, Document
-from support.hub_server import hub_settings, serve_hub
+from support.hub.server import hub_settings, serve_hub
 from support.paths import ROOT
+from support.server.admin import KEY, FakeControl, serving_app
 from support.tiny_models import Pair
 
 from peanut_serve.web.admin import admin_app

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.commands import run
-from support.hub_server import MIB, Hub, merge_from, serve_hub
+from support.hub.server import MIB, Hub, merge_from, serve_hub
 from support.tiny_models import Pair, tiny_llama
 
 MODEL = "model.safetensors"

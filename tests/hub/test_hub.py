@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.commands import run
 from support.golden import VISION
-from support.hub_server import COMMIT, Hub, hub_settings, merge_from
+from support.hub.server import COMMIT, Hub, hub_settings, merge_from
 from support.tiny_models import Pair, edit_config
 
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars
 from support.commands import Run, run
-from support.hub_server import Hub, hub_settings, serve_hub
+from support.hub.server import Hub, hub_settings, serve_hub
 from support.tiny_models import Pair
 
 REPO = "user/merged"

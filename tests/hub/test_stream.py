@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.commands import run
-from support.hub_server import MIB, Hub, hub_settings, merge_from, no_waits, serve_hub
+from support.hub.server import MIB, Hub, hub_settings, merge_from, serve_hub
 from support.tiny_models import Pair, edit_config, save_adapter, tiny_llama
-
-__all__ = ["no_waits"]
 
 
 @pytest.fixture

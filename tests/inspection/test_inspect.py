@@ -158,6 +158,7 @@ def test_a_full_disk_is_reported_in_one_line(what: str, pair: Pair, tmp_path: Pa
         [program, pair.adapter, "--base", pair.base, *option],
         capture_output=True,
         text=True,
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
     )
     assert done.returncode == 1

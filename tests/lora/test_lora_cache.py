@@ -56,8 +56,8 @@ GET = """
 import sys, time
 from pathlib import Path
 from converters import prepare_merge
-from converters.lora_adapter import plan_lora_adapter, write_lora_adapter
-from peanut_serve.lora_cache import LoraCache
+from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
+from peanut_serve.lora.cache import LoraCache
 base, adapter, cache, seconds = sys.argv[1:]
 lease = LoraCache(Path(cache), 10**9).get(
     "a", lambda folder: print("wrote", write_lora_adapter(plan_lora_adapter(prepare_merge(base, adapter), folder)))
@@ -82,6 +82,7 @@ def test_threads_wait_for_one(cache: LoraCache, write: Writer) -> None:
     assert [path.name for path in cache.folder.iterdir()] == ["a"]
 
 
+@pytest.mark.slow  # three processes import everything
 def test_processes_wait_for_one(cache: LoraCache, pair: Pair) -> None:
     outputs = [process.communicate()[0] for process in [getting(pair, cache) for _ in range(3)]]
     assert all("ready" in output for output in outputs)
@@ -112,8 +113,7 @@ def test_what_is_in_use_stays(cache: LoraCache, write: Writer) -> None:
 def test_another_process_s_use_counts_until_it_dies(cache: LoraCache, pair: Pair) -> None:
     process = getting(pair, cache, seconds=600)
     assert process.stdout is not None
-    while "ready" not in process.stdout.readline():
-        pass
+    assert any("ready" in line for line in process.stdout)
     tiny = LoraCache(cache.folder, 1)
     tiny.shrink()
     assert (cache.folder / "a").is_dir()

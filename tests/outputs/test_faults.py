@@ -69,7 +69,10 @@ def merge_on_small_disks(pair: Pair, limits: list[str], **options: object) -> li
         ",".join(limits),
     ]
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", *map(str, child)], capture_output=True, text=True
+        ["unshare", "--user", "--map-root-user", "--mount", *map(str, child)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -238,7 +241,7 @@ def test_no_permission_to_write(pair: Pair) -> None:
     locked.mkdir(mode=0o555)
     program = Path(sys.executable).parent / "peanut-merge"
     command = ["unshare", "--user", program, "--base", pair.base, "--adapter", pair.adapter, "-o", locked / "merged"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert "merged could not be written: [Errno 13] Permission denied" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -277,4 +280,4 @@ for line in sys.stdin:
         assert content(pair.output) == content(alone.output)
         shutil.rmtree(pair.output)
     for run in runs:
-        run.communicate()
+        run.communicate(timeout=60)

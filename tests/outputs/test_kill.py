@@ -81,7 +81,7 @@ def forker() -> Iterator[Forker]:
     forker = Forker()
     yield forker
     forker.process.kill()
-    forker.process.communicate()
+    forker.process.communicate(timeout=60)
 
 
 def snapshot(folder: Path) -> dict[str, bytes] | None:
@@ -92,6 +92,7 @@ def looks_like_a_model(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("resume", [False, True])
 def test_killed_at_random_moments(work: Pair, forker: Forker, resume: bool) -> None:
     """No output, or the whole one, byte for byte; with `resume` every run goes on with what the killed ones left."""
@@ -121,6 +122,7 @@ def test_killed_at_random_moments(work: Pair, forker: Forker, resume: bool) -> N
     shutil.rmtree(work.output)
 
 
+@pytest.mark.kills
 def test_a_killed_overwrite_leaves_the_old_or_the_new(work: Pair, forker: Forker) -> None:
     merge(work.base, work.adapter, work.output, dtype="bf16")
     old = snapshot(work.output)
@@ -146,7 +148,7 @@ def test_a_stopped_command_cleans_up_and_says_so(work: Pair, number: signal.Sign
         while not staging.exists() and child.poll() is None:
             time.sleep(0.001)
         child.send_signal(number)
-        _, said = child.communicate()
+        _, said = child.communicate(timeout=60)
     assert child.returncode == 128 + number
     assert said.strip() == "peanut-merge: stopped; nothing incomplete was left"
     assert not output.exists()

@@ -160,6 +160,7 @@ def test_a_write_that_fails_leaves_nothing(pair: Pair, limit: int) -> None:
         command,
         capture_output=True,
         text=True,
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 1

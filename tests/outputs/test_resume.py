@@ -146,7 +146,7 @@ def test_a_stopped_command_says_how_to_go_on(pair: Pair) -> None:
         while not journal.exists() and child.poll() is None:
             time.sleep(0.001)
         child.send_signal(signal.SIGTERM)
-        _, said = child.communicate()
+        _, said = child.communicate(timeout=60)
     assert said.strip() == "peanut-merge: stopped; --resume continues from here"
     assert not pair.output.exists()
     taken = merge(pair.base, pair.adapter, pair.output, resume=True).taken_over

@@ -1,13 +1,17 @@
-"""Graphs of tiny text models with adapters, and what to feed them."""
+"""Graphs of tiny models with adapters, and what to feed them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers as tf
+from support.paths import DATA
 from support.tiny_models import save_adapter
 
 from converters.api.exporting import export_onnx
+from converters.inference.session import Session
+from converters.outputs.onnx.graphs.quantization import Quantized, quantize
 from converters.outputs.onnx.plan import ExportOptions
 
 SIZES = {
@@ -30,6 +34,21 @@ TEXTS = {
         ["q_proj", "v_proj"],
     ),
 }
+IMAGES = ("digits5to9", "oddeven")
+MODELS = (*IMAGES, *TEXTS)
+LABELS = ["bad", "fair", "good"]
+PRECISIONS = ("int8", "fp16")
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """A graph and what was made of it, by precision, `fp32` among them."""
+
+    paths: dict[str, Path]
+    facts: dict[str, Quantized]
+
+    def run(self, precision: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return Session(self.paths[precision]).run(inputs)
 
 
 def make_text_model(name: str, folder: Path) -> tuple[Path, Path]:
@@ -50,6 +69,16 @@ def export_graph(base: Path, adapter: Path, folder: Path, labels: list[str] | No
     """The merged graph in float32, not held against torch; other tests do that."""
     export_onnx(base, adapter, folder, labels=labels, options=ExportOptions(verify=False))
     return folder / "model.onnx"
+
+
+def quantized_graphs(name: str, folder: Path) -> Graphs:
+    """One of `MODELS` in every precision."""
+    vit = DATA / "vit-tiny"
+    pair = (vit / "base", vit / name) if name in IMAGES else make_text_model(name, folder)
+    model = export_graph(*pair, folder / "onnx", LABELS if name in ("bert", "roberta") else None)
+    paths = {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
+    facts = {precision: quantize(model, path, precision) for precision, path in paths.items()}
+    return Graphs({"fp32": model, **paths}, facts)
 
 
 def texts(name: str, batch: int, length: int, pad_left: bool = False) -> dict[str, np.ndarray]:

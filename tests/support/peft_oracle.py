@@ -1,4 +1,4 @@
-"""HF PEFT's own forward pass."""
+"""What HF PEFT computes with an adapter that it loads itself, beside what the authors' code computed."""
 
 from pathlib import Path
 

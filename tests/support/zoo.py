@@ -7,16 +7,9 @@ import transformers as tf
 
 IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(5))
 
-
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 LM = {**SIZES, "intermediate_size": 72, "vocab_size": 96, "tie_word_embeddings": False}
-
-
 ENCODER = {**SIZES, "intermediate_size": 64, "vocab_size": 96, "num_labels": 3}
-
-
 VISION = {**SIZES, "intermediate_size": 64, "image_size": 16, "patch_size": 4}
 
 

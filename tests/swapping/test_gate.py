@@ -5,9 +5,9 @@ import random
 from pathlib import Path
 
 import pytest
-from support.fake_engine import FaultError
-from support.server_rig import NAMES, Rig, RunRig, make_weights, rig_runner, until
-from support.swap_weights import Weights
+from support.server.fake_engine import FaultError
+from support.server.rig import NAMES, Rig, RunRig, make_weights, rig_runner, until
+from support.server.weights import Weights
 
 from peanut_serve.errors import EngineDownError, QueueFullError, SwapError
 from peanut_serve.swapping import driver as swap_driver

@@ -6,7 +6,7 @@ from math import ceil, inf, nextafter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.traffic import TRACES, Outcome, Request, Server, first_come, one_by_one, ours, simulate, steady
+from support.server.traffic import TRACES, Outcome, Request, Server, first_come, one_by_one, ours, simulate, steady
 
 from peanut_serve.swapping.policy import Policy, PriceEstimate, Queue, View, next_look, next_variant
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fake_engine import FakeEngine, FaultError, read
+from support.server.fake_engine import FakeEngine, FaultError, read
 from support.tiny_models import Pair, edit_weights
 
 from converters.files.header import TensorInfo

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fake_engine import FakeEngine, FaultError, identity
-from support.swap_weights import Weights, prepared, weights_in
+from support.server.fake_engine import FakeEngine, FaultError, identity
+from support.server.weights import Weights, prepared, weights_in
 
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.swapping.transaction import Phase, Report, Swapper

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.catalogue_site import Site
+from support.server.catalogue_site import Site
 from support.tiny_models import Pair, edit_json, edit_weights, save_adapter, tiny_llama
 
 from converters import merge

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from support.catalogue_site import Site
+from support.server.catalogue_site import Site
 from support.tiny_models import Pair, edit_json, edit_weights
 
 from converters.errors import OptionError

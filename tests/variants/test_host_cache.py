@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fake_engine import read
+from support.server.fake_engine import read
 from support.tiny_models import Pair, edit_weights
 
 from converters.errors import CheckpointError

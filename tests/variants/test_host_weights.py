@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from support.fake_engine import read
+from support.server.fake_engine import read
 from support.tiny_models import Pair, edit_weights, tiny_llama
 
 from converters import merge

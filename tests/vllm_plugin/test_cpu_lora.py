@@ -86,7 +86,7 @@ def test_vllm_takes_ours() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    assert current_platform.get_punica_wrapper().endswith("cpu_lora.GroupedPunicaWrapperCPU")
+    assert current_platform.get_punica_wrapper().endswith("cpu_operators.GroupedPunicaWrapperCPU")
 
 
 def test_rows_of_a_slot() -> None:

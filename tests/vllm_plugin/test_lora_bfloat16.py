@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from support.engines.serving import QUESTIONS, environment
 from support.paths import ROOT
-from support.serving import QUESTIONS, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from converters import merge

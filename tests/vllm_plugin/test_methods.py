@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel
+from support.engines.serving import Server, serving
 from support.peft_methods import train
-from support.serving import Server, serving
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 pytestmark = pytest.mark.vllm

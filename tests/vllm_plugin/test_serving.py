@@ -18,8 +18,8 @@ from typing import Any
 import openai
 import pytest
 import torch
+from support.engines.serving import QUESTIONS, Server, answer, environment, serving
 from support.paths import ROOT
-from support.serving import QUESTIONS, Server, answer, environment, serving
 from support.tiny_models import edit_json, edit_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.betraying import World, ask, make_world, memory, replace
-from support.serving import Server, serving
+from support.engines.betraying import World, ask, make_world, memory, replace
+from support.engines.serving import Server, serving
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.soak]
 
 SOAK = "PEANUT_SOAK" in os.environ
 ADAPTERS, REQUESTS, ROUNDS = (64, 500, 6) if SOAK else (8, 80, 3)

@@ -11,8 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from support.engines.serving import PROGRAM, QUESTIONS, Server, answer, environment, free_port, serving
 from support.paths import ROOT
-from support.serving import PROGRAM, QUESTIONS, Server, answer, environment, free_port, serving
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from converters import merge

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.betraying import World, ask, make_world, memory, replace
+from support.engines.betraying import World, ask, make_world, memory, replace
+from support.engines.probing_worker import FAULT
+from support.engines.serving import PROGRAM, Server, kill, serving
 from support.paths import ROOT
-from support.probing_worker import FAULT
-from support.serving import PROGRAM, Server, kill, serving
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.soak]
 
 SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version goes through every fault once
 CLIENTS, VARIANTS = 24, 8
@@ -192,7 +192,7 @@ def swapping(world: World, folder: Path) -> Iterator[Server]:
     options = (
         "--mode", "merged", "--state", str(folder / "state"), "--max-wait", "2", "--dtype", "float32",
         "--max-model-len", "128", "--max-num-seqs", "16", "--served-model-name", BASE, "--enforce-eager",
-        "--worker-extension-cls", "support.probing_worker.ProbingWorker",
+        "--worker-extension-cls", "support.engines.probing_worker.ProbingWorker",
     )  # fmt: skip
     variables = {"PYTHONPATH": str(ROOT / "tests"), FAULT: str(folder / "fault")}
     with serving(world.base, world.roots, folder, *options, program=program, **variables) as server:

@@ -17,8 +17,8 @@ from typing import Any
 
 import openai
 import pytest
+from support.engines.serving import QUESTIONS, Server, answer, environment, free_port, kill, serving
 from support.paths import ROOT
-from support.serving import QUESTIONS, Server, answer, environment, free_port, kill, serving
 from support.tiny_models import edit_weights
 from transformers import AutoTokenizer
 
@@ -65,7 +65,7 @@ def fresh(
 ) -> dict[str, Fresh]:
     folder = tmp_path_factory.mktemp("fresh")
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    script = [sys.executable, ROOT / "tests" / "support" / "fresh_engines.py", folder / "prompts.json", str(COUNT)]
+    script = [sys.executable, ROOT / "tests/support/engines/fresh_engines.py", folder / "prompts.json", str(COUNT)]
     done = subprocess.run(
         list(map(str, [*script, *merged.values()])), capture_output=True, text=True, env=environment(folder)
     )
@@ -88,7 +88,7 @@ def roots(merged: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, roots: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    worker = ("--worker-extension-cls", "support.probing_worker.ProbingWorker")
+    worker = ("--worker-extension-cls", "support.engines.probing_worker.ProbingWorker")
     port = str(free_port())
     options = ("--mode", "merged", "--state", str(folder / "state"), "--admin-port", port, *worker, *OPTIONS)
     variables = {"PEANUT_ADMIN_KEY": KEY, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT / "tests")}
@@ -173,7 +173,7 @@ def test_a_cached_prefix_stays_with_its_variant(
 def test_that_test_fails_without_the_reset(
     smollm2: Path, roots: Path, tmp_path: Path, fresh: dict[str, Fresh], prompts: list[list[int]]
 ) -> None:
-    program = (sys.executable, ROOT / "tests" / "support" / "serve_without_reset.py")
+    program = (sys.executable, ROOT / "tests/support/engines/serve_without_reset.py")
     options = ("--mode", "merged", "--state", str(tmp_path / "state"), *OPTIONS)
     with serving(smollm2, roots, tmp_path, *options, program=program) as running:
         assert prefix_leaks(running, fresh, prompts[1])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from fastapi import FastAPI
-from support.admin_server import KEY, REFUSALS, FakeControl, serving_app
+from support.server.admin import KEY, REFUSALS, FakeControl, serving_app
 
 from converters.errors import OptionError
 from peanut_serve.web import admin

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
-from support.fake_engine import identity
-from support.server_rig import NAMES, SIZE, Rig, RunRig, make_weights, rig_runner, until
-from support.swap_weights import Weights
+from support.server.fake_engine import identity
+from support.server.rig import NAMES, SIZE, Rig, RunRig, make_weights, rig_runner, until
+from support.server.weights import Weights
 
 from peanut_serve.errors import SwapError, UnknownVariantError, VariantError, VariantInUseError
 from peanut_serve.variants.host_weights import HostMemoryError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
-from support.server_rig import Rig, RunRig, make_weights, rig_runner, until
-from support.swap_weights import Weights
+from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
+from support.server.weights import Weights
 
 from peanut_serve.web.middleware import VariantMiddleware
 

@@ -178,6 +178,7 @@ def test_the_same_export_gives_the_same_bytes(exported: dict[str, Path], tmp_pat
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow  # it traces three times
 def test_one_trace_serves_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_cache, "cache_folder", lambda: tmp_path / "cache")
     traced = []

@@ -15,6 +15,8 @@ from converters.api.exporting import export_onnx
 from converters.inference.session import LoadedAdapter, Session
 from converters.outputs.onnx.plan import ExportOptions, Form
 
+pytestmark = pytest.mark.slow  # a trace for each
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 VISION = {**SIZES, "image_size": 16, "patch_size": 4}
 DINO = {name: size for name, size in VISION.items() if name != "intermediate_size"}

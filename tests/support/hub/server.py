@@ -14,10 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
-import pytest
 from support.commands import run
-from support.hub_uploads import Uploads
-from support.tiny_models import Pair, tiny_llama
+from support.hub.uploads import Uploads
+from support.tiny_models import Pair
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -220,19 +219,7 @@ def serve_hub(models: dict[str, Path]) -> Iterator[Hub]:
         finally:
             server.shutdown()
             server.server_close()
-            thread.join()
-
-
-@pytest.fixture
-def hub(pair: Pair, tmp_path: Path) -> Iterator[Hub]:
-    tiny_llama().from_pretrained(pair.base).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    for folder in (pair.base, tmp_path / "sharded"):
-        (folder / "pytorch_model.bin").write_bytes(b"x" * 100)
-        (folder / "model.onnx").write_bytes(b"x" * 100)
-        (folder / "README.md").write_text("# model")
-        (folder / "tokenizer.json").write_text("{}")
-    with serve_hub({"org/single": pair.base, "org/sharded": tmp_path / "sharded"}) as hub:
-        yield hub
+            thread.join(30)
 
 
 def hub_settings(hub: Hub, pair: Pair) -> dict[str, str]:
@@ -254,12 +241,3 @@ def merge_from(
 
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def no_waits(tmp_path: Path) -> dict[str, str]:
-    """Settings for a process of its own: huggingface_hub sleeps for seconds between its attempts."""
-    folder = tmp_path / "no_waits"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
-    return {"PYTHONPATH": str(folder)}

@@ -22,6 +22,7 @@ QUESTIONS = (
 )
 
 
+START_SECONDS = 600
 PROGRAM = Path(sys.executable).parent / "peanut-serve"
 
 
@@ -99,14 +100,16 @@ def kill(server: Server, name: str) -> None:
 
 
 def _wait(server: Server) -> None:
-    while True:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{server.url}/health"):
+            with urllib.request.urlopen(f"{server.url}/health", timeout=30):
                 return
         except OSError:
             if server.process.poll() is not None:
                 raise RuntimeError(server.log.read_text()[-4000:]) from None
             time.sleep(0.5)
+    raise TimeoutError(f"the server was not up after {START_SECONDS} s: {server.log.read_text()[-4000:]}")
 
 
 def answer(client: openai.OpenAI, task: str, question: str, tokens: int = 24, **more: object) -> str:

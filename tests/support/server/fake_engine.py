@@ -34,7 +34,7 @@ def identity(weights: Mapping[str, bytes]) -> str:
 
 
 class FakeEngine:
-    """See `peanut_serve.self_test.LearningEngine`.
+    """See `peanut_serve.swapping.self_test.LearningEngine`.
 
     Attributes:
         weights: what it computes with.

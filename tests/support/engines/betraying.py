@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openai
 import torch
-from support.serving import Server
+from support.engines.serving import Server
 from support.tiny_models import save_adapter, tiny_llama, unmerged
 from transformers import LlamaForCausalLM
 

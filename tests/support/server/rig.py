@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
-from support.fake_engine import FakeEngine, identity
-from support.swap_weights import Weights, prepared, weights_in
+from support.server.fake_engine import FakeEngine, identity
+from support.server.weights import Weights, prepared, weights_in
 
 from peanut_serve.settings.swapping import SwapSettings
 from peanut_serve.swapping import driver as swap_driver
