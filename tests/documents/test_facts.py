@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.metrics import MetricWrapperBase
 from support.documents import ALL, CONTRIBUTING, CONVERTERS, README, SECURITY, SERVING, Document, rows
 from support.paths import ROOT
-from test_architecture import ORDER
+from support.rooms import ORDER
 
 import converters
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
