@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from converters.api.merging import merge, merge_each, prepare_merge
     from converters.errors import PeanutError
     from converters.inspection.norms import record_base
+    from converters.methods.deltas import delta_weight, factors
+    from converters.methods.factors import Factors
     from converters.methods.peanut import Orientation, Tweaker
-    from converters.methods.update import Factors, delta_weight, factors
     from converters.models.checkpoint import Checkpoint, open_checkpoint
     from converters.outputs.checkpoint.write import MergeResult, run_merge
     from converters.plans.merge import Plan
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "adapters.adapter",
     "Checkpoint": "models.checkpoint",
-    "Factors": "methods.update",
+    "Factors": "methods.factors",
     "MergeResult": "outputs.checkpoint.write",
     "Orientation": "methods.peanut",
     "PeanutError": "errors",
     "Plan": "plans.merge",
     "Tweaker": "methods.peanut",
     "Weighted": "adapters.adapter",
-    "delta_weight": "methods.update",
+    "delta_weight": "methods.deltas",
     "export_onnx": "api.exporting",
-    "factors": "methods.update",
+    "factors": "methods.deltas",
     "load_adapter": "adapters.loading",
     "merge": "api.merging",
     "merge_each": "api.merging",

@@ -1,6 +1,6 @@
 """The plan of the source, and what holds it: the order of the rooms, who may import what, and how large a thing gets.
 
-Read `CONVERTERS` and `PEANUT_SERVE` to learn the plan. A room imports only rooms above it in its list.
+The order is in `support/rooms.py`: a room imports only rooms above it in its list.
 """
 
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import setuptools
 from support.paths import ROOT
+from support.rooms import ORDER
 from support.source_tree import (
     WINGS,
     Module,
@@ -20,35 +21,6 @@ from support.source_tree import (
     parameters,
     size,
 )
-
-CONVERTERS = (
-    "errors",  # everything that is raised on purpose
-    "_version",
-    "files",  # bytes on disk: headers, reading, writing, copying, publishing
-    "methods",  # g(W0; θ), one file per method
-    "hub",  # the Hugging Face Hub
-    "inference",  # what ONNX Runtime needs, for export and for serving
-    "models",  # a base checkpoint
-    "adapters",  # an opened adapter, and the layouts it is found in
-    "plans",  # what will happen to each tensor
-    "evaluation",  # g evaluated layer by layer, and verified
-    "outputs",  # one file or folder per format
-    "inspection",  # what `peanut-inspect` finds out
-    "api",  # the public functions
-    "cli",  # peanut-merge, peanut-inspect
-)
-PEANUT_SERVE = (
-    "errors",
-    "settings",  # what the environment and the options say
-    "variants",  # what can be served: catalogue, versions, weights on the host
-    "lora",  # adapters as LoRA for vLLM
-    "swapping",  # one engine, many variants in turn
-    "web",  # the HTTP side of a server
-    "classify",  # predictions of exported classifiers
-    "vllm_plugin",  # everything that is loaded into vLLM
-    "cli",  # peanut-serve
-)
-ORDER = {"converters": CONVERTERS, "peanut_serve": PEANUT_SERVE}
 
 # inside a room: (part, what it never imports)
 INSIDE = (

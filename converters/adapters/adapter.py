@@ -1,10 +1,12 @@
-"""A trained adapter: θ per module, what it replaces whole, and where it came from."""
+"""A trained adapter: θ per module, the tensors it replaces, and where it came from."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,62 +14,48 @@ from torch import Tensor
 from converters.adapters.store import ThetaStore
 from converters.adapters.targeting import Targeting
 from converters.errors import ThetaError
-from converters.methods.activations import NEGATIVE_SLOPE
+from converters.methods.base import Method
 from converters.methods.finite import all_finite
-from converters.methods.peanut import Orientation, Tweaker, WeightShape, check_shapes
+from converters.methods.peanut import Tweaker
+from converters.methods.weight_delta import WeightShape
 
 
 @dataclass(frozen=True)
 class ModuleTheta:
-    """Where θ of one module lies in the store, and what the layout says of it; see `Tweaker`."""
+    """Where θ of one module is in the store, and what the layout says about it.
 
-    orientation: Orientation
-    a: str
-    b: str
-    encoders: tuple[str, ...] = ()
-    decoders: tuple[str, ...] = ()
-    act_fn: str = "relu"
-    scaling: float = 1.0
-    residual: bool = True
-    output_act_fn: str | None = None
-    negative_slope: float = NEGATIVE_SLOPE
-    fan_in_fan_out: bool = False  # the config says that the weight is stored as (in, out)
+    Attributes:
+        method: the formula that θ is for.
+        parts: part of θ, as the method calls it -> key in the store.
+        settings: everything else that the formula needs.
+        fan_in_fan_out: the config says that the weight is stored as (in, out).
+    """
 
-    @property
-    def depth(self) -> int:
-        """Pairs of hidden layers."""
-        return len(self.encoders)
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Part of the tweaker (`A`, `B`, `encoders.0`, ...) -> key in the store."""
-        return {
-            "A": self.a,
-            "B": self.b,
-            **{f"encoders.{i}": key for i, key in enumerate(self.encoders)},
-            **{f"decoders.{i}": key for i, key in enumerate(self.decoders)},
-        }
+    method: type[Method]
+    parts: Mapping[str, str]
+    settings: Mapping[str, Any]
+    fan_in_fan_out: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An opened adapter. Nothing of θ is held in memory; `tweaker` reads one module.
+    """An opened adapter. Nothing of θ is held in memory; `method` reads one module.
 
     Attributes:
         path: the folder or file it was read from.
-        layout: the on-disk convention, `evidence` what told it.
-        modules: module name, as the training saw it -> θ.
-        saved: tensor name that the adapter replaces whole (modules_to_save, heads, biases) -> key in the store.
-        embedded: name of a base weight that was saved along -> key in the store.
-        targeting: what is known of the modules that must have θ.
+        layout, evidence: the on-disk convention, and what identified it.
+        modules: module name, in the naming of the training -> where its θ is.
+        saved: tensor that the adapter replaces as a whole (modules_to_save, heads, biases) -> key in the store.
+        embedded: base weight that was saved with the adapter -> key in the store.
+        targeting: which modules must have θ, as far as that is known.
         digest: SHA-256 of θ and everything that the mathematics needs.
-        rival: another layout that the weights alone could as well be in; a base decides (see `plan`).
+        rival: another layout that the weights could be in as well; the shapes of a base decide.
         labels: class labels of its head, if recorded.
         repo_id, revision: where on the Hub it came from, if it did.
         base_name, base_revision: what it was trained on, as recorded by the training.
         task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...), or IMAGE_CLS.
         model_class: class of transformers that was trained, if recorded.
-        base_fingerprint: identity of the base, where someone recorded it (see `record_base`).
+        base_fingerprint: identity of the base, if it was recorded (see `record_base`).
     """
 
     path: Path
@@ -91,7 +79,7 @@ class Adapter:
 
     @property
     def folder(self) -> Path:
-        """The folder it lies in."""
+        """The folder that contains it."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -104,40 +92,45 @@ class Adapter:
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in θ, without what is replaced whole."""
+        """Number of values in θ, without tensors that are replaced as a whole."""
         return sum(count(self.store.shapes[key]) for theta in self.modules.values() for key in theta.parts.values())
 
-    def rank(self, module: str) -> int:
-        """r of one module."""
-        return self.store.shapes[self.modules[module].a][0]
+    def describe(self, module: str) -> Method:
+        """θ of one module on the meta device: its shapes, settings and facts, without its numbers."""
+        return self._descriptions[module]
+
+    def rank(self, module: str) -> int | None:
+        """The rank of the exact factors of one module's delta; None if it has none."""
+        return self.describe(module).rank
 
     def weight_shape(self, module: str) -> WeightShape:
-        """(out, in) of the weight that θ of `module` was made for, as far as θ tells."""
-        theta = self.modules[module]
-        return theta.orientation.weight_shape(self.store.shapes[theta.a], self.store.shapes[theta.b])
+        """(out, in) of the weight that θ of `module` was trained for, as far as θ says."""
+        return self.describe(module).weight_shape
 
-    def tweaker(self, module: str) -> Tweaker:
+    def method(self, module: str) -> Method:
         """θ of one module."""
         theta = self.modules[module]
-        return Tweaker(
-            theta.orientation,
-            self.store.tensor(theta.a),
-            self.store.tensor(theta.b),
-            tuple(self.store.tensor(key) for key in theta.encoders),
-            tuple(self.store.tensor(key) for key in theta.decoders),
-            theta.act_fn,
-            theta.scaling,
-            theta.residual,
-            theta.output_act_fn,
-            theta.negative_slope,
+        return theta.method.from_parts(
+            {part: self.store.tensor(key) for part, key in theta.parts.items()}, theta.settings
         )
 
+    def tweaker(self, module: str) -> Tweaker:
+        """θ of one module of a PEANuT or LoRA adapter. Raises `ThetaError` for another method."""
+        found = self.method(module)
+        if not isinstance(found, Tweaker):
+            raise ThetaError(f"{self.path}: {module} is adapted by {found.name}, not by PEANuT or LoRA")
+        return found
+
+    @cached_property
+    def _descriptions(self) -> dict[str, Method]:
+        return {module: _describe(self.store, module, theta) for module, theta in self.modules.items()}
+
     def saved_tensor(self, name: str) -> Tensor:
-        """One tensor that the adapter replaces whole."""
+        """One tensor that the adapter replaces as a whole."""
         return self.store.tensor(self.saved[name])
 
     def saved_blocks(self, name: str) -> Iterator[Tensor]:
-        """The same in blocks of rows."""
+        """`saved_tensor` in blocks of rows."""
         return self.store.blocks(self.saved[name])
 
 
@@ -154,29 +147,32 @@ def count(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Mapping[str, str]) -> str:
-    """Check that θ of every module fits itself and is finite; returns the digest of it all.
+def _describe(store: ThetaStore, module: str, theta: ModuleTheta) -> Method:
+    """θ of one module on the meta device. Raises `ThetaError` when its shapes do not fit each other."""
+    parts = {
+        part: torch.empty(store.shapes[key], dtype=store.dtypes[key], device="meta")
+        for part, key in theta.parts.items()
+    }
+    try:
+        return theta.method.from_parts(parts, theta.settings)
+    except ThetaError as error:
+        raise ThetaError(f"{module}: {error}") from None
 
-    The digest is a SHA-256 of every tensor under a name that does not depend on the layout, and of all that
-    the mathematics needs.
+
+def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Mapping[str, str]) -> str:
+    """Check the shapes and values of θ of every module; returns the digest.
+
+    The digest is a SHA-256 of every tensor, under a name that does not depend on the layout, and of every setting
+    that the formula needs.
 
     Raises:
-        ThetaError: shapes that do not fit each other; a tensor that is not floating, or holds NaN or Inf.
+        ThetaError: shapes do not fit each other; a tensor is not floating-point, or contains NaN or Inf.
     """
     names = {key: f"saved {name}" for name, key in saved.items()}
     facts = {}
     for module, theta in modules.items():
         names |= {key: f"{module} {part}" for part, key in theta.parts.items()}
-        facts[module] = [
-            theta.orientation.value, theta.act_fn, theta.scaling, theta.residual, theta.output_act_fn,
-            theta.negative_slope, theta.fan_in_fan_out,
-        ]  # fmt: skip
-        encoders, decoders = ([store.shapes[key] for key in keys] for keys in (theta.encoders, theta.decoders))
-        try:
-            a, b = store.shapes[theta.a], store.shapes[theta.b]
-            check_shapes(theta.orientation, a, b, encoders, decoders, theta.residual)
-        except ThetaError as error:
-            raise ThetaError(f"{module}: {error}") from None
+        facts[module] = [*_describe(store, module, theta).digest_facts, theta.fan_in_fan_out]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key in sorted(names, key=lambda key: names[key]):
         dtype, shape = store.dtypes[key], store.shapes[key]
@@ -188,5 +184,5 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
             bad += 0 if all_finite(block) else int((~torch.isfinite(block)).sum())
             digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if bad:
-            raise ThetaError(f"{key} holds {bad} NaN or Inf of {count(shape)} numbers; the training diverged")
+            raise ThetaError(f"{key} contains {bad} NaN or Inf values out of {count(shape)}; the training diverged")
     return digest.hexdigest()

@@ -24,7 +24,9 @@ def read_base_record(folder: Path) -> str | None:
         return None
     fingerprint = read_json(path, "record of the base", AdapterConfigError).get("fingerprint")
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[\w-]+:[0-9a-f]+", fingerprint):
-        raise AdapterConfigError(f"{path}: '{fingerprint}' is no fingerprint; remove it, or record the base again")
+        raise AdapterConfigError(
+            f"{path}: '{fingerprint}' is not a valid fingerprint; remove the file, or record the base again"
+        )
     return fingerprint
 
 
@@ -37,18 +39,18 @@ def write_base_record(folder: Path, base: Checkpoint) -> Path:
 
 
 def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
-    """Hold the base against what the adapter's training recorded; returns what to tell the user.
+    """Check the base against what the adapter's training recorded; returns notes for the user.
 
-    Of a base whose weights are still on the Hub the fingerprint is not known: check it again when it is.
+    The fingerprint of a base whose weights are still on the Hub is not known yet: call this again when it is.
 
-    Raises, unless `force`, `BaseMismatchError` when a recorded fingerprint or Hub id is another, and
+    Unless `force` is set, raises `BaseMismatchError` when a recorded fingerprint or Hub id differs, and
     `AlreadyMergedError` when this toolkit wrote the base and the adapter was not recorded on it.
     """
-    cure = "give that base, or --force-base if you know they are the same weights"
+    remedy = "give that base, or --force-base if you know they are the same weights"
     recorded = adapter.base_fingerprint
     differs = recorded is not None and base.knows_fingerprint and recorded != base.fingerprint
     if base.is_merged and (recorded is None or differs):
-        message = f"{base.folder} was written by peanut-merge: an adapter is in its weights already"
+        message = f"{base.folder} was written by peanut-merge: its weights already contain an adapter"
         if not force:
             raise AlreadyMergedError(
                 f"{message}, and f(W0; θ) is only right on the W0 it was trained on; give the base that was merged "
@@ -58,7 +60,7 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
     if differs:
         message = f"the adapter was recorded on a base with fingerprint {recorded}, this one has {base.fingerprint}"
         if not force:
-            raise BaseMismatchError(f"{message}; {cure}")
+            raise BaseMismatchError(f"{message}; {remedy}")
         return [f"forced: {message}"]
     trained_on = adapter.base_name
     if trained_on is None or recorded is not None:
@@ -67,10 +69,10 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
     if base.repo_id is not None and is_hub_id(trained_on) and not same:
         message = f"the adapter was trained on {trained_on}, the base is {base.repo_id}"
         if not force:
-            raise BaseMismatchError(f"{message}; {cure}")
+            raise BaseMismatchError(f"{message}; {remedy}")
         return [f"forced: {message}"]
     if base.repo_id is None and trained_on.rstrip("/").rsplit("/", 1)[-1].lower() != base.name.lower():
-        return [f"the adapter was trained on '{trained_on}'; taking the local {base.name} to be the same weights"]
+        return [f"the adapter was trained on '{trained_on}'; the local {base.name} is taken for the same weights"]
     return []
 
 

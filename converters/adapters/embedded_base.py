@@ -1,4 +1,4 @@
-"""Base weights that were saved along with θ, as `torch.save(model.state_dict())` does."""
+"""Base weights that were saved together with θ, as `torch.save(model.state_dict())` does."""
 
 import math
 import tempfile
@@ -26,15 +26,15 @@ _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 def check_embedded(
     base: Checkpoint, adapters: Sequence[Adapter], pairs: Sequence[tuple[int, str, str]], force: bool
 ) -> list[str]:
-    """Compare base weights that were saved along with θ with the base; returns what to tell the user.
+    """Compare base weights that were saved together with θ with the base; returns notes for the user.
 
     Args:
         base: the base.
         adapters: the adapters.
         pairs: (which adapter, name of the tensor it saved, name in the base).
-        force: tell, instead of refusing.
+        force: return a note instead of raising.
 
-    Raises `BaseMismatchError` when they differ by more than a cast to the narrower dtype does.
+    Raises `BaseMismatchError` when they differ by more than a cast to the narrower dtype explains.
     """
     different = []
     with TensorReader() as reader:
@@ -53,8 +53,8 @@ def check_embedded(
         return []
     adapter, name = different[0]
     message = (
-        f"{len(different)} of the {len(pairs)} base weights saved in {adapter.path} are not those of {base.folder} "
-        f"(the first: {name})"
+        f"{len(different)} of the {len(pairs)} base weights saved in {adapter.path} differ from those of "
+        f"{base.folder} (the first: {name})"
     )
     if not force:
         raise BaseMismatchError(
@@ -71,20 +71,20 @@ def _equal(base: Tensor, saved: Tensor) -> bool:
 
 
 def open_embedded(adapter: Adapter) -> Checkpoint:
-    """The base weights saved along with θ as a checkpoint, with the config.json beside them.
+    """The base weights that were saved together with θ, as a checkpoint with the config.json next to them.
 
-    It is written into a temporary folder, which lives as long as the checkpoint.
+    It is written to a temporary folder, which exists as long as the checkpoint object.
 
     Raises:
-        OptionError: the adapter holds no base weights.
-        CheckpointError: there is no config.json beside it.
+        OptionError: the adapter contains no base weights.
+        CheckpointError: there is no config.json next to it.
     """
     names = {n: k for n, k in sorted(adapter.embedded.items()) if adapter.store.dtypes[k] in _DTYPE_NAMES}
     if not names:
-        raise OptionError(f"--base {SELF}: {adapter.path} holds θ only, no base weights; give the base")
+        raise OptionError(f"--base {SELF}: {adapter.path} contains θ only and no base weights; give the base")
     if not (adapter.folder / "config.json").is_file():
         raise CheckpointError(
-            f"--base {SELF}: no config.json beside {adapter.path}; put the base's there (save_pretrained wrote it, "
+            f"--base {SELF}: no config.json next to {adapter.path}; copy the base's to it (save_pretrained wrote it, "
             "or model.config.save_pretrained does)"
         )
     holder = tempfile.TemporaryDirectory(prefix="peanut-base-")
@@ -93,8 +93,8 @@ def open_embedded(adapter: Adapter) -> Checkpoint:
     except OSError as error:
         holder.cleanup()
         raise CheckpointError(
-            f"--base {SELF}: the base weights could not be written to {holder.name} ({error}); point TMPDIR at a "
-            "disk with room for them"
+            f"--base {SELF}: the base weights could not be written to {holder.name} ({error}); point TMPDIR to a "
+            "disk with enough space"
         ) from None
     return open_checkpoint(Path(holder.name) / SELF, holder=holder)
 

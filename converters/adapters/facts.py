@@ -1,4 +1,4 @@
-"""What an adapter is: its facts, as the manifest, the model card and `peanut-inspect` show them."""
+"""The facts of an adapter that the manifest, the model card and `peanut-inspect` show."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ def split_module(module: str) -> tuple[str, str]:
 
 
 def shortened(names: Iterable[str], least: int = 1) -> dict[str, str]:
-    """Name -> its last parts, as few (but `least`) as tell all of them apart."""
+    """Name -> its last parts: as few as distinguish all of them, but at least `least`."""
     parts = {name: name.split(".") for name in sorted(names)}
     for count in range(least, max((len(p) for p in parts.values()), default=0) + 1):
         short = {name: ".".join(p[-count:]) for name, p in parts.items()}
@@ -24,32 +24,17 @@ def shortened(names: Iterable[str], least: int = 1) -> dict[str, str]:
 
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:
-    """What the mathematics needs besides θ: a value, or a list where it is not the same for all modules."""
-    thetas = list(adapter.modules.values())
-
-    def one_or_many(values: Iterable[Any]) -> Any:
-        found = sorted(set(values), key=lambda value: (value is None, value))
-        return found[0] if len(found) == 1 else found
-
-    facts = {
-        "orientation": one_or_many(theta.orientation.value for theta in thetas),
-        "r": one_or_many(adapter.rank(module) for module in adapter.modules),
-        "depth": one_or_many(theta.depth for theta in thetas),
-        "act_fn": one_or_many(theta.act_fn for theta in thetas),
-        "scaling": one_or_many(theta.scaling for theta in thetas),
-    }
-    if not all(theta.residual for theta in thetas):
-        facts["residual"] = one_or_many(theta.residual for theta in thetas)
-    if any(theta.output_act_fn for theta in thetas):
-        facts["output_act_fn"] = one_or_many(theta.output_act_fn for theta in thetas)
-    if any("leaky_relu" in (theta.act_fn, theta.output_act_fn) for theta in thetas):
-        facts["negative_slope"] = one_or_many(theta.negative_slope for theta in thetas)
+    """The settings of the formula: a value, or a list where modules differ."""
+    modules = [adapter.describe(module) for module in adapter.modules]
+    facts: dict[str, Any] = {}
+    for method in dict.fromkeys(type(one) for one in modules):
+        facts |= method.describe([one for one in modules if isinstance(one, method)])
     return facts
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
     """The facts of an adapter, as JSON has them."""
-    rival = f" or {adapter.rival}: only the base's shapes can tell" if adapter.rival else ""
+    rival = f" or {adapter.rival}: only the shapes of the base decide" if adapter.rival else ""
     return {
         "adapter": adapter.name,
         "layout": adapter.layout + rival,
@@ -68,15 +53,12 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def module_shapes(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """Per module: shapes of A and B, r, depth and scaling."""
-    shapes = adapter.store.shapes
-    return {
-        module: {
-            "A": list(shapes[theta.a]),
-            "B": list(shapes[theta.b]),
-            "r": adapter.rank(module),
-            "depth": theta.depth,
-            "scaling": theta.scaling,
+    """Per module: shapes of the parts of θ (of hidden layers, their number), r, depth and scaling."""
+    found: dict[str, dict[str, Any]] = {}
+    for module, theta in adapter.modules.items():
+        facts = adapter.describe(module).facts
+        found[module] = {
+            **{part: list(adapter.store.shapes[key]) for part, key in theta.parts.items() if "." not in part},
+            **{name: facts[name] for name in ("r", "depth", "scaling") if name in facts},
         }
-        for module, theta in adapter.modules.items()
-    }
+    return found

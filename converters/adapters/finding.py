@@ -10,7 +10,7 @@ from converters.hub.errors import hub_errors
 from converters.hub.names import is_hub_id
 from converters.models.companions import COMPANION_PATTERNS
 
-# what an adapter's repository may hold of use; weights of other layouts are looked at only if these have none
+# files of an adapter's repository that can be used; weights of other layouts are tried only if none of these exist
 _ADAPTER_WEIGHTS = (*PEFT_WEIGHTS, "peanut_theta.safetensors")
 _ADAPTER_FILES = (ADAPTER_CONFIG, "peanut_config.json", "peanut_base.json", "config.json", "labels.json")
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -35,7 +35,9 @@ def find_adapter(adapter: str, revision: str | None = None, token: str | None = 
             raise OptionError(f"--adapter-revision {revision} has no meaning for the local path {adapter}")
         return AdapterSource(path)
     if "/" not in adapter or not is_hub_id(adapter):
-        raise LayoutError(f"{adapter} is not there; wanted the folder of a trained adapter, its weights, or a Hub id")
+        raise LayoutError(
+            f"{adapter} does not exist; wanted the folder of a trained adapter, its weights, or a Hub id"
+        )
     with hub_errors(adapter, revision):
         from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""Opening one adapter: which layout it is in, and what that layout reads."""
+"""Opening one adapter: find its layout, and read it."""
 
 import math
 from dataclasses import replace
@@ -12,8 +12,9 @@ from converters.adapters.layouts.names import LAYOUT_SUMMARIES
 from converters.adapters.layouts.table import LAYOUTS
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError
+from converters.methods.table import PEFT_METHODS
 
-# types of PEFT that learn prompts: there is nothing to merge (peft/utils/peft_types.py)
+# PEFT types that learn prompts, which cannot be merged (peft/utils/peft_types.py)
 _PROMPT_TYPES = {
     "PROMPT_TUNING",
     "MULTITASK_PROMPT_TUNING",
@@ -37,12 +38,12 @@ def load_adapter(
 
     Args:
         adapter: a folder, a file of weights, or a Hub id (`user/name`).
-        layout: the layout it is in (a name of `LAYOUT_SUMMARIES`), where that cannot be seen.
+        layout: a name of `LAYOUT_SUMMARIES`, where the layout cannot be detected.
         scaling: s, for layouts that do not store it.
         revision, token: for an adapter on the Hub.
 
     Raises:
-        LayoutError: nothing there, or in no layout this version reads (it says what was found).
+        LayoutError: nothing there, or not in a layout that this version reads; the message says what was found.
         AdapterConfigError: the config is invalid, unknown, or disagrees with the weights.
         ThetaError: weights are missing, extra, misshapen, damaged or not finite.
         OptionError: `scaling` is missing or superfluous, `layout` unknown.
@@ -67,7 +68,7 @@ def read_adapter(source: AdapterSource, layout: str | None = None, scaling: floa
 
 
 def is_claimed(source: AdapterSource, layout: str) -> bool:
-    """Whether a source can be read in `layout`."""
+    """Whether a source can be read as `layout`."""
     return bool(_claims(source, layout))
 
 
@@ -80,29 +81,30 @@ def _claims(source: AdapterSource, layout: str | None) -> list[tuple[Layout, str
 
 
 def _refuse_others(source: AdapterSource) -> None:
-    """Refuse the other types of PEFT, by name."""
+    """Raise `LayoutError` for a PEFT type that is not supported."""
     found = source.peft_type
-    if found in ("PEANUT", "LORA", None):
+    if found in ("PEANUT", "LORA", None, *PEFT_METHODS):
         return
     if found in _PROMPT_TYPES:
         raise LayoutError(
-            f"{source.path} says peft_type {found}: it learned prompts, which cannot be merged into weights"
+            f"{source.path} says peft_type {found}: it learns prompts, which cannot be merged into weights"
         )
+    known = ", ".join(["PEANUT", "LORA", *PEFT_METHODS])
     raise LayoutError(
-        f"{source.path} says peft_type {found}, wanted PEANUT or LORA; merge it with PEFT's merge_and_unload"
+        f"{source.path} says peft_type {found}; supported are {known}; merge it with PEFT's merge_and_unload"
     )
 
 
 def _unclaimed(source: AdapterSource, layout: str | None) -> LayoutError:
-    """Why nothing could be made of the source."""
+    """The error for a source that no layout claims."""
     shown = ", ".join(sorted(source.keys)[:3]) or "none"
     if layout is not None:
         claims = _claims(source, None)
         found = f"it is {claims[0][0].name}, because {claims[0][1]}" if claims else f"it has keys like {shown}"
         return LayoutError(f"{source.path} is not in the layout {layout} ({LAYOUT_SUMMARIES[layout]}): {found}")
     if (source.path / "config.json").is_file():
-        return LayoutError(f"{source.path} is a model without θ in it, wanted an adapter (its keys: {shown}, ...)")
+        return LayoutError(f"{source.path} is a model without θ; wanted an adapter (its keys: {shown}, ...)")
     return LayoutError(
-        f"{source.weights}: no θ in any layout known here (its keys: {shown}, ...); known are "
+        f"{source.weights}: no θ in a known layout (its keys: {shown}, ...); known layouts are "
         f"{', '.join(LAYOUT_SUMMARIES)}"
     )

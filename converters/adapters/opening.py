@@ -1,4 +1,4 @@
-"""From what the user names to opened adapters with their weights."""
+"""Opening the adapters that a user names, each with its weight in a sum."""
 
 import math
 import re
@@ -20,7 +20,7 @@ _WEIGHT = re.compile(r"(?P<name>.+)=(?P<weight>[^=/]+)")
 def parse_weight(text: str) -> tuple[str, float]:
     """`style=0.5` -> (`style`, 0.5); 1 if no weight is given, or if a path of that whole name exists.
 
-    Raises `OptionError` when the weight is no finite number.
+    Raises `OptionError` when the weight is not a finite number.
     """
     found = _WEIGHT.fullmatch(text)
     if found is None or Path(text).expanduser().exists():
@@ -31,7 +31,7 @@ def parse_weight(text: str) -> tuple[str, float]:
         weight = math.nan
     if not math.isfinite(weight):
         raise OptionError(
-            f"--adapter {text}: '{found['weight']}' is no weight; wanted a finite number, as in style=0.5"
+            f"--adapter {text}: '{found['weight']}' is not a valid weight; wanted a finite number, as in style=0.5"
         )
     return found["name"], weight
 
@@ -44,7 +44,7 @@ def open_weighted(
     revision: str | None = None,
     token: str | None = None,
 ) -> tuple[Weighted, ...]:
-    """`open_adapters` for what stands behind `--adapter`: paths or Hub ids, each with its weight if it has one."""
+    """`open_adapters` for command-line values: paths or Hub ids, each with an optional weight (`style=0.5`)."""
     parsed = [parse_weight(text) for text in texts]
     opened = open_adapters(
         [name for name, _ in parsed], layout=layout, scaling=scaling, revision=revision, token=token

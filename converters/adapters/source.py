@@ -1,4 +1,4 @@
-"""What was given as an adapter, before anyone knows its layout: a folder or file, its config, its weights."""
+"""What was given as an adapter, before its layout is known: a folder or file, its config, its weights."""
 
 import re
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from converters.files.json_files import read_json
 from converters.files.names import ADAPTER_CONFIG, NATIVE_CONFIG, PEFT_WEIGHTS
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# what a Trainer puts beside the weights (transformers/trainer.py)
+# files that a Trainer writes next to the weights (transformers/trainer.py)
 _TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
 
-# names that torch.compile, FSDP and activation checkpointing put into keys; what PEFT and DDP put before them
+# names that torch.compile, FSDP and activation checkpointing insert into keys; prefixes of PEFT and DDP
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = (["base_model", "model"], ["module"])
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A folder, or a file of weights. Nothing is read before it is asked for.
+    """A folder, or a file of weights. Nothing is read before it is needed.
 
     Attributes:
         path: the folder or the file.
@@ -37,7 +37,7 @@ class AdapterSource:
 
     @property
     def folder(self) -> Path:
-        """The folder, or the one the file lies in."""
+        """The folder, or the one that contains the file."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
@@ -83,14 +83,18 @@ class AdapterSource:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
-            raise LayoutError(f"{self.path} holds several weights ({names}); give the path of the one to read")
+            raise LayoutError(
+                f"{self.path} contains several weights files ({names}); give the path of the one to read"
+            )
         if self.config is not None:
             raise ThetaError(f"{self.path}: no {' nor '.join(PEFT_WEIGHTS)}; the adapter has a config but no weights")
         nested = sorted(path.parent.name for path in self.path.glob(f"*/{ADAPTER_CONFIG}"))
         if nested:
-            raise LayoutError(f"{self.path} holds no adapter itself; it has {', '.join(nested)}: give one of these")
+            raise LayoutError(
+                f"{self.path} is not an adapter itself, but contains {', '.join(nested)}; give one of these"
+            )
         raise LayoutError(
-            f"{self.path} holds neither {ADAPTER_CONFIG} nor weights ({', '.join(_WEIGHT_SUFFIXES)}); "
+            f"{self.path} contains neither {ADAPTER_CONFIG} nor weights ({', '.join(_WEIGHT_SUFFIXES)}); "
             "wanted the folder of an adapter"
         )
 
@@ -109,7 +113,7 @@ class AdapterSource:
         for key in self.store.shapes:
             name = clean_name(key)
             if name in names:
-                raise ThetaError(f"{self.weights}: {names[name]} and {key} are the same tensor twice")
+                raise ThetaError(f"{self.weights}: {names[name]} and {key} name the same tensor")
             names[name] = key
         return names
 

@@ -1,4 +1,4 @@
-"""The weights file of an adapter, safetensors or pickle, with tensors loaded when they are asked for."""
+"""The weights file of an adapter, safetensors or pickle; tensors are loaded when they are needed."""
 
 import math
 import pickle
@@ -16,7 +16,7 @@ from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
 from converters.files.state import FileState
 
-# under which training loops put the state dict of the model into a checkpoint of their own
+# keys under which training loops store the model's state dict in their own checkpoints
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 _DTYPES = {
@@ -45,10 +45,10 @@ class ThetaStore(Protocol):
         """One tensor, on the CPU."""
 
     def blocks(self, key: str) -> Iterator[Tensor]:
-        """One tensor in blocks of rows; a scalar as it is. For tensors that may be as large as an embedding."""
+        """One tensor in blocks of rows, a scalar as it is; for tensors that may be as large as an embedding."""
 
     def check_unchanged(self) -> None:
-        """Raise `ThetaError` if the file is not as it was when it was opened."""
+        """Raise `ThetaError` if the file changed since it was opened."""
 
 
 class _File:
@@ -58,13 +58,13 @@ class _File:
         self._path, self._opened = path, FileState.of(path)
 
     def check_unchanged(self) -> None:
-        """Raise `ThetaError` if the file is not as it was when it was opened."""
+        """Raise `ThetaError` if the file changed since it was opened."""
         if FileState.of(self._path) != self._opened:
             raise ThetaError(f"{self._path} changed while it was merged; nothing was written; merge again")
 
 
 class SafetensorsStore(_File):
-    """θ in a safetensors file. It is read, not mapped: truncated meanwhile it gives an error, and no SIGBUS."""
+    """θ in a safetensors file. It is read, not mapped: truncating it meanwhile is an error and not a SIGBUS."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -103,7 +103,7 @@ class SafetensorsStore(_File):
         except OSError as error:
             raise ThetaError(f"{self._path}: cannot read {info.name} ({error}); check the disk") from None
         if got != size:
-            raise ThetaError(f"{self._path}: ended in the middle of {info.name}; it was truncated while it was read")
+            raise ThetaError(f"{self._path}: ends in the middle of {info.name}; it was truncated while it was read")
         return data
 
 
@@ -118,15 +118,15 @@ class PickleStore(_File):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError:
             raise ThetaError(
-                f"{path}: this pickle holds more than tensors and was not opened, since it could run code; "
+                f"{path}: this pickle contains more than tensors and was not opened, because it could run code; "
                 "save the adapter as safetensors where it was trained"
             ) from None
         except Exception as error:  # a damaged pickle makes the unpickler raise almost anything
             cause = (str(error).splitlines() or ["it is empty"])[0]
-            raise ThetaError(f"{path}: not a whole torch file ({cause}); it may be truncated") from None
+            raise ThetaError(f"{path}: not a complete torch file ({cause}); it may be truncated") from None
         state = _inner_state(state)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise ThetaError(f"{path}: holds a {type(state).__name__}, wanted a state dict of tensors")
+            raise ThetaError(f"{path}: contains a {type(state).__name__}; wanted a state dict of tensors")
         self._state: dict[str, Tensor] = {str(key): tensor.detach() for key, tensor in state.items()}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
         self.dtypes = {key: tensor.dtype for key, tensor in self._state.items()}

@@ -1,5 +1,5 @@
 """Which modules an adapter's config says it adapts: PEFT's rule (`peft/tuners/tuners_utils.py`,
-`check_target_module_exists`), to hold the config against the keys found in the weights."""
+`check_target_module_exists`), to check the config against the keys in the weights."""
 
 import re
 from collections.abc import Sequence

@@ -95,10 +95,11 @@ def print_shapes(shapes: dict[str, dict[str, Any]]) -> None:
     """Shapes of θ: a row for the modules that differ in their layer alone and have the same."""
     kinds = {module: split_module(module)[1] for module in shapes}
     short = shortened(set(kinds.values()))
+    columns = list(dict.fromkeys(key for facts in shapes.values() for key in facts if key != "scaling"))
     groups: Counter[tuple[str, ...]] = Counter()
     for module, facts in shapes.items():
-        groups[(short[kinds[module]], *(str(facts[key]) for key in ("A", "B", "r", "depth")))] += 1
-    table = Table("module", "A", "B", "r", "depth", "layers", title="shapes of θ")
+        groups[(short[kinds[module]], *(str(facts.get(key, "-")) for key in columns))] += 1
+    table = Table("module", *columns, "layers", title="shapes of θ")
     for row, times in groups.items():
         table.add_row(*row, str(times))
     out.print(table)

@@ -1,4 +1,4 @@
-"""What a merge writes for a tensor: its bytes, in blocks of rows."""
+"""The output of a merge for one tensor, in blocks of rows."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
 from converters.methods.finite import all_finite
-from converters.methods.update import Update, merge_rows
+from converters.methods.update import merge_rows
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
@@ -19,7 +19,7 @@ from converters.plans.tensor import TensorPlan
 def tensor_blocks(plan: Plan, tensor: TensorPlan, worker: Worker) -> Iterator[Tensor]:
     """A tensor of the output; a block is valid until the next.
 
-    Raises `NonFiniteError` when the numbers do not fit the dtype.
+    Raises `NonFiniteError` when a value does not fit the dtype.
     """
     if tensor.terms and tensor.source is not None:
         yield from (merged for _, merged in updated_blocks(tensor.source, [(plan, tensor)], worker))
@@ -32,12 +32,14 @@ def tensor_blocks(plan: Plan, tensor: TensorPlan, worker: Worker) -> Iterator[Te
 def updated_blocks(
     source: TensorInfo, merges: Sequence[tuple[Plan, TensorPlan]], worker: Worker
 ) -> Iterator[tuple[int, Tensor]]:
-    """`W0 + Σ f(W0; θ)` for each of several merges of one W0, which is read once, or twice; with the merge's index.
+    """`W0 + Σ delta` for each of several merges of one W0, which is read once, or twice; with the merge's index.
 
-    Raises `NonFiniteError` when the numbers do not fit the dtype.
+    Raises `NonFiniteError` when a value does not fit the dtype.
     """
+    source = source.as_matrix
+    shape = (source.shape[0], source.shape[1])
     updates = [
-        [Update(plan.tweaker(term), source.shape[1], EVALUATION_DTYPE, worker.device) for term in tensor.terms]
+        [plan.delta_of(term).update(shape, EVALUATION_DTYPE, worker.device) for term in tensor.terms]
         for plan, tensor in merges
     ]
     first = [update for several in updates for update in several if update.needs_pass]
@@ -57,7 +59,7 @@ def updated_blocks(
 def unchanged_blocks(tensor: TensorPlan, plan: Plan, reader: TensorReader) -> Iterator[Tensor]:
     """A tensor of the base or of the adapter that is written in another dtype, in blocks of rows.
 
-    Raises `NonFiniteError` when the numbers do not fit the dtype.
+    Raises `NonFiniteError` when a value does not fit the dtype.
     """
     if tensor.source is not None:
         blocks = reader.row_blocks(tensor.source, block_rows(tensor.source.row_size))
@@ -76,9 +78,9 @@ def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
 
 def _finite(merged: Tensor, tensor: TensorPlan) -> Tensor:
     if not all_finite(merged):
-        cure = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
+        remedy = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
         raise NonFiniteError(
             f"{tensor.name}: merged weights do not fit {tensor.dtype} (NaN, or larger than "
-            f"{torch.finfo(merged.dtype).max:g}){cure}"
+            f"{torch.finfo(merged.dtype).max:g}){remedy}"
         )
     return merged

@@ -1,4 +1,4 @@
-"""The exact factors of all updates of one weight: `Σ f(W0; θ) = lora_B @ lora_A`, whatever format they go to."""
+"""The exact factors of all updates of one weight: `Σ delta = lora_B @ lora_A`, for every format that needs them."""
 
 from collections.abc import Mapping
 
@@ -9,25 +9,22 @@ from converters.errors import ConversionError
 from converters.evaluation.worker import EVALUATION_DTYPE
 from converters.files.blocks import block_rows
 from converters.files.reader import TensorReader
-from converters.methods.update import Update
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
 
-def refuse_output_activations(plan: Plan, modules: Mapping[str, TensorPlan]) -> None:
-    """Raise `ConversionError` for an update that is not of low rank; `modules` are the updated ones, by name."""
+def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan]) -> None:
+    """Raise `ConversionError` for an update that has no exact factors; `modules` are the updated ones, by name."""
     for module, tensor in modules.items():
-        for act_fn in (plan.tweaker(term).output_act_fn for term in tensor.terms):
-            if act_fn is not None:
-                raise ConversionError(
-                    f"the update of {module} ends in an activation ({act_fn}), so it is not of low rank: "
-                    "no LoRA can say it; merge it"
-                )
+        for term in tensor.terms:
+            reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason
+            if reason is not None:
+                raise ConversionError(f"the update of {module} {reason}: it cannot be expressed as LoRA; merge it")
 
 
 def rank_of(plan: Plan, tensor: TensorPlan) -> int:
     """The rank of all updates of one weight together."""
-    return sum(plan.adapters[term.adapter].adapter.rank(term.module) for term in tensor.terms)
+    return sum(plan.adapters[term.adapter].adapter.rank(term.module) or 0 for term in tensor.terms)
 
 
 def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -37,7 +34,7 @@ def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: to
         raise ValueError(f"{tensor.name} is not from the base")
     ups, downs = [], []
     for term in tensor.terms:
-        update = Update(plan.tweaker(term), source.shape[1], EVALUATION_DTYPE, device)
+        update = plan.delta_of(term).update((source.shape[0], source.shape[1]), EVALUATION_DTYPE, device)
         found = update.factors(reader.row_blocks(source, block_rows(source.row_size)))
         ups.append(found.up.cpu())
         downs.append(found.down.cpu())

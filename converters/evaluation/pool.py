@@ -1,4 +1,4 @@
-"""A pool of workers that takes jobs in order, reading ahead; the first failure stops all."""
+"""A pool of workers that run jobs in order and read ahead; the first failure stops all."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from converters.files.header import TensorInfo
 
 
 class Job(Protocol):
-    """Something one worker does from beginning to end."""
+    """Work that one worker does from beginning to end."""
 
     @property
     def source(self) -> TensorInfo | None:
-        """What it reads."""
+        """The tensor it reads, if any."""
 
     @property
     def is_finished(self) -> bool:
@@ -33,7 +33,7 @@ class Pipeline:
         self._workers = [Worker(device, self._stop) for device in devices]
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Do all jobs that are not finished. What one raises is raised here, after every worker has stopped."""
+        """Run all jobs that are not finished; an exception in one is raised here, after every worker has stopped."""
         jobs = [job for job in jobs if not job.is_finished]
         queue = enumerate(jobs)
         lock = threading.Lock()
@@ -54,7 +54,7 @@ class Pipeline:
                 if thread.ident is not None:
                     thread.join()
             for worker in self._workers:
-                worker.close()  # what it read may be removed next
+                worker.close()  # the files it read may be removed next
             self._stop.clear()
             torch.set_num_threads(own_threads)
         if failures:

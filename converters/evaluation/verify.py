@@ -1,6 +1,6 @@
 """Check written weights against θ and the base."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,14 @@ import xxhash
 from torch import Tensor
 
 from converters.errors import VerificationError
+from converters.evaluation.recompute import recompute, sample_places
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
 from converters.files.reader import TensorReader
-from converters.methods.peanut import Orientation, Tweaker
-from converters.methods.update import factors_from
+from converters.methods.weight_delta import WeightDelta
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
-_SAMPLES = 8  # columns, or rows, of each updated weight
 # what a rounded number may be off: half a unit in the last place (torch casts float64 to 16 bits by way of
 # float32, hence a little more), and the roundoff of a float64 evaluation
 _HALF = 0.5 + 2.0**-11
@@ -68,7 +67,9 @@ def check_headers(folder: Path, plan: Plan) -> None:
     written = {info.name: info for shard in plan.shards for info in read_header(folder / shard)[0]}
     wanted = {tensor.name: tensor for tensor in plan.tensors}
     if set(written) != set(wanted):
-        raise VerificationError(f"the output lacks or has too many tensors: {sorted(set(written) ^ set(wanted))[:3]}")
+        raise VerificationError(
+            f"tensors are missing from the output, or were not planned: {sorted(set(written) ^ set(wanted))[:3]}"
+        )
     for name, info in written.items():
         tensor = wanted[name]
         if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
@@ -80,7 +81,7 @@ def check_headers(folder: Path, plan: Plan) -> None:
 def verify_tensor(
     written: TensorInfo,
     tensor: TensorPlan,
-    tweakers: Sequence[Tweaker],
+    deltas: Sequence[WeightDelta],
     digest: str,
     reader: TensorReader,
 ) -> tuple[int, float]:
@@ -89,7 +90,7 @@ def verify_tensor(
     Args:
         written: where it lies in the output.
         tensor: what it should be.
-        tweakers: its updates, in float64.
+        deltas: its updates, in float64.
         digest: xxh3_128 of what was written.
         reader: reads both the output and the base.
 
@@ -97,16 +98,16 @@ def verify_tensor(
 
     Raises `VerificationError` when the bytes are others, or a recomputed number is wrong.
     """
-    wrong = f"{tensor.name}: the bytes on the disk are not those that were written; check the disk"
-    if not tweakers or tensor.source is None:
+    wrong = f"{tensor.name}: the bytes on disk differ from those that were written; check the disk"
+    if not deltas or tensor.source is None:
         if reader.hash(written) != digest:
             raise VerificationError(wrong)
         return 0, 0.0
-    rows, columns = _sample(tensor, tweakers)
-    found_digest, found = _hash_and_pick(written, rows, columns, reader)
+    rows, columns = sample_places(tensor, deltas)
+    found_digest, found = _hash_and_pick(written.as_matrix, rows, columns, reader)
     if found_digest != digest:
         raise VerificationError(wrong)
-    return check_numbers(found, tensor, rows, columns, tweakers, reader)
+    return check_numbers(found, tensor, rows, columns, deltas, reader)
 
 
 def _hash_and_pick(info: TensorInfo, rows: Tensor, columns: Tensor, reader: TensorReader) -> tuple[str, Tensor]:
@@ -126,19 +127,18 @@ def check_numbers(
     tensor: TensorPlan,
     rows: Tensor,
     columns: Tensor,
-    tweakers: Sequence[Tweaker],
+    deltas: Sequence[WeightDelta],
     reader: TensorReader,
 ) -> tuple[int, float]:
     """Recompute an updated weight at `rows` and `columns`, and compare it with `found`, which it has there.
 
-    One value of h depends on a whole column of W0 in the columns orientation and on a whole row in the rows
-    orientation: those are read from the base, apart from what the merge read.
+    What a number depends on (`Reads`) is read from the base, apart from what the merge read.
 
     Returns: (numbers checked, their largest error in ulp).
 
     Raises `VerificationError` if one is not the float64 value, rounded once.
     """
-    w0, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    w0, delta, spread = recompute(tensor, rows, columns, deltas, reader)
     reference = w0 + delta
     error = (found - reference).abs()
     unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
@@ -153,20 +153,20 @@ def check_numbers(
 
 
 def verify_numbers(
-    merged: Tensor, tensor: TensorPlan, tweakers: Sequence[Tweaker], reader: TensorReader
+    merged: Tensor, tensor: TensorPlan, deltas: Sequence[WeightDelta], reader: TensorReader
 ) -> tuple[int, float]:
     """Recompute a sample of an updated weight that is in memory; the rest is as for `check_numbers`."""
-    rows, columns = _sample(tensor, tweakers)
-    few_rows = len(rows) < len(columns)
+    rows, columns = sample_places(tensor, deltas)
+    merged, few_rows = merged.view(tensor.matrix_shape), len(rows) < len(columns)
     found = merged[rows][:, columns] if few_rows else merged[:, columns][rows]
-    return check_numbers(found.double(), tensor, rows, columns, tweakers, reader)
+    return check_numbers(found.double(), tensor, rows, columns, deltas, reader)
 
 
 def check_factors(
     up: Tensor,
     down: Tensor,
     tensor: TensorPlan,
-    tweakers: Sequence[Tweaker],
+    deltas: Sequence[WeightDelta],
     dtype: torch.dtype,
     reader: TensorReader,
 ) -> tuple[int, float]:
@@ -175,7 +175,7 @@ def check_factors(
     Args:
         up, down: factors that were rounded to `dtype`, (out, r) and (r, in), in float64.
         tensor: the weight.
-        tweakers: its updates, in float64.
+        deltas: its updates, in float64.
         dtype: of the factors.
         reader: reads the base.
 
@@ -183,71 +183,14 @@ def check_factors(
 
     Raises `VerificationError` if an error is larger than rounding each factor once makes it.
     """
-    rows, columns = _sample(tensor, tweakers)
-    _, delta, spread = _recompute(tensor, rows, columns, tweakers, reader)
+    rows, columns = sample_places(tensor, deltas)
+    _, delta, spread = recompute(tensor, rows, columns, deltas, reader)
     up, down, tiny = up[rows], down[:, columns], torch.finfo(dtype).smallest_normal
     error = (up @ down - delta).abs()
     rounding = torch.finfo(dtype).eps * ((up.abs() + tiny) @ (down.abs() + tiny))
     if bool((wrong := error > rounding + _ROUNDOFF * spread).any()):
         raise VerificationError(f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed deltas are wrong")
     return error.numel(), float(error.max() / delta.abs().max().clamp(min=torch.finfo(delta.dtype).tiny))
-
-
-def _recompute(
-    tensor: TensorPlan, rows: Tensor, columns: Tensor, tweakers: Sequence[Tweaker], reader: TensorReader
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W0, the sum of its updates, and the magnitudes all of that was added up from; each (rows, columns), float64."""
-    source = tensor.source
-    if source is None:
-        raise ValueError(f"{tensor.name} is not from the base")
-    kinds = {tweaker.orientation for tweaker in tweakers}
-    w0_rows = read_rows(source, rows, reader) if Orientation.ROWS in kinds else None
-    w0_columns = read_columns(source, columns, reader) if w0_rows is None or Orientation.COLUMNS in kinds else None
-    w0 = w0_columns[rows] if w0_columns is not None else w0_rows[:, columns]  # type: ignore[index]
-    total, spread = torch.zeros_like(w0), w0.abs()
-    for tweaker in tweakers:
-        delta, magnitude = _delta_at(tweaker, w0_rows, w0_columns, rows, columns)
-        total, spread = total + delta, spread + magnitude
-    return w0, total, spread
-
-
-def _delta_at(
-    tweaker: Tweaker, w0_rows: Tensor | None, w0_columns: Tensor | None, rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
-    """f at some rows and columns, and the sum of magnitudes it was added up from; both (rows, columns)."""
-    if tweaker.orientation is Orientation.FREE:
-        up, down = tweaker.hidden(tweaker.b[rows]), tweaker.a[:, columns]
-    elif tweaker.orientation is Orientation.COLUMNS and w0_columns is not None:
-        up, down = tweaker.b[rows], tweaker.hidden(tweaker.a @ w0_columns)
-    elif w0_rows is not None:
-        up, down = tweaker.hidden(tweaker.a @ w0_rows.T).T, tweaker.b[columns].T
-    else:
-        raise ValueError("the sample lacks what the tweaker reads")
-    return factors_from(tweaker, up, down).delta(), abs(tweaker.scaling) * (up.abs() @ down.abs())
-
-
-def _sample(tensor: TensorPlan, tweakers: Sequence[Tweaker]) -> tuple[Tensor, Tensor]:
-    """Rows and columns to recompute: some of those that need much of W0 each, all of the others."""
-    kinds = {tweaker.orientation for tweaker in tweakers}
-    rows = _pick(tensor.shape[0], sampled=Orientation.ROWS in kinds)
-    columns = _pick(tensor.shape[1], sampled=Orientation.ROWS not in kinds or Orientation.COLUMNS in kinds)
-    return rows, columns
-
-
-def _pick(size: int, sampled: bool) -> Tensor:
-    """Indices: all, or some that are evenly spread."""
-    return torch.linspace(0, size - 1, min(_SAMPLES, size)).long() if sampled else torch.arange(size)
-
-
-def read_rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
-    """Some rows of a matrix, in float64."""
-    return torch.stack([reader.row(info, int(row)).double() for row in picked])
-
-
-def read_columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
-    """Some columns of a matrix, in float64. Holds one block beside them."""
-    blocks: Iterator[Tensor] = reader.row_blocks(info, block_rows(info.row_size))
-    return torch.cat([block.index_select(1, picked).double() for block in blocks])
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

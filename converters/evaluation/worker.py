@@ -1,4 +1,4 @@
-"""What one thread of a merge owns: a reader, reused buffers, and on a GPU a stream.
+"""What each thread of a merge owns: a reader, reused buffers, and on a GPU a stream.
 
 Every worker takes whole tensors and evaluates them on one thread, so that the output does not depend on how many
 workers there are. While one waits for the disk, another computes; on a GPU there are two for each device, whose
@@ -29,14 +29,14 @@ _WORKERS_PER_GPU = 2
 
 
 class WrittenRange(Protocol):
-    """Something that was written to a file, and is in the page cache."""
+    """Something that was written to a file and is still in the page cache."""
 
     def drop(self) -> None:
-        """Wait until it is on the disk, and take it out of the page cache."""
+        """Wait until it is on disk, and remove it from the page cache."""
 
 
 class StoppedError(Exception):
-    """Another worker failed, or the run was interrupted."""
+    """Raised in a worker when another one failed, or the run was interrupted."""
 
 
 class Worker:
@@ -55,11 +55,11 @@ class Worker:
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._wide = torch.empty(0, dtype=EVALUATION_DTYPE, device=device)
         self._second = self._wide
-        self._behind: Sequence[WrittenRange] = ()
+        self._previous: Sequence[WrittenRange] = ()
         self._rounded = torch.empty(0, dtype=torch.uint8)
 
     def active(self) -> AbstractContextManager[object]:
-        """What the thread has to be inside of while it works."""
+        """The context that the thread has to work in."""
         torch.set_num_threads(1)
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
@@ -67,21 +67,21 @@ class Worker:
         """Close its files."""
         self.reader.close()
 
-    def leave_behind(self, written: Sequence[WrittenRange]) -> None:
-        """Drop what the job before this one wrote; the disk has had the time of one job to take it."""
-        for output in self._behind:
+    def defer_drop(self, written: Sequence[WrittenRange]) -> None:
+        """Drop what the previous job wrote from the page cache; the disk has had one job's time to write it."""
+        for output in self._previous:
             output.drop()
-        self._behind = written
+        self._previous = written
 
     def check_stopped(self) -> None:
-        """Raise `StoppedError` if the run is to end."""
+        """Raise `StoppedError` if the run has to end."""
         if self._stop.is_set():
             raise StoppedError
 
     def wide_blocks(self, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
         """Row blocks of a matrix in float64 on the device, each with the number of its first row.
 
-        A block is a reused buffer, to be changed at will; it is valid until the next one.
+        A block is a reused buffer that may be modified; it is valid until the next one.
         """
         start, rows = 0, block_rows(info.row_size)
         if self._wide.numel() < rows * info.row_size:
@@ -95,13 +95,13 @@ class Worker:
             start += block.shape[0]
 
     def copy_of(self, wide: Tensor) -> Tensor:
-        """A second buffer with the numbers of the first."""
+        """A copy of a block in a second buffer."""
         if self._second.numel() < wide.numel():
             self._second = torch.empty_like(self._wide)
         return self._second[: wide.numel()].view(wide.shape).copy_(wide)
 
     def rounded(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        """The numbers in `dtype` on the CPU, in a reused buffer."""
+        """The values in `dtype` on the CPU, in a reused buffer."""
         size = numbers.numel() * dtype.itemsize
         if self._rounded.numel() < size:
             self._rounded = torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
@@ -118,7 +118,7 @@ class Worker:
 def find_devices(device: str) -> list[torch.device]:
     """The device of each worker: `auto` is every GPU, or the CPU; `cuda` is every GPU.
 
-    Raises `OptionError` for what is not there.
+    Raises `OptionError` for a device that is not available.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise OptionError(f"device '{device}' is unknown; wanted auto, cpu, cuda or cuda:N")
@@ -127,6 +127,8 @@ def find_devices(device: str) -> list[torch.device]:
         return [torch.device("cpu")] * max(1, min(torch.get_num_threads(), _MOST_CPU_WORKERS, os.cpu_count() or 1))
     index = torch.device(device).index if device != "auto" else None
     if (index or 0) >= count:
-        raise OptionError(f"device '{device}' is not there: this PyTorch sees {count} CUDA devices; use --device cpu")
+        raise OptionError(
+            f"device '{device}' is not available: this PyTorch sees {count} CUDA devices; use --device cpu"
+        )
     gpus = [index] if index is not None else range(count)
     return [torch.device("cuda", gpu) for _ in range(_WORKERS_PER_GPU) for gpu in gpus]

@@ -8,7 +8,7 @@ Validation is the safetensors library's; what it cannot do is hand out or take i
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class TensorInfo:
     def row_size(self) -> int:
         """Numbers in one row, i.e. at one index of dimension 0."""
         return math.prod(self.shape[1:])
+
+    @property
+    def as_matrix(self) -> "TensorInfo":
+        """The same bytes as a matrix: a vector is one of a single column."""
+        return replace(self, shape=(*self.shape, 1)) if len(self.shape) == 1 else self
 
     @property
     def is_float(self) -> bool:

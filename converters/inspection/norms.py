@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +14,13 @@ from converters.adapters.facts import shortened, split_module
 from converters.errors import OptionError, OutputError
 from converters.files.blocks import block_rows
 from converters.files.reader import TensorReader
-from converters.methods.update import Update
 from converters.models.checkpoint import Checkpoint
 from converters.plans.merge import plan_merge
 
 
 @dataclass(frozen=True)
 class DeltaNorm:
-    """How large one update is: Frobenius norms of f(W0; θ) and W0."""
+    """How large one update is: Frobenius norms of the delta and of W0."""
 
     module: str
     shape: tuple[int, int]  # (out, in)
@@ -46,14 +46,13 @@ def delta_norms(
     with TensorReader() as reader:
         for tensor in plan.tensors:
             for term in tensor.terms:
-                if tensor.source is None:
+                if tensor.source is None or term.parameter != "weight":
                     continue
-                info, rows = tensor.source, block_rows(tensor.source.row_size)
-                update = Update(plan.tweaker(term), info.shape[1], torch.float32, cpu)
-                factors = update.factors(reader.row_blocks(info, rows))
-                blocks = reader.row_blocks(info, rows)
-                squares = sum(float(b.float().square().sum(dtype=torch.float64)) for b in blocks)
-                found.append(DeltaNorm(term.module, (info.shape[0], info.shape[1]), factors.norm(), squares**0.5))
+                info, shape = tensor.source, (tensor.source.shape[0], tensor.source.shape[1])
+                blocks = partial(reader.row_blocks, info, block_rows(info.row_size))
+                norm = plan.delta_of(term).update(shape, torch.float32, cpu).norm(blocks)
+                squares = sum(float(b.float().square().sum(dtype=torch.float64)) for b in blocks())
+                found.append(DeltaNorm(term.module, shape, norm, squares**0.5))
                 advance(1)
     return sorted(found, key=lambda norm: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", norm.module)])
 

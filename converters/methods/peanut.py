@@ -1,4 +1,4 @@
-"""The tweaker f(W0; θ) of one module: what it is made of, and its hidden layers. `evaluation.py` evaluates it.
+"""PEANuT: the tweaker f(W0; θ) of one module, in its three orientations. LoRA is one of them.
 
 PEANuT (arXiv 2410.01870, §3.3) adapts a frozen weight by a small network that reads it, `W = W0 + f(W0; θ)`.
 The last step of f is linear, so the update has an exact factorisation `f(W0; θ) = up @ down` of rank ≤ r,
@@ -14,18 +14,22 @@ layers between σ and B, usually with mirrored residuals (Fig. 2). Only a varian
 (`output_act_fn`) has no factors of rank r; it is evaluated from `up`, `down` and that activation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from converters.errors import BaseMismatchError, ThetaError
-from converters.methods.activations import NEGATIVE_SLOPE, find_activation, known_activations
-
-# (out, in) of the weight θ was made for; None where θ does not tell
-WeightShape = tuple[int | None, int | None]
+from converters.errors import ConversionError, ThetaError
+from converters.files.blocks import block_rows
+from converters.methods.activations import ACTIVATIONS, NEGATIVE_SLOPE, find_activation, known_activations
+from converters.methods.base import Method, one_or_many
+from converters.methods.factors import Factors
+from converters.methods.network import check_shapes, hidden_layers
+from converters.methods.update import Update
+from converters.methods.weight_delta import Reads, WeightShape
 
 
 class Orientation(str, Enum):
@@ -35,15 +39,9 @@ class Orientation(str, Enum):
     COLUMNS = "columns"
     FREE = "free"  # none: LoRA
 
-    def weight_shape(self, a: Sequence[int], b: Sequence[int]) -> WeightShape:
-        """(out, in) of the weights that θ with A of shape `a` and B of shape `b` was made for."""
-        if self is Orientation.FREE:
-            return b[0], a[1]
-        return (a[1], None) if self is Orientation.COLUMNS else (None, a[1])
-
 
 @dataclass(frozen=True, eq=False)
-class Tweaker:
+class Tweaker(Method):
     """θ of one module. `d` is `out` in the columns orientation and `in` in the rows orientation.
 
     Attributes:
@@ -58,6 +56,9 @@ class Tweaker:
 
     Raises `ThetaError` when the shapes do not fit each other or an activation is unknown.
     """
+
+    name = "peanut"
+    formula = "`W = W0 + f(W0; θ)` (PEANuT, [arXiv 2410.01870](https://arxiv.org/abs/2410.01870))"
 
     orientation: Orientation
     a: Tensor
@@ -75,17 +76,70 @@ class Tweaker:
             if name is not None and name not in known_activations():
                 raise ThetaError(f"unknown act_fn '{name}'; known are {', '.join(known_activations())}")
         check_shapes(
-            self.orientation,
             tuple(self.a.shape),
             tuple(self.b.shape),
             [tuple(e.shape) for e in self.encoders],
             [tuple(d.shape) for d in self.decoders],
-            self.residual,
+            is_free=self.orientation is Orientation.FREE,
+            residual=self.residual,
         )
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Tweaker":
+        """From A, B, encoders.0, ..., decoders.0, ...; see `Method.from_parts`."""
+        encoders, decoders = (
+            tuple(parts[f"{side}.{i}"] for i in range(sum(name.startswith(side) for name in parts)))
+            for side in ("encoders", "decoders")
+        )
+        rest = {key: value for key, value in settings.items() if key != "orientation"}
+        return cls(Orientation(settings["orientation"]), parts["A"], parts["B"], encoders, decoders, **rest)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See `WeightDelta.parts`."""
+        return {
+            "A": self.a,
+            "B": self.b,
+            **{f"encoders.{i}": layer for i, layer in enumerate(self.encoders)},
+            **{f"decoders.{i}": layer for i, layer in enumerate(self.decoders)},
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`."""
+        return {
+            "orientation": self.orientation.value,
+            "act_fn": self.act_fn,
+            "scaling": self.scaling,
+            "residual": self.residual,
+            "output_act_fn": self.output_act_fn,
+            "negative_slope": self.negative_slope,
+        }
+
+    @property
+    def digest_facts(self) -> list[Any]:
+        """See `Method.digest_facts`. People have recorded digests: this list does not change."""
+        return list(self.settings.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See `Method.facts`."""
+        orientation, *rest = self.settings.items()
+        return dict([orientation, ("r", self.r), ("depth", self.depth), *rest])
+
+    @classmethod
+    def describe(cls, modules: Sequence[Method]) -> dict[str, Any]:
+        """See `Method.describe`. Settings that are rare are left out where no module has them."""
+        facts = [one.facts for one in modules]
+        shown = ["orientation", "r", "depth", "act_fn", "scaling"]
+        shown += ["residual"] if not all(one["residual"] for one in facts) else []
+        shown += ["output_act_fn"] if any(one["output_act_fn"] for one in facts) else []
+        shown += ["negative_slope"] if any("leaky_relu" in (f["act_fn"], f["output_act_fn"]) for f in facts) else []
+        return {key: one_or_many(one[key] for one in facts) for key in shown}
 
     @property
     def r(self) -> int:
-        """The rank: hidden size of f, and the rank of its exact factors."""
+        """The hidden size of f, and the rank of its exact factors."""
         return self.a.shape[0]
 
     @property
@@ -93,15 +147,46 @@ class Tweaker:
         """PEFT's depth: pairs of hidden r × r layers. The paper counts 2 * depth + 2."""
         return len(self.encoders)
 
+    @property
+    def rank(self) -> int | None:
+        """See `WeightDelta.rank`."""
+        return self.r if self.output_act_fn is None else None
+
+    @property
+    def full_rank_reason(self) -> str | None:
+        """See `WeightDelta.full_rank_reason`."""
+        if self.output_act_fn is None:
+            return None
+        return f"ends in an activation ({self.output_act_fn}), so it is not of low rank"
+
+    @property
+    def weight_shape(self) -> WeightShape:
+        """See `WeightDelta.weight_shape`."""
+        if self.orientation is Orientation.FREE:
+            return self.b.shape[0], self.a.shape[1]
+        return (self.a.shape[1], None) if self.orientation is Orientation.COLUMNS else (None, self.a.shape[1])
+
+    def _mismatch_cause(self, shape: tuple[int, ...]) -> str:
+        small = any(size is not None and size < self.r for size in self.weight_shape)
+        swapped = len(shape) == 2 and self.r in shape and small
+        return "A and B look swapped" if swapped else super()._mismatch_cause(shape)
+
+    @property
+    def reads(self) -> Reads:
+        """See `WeightDelta.reads`."""
+        return {
+            Orientation.FREE: Reads.NOTHING,
+            Orientation.ROWS: Reads.ROWS,
+            Orientation.COLUMNS: Reads.COLUMNS,
+        }[self.orientation]
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Tweaker":
-        """The same tweaker with its tensors on `device` in `dtype`."""
-        return replace(
-            self,
-            a=self.a.to(device, dtype),
-            b=self.b.to(device, dtype),
-            encoders=tuple(e.to(device, dtype) for e in self.encoders),
-            decoders=tuple(d.to(device, dtype) for d in self.decoders),
-        )
+        """See `WeightDelta.to`."""
+        return self.from_parts(self.parts_on(device, dtype), self.settings)
+
+    def times(self, weight: float) -> "Tweaker":
+        """See `WeightDelta.times`: the weight goes into s, so that the factors stay exact."""
+        return replace(self, scaling=self.scaling * weight)
 
     def transposed(self) -> "Tweaker":
         """The tweaker g with `g(W0ᵀ) = f(W0)ᵀ`, for weights that are stored as (in, out).
@@ -118,48 +203,105 @@ class Tweaker:
     def hidden(self, projected: Tensor) -> Tensor:
         """h from the projection `A W0` (r, n) or `(W0 Aᵀ)ᵀ` (r, n): features lie on dimension 0."""
         act = find_activation(self.act_fn, self.negative_slope)
-        h = act(projected)
-        inputs = []
-        for encoder in self.encoders:
-            inputs.append(h)
-            h = act(encoder @ h)
-        for decoder in self.decoders:
-            h = act(decoder @ h)
-            if self.residual:
-                h = h + inputs.pop()
-        return h
+        return hidden_layers(projected, act, self.encoders, self.decoders, self.residual)
+
+    def delta(self, w0: Tensor) -> Tensor:
+        """See `WeightDelta.delta`."""
+        update = self.update((w0.shape[0], w0.shape[1]), self.a.dtype, w0.device)
+        return update.factors(torch.split(w0, block_rows(w0.shape[1]))).delta()
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`."""
+        if self.orientation is Orientation.FREE:
+            up, down = self.hidden(self.b[rows]), self.a[:, columns]
+        elif self.orientation is Orientation.COLUMNS:
+            up, down = self.b[rows], self.hidden(self.a @ w0)
+        else:
+            up, down = self.hidden(self.a @ w0.T).T, self.b[columns].T
+        return self.as_factors(up, down).delta(), abs(self.scaling) * (up.abs() @ down.abs())
+
+    def update(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "TweakerUpdate":
+        """See `WeightDelta.update`."""
+        return TweakerUpdate(self, shape[1], dtype, device)
+
+    def as_factors(self, up: Tensor, down: Tensor) -> Factors:
+        """The `Factors` from `up` (out, r) without s and `down` (r, in)."""
+        if self.output_act_fn is None:
+            return Factors(up * self.scaling, down)
+        return Factors(up, down, self.output_act_fn, self.scaling, self.negative_slope)
+
+    def peanut_config(self) -> dict[str, Any]:
+        """r, depth, act_fn and scaling of a PeanutConfig (`peft/tuners/peanut/config.py`) that does the same.
+
+        Raises `ConversionError` where there is none.
+        """
+        reason = None
+        if self.orientation is not Orientation.COLUMNS:
+            reason = f"its orientation is {self.orientation.value}, PEFT knows columns only"
+        elif self.output_act_fn is not None:
+            reason = "it has an activation on the output"
+        elif self.depth and not self.residual:
+            reason = "its hidden layers have no residuals"
+        elif self.act_fn not in ACTIVATIONS:
+            reason = f"its activation {self.act_fn} is not one of transformers"
+        elif self.act_fn == "leaky_relu" and self.negative_slope != NEGATIVE_SLOPE:
+            reason = f"its leaky_relu has the slope {self.negative_slope:g}, not {NEGATIVE_SLOPE}"
+        if reason is not None:
+            raise ConversionError(reason)
+        return {"r": self.r, "depth": self.depth, "act_fn": self.act_fn, "scaling": self.scaling}
 
 
-def check_shapes(
-    orientation: Orientation,
-    a: tuple[int, ...],
-    b: tuple[int, ...],
-    encoders: Sequence[tuple[int, ...]],
-    decoders: Sequence[tuple[int, ...]],
-    residual: bool,
-) -> None:
-    """Raise `ThetaError` unless the layers of one tweaker fit each other."""
-    pair = len(a) == 2 and len(b) == 2 and a[0] == b[1] > 0
-    if not pair or (orientation is not Orientation.FREE and a[1] != b[0]):
-        wanted = "(r, in) and (out, r)" if orientation is Orientation.FREE else "(r, d) and (d, r)"
-        raise ThetaError(f"A has shape {a} and B {b}; wanted {wanted}")
-    if residual and len(encoders) != len(decoders):
-        raise ThetaError(f"{len(encoders)} encoders but {len(decoders)} decoders; mirrored residuals need as many")
-    if orientation is Orientation.FREE and (encoders or decoders):
-        raise ThetaError("hidden layers, but the free orientation (LoRA) has none")
-    for layer in (*encoders, *decoders):
-        if layer != (a[0], a[0]):
-            cause = "; A and B look swapped" if layer == (a[1], a[1]) else ""
-            raise ThetaError(f"a hidden layer has shape {layer}; wanted {(a[0], a[0])}{cause}")
+class TweakerUpdate(Update):
+    """The update of one weight by a tweaker; holds `(out + in) * r` numbers.
 
+    Args:
+        tweaker: θ of the module.
+        width: columns of W0.
+        dtype, device: as for `Update`.
+    """
 
-def check_fits(trained: WeightShape, shape: tuple[int, ...], r: int, name: str = "w0") -> None:
-    """Raise `BaseMismatchError` unless θ that was made for `trained` (out, in) fits a weight of `shape`."""
-    if len(shape) == 2 and all(want in (None, got) for want, got in zip(trained, shape, strict=True)):
-        return
-    found = " x ".join(f"{axis} = {size}" for axis, size in zip(("out", "in"), trained, strict=True) if size)
-    swapped = len(shape) == 2 and r in shape and any(size is not None and size < r for size in trained)
-    raise BaseMismatchError(
-        f"{name}: the weight has shape {tuple(shape)}, θ was trained for {found} (r = {r}); "
-        + ("A and B look swapped" if swapped else "this is another base, or another model size")
-    )
+    def __init__(self, tweaker: Tweaker, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self._theta = theta = tweaker.to(device, dtype)
+        self.needs_pass = theta.orientation is Orientation.COLUMNS
+        if self.needs_pass:
+            self._projected = torch.zeros(theta.r, width, dtype=dtype, device=device)
+            self._terms = theta.as_factors(theta.b, self._projected)
+        elif theta.orientation is Orientation.ROWS:
+            self._terms = theta.as_factors(theta.b[:0], theta.b.T.contiguous())
+        else:
+            self._terms = theta.as_factors(theta.hidden(theta.b), theta.a)
+
+    def see(self, w0: Tensor, start: int) -> None:
+        """Project rows of W0 (n, in) that begin at row `start`."""
+        self._projected.addmm_(self._theta.a[:, start : start + w0.shape[0]], w0)
+
+    def settle(self) -> None:
+        """All rows were seen: h is known."""
+        self._terms = replace(self._terms, down=self._theta.hidden(self._projected))
+        del self._projected
+
+    def prepare(self, w0: Tensor, start: int) -> Tensor:
+        """Rows of the left factor (n, r) for rows of W0 (n, in) that begin at row `start`."""
+        if self._theta.orientation is not Orientation.ROWS:
+            return self._terms.up[start : start + w0.shape[0]]
+        h = self._theta.hidden(self._theta.a @ w0.T).T
+        return h if self._theta.output_act_fn else h * self._theta.scaling
+
+    def add_to(self, total: Tensor, prepared: Tensor) -> Tensor:
+        """See `Update.add_to`."""
+        return self._terms.add_to(total, prepared)
+
+    def factors(self, blocks: Iterable[Tensor]) -> Factors:
+        """See `Update.factors`; the blocks are not read if θ does not depend on W0."""
+        if self.needs_pass:
+            for start, w0 in self._numbered(blocks):
+                self.see(w0, start)
+            self.settle()
+        if self._theta.orientation is not Orientation.ROWS:
+            return self._terms
+        return replace(self._terms, up=torch.cat([self.prepare(w0, start) for start, w0 in self._numbered(blocks)]))
+
+    def norm(self, blocks: Callable[[], Iterable[Tensor]]) -> float:
+        """See `Update.norm`: from the factors."""
+        return self.factors(blocks()).norm()

@@ -1,154 +1,131 @@
-"""Evaluating f(W0; θ) from row blocks of W0: merged rows, and the two factors of an update. See `tweaker.py`."""
+"""Evaluating the delta of one weight while blocks of its rows pass by: no weight has to be in memory whole."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from converters.files.blocks import block_rows
-from converters.methods.activations import NEGATIVE_SLOPE, find_activation
-from converters.methods.peanut import Orientation, Tweaker, check_fits
+from converters.methods.factors import Factors
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The exact factors of an update: `delta = up @ down`. As LoRA: `lora_B = up`, `lora_A = down`.
+class Update(ABC):
+    """The delta of one weight.
 
-    With `output_act_fn` g the update is `scaling · g(up @ down)`, and has no such factors.
-    """
-
-    up: Tensor  # (out, r)
-    down: Tensor  # (r, in)
-    output_act_fn: str | None = None
-    scaling: float = 1.0
-    negative_slope: float = NEGATIVE_SLOPE
-
-    def delta(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start : stop` of the delta weight, (n, in)."""
-        up = self.up[start:stop]
-        return self.add_to(torch.zeros(len(up), self.down.shape[1], dtype=up.dtype, device=up.device), up)
-
-    def add_to(self, total: Tensor, up: Tensor) -> Tensor:
-        """`total` (n, in), changed in place, plus the rows of the delta weight whose left factor is `up` (n, r)."""
-        if self.output_act_fn is None:
-            return total.addmm_(up, self.down)
-        act = find_activation(self.output_act_fn, self.negative_slope)
-        return total.add_(act(up @ self.down), alpha=self.scaling)
-
-    def norm(self) -> float:
-        """Frobenius norm of the delta weight; from two r × r Gram matrices where it is low-rank."""
-        up, down = self.up.double(), self.down.double()
-        if self.output_act_fn is None:
-            return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
-        rows = block_rows(down.shape[1])
-        blocks = (self.delta(i, i + rows).double().square().sum() for i in range(0, up.shape[0], rows))
-        return math.sqrt(sum(float(block) for block in blocks))
-
-
-def factors_from(tweaker: Tweaker, up: Tensor, down: Tensor) -> Factors:
-    """The `Factors` of a tweaker, from `up` (out, r) without s and `down` (r, in)."""
-    if tweaker.output_act_fn is None:
-        return Factors(up * tweaker.scaling, down)
-    return Factors(up, down, tweaker.output_act_fn, tweaker.scaling, tweaker.negative_slope)
-
-
-class Update:
-    """The update of one weight, evaluated while the row blocks of W0 pass by.
-
-    In the columns orientation h needs all rows: `see` every block of a first pass, then `settle`. Then, and in the
-    other orientations at once, `up` and `add_to` give the merged rows of each block. Holds `(out + in) * r` numbers.
+    Where `needs_pass` is set, every block goes through `see` in a first pass, and then `settle` is called. After
+    that, or at once, `prepare` and `add_to` turn each block into merged rows.
 
     Args:
-        tweaker: θ of the module.
-        width: columns of W0.
         dtype: what to evaluate in.
         device: where to evaluate.
     """
 
-    def __init__(self, tweaker: Tweaker, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._theta = theta = tweaker.to(device, dtype)
-        self.needs_pass = theta.orientation is Orientation.COLUMNS
-        if self.needs_pass:
-            self._projected = torch.zeros(theta.r, width, dtype=dtype, device=device)
-            self._terms = factors_from(theta, theta.b, self._projected)
-        elif theta.orientation is Orientation.ROWS:
-            self._terms = factors_from(theta, theta.b[:0], theta.b.T.contiguous())
-        else:
-            self._terms = factors_from(theta, theta.hidden(theta.b), theta.a)
+    needs_pass = False
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
 
     def see(self, w0: Tensor, start: int) -> None:
         """Take in rows of W0 (n, in) that begin at row `start`."""
-        self._projected.addmm_(self._theta.a[:, start : start + w0.shape[0]], w0)
+        raise NotImplementedError
 
     def settle(self) -> None:
         """All rows were seen."""
-        self._terms = replace(self._terms, down=self._theta.hidden(self._projected))
-        del self._projected
+        raise NotImplementedError
 
-    def up(self, w0: Tensor, start: int) -> Tensor:
-        """Rows of the left factor (n, r) for rows of W0 (n, in) that begin at row `start`."""
-        if self._theta.orientation is not Orientation.ROWS:
-            return self._terms.up[start : start + w0.shape[0]]
-        h = self._theta.hidden(self._theta.a @ w0.T).T
-        return h if self._theta.output_act_fn else h * self._theta.scaling
+    @abstractmethod
+    def prepare(self, w0: Tensor, start: int) -> Tensor:
+        """What `add_to` needs for rows of W0 (n, in) that begin at row `start`; they may change afterwards."""
 
-    def add_to(self, total: Tensor, up: Tensor) -> Tensor:
-        """`total` (n, in), changed in place, plus the rows of the update that `up` tells."""
-        return self._terms.add_to(total, up)
+    def add_to(self, total: Tensor, prepared: Tensor) -> Tensor:
+        """`total` (n, in), changed in place, plus the rows of the delta; by default `prepared` is these rows."""
+        return total.add_(prepared)
 
     def factors(self, blocks: Iterable[Tensor]) -> Factors:
-        """The factors of the whole update, from all row blocks of W0 in order; not read if θ is free of W0."""
+        """The exact factors of the whole delta, from all row blocks of W0 in order, for a method that has any."""
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
+
+    def norm(self, blocks: Callable[[], Iterable[Tensor]]) -> float:
+        """Frobenius norm of the delta; `blocks` gives all row blocks of W0 in order, perhaps twice."""
         if self.needs_pass:
-            for start, w0 in self._numbered(blocks):
+            for start, w0 in self._numbered(blocks()):
                 self.see(w0, start)
             self.settle()
-        if self._theta.orientation is not Orientation.ROWS:
-            return self._terms
-        return replace(self._terms, up=torch.cat([self.up(w0, start) for start, w0 in self._numbered(blocks)]))
+        total = 0.0
+        for start, w0 in self._numbered(blocks()):
+            delta = self.add_to(torch.zeros_like(w0), self.prepare(w0, start))
+            total += float(delta.double().square().sum())
+        return math.sqrt(total)
 
     def _numbered(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Blocks in the dtype and on the device of θ, each with the number of its first row."""
+        """Blocks in the dtype and on the device of the evaluation, each with the number of its first row."""
         start = 0
         for block in blocks:
-            yield start, block.to(self._theta.a.device, self._theta.a.dtype)
+            yield start, block.to(self._device, self._dtype)
             start += block.shape[0]
+
+
+class WholeUpdate(Update):
+    """A delta that is evaluated as a whole: for methods without a streaming form. Holds the weight twice.
+
+    Args:
+        delta: W0 (out, in) -> its delta.
+        shape: of W0.
+        dtype, device: as for `Update`.
+    """
+
+    needs_pass = True
+
+    def __init__(
+        self, delta: Callable[[Tensor], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(dtype, device)
+        self._evaluate = delta
+        self._whole = torch.empty(shape, dtype=dtype, device=device)
+
+    def see(self, w0: Tensor, start: int) -> None:
+        """Keep a copy of the rows."""
+        self._whole[start : start + w0.shape[0]] = w0
+
+    def settle(self) -> None:
+        """Evaluate the delta, which takes the place of W0."""
+        self._whole = self._evaluate(self._whole)
+
+    def prepare(self, w0: Tensor, start: int) -> Tensor:
+        """Rows of the delta."""
+        return self._whole[start : start + w0.shape[0]]
+
+
+class ScaledUpdate(Update):
+    """Another update, times a number."""
+
+    def __init__(self, update: Update, weight: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self._update, self._weight = update, weight
+        self.needs_pass = update.needs_pass
+
+    def see(self, w0: Tensor, start: int) -> None:
+        """See `Update.see`."""
+        self._update.see(w0, start)
+
+    def settle(self) -> None:
+        """See `Update.settle`."""
+        self._update.settle()
+
+    def prepare(self, w0: Tensor, start: int) -> Tensor:
+        """See `Update.prepare`."""
+        return self._update.prepare(w0, start)
+
+    def add_to(self, total: Tensor, prepared: Tensor) -> Tensor:
+        """See `Update.add_to`."""
+        delta = self._update.add_to(torch.zeros_like(total), prepared)
+        return total.add_(delta, alpha=self._weight)
 
 
 def merge_rows(w0: Tensor, updates: Sequence[Update], start: int) -> Tensor:
     """`W0 + Σ delta` for the rows `w0` (n, in) that begin at row `start`; `w0` is overwritten."""
-    ups = [update.up(w0, start) for update in updates]  # all of them read W0, before it changes
-    for update, up in zip(updates, ups, strict=True):
-        w0 = update.add_to(w0, up)
+    prepared = [update.prepare(w0, start) for update in updates]  # all of them read W0, before it changes
+    for update, rows in zip(updates, prepared, strict=True):
+        w0 = update.add_to(w0, rows)
     return w0
-
-
-def factors(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> Factors:
-    """The exact rank-r factors of f(W0; θ).
-
-    Args:
-        w0: the original weight (out, in), any floating dtype. It is read block by block, never copied whole.
-        tweaker: θ of the module.
-        dtype: what to evaluate in; float32 by default, float64 if `w0` or θ is float64.
-
-    Returns:
-        `Factors` in `dtype`, on the device of `w0`.
-
-    Raises:
-        BaseMismatchError: `w0` has not the shape θ was trained for.
-    """
-    check_fits(tweaker.orientation.weight_shape(tweaker.a.shape, tweaker.b.shape), tuple(w0.shape), tweaker.r)
-    if dtype is None:
-        dtype = torch.float64 if torch.float64 in (w0.dtype, tweaker.a.dtype) else torch.float32
-    update = Update(tweaker, w0.shape[1], dtype, w0.device)
-    return update.factors(torch.split(w0, block_rows(w0.shape[1])))
-
-
-def delta_weight(w0: Tensor, tweaker: Tweaker, dtype: torch.dtype | None = None) -> Tensor:
-    """f(W0; θ), scale included, (out, in); `dtype` as in `factors`.
-
-    Raises:
-        BaseMismatchError: `w0` has not the shape θ was trained for.
-    """
-    return factors(w0, tweaker, dtype).delta()

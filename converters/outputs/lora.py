@@ -17,9 +17,9 @@ from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
 from converters.errors import ConversionError, NonFiniteError, OutputError
-from converters.evaluation.factors import rank_of, refuse_output_activations, sum_factors
+from converters.evaluation.factors import rank_of, refuse_full_rank, sum_factors
 from converters.evaluation.verify import FactorCheck, check_factors
-from converters.evaluation.worker import EVALUATION_DTYPE, find_devices
+from converters.evaluation.worker import find_devices
 from converters.files.blocks import block_rows
 from converters.files.hashing import hash_file
 from converters.files.header import FLOAT_DTYPES, TensorInfo, TensorSpec
@@ -110,7 +110,7 @@ def as_lora(plan: Plan, output: Path) -> LoraAdapterPlan:
     """
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     modules = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
-    refuse_output_activations(plan, modules)
+    refuse_full_rank(plan, modules)
     saved = saved_tensors(plan, arch)
     whole = saved_modules(arch, saved)
     if odd := [module for module in whole if module.rsplit(".", 1)[-1] not in _VLLM_SAVED]:
@@ -190,8 +190,8 @@ def _write_weights(converted: LoraAdapterPlan, file: Path, device: torch.device,
             up, down = (_read(writer.places[name], reader) for name in _names(module))
             if tensor.terms[0].transposed:
                 up, down = down.T, up.T
-            tweakers = [plan.tweaker(term).to("cpu", EVALUATION_DTYPE) for term in tensor.terms]
-            checks.append(check_factors(up, down, tensor, tweakers, FLOAT_DTYPES[converted.dtype], reader))
+            deltas = plan.deltas_of(tensor)
+            checks.append(check_factors(up, down, tensor, deltas, FLOAT_DTYPES[converted.dtype], reader))
             advance(tensor.source.nbytes if tensor.source else 0)
         writer.finish()
     return FactorCheck(sum(count for count, _ in checks), max(error for _, error in checks))

@@ -27,12 +27,12 @@ def build_model_card(plan: Plan) -> str:
         head = [f"base_model: {json.dumps(base_id)}", "base_model_relation: finetune", *head]
     architecture = str((plan.config.get("architectures") or [""])[0])
     head += [f"pipeline_tag: {tag}" for end, tag in _PIPELINES.items() if architecture.endswith(end)]
+    formulas = "; ".join(formulas_of(plan))
     counts = Counter(tensor.action.value for tensor in plan.tensors)
     lines = [
         f"# {base.name} with {plan.name}",
         "",
-        f"The weights of {base_id or base.name} with the adapter `{plan.name}` merged into them: "
-        "`W = W0 + f(W0; θ)` (PEANuT, [arXiv 2410.01870](https://arxiv.org/abs/2410.01870)). "
+        f"The weights of {base_id or base.name} with the adapter `{plan.name}` merged into them: {formulas}. "
         "Load it as any other transformers model; no adapter library is needed.",
         "",
         "| | |",
@@ -50,6 +50,12 @@ def base_id_of(plan: Plan) -> str | None:
     """The base on the Hub: where it came from, or what the adapter says it was trained on."""
     trained_on = plan.adapters[0].adapter.base_name or ""
     return plan.base.repo_id or (trained_on if "/" in trained_on and is_hub_id(trained_on) else None)
+
+
+def formulas_of(plan: Plan) -> list[str]:
+    """What the methods of the adapters compute, each once, in Markdown."""
+    described = [one.adapter.describe(module) for one in plan.adapters for module in one.adapter.modules]
+    return list(dict.fromkeys(one.formula for one in described))
 
 
 def adapter_rows(weighted: Weighted) -> list[str]:

@@ -18,8 +18,7 @@ from converters.errors import ConversionError, OutputError, VerificationError
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
 from converters.files.staging import check_output, staged
-from converters.methods.activations import ACTIVATIONS, NEGATIVE_SLOPE
-from converters.methods.peanut import Orientation, Tweaker
+from converters.methods.peanut import Tweaker
 from converters.models import config as model_config
 from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.manifest import provenance
@@ -91,7 +90,7 @@ def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -
 
 
 def _tweakers(plan: Plan) -> dict[str, Tweaker]:
-    """Name of an updated tensor -> its tweaker. Raises `ConversionError` for a sum or a transposed weight."""
+    """Name of an updated tensor -> its tweaker. Raises `ConversionError` for what PEFT's PEANuT does not adapt."""
     if len(plan.adapters) > 1:
         raise ConversionError("a PEFT adapter cannot hold the sum of several; convert each, or merge them")
     tweakers = {}
@@ -99,29 +98,27 @@ def _tweakers(plan: Plan) -> dict[str, Tweaker]:
         for term in tensor.terms:
             if term.transposed:
                 raise ConversionError(f"{tensor.name} is a Conv1D, which PEFT's PEANuT does not adapt")
-            tweakers[tensor.name] = plan.tweaker(term)
+            delta = plan.delta_of(term)
+            if not isinstance(delta, Tweaker):
+                name = plan.adapters[term.adapter].adapter.describe(term.module).name
+                raise ConversionError(f"this is a {name} adapter; the peft format writes PEANuT adapters")
+            tweakers[tensor.name] = delta
     return tweakers
 
 
 def _common_settings(tweakers: dict[str, Tweaker]) -> dict[str, Any]:
-    """r, depth, act_fn and scaling of all modules. Raises `ConversionError` if a PeanutConfig cannot say them."""
+    """r, depth, act_fn and scaling of all modules. Raises `ConversionError` where no PeanutConfig can state them."""
+    configs = []
     for name, tweaker in tweakers.items():
-        reason = None
-        if tweaker.orientation is not Orientation.COLUMNS:
-            reason = f"its orientation is {tweaker.orientation.value}, PEFT knows columns only"
-        elif tweaker.output_act_fn is not None:
-            reason = "it has an activation on the output"
-        elif tweaker.depth and not tweaker.residual:
-            reason = "its hidden layers have no residuals"
-        elif tweaker.act_fn not in ACTIVATIONS:
-            reason = f"its activation {tweaker.act_fn} is not one of transformers"
-        elif tweaker.act_fn == "leaky_relu" and tweaker.negative_slope != NEGATIVE_SLOPE:
-            reason = f"its leaky_relu has the slope {tweaker.negative_slope:g}, not {NEGATIVE_SLOPE}"
-        if reason is not None:
-            raise ConversionError(f"a PeanutConfig cannot say what this adapter does to {name}: {reason}; merge it")
+        try:
+            configs.append(tweaker.peanut_config())
+        except ConversionError as error:
+            raise ConversionError(
+                f"a PeanutConfig cannot say what this adapter does to {name}: {error}; merge it"
+            ) from None
     settings = {}
-    for key in ("r", "depth", "act_fn", "scaling"):
-        found = sorted({getattr(tweaker, key) for tweaker in tweakers.values()})
+    for key in configs[0]:
+        found = sorted({config[key] for config in configs})
         if len(found) > 1:
             raise ConversionError(
                 f"a PeanutConfig has one {key} for all modules, this adapter has {', '.join(map(str, found))}; "
@@ -151,10 +148,7 @@ def _config(
 def _state_dict(modules: dict[str, Tweaker], saved: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     for module, tweaker in modules.items():
-        at = f"{PREFIX}{module}.peanut_"
-        tensors |= {f"{at}A.weight": tweaker.a, f"{at}B.weight": tweaker.b}
-        tensors |= {f"{at}encoders.{i}.weight": e for i, e in enumerate(tweaker.encoders)}
-        tensors |= {f"{at}decoders.{i}.weight": d for i, d in enumerate(tweaker.decoders)}
+        tensors |= {f"{PREFIX}{module}.peanut_{part}.weight": tensor for part, tensor in tweaker.parts.items()}
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
@@ -165,7 +159,8 @@ def _check_written(folder: Path, modules: dict[str, Tweaker]) -> None:
         found = adapter.tweaker(module) if module in adapter.modules else None
         if found is None or (found.act_fn, found.scaling) != (wanted.act_fn, wanted.scaling):
             raise VerificationError(f"{folder}: {module} was not written as it should be")
-        theirs = (found.a, found.b, *found.encoders, *found.decoders)
-        ours = (wanted.a, wanted.b, *wanted.encoders, *wanted.decoders)
-        if len(theirs) != len(ours) or not all(map(torch.equal, theirs, ours)):
+        same = found.parts.keys() == wanted.parts.keys() and all(
+            torch.equal(found.parts[part], tensor) for part, tensor in wanted.parts.items()
+        )
+        if not same:
             raise VerificationError(f"{folder}: θ of {module} was not written as it should be")

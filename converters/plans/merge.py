@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from converters.adapters.adapter import Adapter, Weighted
 from converters.adapters.base_record import check_base
 from converters.adapters.embedded_base import check_embedded
 from converters.errors import LayoutError, OptionError, QuantizedBaseError
 from converters.files.header import FLOAT_DTYPES, TensorInfo
-from converters.methods.peanut import Tweaker, check_fits
+from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.plans.renaming import find_renamed_targets
@@ -46,7 +48,7 @@ class Plan:
 
     @property
     def head(self) -> Adapter:
-        """The adapter that tensors are taken from whole; the first if none is."""
+        """The adapter that replaces tensors as a whole; the first if none does."""
         return self.adapters[find_head([weighted.adapter for weighted in self.adapters])].adapter
 
     @property
@@ -56,18 +58,26 @@ class Plan:
 
     @property
     def default_output(self) -> Path:
-        """`./<base>-<adapter>`; `./<adapter>-merged` where the base came with the adapter."""
+        """`./<base>-<adapter>`; `./<adapter>-merged` where the base is inside the adapter."""
         return Path(f"{self.name}-merged" if self.base.holder is not None else f"{self.base.name}-{self.name}")
 
-    def tweaker(self, term: Term) -> Tweaker:
-        """f of one update, as it applies to the weight as it is stored, the adapter's weight in its scaling."""
+    def delta_of(self, term: Term) -> WeightDelta:
+        """What one update adds to a tensor as it is stored, times the weight of its adapter in the sum."""
         weighted = self.adapters[term.adapter]
-        tweaker = weighted.adapter.tweaker(term.module)
-        tweaker = replace(tweaker, scaling=tweaker.scaling * weighted.weight)
-        return tweaker.transposed() if term.transposed else tweaker
+        method = weighted.adapter.method(term.module)
+        if term.parameter == "bias":
+            if method.bias is None:
+                raise ValueError(f"{term.module}: {method.name} does not change the bias")
+            return method.bias.times(weighted.weight)
+        delta = method.times(weighted.weight)
+        return delta.transposed() if term.transposed else delta
+
+    def deltas_of(self, tensor: TensorPlan) -> list[WeightDelta]:
+        """All updates of a tensor, in float64 on the CPU: what it is verified against."""
+        return [self.delta_of(term).to("cpu", torch.float64) for term in tensor.terms]
 
     def sharing(self, shared: Collection[str]) -> "Plan":
-        """The same plan with the base tensors `shared`, which are the same in several outputs, in their own files."""
+        """The same plan with the base tensors `shared`, which several outputs have in common, in separate files."""
         limit = self.options["max_shard_size"]
         return replace(self, shards=shard_tensors(self.base, self.tensors, limit, shared))
 
@@ -86,7 +96,7 @@ def plan_merge(
     labels: list[str] | None = None,
     force_base: bool = False,
 ) -> Plan:
-    """Plan a merge. Reads no weights, but for base weights that were saved along with θ.
+    """Plan a merge. Reads no weights, except base weights that were saved together with θ.
 
     Args:
         base: the base.
@@ -94,11 +104,11 @@ def plan_merge(
         dtype: `auto` (each tensor's own), `bf16`, `fp16` or `fp32`.
         max_shard_size: bytes; None for the base's own sharding.
         labels: class labels for a head that comes with the adapter.
-        force_base: merge although the recorded base is another.
+        force_base: merge even if the adapter was recorded on another base.
 
     Raises:
-        BaseMismatchError, QuantizedBaseError, TargetError, ThetaError, OptionError: see there.
-        LayoutError: nothing tells which of two layouts an adapter is in.
+        BaseMismatchError, QuantizedBaseError, TargetError, ThetaError, OptionError: see `converters.errors`.
+        LayoutError: an adapter could be in two layouts, and nothing decides between them.
     """
     if dtype not in DTYPE_OPTIONS:
         raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
@@ -107,11 +117,12 @@ def plan_merge(
     found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
         found = find_renamed_targets(base, opened, labels)
+    _refuse_conflicts(found)
     for position, adapter in enumerate(opened):
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
     if base.stream is not None and found.embedded:
         raise OptionError(
-            "--stream: the adapter holds weights of its base, which have to be compared with the base before; "
+            "--stream: the adapter contains weights of its base, which have to be compared with the base first; "
             "leave out --stream"
         )
     if base.holder is None:  # else those weights are the base
@@ -141,15 +152,25 @@ def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
         yield TensorPlan(output, Action.KEPT if own else Action.ADDED, _dtype_of(info.dtype, dtype), info.shape, info)
 
 
+def _refuse_conflicts(found: Targets) -> None:
+    """Refuse a tensor that one adapter replaces and another one updates."""
+    updated = {target.output_name for target in found.targets}
+    if both := sorted(updated & set(found.replaced)):
+        raise OptionError(
+            f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
+            "merge one of them"
+        )
+
+
 def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]) -> None:
-    """Refuse an adapter that as well could be in another layout, unless the base's shapes decide.
+    """Refuse an adapter that could be in two layouts, unless the base's shapes decide.
 
     LoRA and the authors' LLM code share every name; lora_B is (out, r) in one and (in, r) in the other.
     """
     if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
         return
     raise LayoutError(
-        f"{adapter.path}: every adapted weight is square, so nothing tells whether this is a plain LoRA or from the "
+        f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
         f"PEANuT authors' LLM code, which saves under the same names; say --layout {adapter.layout} or --layout "
         f"{adapter.rival} ({adapter.evidence})"
     )
@@ -171,14 +192,19 @@ def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtyp
 
 
 def _term(base: Checkpoint, adapter: Adapter, target: Target, info: TensorInfo) -> Term:
-    """One update, with θ held against the shape of the weight."""
+    """One update; θ is checked against the shape of the weight."""
+    described = adapter.describe(target.module)
+    if target.parameter == "bias":
+        if described.bias is not None:
+            described.bias.check_fits((*info.shape, 1), info.name)
+        return Term(target.adapter, target.module, False, target.parameter)
     leaf = target.base_name.removesuffix(".weight").rsplit(".", 1)[-1]
     if base.config.get("model_type") in _CONV1D_TYPES:
         transposed = leaf in _CONV1D_NAMES
     else:
         transposed = adapter.modules[target.module].fan_in_fan_out
     shape = info.shape[::-1] if transposed else info.shape
-    check_fits(adapter.weight_shape(target.module), shape, adapter.rank(target.module), info.name)
+    described.check_fits(shape, info.name)
     return Term(target.adapter, target.module, transposed)
 
 

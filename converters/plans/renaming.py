@@ -1,4 +1,4 @@
-"""Target names through transformers' own renamings; heads, ties, sizes and labels that come with an adapter."""
+"""Targets by way of transformers' own renamings; heads, ties, sizes and labels that an adapter brings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from converters.plans.targets import Target, Targets, find_head, not_found, refu
 
 @dataclass
 class _PendingTargets:
-    """Targets in the making."""
+    """Targets under construction."""
 
     config: Mapping[str, Any]
     targets: list[Target] = field(default_factory=list)
@@ -28,7 +28,7 @@ class _PendingTargets:
 
 
 def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: list[str] | None) -> Targets:
-    """Settle every name by way of transformers' model class.
+    """Find every target by way of transformers' model class.
 
     Args:
         base: the base.
@@ -36,7 +36,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
         labels: class labels for a head that comes with an adapter.
 
     Raises:
-        TargetError: a weight of the adapter finds no tensor (the message has the nearest names).
+        TargetError: a weight of the adapter has no matching tensor (the message lists the nearest names).
         ThetaError: a module that should have θ has none.
         BaseMismatchError: sizes of adapter and base do not fit each other.
         OptionError: labels that do not fit the head; two heads.
@@ -49,7 +49,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
     for position, adapter in enumerate(adapters):
-        _place_tweakers(draft, position, adapter, arch, names)
+        _place_updates(draft, position, adapter, arch, names)
         _place_embedded(draft, position, adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
@@ -89,7 +89,7 @@ class _BaseNames:
         return self.by_canonical.get(canonical) or self.by_canonical.get(self._arch.tied.get(canonical, ""))
 
     def output(self, name: str) -> str:
-        """What to call a base tensor in the output: as it was, plus the prefix that a class with a head adds.
+        """The name of a base tensor in the output: its own, plus the prefix that a class with a head adds.
 
         transformers before 5 finds a headless model's tensors inside one with a head only under that prefix.
         """
@@ -100,7 +100,7 @@ class _BaseNames:
         return prefix + name if inside and self._arch.canonical(prefix + name) == self.canonical[name] else name
 
 
-def _place_tweakers(
+def _place_updates(
     draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
 ) -> None:
     adapted = {}
@@ -109,13 +109,17 @@ def _place_tweakers(
         source = names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
-        if arch.converted(source):
-            raise TargetError(
-                f"{module}: transformers builds this weight by fusing or splitting {source} of the checkpoint, and a "
-                "merge into such a tensor is not supported; adapt a module that is stored as it is"
-            )
         output = canonical if canonical in arch.tied else names.output(source)
         draft.targets.append(Target(position, module, source, output))
+        bias = names.find(arch.canonical(f"{module}.bias")) if adapter.describe(module).bias is not None else None
+        if bias is not None:
+            draft.targets.append(Target(position, module, bias, names.output(bias), "bias"))
+        for name in filter(None, (source, bias)):
+            if arch.converted(name):
+                raise TargetError(
+                    f"{module}: transformers builds this weight by fusing or splitting {name} of the checkpoint, and "
+                    "a merge into such a tensor is not supported; adapt a module that is stored as it is"
+                )
         adapted[canonical.removesuffix(".weight")] = source.removesuffix(".weight")
     others = {
         spelling: linear
@@ -130,7 +134,7 @@ def _place_tweakers(
 def _place_embedded(
     draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
 ) -> None:
-    """Find the base's own of the base weights that were saved along with θ."""
+    """Find the base's own copy of the base weights that were saved together with θ."""
     for name in adapter.embedded:
         canonical = arch.canonical(name)
         source = names.find(canonical)
@@ -147,7 +151,7 @@ def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, n
             raise not_found(saved, arch.shapes, arch.name)
         source = names.by_canonical.get(canonical)
         if source is not None and arch.converted(source):
-            raise TargetError(f"{saved}: transformers fuses or splits {source}; it cannot be replaced whole")
+            raise TargetError(f"{saved}: transformers fuses or splits {source}; it cannot be replaced")
         draft.replaced[names.output(source) if source is not None else saved] = saved
 
 
@@ -166,7 +170,7 @@ def _place_rest(
 
 
 def _settle_ties(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
-    """Untie what training pulled apart: each alias of a touched tie gets a tensor of its own.
+    """Untie what training separated: each alias of a touched tie gets a tensor of its own.
 
     In an unmerged PEFT model a saved or adapted module stops sharing; its partners keep the base's weight.
     """
@@ -197,7 +201,7 @@ def _same_saved(adapter: Adapter, written: Mapping[str, str | None], alias: str,
 def _settle_sizes(
     draft: _PendingTargets, base: Checkpoint, adapter: Adapter, arch: Architecture, labels: list[str] | None
 ) -> None:
-    """Bring labels and vocabulary of the config to the size of what the adapter replaces."""
+    """Adapt labels and vocabulary of the config to the size of what the adapter replaces."""
     is_head = False
     for output, saved in draft.replaced.items():
         wanted, found = arch.shapes[arch.canonical(output)], adapter.store.shapes[adapter.saved[saved]]
@@ -214,23 +218,23 @@ def _settle_sizes(
             is_head = True
         else:
             raise BaseMismatchError(
-                f"{saved} has shape {found} in the adapter, {arch.name} with this base's config wants {wanted}; "
+                f"{saved} has shape {found} in the adapter, {arch.name} with this base's config needs {wanted}; "
                 "this is another base, or another model size"
             )
     if labels is not None and not is_head:
-        raise OptionError("labels were given, but the adapter brings no classification head")
+        raise OptionError("labels were given, but the adapter has no classification head")
 
 
 def _settle_labels(
     draft: _PendingTargets, base: Checkpoint, adapter: Adapter, labels: list[str] | None, size: int
 ) -> None:
-    """Labels that were given win, then those recorded with the adapter, then the base's of the same size."""
+    """Labels that were given take precedence, then those recorded with the adapter, then the base's if they fit."""
     found, origin = labels, "given"
     if found is None and adapter.labels is not None:
         found, origin = list(adapter.labels), f"recorded with {adapter.path}"
     if found is not None and len(found) != size:
-        cure = "" if labels is not None else "; pass --labels"
-        raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs{cure}")
+        remedy = "" if labels is not None else "; pass --labels"
+        raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs{remedy}")
     if found is None:
         found = model_config.labels_of(base.config)
         if found is not None and len(found) == size:
@@ -243,7 +247,7 @@ def _settle_labels(
 
 
 def _check_complete(draft: _PendingTargets, base: Checkpoint, adapter: Adapter, switched: bool) -> None:
-    """The merged tensors have the shapes the merged class wants, and none that it newly needs is missing."""
+    """Check that the merged tensors have the shapes of the merged class, and that none of its tensors is missing."""
     arch = build_architecture(draft.config, draft.config["architectures"][0])
     shapes = {output: base.tensors[name].shape for output, name in draft.kept.items()}
     shapes |= {t.output_name: base.tensors[t.base_name].shape for t in draft.targets}
@@ -255,13 +259,13 @@ def _check_complete(draft: _PendingTargets, base: Checkpoint, adapter: Adapter, 
         present.add(canonical)
         if canonical in arch.shapes and not converted and tuple(shape) != arch.shapes[canonical]:
             raise BaseMismatchError(
-                f"{output} has shape {tuple(shape)}, the merged {arch.name} wants {arch.shapes[canonical]}; base and "
-                "adapter do not belong together, or a part of a resized vocabulary is missing"
+                f"{output} has shape {tuple(shape)}, the merged {arch.name} needs {arch.shapes[canonical]}; base and "
+                "adapter do not belong together, or part of a resized vocabulary is missing"
             )
     fused = any(arch.converted(output) for output in shapes)
     missing = [n for n in arch.shapes if n not in present and n not in arch.tied and not arch.optional(n)]
     if missing and switched and not fused:
         raise TargetError(
-            f"neither base nor adapter holds {missing[0]}, which {arch.name} needs: transformers would initialise it "
-            "at random; add it to modules_to_save in the training"
+            f"neither base nor adapter contains {missing[0]}, which {arch.name} needs: transformers would initialise "
+            "it at random; add it to modules_to_save in the training"
         )

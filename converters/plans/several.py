@@ -23,7 +23,7 @@ def name_outputs(plans: Sequence[Plan], folder: Path | None) -> dict[Path, Plan]
 
 
 def share_tensors(plans: Mapping[Path, Plan]) -> dict[Path, Plan]:
-    """The plans with what none of them changes in files of its own, which need to be written once only."""
+    """The plans with everything that none of them changes in separate files, which are written only once."""
     same = [{tensor.name for tensor in plan.tensors if tensor.is_untouched} for plan in plans.values()]
     shared = set.intersection(*same)
     if len(plans) == 1:  # nobody to share with but the base: only its own files count

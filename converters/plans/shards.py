@@ -1,4 +1,4 @@
-"""How the tensors of an output are spread over files."""
+"""How the tensors of an output are distributed over files."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -12,14 +12,14 @@ from converters.plans.tensor import TensorPlan
 def shard_tensors(
     base: Checkpoint, tensors: Iterable[TensorPlan], max_shard_size: int | None, shared: Collection[str] = ()
 ) -> dict[str, tuple[TensorPlan, ...]]:
-    """Spread the tensors over files, in the base's order, so that reading is sequential.
+    """Distribute the tensors over files, in the base's order, so that reading is sequential.
 
     Args:
         base: the base.
         tensors: of the output.
         max_shard_size: bytes; None for the base's own sharding.
-        shared: base tensors that are the same in several outputs; they go into files of their own, and a file of
-            the base that consists of such tensors stays as it is.
+        shared: base tensors that several outputs have in common; they go into files of their own, and a file of
+            the base that contains only such tensors stays as it is.
     """
     place = {name: i for i, name in enumerate(base.tensors)}
     shard_of = {name: base.shards.index(info.file.name) for name, info in base.tensors.items()}

@@ -18,12 +18,13 @@ from converters.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Target:
-    """One update of one weight: read W0 from `base_name`, write `W0 + f(W0; θ)` as `output_name`."""
+    """One update of one parameter of a module: read it as `base_name`, write it as `output_name`."""
 
     adapter: int  # which of the adapters
     module: str
     base_name: str
     output_name: str
+    parameter: str = "weight"  # or its bias
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Targets:
 
     Attributes:
         targets: the updates; several adapters may update the same weight.
-        replaced: output name -> tensor written there whole, of the adapter `find_head` tells.
-        embedded: (which adapter, base tensor it saved along, that tensor in the base), to be compared.
-        kept: output name -> base tensor that is carried over under it.
+        replaced: output name -> tensor of the adapter that replaces it; see `find_head` for which adapter.
+        embedded: (adapter, base tensor saved with it, name of that tensor in the base), to be compared.
+        kept: output name -> base tensor that is copied under it.
         dropped: base tensor that is left out -> why.
-        config: the merged config, but for its dtype.
-        notes: what the user should know.
+        config: the merged config, except for its dtype.
+        notes: for the user.
     """
 
     targets: tuple[Target, ...]
@@ -50,7 +51,7 @@ class Targets:
 
 
 def find_head(adapters: Sequence[Adapter]) -> int:
-    """Which adapter replaces tensors whole; the first if none does.
+    """Which adapter replaces tensors as a whole; the first if none does.
 
     Raises `OptionError` if several do.
     """
@@ -58,21 +59,21 @@ def find_head(adapters: Sequence[Adapter]) -> int:
     if len(found) > 1:
         first, second = (adapters[i] for i in found[:2])
         raise OptionError(
-            f"{first.path} and {second.path} both replace tensors whole ({next(iter(first.saved))}, "
+            f"{first.path} and {second.path} both replace tensors ({next(iter(first.saved))}, "
             f"{next(iter(second.saved))}): a head can come from one adapter only"
         )
     return found[0] if found else 0
 
 
 def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Targets | None:
-    """Names as they stand, if all agree and nothing but layers is touched; else None."""
+    """Targets whose names need no translation; None if a name differs, or if more than layers is touched."""
     linear = {
         n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2
     }
     targets = []
     for position, adapter in enumerate(adapters):
         if adapter.saved or adapter.embedded:
-            return None  # class, labels, ties and sizes are to be checked, or base weights to be compared
+            return None  # class, labels, ties and sizes have to be checked, or base weights compared
         pairs = {module: f"{module}.weight" for module in adapter.modules}
         inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
         if not inside_layers or not all(name in base.tensors for name in pairs.values()):
@@ -80,6 +81,10 @@ def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Target
         if untrained_modules(adapter, linear - set(pairs), pairs):
             return None
         targets += [Target(position, module, name, name) for module, name in pairs.items()]
+        biases = {module: f"{module}.bias" for module in pairs if adapter.describe(module).bias is not None}
+        targets += [
+            Target(position, module, name, name, "bias") for module, name in biases.items() if name in base.tensors
+        ]
     updated = {target.base_name for target in targets}
     return Targets(
         targets=tuple(targets),
@@ -109,8 +114,8 @@ def refuse_untrained(adapter: Adapter, missing: list[str]) -> None:
         raise ThetaError(
             f"{adapter.path}: {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + " should have θ like the rest, and the weights hold none for it; the adapter is incomplete, or belongs "
-            "to another base"
+            + " should have θ like the rest, but the weights contain none for it; the adapter is incomplete, or "
+            "belongs to another base"
         )
 
 
@@ -118,7 +123,9 @@ def not_found(name: str, candidates: Iterable[str], where: str) -> TargetError:
     """The error for an adapter weight without a tensor, with the nearest names."""
     near = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
     hint = f"; nearest there: {', '.join(near)}" if near else ""
-    return TargetError(f"the adapter's {name} finds no tensor in {where}{hint}; is this the base it was trained on?")
+    return TargetError(
+        f"the adapter's {name} has no matching tensor in {where}{hint}; is this the base it was trained on?"
+    )
 
 
 def _without_numbers(module: str) -> str:

@@ -10,19 +10,20 @@ from converters.files.header import FLOAT_DTYPES, TensorInfo, TensorSpec
 class Action(str, Enum):
     """What a merge does to a tensor."""
 
-    KEPT = "kept"  # the base's bytes, or its numbers in another dtype
-    UPDATED = "updated"  # W0 + f(W0; θ)
+    KEPT = "kept"  # the base's bytes, or its values in another dtype
+    UPDATED = "updated"  # g(W0; θ)
     REPLACED = "replaced"  # from modules_to_save, in place of the base's
     ADDED = "added"  # new to the base: a head, or an untied output embedding
 
 
 @dataclass(frozen=True)
 class Term:
-    """One update of one weight."""
+    """One update of one tensor."""
 
     adapter: int  # which of the plan's adapters
     module: str  # whose θ applies
     transposed: bool  # the weight is stored as (in, out)
+    parameter: str = "weight"  # of the module; or its bias
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     source: TensorInfo | None  # in the base: W0, or what is kept
     terms: tuple[Term, ...] = ()  # updates, to be summed
-    saved: str | None = None  # tensor of the plan's head that is written here whole
+    saved: str | None = None  # tensor of the plan's head that is written here
 
     @property
     def nbytes(self) -> int:
@@ -45,6 +46,11 @@ class TensorPlan:
         if self.source is None:
             raise ValueError(f"{self.name}: not floating, and not from the base")
         return self.source.nbytes
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Its shape as a matrix: a vector is one of a single column."""
+        return self.shape[0], self.shape[1] if len(self.shape) > 1 else 1
 
     @property
     def is_copy(self) -> bool:

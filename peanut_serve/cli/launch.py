@@ -80,7 +80,7 @@ def find_adapters(roots: AdapterRoots) -> Found:
         except PeanutError as error:
             broken[name] = " ".join(str(error).split())
             continue
-        ranks[name] = max(adapter.rank(module) for module in adapter.modules)
+        ranks[name] = max(adapter.rank(module) or 0 for module in adapter.modules)
         kinds |= {module.rsplit(".", 1)[-1] for module in adapter.modules}
     return Found(ranks, frozenset(kinds), broken, tuple(merged))
 

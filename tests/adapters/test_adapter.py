@@ -28,8 +28,8 @@ def test_facts_of_an_adapter(make_pair: Callable[..., Pair]) -> None:
     adapter = load_adapter(pair.adapter)
     assert adapter.layout == "hf-peft"
     assert "PEANUT" in adapter.evidence
-    theta = adapter.modules["model.layers.1.self_attn.v_proj"]
-    assert (theta.depth, theta.act_fn, theta.scaling) == (2, "tanh", 0.25)
+    theta = adapter.describe("model.layers.1.self_attn.v_proj").facts
+    assert (theta["depth"], theta["act_fn"], theta["scaling"]) == (2, "tanh", 0.25)
     assert adapter.rank("model.layers.1.self_attn.v_proj") == 3
     assert adapter.weight_shape("model.layers.1.self_attn.v_proj") == (16, None)
     assert list(adapter.saved) == ["lm_head.weight"]
@@ -99,8 +99,8 @@ CONFIGS = {
     ),
     "other layers": ({"layers_to_transform": [0]}, "the weights adapt model.layers.1.self_attn.q_proj, the config"),
     "excluded": ({"exclude_modules": ["q_proj"]}, "the weights adapt model.layers.0.self_attn.q_proj, the config"),
-    "broken regex": ({"target_modules": "(("}, "a pattern is no regular expression"),
-    "odd targets": ({"target_modules": [1]}, r"target_modules = \[1\] is not of PEFT's form"),
+    "broken regex": ({"target_modules": "(("}, "a pattern is not a valid regular expression"),
+    "odd targets": ({"target_modules": [1]}, r"target_modules = \[1\] does not have PEFT's form"),
     "head that is not there": (
         {"modules_to_save": ["lm_head"]},
         r"modules_to_save is \['lm_head'\], but the weights",
@@ -137,15 +137,15 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         "model.norm.weight is neither θ nor in modules_to_save",
     ),
     "foreign prefix": (lambda w: w.update({"x.weight": torch.zeros(1)}), "x.weight is neither θ nor in modules_to_"),
-    "odd part": (lambda w: w.update({f"{KEY}C.weight": torch.zeros(1)}), "peanut_C.weight is not of PEFT's form"),
+    "odd part": (lambda w: w.update({f"{KEY}C.weight": torch.zeros(1)}), "peanut_C.weight does not have PEFT's form"),
     "A without B's shape": (
         lambda w: w.update({f"{KEY}B.weight": torch.zeros(32, 5)}),
         r"peanut_B has shape \(32, 5\), wanted \(32, 4\)",
     ),
-    "nan": (set_number(float("nan")), "peanut_B.weight holds 2 NaN or Inf of 128 numbers; the training diverged"),
-    "inf": (set_number(float("inf")), "peanut_B.weight holds 2 NaN or Inf"),
+    "nan": (set_number(float("nan")), "B.weight contains 2 NaN or Inf values out of 128; the training diverged"),
+    "inf": (set_number(float("inf")), "peanut_B.weight contains 2 NaN or Inf"),
     "integers": (lambda w: w.update({f"{KEY}A.weight": torch.zeros(4, 32, dtype=torch.int32)}), "is torch.int32"),
-    "nothing": (lambda w: w.clear(), "hold no θ"),
+    "nothing": (lambda w: w.clear(), "contain no θ"),
 }
 
 
@@ -168,7 +168,7 @@ def test_a_truncated_file_is_refused(pair: Pair, keep: int) -> None:
     file.unlink()
     pickled = (pair.adapter / "adapter_model.bin").read_bytes()
     (pair.adapter / "adapter_model.bin").write_bytes(pickled[:keep])
-    with pytest.raises(ThetaError, match=r"not a whole torch file|could run code"):
+    with pytest.raises(ThetaError, match=r"not a complete torch file|could run code"):
         load_adapter(pair.adapter)
 
 
@@ -179,19 +179,19 @@ def load_file_bytes(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(LayoutError, match="is not there; wanted the folder of a trained adapter"):
+    with pytest.raises(LayoutError, match="does not exist; wanted the folder of a trained adapter"):
         load_adapter(tmp_path / "nowhere")
-    with pytest.raises(ThetaError, match="not a whole torch file|could run code"):
+    with pytest.raises(ThetaError, match="not a complete torch file|could run code"):
         load_adapter(pair.adapter / "adapter_config.json")
-    with pytest.raises(LayoutError, match=r"is a model without θ in it, wanted an adapter"):
+    with pytest.raises(LayoutError, match=r"is a model without θ; wanted an adapter"):
         load_adapter(pair.base)
-    with pytest.raises(LayoutError, match="it has adapter: give one of these"):
+    with pytest.raises(LayoutError, match="contains adapter; give one of these"):
         load_adapter(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LayoutError, match=r"holds neither adapter_config\.json nor weights"):
+    with pytest.raises(LayoutError, match=r"contains neither adapter_config\.json nor weights"):
         load_adapter(tmp_path / "empty")
     edit_config(pair.adapter, peft_type="VERA")
-    with pytest.raises(LayoutError, match="peft_type VERA, wanted PEANUT or LORA; merge it with PEFT"):
+    with pytest.raises(LayoutError, match="peft_type VERA; supported are PEANUT, LORA, IA3; merge it with PEFT"):
         load_adapter(pair.adapter)
     (pair.adapter / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterConfigError, match="cannot read the adapter config"):

@@ -42,6 +42,7 @@ def test_a_whole_state_dict_has_the_digest_of_its_theta(case: Golden) -> None:
 def test_the_naive_class_is_the_general_one_under_other_names() -> None:
     folders = {case.folder.name: case for case in CASES if case.file == "theta.safetensors"}
     naive = load_adapter(folders["naive_depth6_qv"].adapter)
-    assert {theta.depth for theta in naive.modules.values()} == {2}
-    theta = naive.modules["vit.encoder.layer.0.attention.attention.query"]
-    assert [key.split(".")[-2] for key in (*theta.encoders, *theta.decoders)] == ["i1", "i2", "i3", "i4"]
+    assert {naive.describe(module).facts["depth"] for module in naive.modules} == {2}
+    parts = naive.modules["vit.encoder.layer.0.attention.attention.query"].parts
+    layers = [parts[f"{side}.{i}"] for side in ("encoders", "decoders") for i in range(2)]
+    assert [key.split(".")[-2] for key in layers] == ["i1", "i2", "i3", "i4"]

@@ -149,8 +149,10 @@ def test_nonlinear_lora_on_a_conv1d_is_refused(tmp_path: Path) -> None:
 
 
 VARIANTS = {
-    "dora": ({"use_dora": True}, "is DoRA, which is not read here; merge it with PEFT's merge_and_unload"),
-    "lora_bias": ({"lora_bias": True, "init_lora_weights": True}, "is LoRA with lora_bias"),
+    "lora_bias": (
+        {"lora_bias": True, "init_lora_weights": True},
+        "is LoRA with lora_bias, which is not read here; merge it with PEFT's merge_and_unload",
+    ),
     "embedding": ({"target_modules": ["embed_tokens"]}, "is LoRA on an embedding"),
 }
 
@@ -161,7 +163,7 @@ def test_variants_are_refused_by_name(tmp_path: Path, case: str) -> None:
     save_lora(tiny_llama(), tmp_path, **settings)
     with pytest.raises(LayoutError, match=message):
         load_adapter(tmp_path / "adapter")
-    edit_json(tmp_path / "adapter" / "adapter_config.json", use_dora=False, lora_bias=False)
+    edit_json(tmp_path / "adapter" / "adapter_config.json", lora_bias=False)
     with pytest.raises(LayoutError, match=message):  # the keys tell as well
         load_adapter(tmp_path / "adapter")
 
@@ -175,7 +177,7 @@ CONFIGS = {
     "bias": ({"bias": "some"}, "bias = 'some'; wanted none, all or lora_only"),
     "rank": ({"r": 5}, r"lora_A has 4 rows, the config says r = 5"),
     "rank pattern": ({"rank_pattern": {"k_proj": 2}}, "k_proj: lora_A has 4 rows, the config says r = 2"),
-    "pattern": ({"rank_pattern": {"((": 2}}, "a pattern is no regular expression"),
+    "pattern": ({"rank_pattern": {"((": 2}}, "a pattern is not a valid regular expression"),
     "alpha": ({"lora_alpha": None}, "lora_alpha = None; wanted a finite number"),
     "alpha pattern": ({"alpha_pattern": {"k_proj": "1"}}, "alpha_pattern = '1'; wanted a finite number"),
     "table": ({"alpha_pattern": [1]}, r"alpha_pattern = \[1\]; wanted an object"),
@@ -193,7 +195,7 @@ def test_a_config_that_changes_the_mathematics_is_refused(tmp_path: Path, case: 
         load_adapter(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("peft_type", ["VERA", "LOHA", "IA3", "PROMPT_TUNING"])
+@pytest.mark.parametrize("peft_type", ["VERA", "LOHA", "BOFT", "PROMPT_TUNING"])
 def test_other_types_of_peft_are_refused_by_name(tmp_path: Path, peft_type: str) -> None:
     save_lora(tiny_llama(), tmp_path)
     edit_json(tmp_path / "adapter" / "adapter_config.json", peft_type=peft_type)

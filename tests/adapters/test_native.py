@@ -107,7 +107,7 @@ SETTINGS = {
     "output": ({"output_act_fn": 1}, "output_act_fn = 1; known are"),
     "scaling": ({"scaling": "big"}, "scaling = 'big'; wanted a finite number"),
     "residual": ({"residual": 1}, "residual = 1; wanted true or false"),
-    "unknown setting": ({"bias": True}, "wants exactly the settings"),
+    "unknown setting": ({"bias": True}, "must have exactly the settings"),
     "residual without decoders": ({"residual": True}, "1 encoders but 0 decoders; mirrored residuals need as many"),
 }
 

@@ -65,9 +65,9 @@ def test_base_self_from_a_pickle_with_a_config_beside_it(tmp_path: Path) -> None
 
 def test_base_self_without_a_base(tmp_path: Path) -> None:
     shutil.copy(CASE.adapter, tmp_path / "pets.bin")
-    with pytest.raises(CheckpointError, match=r"--base self: no config.json beside .*pets.bin; put the base's there"):
+    with pytest.raises(CheckpointError, match=r"base self: no config.json next to .*pets.bin; copy the base's to it"):
         prepare_merge("self", tmp_path / "pets.bin")
-    with pytest.raises(OptionError, match=r"theta.bin holds θ only, no base weights; give the base"):
+    with pytest.raises(OptionError, match=r"theta.bin contains θ only and no base weights; give the base"):
         prepare_merge("self", CASE.folder / "theta.bin")
 
 
@@ -85,7 +85,7 @@ def test_base_self_without_room_for_it(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "the base weights could not be written to" in done.stderr
-    assert "point TMPDIR at a disk with room for them" in done.stderr
+    assert "point TMPDIR to a disk with enough space" in done.stderr
     assert not list((tmp_path / "tmp").glob("peanut-base-*"))
 
 
@@ -118,7 +118,7 @@ def test_a_base_in_another_dtype_is_the_same_base(tmp_path: Path, dtype: torch.d
 def test_a_base_that_lacks_what_was_saved_along(tmp_path: Path) -> None:
     base = Path(shutil.copytree(CASE.base, tmp_path / "base"))
     edit_weights(base / "model.safetensors", lambda w: w.pop("layernorm.bias"))
-    with pytest.raises(TargetError, match=r"vit.layernorm.bias finds no tensor in the base"):
+    with pytest.raises(TargetError, match=r"vit.layernorm.bias has no matching tensor in the base"):
         prepare_merge(base, CASE.adapter)
 
 
@@ -143,7 +143,7 @@ def test_labels_given_recorded_or_in_a_config(tmp_path: Path) -> None:
 
 
 def test_the_scale_of_the_glue_code_has_to_be_given() -> None:
-    with pytest.raises(OptionError, match=r"does not save the scale s: give --scaling \(.*0.01, 0.1 or 1.0"):
+    with pytest.raises(OptionError, match=r"does not save the scale s: give --scaling, .*\(0.01, 0.1 or 1.0"):
         load_adapter(SMALL.adapter)
     one, two = (load_adapter(SMALL.adapter, scaling=s) for s in (0.01, 0.1))
     assert one.digest != two.digest
@@ -151,8 +151,8 @@ def test_the_scale_of_the_glue_code_has_to_be_given() -> None:
 
 def test_the_scale_of_the_vision_code_is_one_unless_given() -> None:
     theta = CASE.folder / "theta.bin"
-    assert {t.scaling for t in load_adapter(theta).modules.values()} == {1.0}
-    assert {t.scaling for t in load_adapter(theta, scaling=0.5).modules.values()} == {0.5}
+    assert {t.settings["scaling"] for t in load_adapter(theta).modules.values()} == {1.0}
+    assert {t.settings["scaling"] for t in load_adapter(theta, scaling=0.5).modules.values()} == {0.5}
 
 
 def glue_theta(layers: list[int], count: int, folder: Path) -> tuple[Path, Path]:
@@ -203,7 +203,7 @@ def test_a_missing_layer_is_refused(tmp_path: Path, layers: list[int], count: in
 def test_r_and_depth_are_read_per_module() -> None:
     """Really trained with the authors' code: depth 6 on attention means depth 4 on the dense layers there."""
     adapter = load_adapter(DATA / "vit-tiny" / "authors-digits5to9")
-    depths = {module.rsplit(".", 1)[-1]: theta.depth for module, theta in adapter.modules.items()}
+    depths = {module.rsplit(".", 1)[-1]: adapter.describe(module).facts["depth"] for module in adapter.modules}
     assert depths == {"query": 2, "value": 2, "dense": 1}
 
 

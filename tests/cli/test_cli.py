@@ -79,7 +79,7 @@ def test_notes_go_to_stderr(pair: Pair) -> None:
     done = run("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output)
     assert (
         done.stderr.strip()
-        == "note: the adapter was trained on 'other/model'; taking the local base to be the same weights"
+        == "note: the adapter was trained on 'other/model'; the local base is taken for the same weights"
     )
 
 

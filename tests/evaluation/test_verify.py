@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import Pair
 
-from converters import Orientation, load_adapter, merge, prepare_merge, run_merge
+from converters import load_adapter, merge, prepare_merge, run_merge
 from converters.errors import VerificationError
 from converters.files import writer as shard_writer
-from converters.methods.update import Update
+from converters.methods.peanut import TweakerUpdate
 from converters.outputs.checkpoint import draft
 
 
@@ -57,7 +57,7 @@ def test_a_flipped_bit_in_an_untouched_tensor(pair: Pair, monkeypatch: pytest.Mo
                 file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(shard_writer.ShardWriter, "start_writeback", flip_and_start)
-    with pytest.raises(VerificationError, match=r"lm_head.weight: the bytes on the disk are not those"):
+    with pytest.raises(VerificationError, match=r"lm_head.weight: the bytes on disk differ from those"):
         merge(pair.base, pair.adapter, pair.output)
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]
 
@@ -78,7 +78,8 @@ def test_a_wrong_formula(make_pair: Callable[..., Pair], dtype: torch.dtype, mon
     """What the executor writes consistently, but wrongly, is found by recomputing it."""
     pair = make_pair(dtype=dtype)
     plan = prepare_merge(pair.base, pair.adapter)
-    monkeypatch.setattr(Update, "up", lambda self, w0, start, right=Update.up: right(self, w0, start) * 1.01)
+    right = TweakerUpdate.prepare
+    monkeypatch.setattr(TweakerUpdate, "prepare", lambda self, w0, start: right(self, w0, start) * 1.01)
     with pytest.raises(VerificationError, match=r"recomputed numbers are wrong, for example .* was wanted"):
         run_merge(plan, pair.output)
     assert not pair.output.exists()
@@ -88,7 +89,10 @@ def test_rows_orientation(make_pair: Callable[..., Pair]) -> None:
     """θ of a square weight, taken the other way round."""
     pair = make_pair(target_modules=["q_proj"], act_fn="tanh")
     adapter = load_adapter(pair.adapter)
-    turned = {name: replace(theta, orientation=Orientation.ROWS) for name, theta in adapter.modules.items()}
+    turned = {
+        name: replace(theta, settings={**theta.settings, "orientation": "rows"})
+        for name, theta in adapter.modules.items()
+    }
     result = merge(pair.base, replace(adapter, modules=turned), pair.output)
     assert result.verification.max_ulp <= 0.5
     name = "model.layers.1.self_attn.q_proj"

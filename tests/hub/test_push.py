@@ -65,7 +65,8 @@ def test_a_merge_goes_to_the_hub_in_one_commit(hub: Hub, pair: Pair) -> None:
     assert pushed.message.startswith("adapter on base, by peanut-serve ")
     again = ("--base", REPO, "--adapter", pair.adapter, "-o", pair.output.with_name("again"))
     refused = run("peanut-merge", *again, **hub_settings(hub, pair))
-    assert (refused.returncode, "an adapter is in its weights already" in refused.stderr) == (1, True), refused.stderr
+    assert refused.returncode == 1
+    assert "its weights already contain an adapter" in refused.stderr
 
 
 def test_a_peft_adapter_goes_to_the_hub_and_comes_back(hub: Hub, pair: Pair, push: Push) -> None:

@@ -23,7 +23,7 @@ REAL_BASE = DATA / "vit-tiny" / "base"
 
 EVIDENCE = {
     "authors-llm": (
-        "authors-llm or lora: only the base's shapes can tell",
+        "authors-llm or lora: only the shapes of the base decide",
         "every lora_B is (d, r) with lora_A (r, d)",
     ),
     "authors-vision": ("authors-vision", "has keys like vit.encoder.layer.0.attention.attention."),

@@ -65,7 +65,7 @@ def test_a_recorded_base_is_held_to(pair: Pair) -> None:
     notes = prepare_merge(pair.base, pair.adapter, force_base=True).notes
     assert any(note.startswith("forced: the adapter was recorded on") for note in notes)
     path.write_text('{"fingerprint": 3}')
-    with pytest.raises(AdapterConfigError, match="'3' is no fingerprint"):
+    with pytest.raises(AdapterConfigError, match="'3' is not a valid fingerprint"):
         load_adapter(pair.adapter)
     path.write_text("[")
     with pytest.raises(AdapterConfigError, match="cannot read the record of the base"):
@@ -83,7 +83,7 @@ def test_a_local_folder_under_another_name_is_only_noted(pair: Pair) -> None:
     edit_config(pair.adapter, base_model_name_or_path="meta-llama/Llama-2-7b-hf")
     (note,) = prepare_merge(pair.base, pair.adapter).notes
     assert note == (
-        "the adapter was trained on 'meta-llama/Llama-2-7b-hf'; taking the local base to be the same weights"
+        "the adapter was trained on 'meta-llama/Llama-2-7b-hf'; the local base is taken for the same weights"
     )
     edit_config(pair.adapter, base_model_name_or_path="/mnt/disk/base/")
     assert prepare_merge(pair.base, pair.adapter).notes == ()

@@ -151,18 +151,18 @@ def test_only_the_targets_are_read(make_pair: Callable[..., Pair], monkeypatch: 
 
 
 def test_a_wrong_factor_is_caught(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from converters.methods import update as evaluation
+    from converters.methods.factors import Factors
+    from converters.methods.peanut import TweakerUpdate
 
-    real = evaluation.Factors
-    original = evaluation.Update.factors
+    original = TweakerUpdate.factors
 
     def wrong(self: object, blocks: object) -> object:
         found = original(self, blocks)
         down = found.down.clone()
         down[0, 0] *= 1.00001
-        return real(found.up, down)
+        return Factors(found.up, down)
 
-    monkeypatch.setattr(evaluation.Update, "factors", wrong)
+    monkeypatch.setattr(TweakerUpdate, "factors", wrong)
     with pytest.raises(VerificationError, match="recomputed deltas are wrong"):
         convert(pair.base, pair.adapter, pair.output)
     assert not pair.output.exists()

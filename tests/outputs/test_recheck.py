@@ -13,7 +13,7 @@ from support.commands import Run
 from support.golden import CASES, Golden
 from support.tiny_models import Pair, edit_weights, save_adapter, tiny_llama
 
-from converters import Orientation, load_adapter, merge
+from converters import load_adapter, merge
 from converters.errors import VerificationError
 from converters.outputs.checkpoint.recheck import check_against, check_hashes, plan_again
 
@@ -123,7 +123,10 @@ def test_rows_columns_and_sums_in_parts(
     pair = make_pair(target_modules=["q_proj"], act_fn="tanh")
     opened = load_adapter(pair.adapter)
     adapters = [
-        replace(opened, modules={n: replace(t, orientation=Orientation(kind)) for n, t in opened.modules.items()})
+        replace(
+            opened,
+            modules={n: replace(t, settings={**t.settings, "orientation": kind}) for n, t in opened.modules.items()},
+        )
         for kind in kinds
     ]
     plan = merge(pair.base, adapters, pair.output).plan

@@ -216,7 +216,9 @@ def test_a_base_that_transformers_cannot_build(tmp_path: Path) -> None:
 
 def test_an_unknown_module_shows_the_nearest_names(pair: Pair) -> None:
     rename_weights(pair.adapter / "adapter_model.safetensors", ((".self_attn.", ".self_atn."),))
-    with pytest.raises(TargetError, match=r"self_atn.q_proj.weight finds no tensor.*model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        TargetError, match=r"self_atn.q_proj.weight has no matching tensor.*layers.0.self_attn.q_proj"
+    ):
         prepare_merge(pair.base, pair.adapter)
 
 

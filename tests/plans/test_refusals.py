@@ -98,7 +98,7 @@ TABLE: dict[str, Row] = {
     # wrong layout flag
     "layout: PEFT's folder as LoRA": (
         peft, None, ["--layout", "lora"],
-        "is not in the layout lora (plain LoRA as PEFT writes it: peft_type LORA, lora_A (r, in) and lora_B "
+        "is not in the layout lora (LoRA and DoRA as PEFT writes them: peft_type LORA, lora_A (r, in) and lora_B "
         "(out, r)): it is hf-peft, because adapter_config.json says peft_type PEANUT",
     ),
     "layout: the LLM code's folder as vision": (
@@ -120,19 +120,19 @@ TABLE: dict[str, Row] = {
     "scaling: stated by PEFT": (peft, None, ["--scaling", "2"], "states the scaling (1.0); leave it out"),
     "scaling: stated by the LLM code": (llm, None, ["--scaling", "2"], "states lora_alpha and r; leave it out"),
     "scaling: config lost": (
-        llm, lambda s: (s.adapter / "adapter_config.json").unlink(), [], "s = lora_alpha / r stands only there",
+        llm, lambda s: (s.adapter / "adapter_config.json").unlink(), [], "only that states s = lora_alpha / r",
     ),
     # ambiguity
     "square": (
         llm, only_square, [],
-        "every adapted weight is square, so nothing tells whether this is a plain LoRA or from the PEANuT authors' "
+        "every adapted weight is square, so nothing shows whether this is a plain LoRA or from the PEANuT authors' "
         "LLM code, which saves under the same names; say --layout authors-llm or --layout lora",
     ),
     # wrong base
     "base: same shapes, whole state dict": (whole, other_base, [], "this is not the base it was trained on"),
     "base: more layers": (
         vision, lambda s: setattr(s, "base", DATA / "vit-tiny" / "base"), [],
-        "should have θ like the rest, and the weights hold none for it; the adapter is incomplete, or belongs to "
+        "should have θ like the rest, but the weights contain none for it; the adapter is incomplete, or belongs to "
         "another base",
     ),
     "base: another width": (
@@ -144,7 +144,7 @@ TABLE: dict[str, Row] = {
         "has no AutoModelForImageClassification for the model type llama; is this the base it was trained on?",
     ),
     "base: self without weights": (
-        vision, lambda s: setattr(s, "base", Path("self")), [], "holds θ only, no base weights; give the base",
+        vision, lambda s: setattr(s, "base", Path("self")), [], "contains θ only and no base weights; give the base",
     ),
     # swapped A and B
     "swapped: LLM code": (
@@ -174,7 +174,7 @@ TABLE: dict[str, Row] = {
         "encoders [1] are not numbered from 0 without a gap; one is missing",
     ),
     "depth: naive, one of four": (
-        lambda f: vision(f, "naive_depth6_qv"), without(f"{Q}.i3.weight"), [], "query: i3 is missing of i1 to i4",
+        lambda f: vision(f, "naive_depth6_qv"), without(f"{Q}.i3.weight"), [], "query: i3 of i1 to i4 is missing",
     ),
     "depth: another width": (
         vision, lambda s: s.change(lambda w: w.update({f"{Q}.encoders.0.weight": torch.zeros(3, 3)})), [],
@@ -191,41 +191,41 @@ TABLE: dict[str, Row] = {
     ),
     "one of the dense layers": (
         lambda f: vision(f, "vanilla_qvmlp"), without("output.dense.adapter"), [],
-        "of the dense layers, θ for intermediate.dense alone",
+        "only intermediate.dense of the dense layers has θ",
     ),
     "B missing: vision": (vision, without(f"{Q}.B.weight"), [], "query: B is missing; the adapter is incomplete"),
     "B missing: LLM code": (llm, without("layers.0.self_attn.q_proj.lora_B"), [], "q_proj: lora_B is missing"),
     "not finite": (
         vision, lambda s: s.change(lambda w: w[f"{Q}.A.weight"].view(-1)[:2].fill_(float("nan"))), [],
-        "A.weight holds 2 NaN or Inf of 336 numbers; the training diverged",
+        "A.weight contains 2 NaN or Inf values out of 336; the training diverged",
     ),
     # dangerous or damaged
     "a pickle that runs code": (
         llm, lambda s: bomb(s, s.folder / "exploded"), [],
-        "holds more than tensors and was not opened, since it could run code; save the adapter as safetensors",
+        "contains more than tensors and was not opened, because it could run code; save the adapter as safetensors",
     ),
     "truncated safetensors": (
         vision, lambda s: s.adapter.write_bytes(s.adapter.read_bytes()[:-9]), [], "not a whole safetensors file",
     ),
     "truncated pickle": (
-        llm, lambda s: s.file().write_bytes(s.file().read_bytes()[:5000]), [], "not a whole torch file",
+        llm, lambda s: s.file().write_bytes(s.file().read_bytes()[:5000]), [], "not a complete torch file",
     ),
     "not a state dict": (
-        llm, lambda s: torch.save([1, 2], s.file()), [], "holds a list, wanted a state dict of tensors",
+        llm, lambda s: torch.save([1, 2], s.file()), [], "contains a list; wanted a state dict of tensors",
     ),
     # something else
     "a model without θ": (
-        vision, lambda s: setattr(s, "adapter", s.base), [], "is a model without θ in it, wanted an adapter",
+        vision, lambda s: setattr(s, "adapter", s.base), [], "is a model without θ; wanted an adapter",
     ),
     "weights of something else": (
         vision, lambda s: save_file({"unet.mid.weight": torch.zeros(2)}, s.adapter), [],
-        "no θ in any layout known here (its keys: unet.mid.weight, ...)",
+        "no θ in a known layout (its keys: unet.mid.weight, ...)",
     ),
     "labels of another head": (
         vision, None, ["--labels", "labels.json"], "2 labels were given, the adapter's head has 5 outputs",
     ),
     "a weight that is no number": (
-        vision, None, ["--adapter", "other=x"], "'x' is no weight; wanted a finite number",
+        vision, None, ["--adapter", "other=x"], "'x' is not a valid weight; wanted a finite number",
     ),
 }  # fmt: skip
 

@@ -79,5 +79,5 @@ def test_half_a_grown_vocabulary_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     model.resize_token_embeddings(101)
     save_adapter(model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
-    with pytest.raises(BaseMismatchError, match=r"lm_head.weight has shape \(96, 32\).*wants \(101, 32\)"):
+    with pytest.raises(BaseMismatchError, match=r"lm_head.weight has shape \(96, 32\).*needs \(101, 32\)"):
         prepare_merge(tmp_path / "base", tmp_path / "adapter")

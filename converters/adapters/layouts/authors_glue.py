@@ -1,4 +1,4 @@
-"""The PEANuT authors' GLUE code: θ under `attention.self`. The scale s is an attribute of theirs, and never saved."""
+"""The PEANuT authors' GLUE code: θ under `attention.self`. The scale s is never saved."""
 
 import re
 from collections.abc import Iterable
@@ -28,15 +28,15 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
 
     Raises:
         MissingScalingError: no scaling was given.
-        ThetaError: θ is incomplete or does not fit itself.
+        ThetaError: θ is incomplete, or its shapes do not fit each other.
     """
     keys = sort_keys(source)
     if keys is None:
         raise LayoutError(f"{source.path} holds no q_adapter or v_adapter")
     if scaling is None:
         raise MissingScalingError(
-            f"{source.path} is from the PEANuT authors' GLUE code, which does not save the scale s: give --scaling "
-            "(what the training had; 0.01, 0.1 or 1.0 in the paper)"
+            f"{source.path} is from the PEANuT authors' GLUE code, which does not save the scale s: give --scaling, "
+            "the one used in training (0.01, 0.1 or 1.0 in the paper)"
         )
     modules = read_modules(source, keys, scaling)
     return build_adapter(
@@ -60,10 +60,10 @@ def _targeting(source: AdapterSource, modules: Iterable[str]) -> Targeting:
     layers = {int(number) for module in modules for number in re.findall(r"\.(\d+)\.", module)[:1]}
     if 0 in layers:
         return Targeting(ALL_LINEAR)
-    odd = sorted(layer for layer in layers if not re.fullmatch(_SMALL, f".{layer}."))
-    if odd:
+    unexpected = sorted(layer for layer in layers if not re.fullmatch(_SMALL, f".{layer}."))
+    if unexpected:
         raise ThetaError(
-            f"{source.path}: layer {odd[0]} has θ and layer 0 has none; the authors' code adapts all layers, or "
-            "(PEANuT-S) those from 4 on, so the adapter is incomplete"
+            f"{source.path}: layer {unexpected[0]} has θ and layer 0 has none; the authors' code adapts all layers, "
+            "or (PEANuT-S) those from 4 on, so the adapter is incomplete"
         )
     return Targeting(ALL_LINEAR, exclude_modules=rf"(?!{_SMALL}).*")

@@ -13,10 +13,11 @@ from typing import Any
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout
 from converters.adapters.layouts.lora_names import INERT_FIELDS, ScalingOf, find_shapes, read_modules, says
+from converters.adapters.layouts.lora_variants import find_variant
 from converters.adapters.layouts.peft_config import integer, number
 from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
-from converters.methods.peanut import Orientation
+from converters.methods.peanut import Orientation, Tweaker
 
 _MATH_FIELDS = ("r", "lora_alpha")
 
@@ -24,7 +25,7 @@ _MATH_FIELDS = ("r", "lora_alpha")
 def claims(source: AdapterSource) -> str | None:
     """LORA in the config, with lora_B (d, r) for lora_A (r, d) everywhere."""
     shapes = find_shapes(source)
-    if shapes is None or not all(a == b[::-1] for a, b in shapes.values()):
+    if shapes is None or find_variant(source) is not None or not all(a == b[::-1] for a, b in shapes.values()):
         return None
     return f"{says(source)}; every lora_B is (d, r) with lora_A (r, d)"
 
@@ -43,9 +44,8 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, multiplica
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
         if len(a) != 2 or b != a[::-1]:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; wanted (r, in) and (in, r)")
-        return ModuleTheta(
-            Orientation.ROWS, keys["A"], keys["B"], act_fn=act_fn, scaling=s, fan_in_fan_out=fan_in_fan_out
-        )
+        settings = {"orientation": Orientation.ROWS.value, "act_fn": act_fn, "scaling": s}
+        return ModuleTheta(Tweaker, keys, settings, fan_in_fan_out)
 
     find_scaling = partial(_scaling_of, source)
     return read_modules(source, name, evidence, scaling, _MATH_FIELDS, INERT_FIELDS, find_scaling, theta_of)

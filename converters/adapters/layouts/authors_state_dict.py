@@ -3,7 +3,7 @@
 Their code hangs modules into a transformers model: `q_adapter` and `v_adapter` beside `query` and `value`,
 `adapter` inside a dense layer. Each has A (r, out), B (out, r), and `encoders.N`, `decoders.N` (r, r) with mirrored
 residuals; an older class calls the four hidden layers of depth 6 `i1` to `i4`. They compute `x (W0ᵀ + g(W0ᵀ))`, which
-is the columns orientation of W0. σ is ReLU. Whatever else is in the state dict is the base, or the head that was
+is the columns orientation of W0. σ is ReLU. Everything else in the state dict is the base, or the head that was
 trained with θ.
 """
 
@@ -16,7 +16,7 @@ from converters.adapters.adapter import ModuleTheta
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.files.json_files import read_json
-from converters.methods.peanut import Orientation
+from converters.methods.peanut import Orientation, Tweaker
 
 _THETA_KEY = re.compile(
     r"(?:(?P<parent>.+)\.)(?P<kind>q_adapter|v_adapter|adapter)"
@@ -42,7 +42,7 @@ class AuthorsKeys:
 
 
 def sort_keys(source: AdapterSource) -> AuthorsKeys | None:
-    """Sort the keys of a state dict; None if it holds nothing of the authors' code."""
+    """Sort the keys of a state dict; None if there is nothing of the authors' code in it."""
     if source.config is not None:
         return None
     found, rest = AuthorsKeys(), {}
@@ -83,22 +83,19 @@ def read_modules(source: AdapterSource, keys: AuthorsKeys, scaling: float) -> di
 def _read_module(module: str, parts: Mapping[str, str], scaling: float) -> ModuleTheta:
     if any(part in _NAIVE for part in parts):
         if missing := sorted(set(_NAIVE) - set(parts)):
-            raise ThetaError(f"{module}: {missing[0]} is missing of i1 to i4; the adapter is incomplete")
+            raise ThetaError(f"{module}: {missing[0]} of i1 to i4 is missing; the adapter is incomplete")
         parts = {_NAIVE.get(part, part): key for part, key in parts.items()}
     if missing := sorted({"A", "B"} - set(parts)):
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
-    sides = []
     for side in ("encoders", "decoders"):
         found = sorted(int(part.split(".")[1]) for part in parts if part.startswith(side))
         if found != list(range(len(found))):
             raise ThetaError(f"{module}: {side} {found} are not numbered from 0 without a gap; one is missing")
-        sides.append(tuple(parts[f"{side}.{i}"] for i in found))
-    encoders, decoders = sides
-    return ModuleTheta(Orientation.COLUMNS, parts["A"], parts["B"], encoders, decoders, scaling=scaling)
+    return ModuleTheta(Tweaker, parts, {"orientation": Orientation.COLUMNS.value, "scaling": scaling})
 
 
 def class_beside(folder: Path) -> str | None:
-    """The class that was trained, from a config.json beside its weights (a Trainer's folder), if it tells one.
+    """The class that was trained, from a config.json beside its weights (a Trainer's folder), if it names one.
 
     Raises `AdapterConfigError` when the config is damaged.
     """

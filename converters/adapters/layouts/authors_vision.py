@@ -23,7 +23,7 @@ def claims(source: AdapterSource) -> str | None:
 
 
 def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter:
-    """The adapter in `source`. Raises `ThetaError` when θ is incomplete or does not fit itself."""
+    """The adapter in `source`. Raises `ThetaError` when θ is incomplete, or its shapes do not fit each other."""
     keys = sort_keys(source)
     if keys is None:
         raise LayoutError(f"{source.path} holds no q_adapter, v_adapter or adapter")
@@ -31,7 +31,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     dense = {module.split(".")[-2] + ".dense" for module in modules if module.endswith(".dense")}
     if dense and dense != set(_DENSE):
         raise ThetaError(
-            f"{source.path}: of the dense layers, θ for {dense.pop()} alone; the authors' code adapts "
+            f"{source.path}: only {dense.pop()} of the dense layers has θ; the authors' code adapts "
             f"{' and '.join(_DENSE)}, so the adapter is incomplete"
         )
     return build_adapter(

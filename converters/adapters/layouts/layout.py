@@ -1,4 +1,4 @@
-"""What a layout is: it says whether a folder or file is its own and why, and reads it."""
+"""The Layout seam: whether a folder or file is in a layout, why, and how it is read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

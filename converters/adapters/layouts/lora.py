@@ -14,10 +14,11 @@ from typing import Any
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout
 from converters.adapters.layouts.lora_names import INERT_FIELDS, ScalingOf, find_shapes, read_modules, says
+from converters.adapters.layouts.lora_variants import find_variant
 from converters.adapters.layouts.peft_config import boolean, integer, number
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
-from converters.methods.peanut import Orientation
+from converters.methods.peanut import Orientation, Tweaker
 
 _MATH_FIELDS = ("r", "lora_alpha")
 _CHECKED_FIELDS = (
@@ -35,6 +36,9 @@ def claims(source: AdapterSource) -> str | None:
     shapes = find_shapes(source)
     if shapes is None:
         return None
+    variant = find_variant(source)
+    if variant is not None:
+        return f"{says(source)} with {variant[1].flag}"
     for module, (a, b) in shapes.items():
         if a != b[::-1]:
             return f"{says(source)}; {module} has lora_A {a}, lora_B {b}: (r, in), (out, r)"
@@ -43,21 +47,23 @@ def claims(source: AdapterSource) -> str | None:
 
 def claims_nonlinear(source: AdapterSource) -> str | None:
     """As `claims`; it is the user who says that σ belongs there."""
-    evidence = claims(source)
+    evidence = claims(source) if find_variant(source) is None else None
     return None if evidence is None else f"{evidence}; --layout says nonlinear"
 
 
 def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear: bool = False) -> Adapter:
     """The adapter in `source`; raises as `read_modules` does."""
     name, act_fn = ("nonlinear-lora", "relu") if nonlinear else ("lora", "linear")
+    variant = find_variant(source)
 
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
         if not len(a) == len(b) == 2 or a[0] != b[1]:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; wanted (r, in) and (out, r)")
-        return ModuleTheta(
-            Orientation.FREE, keys["A"], keys["B"], act_fn=act_fn, scaling=s, fan_in_fan_out=fan_in_fan_out
-        )
+        if variant is not None:
+            return ModuleTheta(variant[0], keys, {"scaling": s}, fan_in_fan_out)
+        settings = {"orientation": Orientation.FREE.value, "act_fn": act_fn, "scaling": s}
+        return ModuleTheta(Tweaker, keys, settings, fan_in_fan_out)
 
     inert = (*INERT_FIELDS, *_CHECKED_FIELDS)
     find_scaling = partial(_scaling_of, source)
@@ -105,4 +111,6 @@ def _pattern_of(table: Mapping[str, Any], module: str, source: AdapterSource) ->
     try:
         return next((pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", module)), None)
     except re.error as error:
-        raise AdapterConfigError(f"{source.config_path}: a pattern is no regular expression ({error})") from None
+        raise AdapterConfigError(
+            f"{source.config_path}: a pattern is not a valid regular expression ({error})"
+        ) from None

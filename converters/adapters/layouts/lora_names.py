@@ -1,7 +1,7 @@
 """θ under LoRA's names, `lora_A` and `lora_B`: what plain LoRA and the PEANuT authors' LLM code both write.
 
 Both say `peft_type: LORA`. Plain LoRA has lora_A (r, in) and lora_B (out, r); the authors' code has lora_A (r, in)
-and lora_B (in, r). Where `out = in` nothing in the folder tells them apart.
+and lora_B (in, r). Where `out = in`, nothing in the folder distinguishes them.
 """
 
 import re
@@ -10,17 +10,19 @@ from typing import Any
 
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import build_adapter
+from converters.adapters.layouts.lora_variants import PARTS, check_parts
 from converters.adapters.layouts.peft_config import boolean, check_fields, check_targeting, provenance, targeting_of
 from converters.adapters.layouts.peft_keys import sort_keys
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
+from converters.methods.table import LORA_VARIANTS
 
-_THETA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)(?:\.(?P<name>[^.]+))?\.weight")
 _LORA_KEY = re.compile(r".+\.lora_[AB]\..*weight")
 
 # fields that are checked here, of the training, or without meaning unless a setting that is refused says so
 INERT_FIELDS = (
+    *LORA_VARIANTS,
     "fan_in_fan_out",
     "bias",
     "lora_dropout",
@@ -37,18 +39,17 @@ INERT_FIELDS = (
 
 # keys and settings of what is not plain LoRA -> its name
 _VARIANT_KEYS = {
-    r".*\.lora_magnitude_vector(\..*)?": "DoRA",
     r".*\.lora_embedding_[AB](\..*)?": "LoRA on an embedding",
     r".*\.lora_[AB](\..*)?\.bias": "LoRA with lora_bias",
 }
-_VARIANT_FIELDS = {"use_dora": "DoRA", "lora_bias": "LoRA with lora_bias", "enable_lora": "LoRA's MergedLinear"}
+_VARIANT_FIELDS = {"lora_bias": "LoRA with lora_bias", "enable_lora": "LoRA's MergedLinear"}
 
 ThetaOf = Callable[[str, Mapping[str, str], float, bool], ModuleTheta]
 ScalingOf = Callable[[str, int], float]
 
 
 def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Module -> shapes of its lora_A and lora_B, or None if this is nothing with LoRA's names.
+    """Module -> shapes of its lora_A and lora_B, or None if there are no LoRA names in it.
 
     Raises `LayoutError` for a variant of LoRA that is not read.
     """
@@ -57,7 +58,7 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
     if source.config is None and not any(_LORA_KEY.fullmatch(name) for name in source.keys):
         return None
     _refuse_variants(source)
-    parts = sort_keys(source, _THETA_KEY, "lora_").parts
+    parts = sort_keys(source, PARTS, "lora_").parts
     shapes = source.store.shapes
     for module, keys in parts.items():
         if missing := {"A", "B"} - set(keys):
@@ -97,9 +98,9 @@ def read_modules(
 
     Args:
         source: the source.
-        layout, evidence: its layout, and what told it.
+        layout, evidence: its layout, and what identified it.
         scaling: s, where no config states it.
-        math, inert: fields of the config that count, and that do not.
+        math, inert: fields of the config that the formula needs, and fields without effect.
         scaling_of: given the config, a function from a module and its r to s.
         theta_of: a module, its keys, s and fan_in_fan_out -> its θ.
 
@@ -118,16 +119,17 @@ def read_modules(
         find_scaling = _always(scaling)
     else:
         raise MissingScalingError(
-            f"{source.path} has no {ADAPTER_CONFIG}, and s = lora_alpha / r stands only there: give --scaling, or "
+            f"{source.path} has no {ADAPTER_CONFIG}, and only that states s = lora_alpha / r: give --scaling, or "
             "put the config of the training beside the weights"
         )
     transposed = boolean(where, "fan_in_fan_out", config.get("fan_in_fan_out") or False)
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"{where}: bias = {bias!r}; wanted none, all or lora_only")
-    keys = sort_keys(source, _THETA_KEY, "lora_", bias)
+    keys = sort_keys(source, PARTS, "lora_", bias)
     modules = {}
     for module, parts in sorted(keys.parts.items()):
+        check_parts(source, module, parts)
         a = source.store.shapes[parts["A"]]
         modules[module] = theta_of(module, parts, find_scaling(module, a[0] if a else 0), transposed)
     targeting = targeting_of(where, config)

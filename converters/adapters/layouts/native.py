@@ -1,6 +1,6 @@
-"""This project's own layout: `peanut_config.json` and `peanut_theta.safetensors`, for what no other code can say.
+"""This project's own layout, `peanut_config.json` and `peanut_theta.safetensors`: for what no other can express.
 
-It stores everything that the mathematics needs, per module, so that every tweaker can be written down: any
+It stores everything that the formula needs, per module, so that every tweaker can be saved: any
 orientation, activation (also `sin_2pi`, also on the output), any depth, with residuals or without.
 
     peanut_config.json         {"format": "peanut", "format_version": 1, "modules": {"<module>": {
@@ -8,7 +8,7 @@ orientation, activation (also `sin_2pi`, also on the output), any depth, with re
                                    "residual": true, "output_act_fn": null, "negative_slope": 0.01}},
                                 "base_model_name_or_path", "task_type", "model_class", "labels": optional}
     peanut_theta.safetensors   theta.<module>.A  .B  .encoders.<i>  .decoders.<i>    see `Tweaker` for shapes
-                               saved.<tensor>      what is replaced whole: heads, biases, embeddings
+                               saved.<tensor>      tensors that are replaced: heads, biases, embeddings
     peanut_base.json           the base's fingerprint, if it was given
 """
 
@@ -51,7 +51,7 @@ def save_adapter(
     task_type: str | None = None,
     model_class: str | None = None,
 ) -> Path:
-    """Save a trained adapter in the native layout, with everything that the mathematics needs.
+    """Save a trained adapter in the native layout, with everything that the formula needs.
 
     Args:
         folder: where to; it must not exist.
@@ -77,16 +77,14 @@ def save_adapter(
         raise ThetaError("no tweakers to save")
     tensors = {f"saved.{name}": tensor for name, tensor in (saved or {}).items()}
     for module, tweaker in tweakers.items():
-        tensors |= {f"theta.{module}.A": tweaker.a, f"theta.{module}.B": tweaker.b}
-        tensors |= {f"theta.{module}.encoders.{i}": e for i, e in enumerate(tweaker.encoders)}
-        tensors |= {f"theta.{module}.decoders.{i}": d for i, d in enumerate(tweaker.decoders)}
+        tensors |= {f"theta.{module}.{part}": tensor for part, tensor in tweaker.parts.items()}
     facts = {
         "base_model_name_or_path": base_name,
         "task_type": task_type,
         "model_class": model_class,
         "labels": list(labels) if labels is not None else None,
     }
-    modules = {module: {key: getattr(tweaker, key) for key in _SETTINGS} for module, tweaker in tweakers.items()}
+    modules = {module: tweaker.settings for module, tweaker in tweakers.items()}
     with staged(folder, overwrite=False) as staging:
         # a copy each: safetensors refuses tensors that share memory
         save_file(
@@ -175,7 +173,7 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> dict[str, dict[str,
         raise AdapterConfigError(f"{where}: no modules in it")
     for module, settings in modules.items():
         if not isinstance(settings, dict) or set(settings) != set(_SETTINGS):
-            raise AdapterConfigError(f"{where}: {module} wants exactly the settings {', '.join(_SETTINGS)}")
+            raise AdapterConfigError(f"{where}: {module} must have exactly the settings {', '.join(_SETTINGS)}")
         if settings["orientation"] not in [o.value for o in Orientation]:
             raise AdapterConfigError(f"{where}: {module}: orientation = {settings['orientation']!r} is unknown")
         known = [*known_activations(), None]
@@ -200,10 +198,4 @@ def _module(module: str, parts: Mapping[str, str], settings: Mapping[str, Any]) 
     ]
     if missing := [part for part in wanted if part not in parts]:
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
-    return ModuleTheta(
-        a=parts["A"],
-        b=parts["B"],
-        encoders=tuple(parts[f"encoders.{i}"] for i in sides[0]),
-        decoders=tuple(parts[f"decoders.{i}"] for i in sides[1]),
-        **{**settings, "orientation": Orientation(settings["orientation"])},
-    )
+    return ModuleTheta(Tweaker, {part: parts[part] for part in wanted}, settings)

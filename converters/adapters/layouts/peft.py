@@ -5,7 +5,6 @@ A (r, out), B (out, r) and inner layers (r, r): the columns orientation (`peft/t
 `modules_to_save` appear as `base_model.model.<module>.<parameter>`.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,9 @@ from converters.adapters.store import ThetaStore
 from converters.errors import AdapterConfigError, LayoutError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
 from converters.methods.activations import ACTIVATIONS, WITH_UNSAVED_PARAMETERS
-from converters.methods.peanut import Orientation
+from converters.methods.peanut import Orientation, Tweaker
 
-_THETA_KEY = re.compile(
-    r"(?P<module>.+)\.peanut_(?P<part>A|B|encoders|decoders)(?:\.(?P<name>[^.\d][^.]*))?(?:\.(?P<index>\d+))?\.weight"
-)
+_PARAMETERS = {f"peanut_{part}": part for part in ("A", "B", "encoders", "decoders")}
 _MATH_FIELDS = ("r", "depth", "act_fn", "scaling")
 
 
@@ -40,8 +37,8 @@ def claims(source: AdapterSource) -> str | None:
         return f"{ADAPTER_CONFIG} says peft_type PEANUT"
     if source.config is None and any(".peanut_A." in name for name in source.keys):
         raise LayoutError(
-            f"{source.weights} holds θ of HF PEFT, but there is no {ADAPTER_CONFIG} beside it, and r, depth, act_fn "
-            "and scaling stand only there; copy it from where the adapter was trained"
+            f"{source.weights} contains θ of HF PEFT, but there is no {ADAPTER_CONFIG} next to it, and only "
+            "that states r, depth, act_fn and scaling; copy it from where the adapter was trained"
         )
     return None
 
@@ -57,7 +54,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     _check_config(where, config)
     if scaling is not None:
         raise OptionError(f"--scaling {scaling:g}: {where} states the scaling ({config['scaling']}); leave it out")
-    keys = sort_keys(source, _THETA_KEY, "peanut_")
+    keys = sort_keys(source, _PARAMETERS, "peanut_")
     targeting = targeting_of(where, config)
     modules = {name: _module(name, parts, source.store, config) for name, parts in sorted(keys.parts.items())}
     if targeting is not None:
@@ -95,7 +92,7 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> None:
 
 
 def _module(name: str, keys: dict[str, str], store: ThetaStore, config: Mapping[str, Any]) -> ModuleTheta:
-    """θ of one module, held against the config's r and depth."""
+    """θ of one module, checked against the config's r and depth."""
     r, depth = config["r"], config["depth"]
     wanted = ["A", "B", *(f"{side}.{i}" for side in ("encoders", "decoders") for i in range(depth))]
     if missing := [part for part in wanted if part not in keys]:
@@ -109,12 +106,9 @@ def _module(name: str, keys: dict[str, str], store: ThetaStore, config: Mapping[
         found, expected = store.shapes[keys[part]], shapes.get(part, (r, r))
         if found != expected:
             raise ThetaError(f"{name}: peanut_{part} has shape {found}, wanted {expected} (r = {r} in the config)")
-    return ModuleTheta(
-        Orientation.COLUMNS,
-        keys["A"],
-        keys["B"],
-        tuple(keys[f"encoders.{i}"] for i in range(depth)),
-        tuple(keys[f"decoders.{i}"] for i in range(depth)),
-        config["act_fn"],
-        float(config["scaling"]),
-    )
+    settings = {
+        "orientation": Orientation.COLUMNS.value,
+        "act_fn": config["act_fn"],
+        "scaling": float(config["scaling"]),
+    }
+    return ModuleTheta(Tweaker, {part: keys[part] for part in wanted}, settings)

@@ -79,7 +79,7 @@ def boolean(where: Path, name: str, value: Any) -> bool:
 
 
 def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Adapter` that tell what was trained."""
+    """The fields of `Adapter` that describe the training."""
     auto_mapping = config.get("auto_mapping") or {}
     from_transformers = str(auto_mapping.get("parent_library", "")).split(".")[0] == "transformers"
     return {
@@ -97,14 +97,14 @@ def targeting_of(where: Path, config: Mapping[str, Any]) -> Targeting | None:
         items = value if isinstance(value, list) else [] if value is None else [value]
         kind = int if key == "layers_to_transform" else str
         if any(type(item) is not kind for item in items):
-            raise AdapterConfigError(f"{where}: {key} = {value!r} is not of PEFT's form")
+            raise AdapterConfigError(f"{where}: {key} = {value!r} does not have PEFT's form")
     if names["target_modules"] is None:
         return None
     targeting = Targeting(**(names | {"modules_to_save": names["modules_to_save"] or ()}))
     try:
         targeting.matches("model.layers.0.self_attn.q_proj")
     except re.error as error:
-        raise AdapterConfigError(f"{where}: a pattern is no regular expression ({error})") from None
+        raise AdapterConfigError(f"{where}: a pattern is not a valid regular expression ({error})") from None
     return targeting
 
 
@@ -115,7 +115,7 @@ def check_targeting(
     saved: Mapping[str, str],
     bias: str = "none",
 ) -> None:
-    """Hold the weights against what the config targets.
+    """Check the weights against what the config targets.
 
     Args:
         where: what to name in errors.
@@ -131,8 +131,8 @@ def check_targeting(
     for module in modules:
         if not targeting.matches(module):
             raise AdapterConfigError(
-                f"{where}: the weights adapt {module}, the config's target_modules do not; config and weights are "
-                "of different trainings"
+                f"{where}: the weights adapt {module}, the config's target_modules do not; config and weights come "
+                "from different trainings"
             )
     whole = set()
     for name in saved:
@@ -143,5 +143,5 @@ def check_targeting(
             raise ThetaError(f"{where}: {name} is neither θ nor in modules_to_save of the config")
     if targeting.modules_to_save and not whole:
         raise ThetaError(
-            f"{where}: modules_to_save is {list(targeting.modules_to_save)}, but the weights hold none of them"
+            f"{where}: modules_to_save is {list(targeting.modules_to_save)}, but the weights contain none of them"
         )

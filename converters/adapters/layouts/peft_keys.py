@@ -5,6 +5,7 @@ keeps the name, and the base weights as `<module>.base_layer.weight` (`peft/util
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,31 +30,31 @@ class PeftKeys:
     embedded: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(source: AdapterSource, theta_key: re.Pattern[str], mark: str, bias: str = "none") -> PeftKeys:
+def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, bias: str = "none") -> PeftKeys:
     """Sort the keys of a state dict.
 
     Args:
         source: the adapter.
-        theta_key: matches a key of θ, with groups module, part, and perhaps index and name (the adapter's).
-        mark: stands in every key of θ; one that has it and does not match is refused.
+        parameters: name of a parameter of θ in a state dict (`lora_A`) -> part of θ. A key has perhaps the adapter's
+            name, a number (in a list of parameters) and `.weight` after it.
+        mark: part of every key of θ; a key that contains it and does not match is refused.
         bias: LoRA's `bias`: with `all` or `lora_only`, biases are trained and replace the base's.
 
     Raises:
-        ThetaError: a key is not of PEFT's form, there is no θ, or there are several adapters.
+        ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
     """
-    where = source.weights
+    where, theta_key = source.weights, _theta_key(parameters)
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
         if match := theta_key.fullmatch(name):
-            groups = match.groupdict()
-            adapters.add(groups.get("name"))
-            part = groups["part"] if groups.get("index") is None else f"{groups['part']}.{int(groups['index'])}"
-            if part in found.parts.setdefault(groups["module"], {}):
+            adapters.add(match["name"])
+            part = parameters[match["parameter"]] + (f".{int(match['index'])}" if match["index"] else "")
+            if part in found.parts.setdefault(match["module"], {}):
                 _refuse_several(where, adapters)
-            found.parts[groups["module"]][part] = key
+            found.parts[match["module"]][part] = key
         elif mark in name:
-            raise ThetaError(f"{where}: the key {key} is not of PEFT's form")
+            raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
         elif match := _SAVED_MODULE.fullmatch(name):
             adapters.add(match["name"])
             found.saved[f"{match['module']}.{match['parameter']}"] = key
@@ -63,7 +64,7 @@ def sort_keys(source: AdapterSource, theta_key: re.Pattern[str], mark: str, bias
             trained = is_trained_bias or (plain == name and not whole_model)
             (found.saved if trained else found.embedded)[plain] = key
     if not found.parts:
-        raise ThetaError(f"{where}: the weights hold no θ (no key with {mark}A); nothing to merge")
+        raise ThetaError(f"{where}: the weights contain no θ (no key with {mark}A); there is nothing to merge")
     if len(adapters - {None}) > 1:
         _refuse_several(where, adapters)
     if bias == "lora_only":
@@ -72,6 +73,13 @@ def sort_keys(source: AdapterSource, theta_key: re.Pattern[str], mark: str, bias
     return found
 
 
+def _theta_key(parameters: Mapping[str, str]) -> re.Pattern[str]:
+    """What matches a key of θ."""
+    names = "|".join(map(re.escape, parameters))
+    adapter, index = r"(?:\.(?P<name>(?!weight$)[^.\d][^.]*))?", r"(?:\.(?P<index>\d+))?"
+    return re.compile(rf"(?P<module>.+)\.(?P<parameter>{names}){adapter}{index}(?:\.weight)?")
+
+
 def _refuse_several(where: Path, adapters: set[str | None]) -> None:
     names = ", ".join(sorted(str(name) for name in adapters if name is not None))
-    raise ThetaError(f"{where}: θ of several adapters ({names}) in one file; save the one that is wanted")
+    raise ThetaError(f"{where}: θ of several adapters ({names}) in one file; save only the one to use")

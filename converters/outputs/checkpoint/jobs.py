@@ -67,8 +67,8 @@ class Output:
         written = WrittenTensor(digest)
         if verify:
             plan = self.draft.plan
-            tweakers = [plan.tweaker(term).to("cpu", torch.float64) for term in self.tensor.terms]
-            written = WrittenTensor(digest, *verify_tensor(self.place, self.tensor, tweakers, digest, worker.reader))
+            deltas = plan.deltas_of(self.tensor)
+            written = WrittenTensor(digest, *verify_tensor(self.place, self.tensor, deltas, digest, worker.reader))
             self.draft.advance(self.tensor.nbytes)
         self.draft.record(self.shard, self.tensor.name, written)
 
@@ -120,7 +120,7 @@ class TensorJob:
                 _write_unchanged(output, worker)
         for output in todo:
             output.end(self.verify, worker)
-        worker.leave_behind(todo)
+        worker.defer_drop(todo)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class SavedJob:
         """Write and check it."""
         _write_unchanged(self.output, worker)
         self.output.end(self.verify, worker)
-        worker.leave_behind([self.output])
+        worker.defer_drop([self.output])
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from torch import Tensor
 from converters.adapters.adapter import Weighted
 from converters.errors import BaseMismatchError, CheckpointError, VerificationError
 from converters.evaluation.blocks import unchanged_blocks
-from converters.evaluation.verify import Verification, check_numbers, read_columns, read_rows
+from converters.evaluation.recompute import read_columns, read_rows
+from converters.evaluation.verify import Verification, check_numbers
 from converters.files.blocks import block_rows
 from converters.files.hashing import hash_file
 from converters.files.header import TensorInfo
 from converters.files.json_files import read_json
 from converters.files.names import MANIFEST_NAME
 from converters.files.reader import TensorReader
-from converters.methods.peanut import Orientation
+from converters.methods.weight_delta import Reads
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from converters.outputs.manifest import build_manifest
 from converters.plans.merge import Plan, plan_merge
@@ -154,21 +155,18 @@ def _recompute(
     tensor: TensorPlan, info: TensorInfo, plan: Plan, reader: TensorReader, base_reader: TensorReader
 ) -> Iterator[tuple[int, float]]:
     """Every number of an updated weight, a part at a time: (numbers, largest error in ulp)."""
-    tweakers = [plan.tweaker(term).to("cpu", torch.float64) for term in tensor.terms]
-    kinds = {tweaker.orientation for tweaker in tweakers}
-    out, width = tensor.shape
-    rows = (
-        torch.split(torch.arange(out), max(1, _NUMBERS // width))
-        if Orientation.ROWS in kinds
-        else [torch.arange(out)]
-    )
-    by_columns = kinds != {Orientation.ROWS}
+    deltas = plan.deltas_of(tensor)
+    reads, info = {delta.reads for delta in deltas}, info.as_matrix
+    out, width = tensor.matrix_shape
+    split_rows = Reads.ROWS in reads and Reads.WHOLE not in reads
+    rows = torch.split(torch.arange(out), max(1, _NUMBERS // width)) if split_rows else [torch.arange(out)]
+    by_columns = reads != {Reads.ROWS} and Reads.WHOLE not in reads
     columns = torch.split(torch.arange(width), max(1, _NUMBERS // out)) if by_columns else [torch.arange(width)]
     for some_columns in columns:
         read = read_columns(info, some_columns, reader) if by_columns else None
         for some_rows in rows:
             found = read[some_rows] if read is not None else read_rows(info, some_rows, reader)
-            yield check_numbers(found, tensor, some_rows, some_columns, tweakers, base_reader)
+            yield check_numbers(found, tensor, some_rows, some_columns, deltas, base_reader)
 
 
 def _compare(

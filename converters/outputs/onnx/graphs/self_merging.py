@@ -1,11 +1,10 @@
 """Graphs that carry θ and f: `W0 + f(W0; θ)` is computed once, when ONNX Runtime folds constants at load.
 
-f is not written down again here: `_Merge` calls the toolkit's own, and torch traces it.
+No formula is written down again here: `_Merge` calls the method's own, and torch traces it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -13,8 +12,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
-from converters.methods.peanut import Tweaker
-from converters.methods.update import delta_weight
+from converters.methods.weight_delta import WeightDelta
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.graphs.template import bind, trace_module
 from converters.outputs.onnx.graphs.template_cache import cached_graph
@@ -38,12 +36,12 @@ def write_self_merging(
     for name, planned in task.updated.items():
         merged = name
         for index, term in enumerate(planned.terms):
-            tweaker = task.plan.tweaker(term).to("cpu", torch.float32)
-            kind = _kind_of(tweaker, planned.shape, opset)
+            delta = task.plan.delta_of(term).to("cpu", torch.float32)
+            kind = json.dumps([delta.kind, planned.shape, opset])
             if kind not in traced.updates:
-                traced.updates[kind] = _trace_update(tweaker, planned.shape, opset, kind)
+                traced.updates[kind] = _trace_update(delta, planned.shape, opset, kind)
             prefix = f"{name}/{index}/"
-            theta = {prefix + part: tensor for part, tensor in _parts(tweaker).items()}
+            theta = {prefix + part: tensor for part, tensor in delta.parts.items()}
             proto.graph.initializer.extend(inline(part, tensor) for part, tensor in theta.items())
             total, merged = merged, f"{prefix}merged"
             nodes, constants = _instance(traced.updates[kind], [total, name, *theta], merged, prefix)
@@ -57,44 +55,26 @@ def write_self_merging(
 
 
 class _Merge(torch.nn.Module):
-    """`total + f(W0; θ)`, of a tweaker whose tensors are inputs."""
+    """`total + delta(W0; θ)`, of a delta whose tensors are inputs."""
 
-    def __init__(self, tweaker: Tweaker) -> None:
+    def __init__(self, delta: WeightDelta) -> None:
         super().__init__()
-        self._tweaker = tweaker
+        self._delta = delta
 
     def forward(self, total: Tensor, w0: Tensor, *theta: Tensor) -> Tensor:
-        """`total` and `w0` (out, in); θ in the order of `_parts`."""
-        depth, rest = len(self._tweaker.encoders), theta[2:]
-        tweaker = replace(self._tweaker, a=theta[0], b=theta[1], encoders=rest[:depth], decoders=rest[depth:])
-        return total + delta_weight(w0, tweaker)
+        """`total` and `w0` as the weight is stored; θ in the order of the delta's parts."""
+        delta = self._delta.with_parts(dict(zip(self._delta.parts, theta, strict=True)))
+        if w0.dim() == 1:  # a bias
+            return total + delta.delta(w0[:, None])[:, 0]
+        return total + delta.delta(w0)
 
 
-def _parts(tweaker: Tweaker) -> dict[str, Tensor]:
-    """The tensors of θ, in order."""
-    return {
-        "A": tweaker.a,
-        "B": tweaker.b,
-        **{f"encoders.{i}": layer for i, layer in enumerate(tweaker.encoders)},
-        **{f"decoders.{i}": layer for i, layer in enumerate(tweaker.decoders)},
-    }
-
-
-def _kind_of(tweaker: Tweaker, shape: tuple[int, ...], opset: int) -> str:
-    """What the graph of an update depends on, besides the numbers in θ; JSON."""
-    settings = (tweaker.act_fn, tweaker.scaling, tweaker.residual, tweaker.output_act_fn, tweaker.negative_slope)
-    sizes = (tweaker.r, len(tweaker.encoders), len(tweaker.decoders), *shape)
-    return json.dumps([tweaker.orientation.value, *settings, *sizes, opset])
-
-
-def _trace_update(tweaker: Tweaker, shape: tuple[int, ...], opset: int, kind: str) -> GraphProto:
+def _trace_update(delta: WeightDelta, shape: tuple[int, ...], opset: int, kind: str) -> GraphProto:
     """The graph of one update: inputs `total`, `w0` and θ, one output."""
     total, w0 = torch.zeros(shape), torch.zeros(shape)  # one tensor as both would be traced as one input
-    theta = tuple(_parts(tweaker).values())
-    names = ["total", "w0", *_parts(tweaker)]
-    return cached_graph(
-        {"merge": kind}, lambda: trace_module(_Merge(tweaker), (total, w0, *theta), names, ["merged"], opset)
-    ).graph
+    names = ["total", "w0", *delta.parts]
+    inputs = (total, w0, *delta.parts.values())
+    return cached_graph({"merge": kind}, lambda: trace_module(_Merge(delta), inputs, names, ["merged"], opset)).graph
 
 
 def _instance(

@@ -14,7 +14,7 @@ from onnx.helper import make_node, make_tensor_value_info
 from torch import Tensor
 
 from converters.errors import ConversionError
-from converters.evaluation.factors import refuse_output_activations, sum_factors
+from converters.evaluation.factors import refuse_full_rank, sum_factors
 from converters.files.reader import TensorReader
 from converters.outputs.onnx.graphs.model_file import declared, save_model
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
@@ -26,7 +26,7 @@ def check_swappable(traced: TracedBase, tasks: Sequence[TaskWeights]) -> None:
     """Raise `ConversionError` if low-rank inputs cannot say what a task does, or a task lacks a head."""
     whole = _whole(traced, tasks)
     for task in tasks:
-        refuse_output_activations(task.plan, task.updated)
+        refuse_full_rank(task.plan, task.updated)
         if lacking := sorted((whole - task.tensors.keys()) & traced.reference.missing):
             raise ConversionError(
                 f"{task.plan.name} does not bring {lacking[0]}, which the base has not and other tasks bring; "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from converters.evaluation.blocks import tensor_blocks
 from converters.evaluation.verify import Verification, verify_numbers
-from converters.evaluation.worker import EVALUATION_DTYPE, Worker
+from converters.evaluation.worker import Worker
 from converters.models.architecture import Architecture
 from converters.plans.merge import Plan
 from converters.plans.tensor import Action, TensorPlan
@@ -59,8 +59,7 @@ def evaluate_task(plan: Plan, arch: Architecture, device: torch.device) -> TaskW
             tensors[name] = _numbers(plan, planned, worker)
             if planned.terms:
                 updated[name] = planned
-                tweakers = [plan.tweaker(term).to("cpu", EVALUATION_DTYPE) for term in planned.terms]
-                checks.append(verify_numbers(tensors[name], planned, tweakers, worker.reader))
+                checks.append(verify_numbers(tensors[name], planned, plan.deltas_of(planned), worker.reader))
     finally:
         worker.close()
     return TaskWeights(plan, updated, tensors, Verification.of(len(updated), checks))
