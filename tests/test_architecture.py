@@ -1,6 +1,6 @@
 """The plan of the source, and what holds it: the order of the rooms, who may import what, and how large a thing gets.
 
-The plan itself is `support/rooms.py`: a room imports only rooms above it in its list.
+The order is in `support/project/rooms.py`: a room imports only rooms above it in its list.
 """
 
 import sys
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import setuptools
 from support.paths import ROOT
-from support.rooms import ORDER
-from support.source_tree import (
+from support.project.rooms import ORDER
+from support.project.source_tree import (
     WINGS,
     Module,
     body_size,

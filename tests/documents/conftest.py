@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.document_folders import language_folders, vision_and_text_folders
+from support.project.document_folders import language_folders, vision_and_text_folders
 from support.tiny_models import Pair
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from support.commands import Run, run
-from support.documents import CONTRIBUTING, CONVERTERS, EXECUTED, README, SERVING, Document
 from support.hub.server import hub_settings, serve_hub
 from support.paths import ROOT
+from support.project.documents import CONTRIBUTING, CONVERTERS, EXECUTED, README, SERVING, Document
 from support.server.admin import KEY, FakeControl, serving_app
 from support.tiny_models import Pair
 

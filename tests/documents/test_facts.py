@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
-from support.documents import ALL, CONTRIBUTING, CONVERTERS, README, SECURITY, SERVING, Document, rows
 from support.paths import ROOT
-from support.rooms import ORDER
+from support.project.documents import ALL, CONTRIBUTING, CONVERTERS, README, SECURITY, SERVING, Document, rows
+from support.project.rooms import ORDER
 
 import converters
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES

@@ -1,4 +1,4 @@
-"""The rooms of both packages, in order: a room imports only rooms above it in its list."""
+"""The plan of the source: its rooms, in order. A room imports only rooms above it in its list."""
 
 CONVERTERS = (
     "errors",  # everything that is raised on purpose
