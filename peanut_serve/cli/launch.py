@@ -7,11 +7,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-from converters.adapters.loading import load_adapter
+from converters import load_adapter, open_checkpoint
 from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
-from converters.hub.names import SHORT_NAMES, is_hub_id
-from converters.models.checkpoint import open_checkpoint
-from converters.outputs.lora import VLLM_RANKS
+from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
 from peanut_serve.settings.swapping import VARIABLE, SwapSettings
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
 

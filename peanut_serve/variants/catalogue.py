@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters.adapters.finding import find_adapter
 from converters.errors import OptionError, PeanutError
+from converters.serving import find_adapter
 from peanut_serve.errors import TryLaterError, UnknownVariantError, VariantError, VariantNameError
 from peanut_serve.variants.roots import AdapterRoots, State, VariantSource, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from converters.files.header import TensorInfo
-from converters.models.checkpoint import Checkpoint
+from converters import Checkpoint
+from converters.serving import TensorInfo
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
 from peanut_serve.variants.version import Version, host_copy
 

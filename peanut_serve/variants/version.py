@@ -8,20 +8,22 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from converters._version import __version__
-from converters.adapters.adapter import Weighted
-from converters.adapters.base_record import check_base
-from converters.adapters.loading import load_adapter
+from converters import Checkpoint, Plan, Weighted, __version__, load_adapter, open_checkpoint
 from converters.errors import ConversionError, MissingScalingError
-from converters.evaluation.blocks import tensor_blocks
-from converters.evaluation.pool import Pipeline
-from converters.evaluation.worker import Worker, find_devices
-from converters.files.header import TensorInfo, TensorSpec
-from converters.files.reader import TensorReader
-from converters.models.checkpoint import Checkpoint, open_checkpoint, sample_digests
-from converters.outputs.lora import as_lora
-from converters.plans.merge import Plan, plan_merge
-from converters.plans.tensor import TensorPlan
+from converters.serving import (
+    Pipeline,
+    TensorInfo,
+    TensorPlan,
+    TensorReader,
+    TensorSpec,
+    Worker,
+    as_lora,
+    check_base,
+    find_devices,
+    plan_merge,
+    sample_digests,
+    tensor_blocks,
+)
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
 

@@ -17,9 +17,9 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from converters import open_checkpoint
 from converters.errors import OptionError
-from converters.models.checkpoint import open_checkpoint
-from converters.models.finding import find_base
+from converters.serving import find_base
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.swapping import SwapSettings
 from peanut_serve.swapping.self_test import try_out
