@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from converters.adapters.base_record import check_base
     from converters.adapters.finding import find_adapter
+    from converters.adapters.store import ThetaStore
     from converters.evaluation.blocks import tensor_blocks
     from converters.evaluation.pool import Pipeline
     from converters.evaluation.worker import Worker, find_devices
@@ -46,6 +47,7 @@ _HOME = {
     "TensorPlan": "plans.tensor",
     "TensorReader": "files.reader",
     "TensorSpec": "files.header",
+    "ThetaStore": "adapters.store",
     "VLLM_RANKS": "outputs.lora",
     "Worker": "evaluation.worker",
     "as_lora": "outputs.lora",
@@ -79,6 +81,7 @@ __all__ = [
     "TensorPlan",
     "TensorReader",
     "TensorSpec",
+    "ThetaStore",
     "Worker",
     "as_lora",
     "check_base",
