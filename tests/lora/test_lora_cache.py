@@ -56,8 +56,8 @@ GET = """
 import sys, time
 from pathlib import Path
 from converters import prepare_merge
-from converters.lora_adapter import plan_lora_adapter, write_lora_adapter
-from peanut_serve.lora_cache import LoraCache
+from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
+from peanut_serve.lora.cache import LoraCache
 base, adapter, cache, seconds = sys.argv[1:]
 lease = LoraCache(Path(cache), 10**9).get(
     "a", lambda folder: print("wrote", write_lora_adapter(plan_lora_adapter(prepare_merge(base, adapter), folder)))
