@@ -25,7 +25,8 @@ from vllm.model_executor.model_loader.reload import inplace, layerwise
 from converters.files.header import TensorInfo
 from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants.host_cache import BaseWeights
-from peanut_serve.variants.version import LoadedModel, adapter_version, places_of
+from peanut_serve.variants.opening import adapter_version
+from peanut_serve.variants.version import LoadedModel, places_of
 from peanut_serve.vllm_plugin.swap import worker as variant_worker
 from peanut_serve.vllm_plugin.swap.worker import VariantWorker, encode_places
 

@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import BaseMismatchError, CheckpointError, OptionError, VerificationError
-from converters.files.hashing import hash_file
-from converters.files.json_files import read_json
-from converters.files.names import MANIFEST_NAME
 from converters.inference.adapter_file import model_version, read_adapter_file
 from converters.inference.kinds import ModelKind, find_kind
 from converters.inference.session import LoadedAdapter, Session
-from converters.models import config as model_config
+from converters.serving import MANIFEST_NAME, MODEL_CONFIG, hash_file, labels_of, read_json
 
-_CONFIG = "config.json"
 # as `converters.onnx_export.export_plan.Form` has them, which imports onnx
 _FORMS = ("merged", "shared", "self-merging", "swappable")
 _HAVE_ADAPTERS = ("swappable",)
@@ -144,13 +140,13 @@ def find_tasks(folder: Path) -> dict[str, OnnxTask]:
 
     Raises `CheckpointError` if it is no such folder, or a task in it is damaged.
     """
-    single = folder / _CONFIG
+    single = folder / MODEL_CONFIG
     if single.is_file() and "peanut" in read_json(single, "config"):
         name = folder.resolve().name
         return {name: _read(single, name)}
     tasks = {}
-    for file in sorted(folder.glob(f"*.{_CONFIG}")):
-        name = file.name.removesuffix(f".{_CONFIG}")
+    for file in sorted(folder.glob(f"*.{MODEL_CONFIG}")):
+        name = file.name.removesuffix(f".{MODEL_CONFIG}")
         if "peanut" in read_json(file, "config"):  # else it is somebody else's file
             tasks[name] = _read(file, name)
     if not tasks:
@@ -176,6 +172,6 @@ def _read(file: Path, name: str) -> OnnxTask:
             "adapter with swappable alone; export again, or update peanut-serve"
         )
     kind = find_kind(config)
-    labels = model_config.labels_of(config) if kind.has_labels else None
+    labels = labels_of(config) if kind.has_labels else None
     rest = {key: value for key, value in config.items() if key != "peanut"}
     return OnnxTask(name, file.parent, rest, kind, tuple(labels or ()), base, models, adapter, files)

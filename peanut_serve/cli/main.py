@@ -1,6 +1,5 @@
 """The command `peanut-serve`."""
 
-import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -9,15 +8,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from converters.cli.options import Version
-from converters.errors import OptionError, PeanutError
+from converters.errors import PeanutError
 
-HELP = """Serve PEANuT adapters of one base by name, on vLLM's own OpenAI server: `model` in a request picks one.
+HELP = """Serve PEANuT adapters of one base by name, on vLLM's OpenAI server: `model` in a request selects one.
 
-DIR holds an adapter per folder, or a merged model. It is evaluated when it is first asked for, and may be added,
-replaced or removed while the server runs. Every option that is not below is vLLM's (peanut-serve --vllm-help).
+DIR holds one adapter, or one merged model, per folder. They are evaluated on first use, and can be added, replaced or
+removed while the server runs. All options not listed below are passed on to vLLM (see peanut-serve --vllm-help).
 
---mode lora (the default) answers many adapters in one batch. --mode merged swaps whole weights in and out: that costs
-nothing per token, and serves what LoRA cannot: heads, embeddings, merged models. --mode auto takes LoRA where it can.
+--mode lora (the default) serves many adapters in one batch. --mode merged swaps whole weights in and out: it adds no
+cost per token, and serves what cannot be expressed as LoRA: heads, embeddings, merged models. --mode auto uses LoRA
+where it can.
 
 Examples:
 
@@ -48,88 +48,82 @@ class _PrefixCache(str, Enum):
     RESET, SALTED = "reset", "salted"
 
 
-_SWAPPING = "With --mode merged or auto"
+_Base = Annotated[str, typer.Option("--base", help="Folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")]
+_Adapters = Annotated[
+    list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
+]
+_ModeOption = Annotated[_Mode, typer.Option("--mode", help="How variants are served.")]
+_Cache = Annotated[Path | None, typer.Option("--cache", help="Folder for evaluated LoRA adapters.")]
+_CacheSize = Annotated[str | None, typer.Option("--cache-size", help="Limit of that folder. Default: 20GB.")]
+_DrainOption = Annotated[
+    _Drain, typer.Option("--drain", help="Whether a swap waits for running requests or aborts them.")
+]
+_DrainTimeout = Annotated[
+    float, typer.Option("--drain-timeout", help="Seconds that a swap waits before it aborts them.")
+]
+_HostCache = Annotated[str, typer.Option("--host-cache", help="Host memory for evaluated weights.")]
+_BaseCopyOption = Annotated[
+    _BaseCopy, typer.Option("--base-copy", help="Where base weights are read from to swap back.")
+]
+_PrefixCacheOption = Annotated[
+    _PrefixCache, typer.Option("--prefix-cache", help="Reset vLLM's prefix cache at a swap, or salt it per variant.")
+]
+_Pin = Annotated[
+    list[str] | None, typer.Option("--pin", help="Keep this variant's weights in host memory. Can be repeated.")
+]
+_Preload = Annotated[
+    list[str] | None, typer.Option("--preload", help="Evaluate this variant at startup. Can be repeated.")
+]
+_MaxWait = Annotated[
+    float, typer.Option("--max-wait", help="Seconds that a request waits before its variant is swapped in next.")
+]
+_MinDwell = Annotated[
+    float, typer.Option("--min-dwell", help="Minimum seconds between swaps while the active variant has requests.")
+]
+_MaxQueue = Annotated[int, typer.Option("--max-queue", help="Maximum number of requests that wait for a swap.")]
+_AdminPort = Annotated[
+    int | None, typer.Option("--admin-port", help="Port of the admin API. Its key is read from PEANUT_ADMIN_KEY.")
+]
+_AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
+_State = Annotated[
+    Path | None, typer.Option("--state", help="Folder for what survives a restart: names, versions, pins.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the adapters and vLLM's options.")]
 
 
 def _serve(
     context: typer.Context,
-    base: Annotated[str, typer.Option("--base", help="Folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")],
-    adapters: Annotated[
-        list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id that is allowed; again for more.")
-    ],
-    mode: Annotated[_Mode, typer.Option("--mode", help="How variants are served.")] = _Mode.LORA,
-    cache: Annotated[Path | None, typer.Option("--cache", help="Folder for evaluated LoRA adapters.")] = None,
-    cache_size: Annotated[str | None, typer.Option("--cache-size", help="Like 20GB, the default.")] = None,
-    drain: Annotated[
-        _Drain, typer.Option("--drain", help="Whether a swap waits for running requests, or ends them.")
-    ] = _Drain.WAIT,
-    drain_timeout: Annotated[float, typer.Option("--drain-timeout", help="Seconds it waits at most.")] = 60.0,
-    host_cache: Annotated[str, typer.Option("--host-cache", help="Memory for evaluated weights.")] = "8GiB",
-    base_copy: Annotated[
-        _BaseCopy, typer.Option("--base-copy", help="Where base weights come from to swap back.")
-    ] = _BaseCopy.HOST,
-    prefix_cache: Annotated[
-        _PrefixCache, typer.Option("--prefix-cache", help="Emptied at a swap, or kept for each variant.")
-    ] = _PrefixCache.RESET,
-    pin: Annotated[
-        list[str] | None, typer.Option("--pin", help="Keep this variant's weights in memory; again for more.")
-    ] = None,
-    preload: Annotated[
-        list[str] | None, typer.Option("--preload", help="Evaluate this variant at the start; again for more.")
-    ] = None,
-    max_wait: Annotated[float, typer.Option("--max-wait", help="Seconds until a request's variant is next.")] = 10.0,
-    min_dwell: Annotated[
-        float, typer.Option("--min-dwell", help="Seconds a variant in use keeps the weights.")
-    ] = 0.5,
-    max_queue: Annotated[int, typer.Option("--max-queue", help="Requests that may wait for a swap.")] = 1024,
-    admin_port: Annotated[
-        int | None, typer.Option("--admin-port", help="Port of the admin API; its key is in PEANUT_ADMIN_KEY.")
-    ] = None,
-    admin_host: Annotated[str, typer.Option("--admin-host", help="Where the admin API listens.")] = "127.0.0.1",
-    state: Annotated[
-        Path | None, typer.Option("--state", help="Folder of what survives a restart: names, versions, pins.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the adapters and vLLM's options only.")] = False,
+    base: _Base,
+    adapters: _Adapters,
+    mode: _ModeOption = _Mode.LORA,
+    cache: _Cache = None,
+    cache_size: _CacheSize = None,
+    drain: _DrainOption = _Drain.WAIT,
+    drain_timeout: _DrainTimeout = 60.0,
+    host_cache: _HostCache = "8GiB",
+    base_copy: _BaseCopyOption = _BaseCopy.HOST,
+    prefix_cache: _PrefixCacheOption = _PrefixCache.RESET,
+    pin: _Pin = None,
+    preload: _Preload = None,
+    max_wait: _MaxWait = 10.0,
+    min_dwell: _MinDwell = 0.5,
+    max_queue: _MaxQueue = 1024,
+    admin_port: _AdminPort = None,
+    admin_host: _AdminHost = "127.0.0.1",
+    state: _State = None,
+    dry_run: _DryRun = False,
     version: Version = False,
 ) -> None:
-    from converters.cli import console
-    from peanut_serve.cli.launch import check_endpoints, find_adapters, run_vllm, swap_variables, vllm_options
-    from peanut_serve.settings import environment as settings
-    from peanut_serve.settings.swapping import swap_settings
-    from peanut_serve.variants.roots import AdapterRoots
+    from peanut_serve.cli.serve import serve
+    from peanut_serve.settings.serving import ServeOptions
 
-    roots = AdapterRoots(adapters)
-    names = [*map(str, roots.folders), *roots.hub_ids]
-    found = find_adapters(roots)
-    for note in found.notes(mode.value):
-        console.err.print(f"note: {note}", markup=False)
-    options = vllm_options(base, mode.value, found, context.args)
-    variables: dict[str, str] = {}
-    if mode is not _Mode.LORA:
-        swapping = swap_settings(
-            base, mode=mode.value, roots=names, state=state, drain=drain.value, drain_timeout=drain_timeout,
-            host_cache=host_cache, base_copy=base_copy.value, prefix_cache=prefix_cache.value, pin=pin or (),
-            preload=preload or (), max_wait=max_wait, min_dwell=min_dwell, max_queue=max_queue,
-            admin_port=admin_port, admin_host=admin_host,
-        )  # fmt: skip
-        variables |= swap_variables(swapping)
-    if dry_run:
-        console.out.print(f"variants: {', '.join(found.names(mode.value)) or 'none'}", markup=False)
-        console.out.print(f"vllm serve {' '.join(options)}", markup=False)
-        return
-    # empty, whatever the environment has: no name is to be found as LoRA as well
-    variables[settings.ADAPTERS] = os.pathsep.join(names) if mode is not _Mode.MERGED else ""
-    if cache is not None:
-        variables[settings.CACHE] = str(cache.expanduser().resolve())
-    if cache_size is not None:
-        variables[settings.CACHE_SIZE] = cache_size
-    settings.Settings.read({**os.environ, **variables})  # refuses a size that is none
-    if (allowed := os.environ.get("VLLM_PLUGINS")) is not None and "peanut_serve" not in allowed.split(","):
-        raise OptionError(f"VLLM_PLUGINS is {allowed}, without peanut_serve; add it, or unset the variable")
-    if mode is not _Mode.LORA:
-        check_endpoints()
-    os.environ.update(variables)  # where the plugin looks, in this process and in vLLM's others
-    run_vllm(options)
+    swapping = {
+        "state": state, "drain": drain.value, "drain_timeout": drain_timeout, "host_cache": host_cache,
+        "base_copy": base_copy.value, "prefix_cache": prefix_cache.value, "pin": pin or (), "preload": preload or (),
+        "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
+        "admin_host": admin_host,
+    }  # fmt: skip
+    serve(ServeOptions(base, tuple(adapters), mode.value, cache, cache_size, swapping, dry_run, tuple(context.args)))
 
 
 def main() -> NoReturn:

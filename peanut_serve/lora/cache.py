@@ -13,9 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from converters.errors import CheckpointError, OutputBusyError, OutputExistsError
-from converters.files.hashing import hash_file
-from converters.files.json_files import read_json
-from converters.files.names import MANIFEST_NAME, PEFT_WEIGHTS
+from converters.serving import MANIFEST_NAME, PEFT_WEIGHTS, hash_file, read_json
 
 _POLL_SECONDS = 0.05
 

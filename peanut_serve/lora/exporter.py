@@ -8,17 +8,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters._version import __version__
-from converters.adapters.adapter import Adapter, Weighted
-from converters.adapters.base_record import check_base
-from converters.adapters.loading import load_adapter
+from converters import Adapter, Checkpoint, Weighted, __version__, load_adapter, open_checkpoint
 from converters.errors import AdapterError, MissingScalingError
-from converters.files.json_files import read_json
-from converters.files.names import ADAPTER_CONFIG
-from converters.models.checkpoint import Checkpoint, open_checkpoint
-from converters.models.finding import find_base
-from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
-from converters.plans.merge import plan_merge
+from converters.serving import (
+    ADAPTER_CONFIG,
+    check_base,
+    find_base,
+    plan_lora_adapter,
+    plan_merge,
+    read_json,
+    write_lora_adapter,
+)
 from peanut_serve.lora.cache import Lease, LoraCache
 from peanut_serve.variants.roots import State, VariantSource
 

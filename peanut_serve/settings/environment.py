@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import OptionError
-from converters.files.sizes import parse_size
+from converters.serving import parse_size
 
 ADAPTERS, CACHE, CACHE_SIZE, DEVICE = (
     "PEANUT_ADAPTERS",

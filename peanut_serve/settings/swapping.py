@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from converters.errors import OptionError
-from converters.files.sizes import parse_size
+from converters.serving import parse_size
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 
 VARIABLE = "PEANUT_SWAP_SETTINGS"

@@ -1,4 +1,4 @@
-"""The one task that touches the engine: it decides on the next swap, carries it out, and revives a dead engine."""
+"""The one task that drives the engine: it decides on the next swap, performs it, and restarts a dead engine."""
 
 import asyncio
 import logging
@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peanut_serve.errors import EngineDownError, SwapError
+from peanut_serve.settings.swapping import SwapSettings
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.gate import Gate
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant
-from peanut_serve.swapping.transaction import Engine, EngineDiedError, Loaded, Phase, Report, Swapper
+from peanut_serve.swapping.swappable import SwappableEngine
+from peanut_serve.swapping.transaction import EngineDiedError, Loaded, Phase, Report
 from peanut_serve.variants.host_cache import HostCache
 from peanut_serve.variants.version import VariantKind, Version
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-_LOOK_SECONDS = 0.25  # between two looks at whether the engine lives
-_DEAD_DRAIN_SECONDS = 5.0  # until requests of a dead engine have got their errors
+_LOOK_SECONDS = 0.25  # between two checks whether the engine is alive
+_DEAD_DRAIN_SECONDS = 5.0  # until requests of a dead engine have failed
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # between attempts to start an engine
-_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # before a version is tried again whose swap failed
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # before a failed swap is tried again
 
 State = Literal["serving", "swapping", "restarting", "failed"]
 
@@ -36,39 +38,36 @@ class _Failure:
 
 @dataclass
 class SwapUsage:
-    """Swaps to a variant so far, and the time of the last one, drain not counted."""
+    """Number of swaps to a variant, and the time of the last one without the drain."""
 
     swaps: int = 0
     last_seconds: float | None = None
 
 
 class SwapDriver:
-    """Swaps and heals, one after the other, for as long as the server lives.
+    """Swaps weights and restarts the engine, one at a time, for as long as the server runs.
 
     Args:
-        engine: the engine.
-        swapper: that of the engine.
-        gate: what holds requests back; `wake` is to be called when it changes.
+        swappable: the engine, and what swaps its weights.
+        gate: holds requests back until their weights are in the engine.
         cache: weights on the host.
-        policy: when to swap.
-        patience: seconds a swap waits for running requests.
-        name_of: a name that stands for a digest, for logs and metrics.
-        on_active: told of the digest whenever the engine has other weights, before a request can use them.
+        settings: when to swap, and how long to wait for running requests.
+        name_of: finds a name for a digest, for logs and metrics.
+        on_active: called with the digest whenever the engine has other weights, before a request can use them.
 
     Attributes:
-        state, detail: what the engine does, and what there is to know of it.
+        state: what the engine does.
+        detail: why, where there is a reason.
         last_report: of the last swap.
         usage: variant -> its swaps.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        swapper: Swapper,
+        swappable: SwappableEngine,
         gate: Gate,
         cache: HostCache,
-        policy: Policy,
-        patience: float,
+        settings: SwapSettings,
         name_of: Callable[[str], str | None],
         on_active: Callable[[str], None],
     ) -> None:
@@ -76,32 +75,32 @@ class SwapDriver:
         self.detail: str | None = None
         self.last_report = Report()
         self.usage: dict[str, SwapUsage] = {}
-        self._engine, self._swapper, self._gate, self._cache = engine, swapper, gate, cache
-        self._policy, self._patience = policy, patience
+        self._engine, self._swapper = swappable.engine, swappable.swapper
+        self._gate, self._cache = gate, cache
+        self._policy, self._patience = Policy(settings.max_wait, settings.min_dwell), settings.patience
         self._name_of, self._on_active = name_of, on_active
-        self._base = swapper.active.version
+        self._base = self._swapper.active.version
         self._versions: dict[str, Version] = {self._base.digest: self._base}
         self._failures: dict[str, _Failure] = {}
-        self._wanted: list[str] = []  # digests that an operator activates
+        self._wanted: list[str] = []  # digests that operators are activating
         self._price = PriceEstimate()
         self._pause = _FIRST_PAUSE
         self._active_hold = ExitStack()
-        self._wake = asyncio.Event()
         self._is_stopping = False
         on_active(self._base.digest)
 
     def wake(self) -> None:
-        """There is something to decide on."""
-        self._wake.set()
+        """Decide again now whether to swap."""
+        self._gate.changed.set()
 
     def notice_death(self) -> None:
-        """Let nobody to an engine that has just died."""
+        """Admit no request to an engine that has just died."""
         if self._engine.is_dead:
             self._gate.close()
             self.wake()
 
     def know(self, version: Version) -> None:
-        """A version may be asked for; its weights are on the host."""
+        """Make a version available to swap to; its weights are on the host."""
         self._versions[version.digest] = version
 
     def check_up(self) -> None:
@@ -119,12 +118,12 @@ class SwapDriver:
         """Why the last swap to a version failed."""
         return str(self._failures[digest].error) if digest in self._failures else None
 
-    def forgive(self, digest: str) -> None:
-        """Try a version again whose swap has failed."""
+    def clear_failure(self, digest: str) -> None:
+        """Forget that the swap to a version failed: the next request tries it again."""
         self._failures.pop(digest, None)
 
     def want(self, digest: str, wanted: bool) -> None:
-        """Swap to a version next, whatever the policy says; or no longer."""
+        """Swap to a version next, whatever the policy says, until this is withdrawn."""
         if wanted:
             self._wanted.append(digest)
         else:
@@ -137,24 +136,24 @@ class SwapDriver:
 
     @property
     def retry_after(self) -> int:
-        """Seconds after which some of those that wait will have been answered."""
+        """Seconds after which some of the waiting requests will have been answered."""
         return max(1, math.ceil(self._price.seconds * len(self._gate.queues())))
 
     def stop(self) -> None:
-        """Begin nothing more. A cancellation is not enough: before Python 3.12 `wait_for` may lose it."""
+        """Start nothing new. A cancellation is not enough: before Python 3.12 `wait_for` may lose it."""
         self._is_stopping = True
 
     async def run(self) -> None:
-        """Until cancelled and stopped."""
+        """Run until stopped and cancelled."""
         while not self._is_stopping:
             try:
                 await self._step()
             except Exception:
-                logger.exception("a fault of peanut-serve; what the engine has is uncertain")
+                logger.exception("internal error of peanut-serve; the weights in the engine are uncertain")
                 await self._heal()
 
     async def _step(self) -> None:
-        self._wake.clear()
+        self._gate.changed.clear()
         queues = self._gate.queues()
         metrics.WAITING.set(sum(len(queue.arrivals) for queue in queues))
         metrics.READY.set(self.is_up)
@@ -171,7 +170,7 @@ class SwapDriver:
         look = next_look(view, self._policy)
         pause = _LOOK_SECONDS if look is None else min(_LOOK_SECONDS, max(0.0, look - time.monotonic()))
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), pause)
+            await asyncio.wait_for(self._gate.changed.wait(), pause)
 
     async def _swap_to(self, digest: str) -> None:
         self.state = "swapping"
@@ -181,10 +180,10 @@ class SwapDriver:
             start = time.perf_counter()
             try:
                 if version.kind is not VariantKind.BASE and target.weights is None:
-                    raise SwapError("its weights are not on the host any more")
+                    raise SwapError("its weights are no longer on the host")
                 report = await self._swapper.swap(target, lambda: self._gate.drain(self._patience))
             except EngineDiedError as error:
-                logger.error("%s; the requests for %s go on waiting", error, label)
+                logger.error("%s; the requests for %s keep waiting", error, label)
             except SwapError as error:
                 self._note_failure(label, digest, error)
                 self._gate.refuse(digest, error)
@@ -222,10 +221,10 @@ class SwapDriver:
         )  # fmt: skip
 
     def _open(self) -> None:
-        """Let requests for what the engine has now in."""
+        """Admit requests for the weights that the engine has now."""
         active = self._swapper.active.version.digest
         hold = ExitStack()
-        hold.enter_context(self._cache.holding(active))  # to roll back to
+        hold.enter_context(self._cache.holding(active))  # a failed swap goes back to them
         self._active_hold.close()
         self._active_hold = hold
         self._on_active(active)
@@ -235,9 +234,9 @@ class SwapDriver:
         self._gate.open(active)
 
     async def _heal(self) -> None:
-        """Start the engine again. Those that ran have got vLLM's error; those that wait go on waiting."""
-        logger.error("the engine has died; starting it again")
-        self.state, self.detail = "restarting", "the engine died, and is started again"
+        """Restart the engine. Running requests have failed with vLLM's error; waiting ones keep waiting."""
+        logger.error("the engine has died; restarting it")
+        self.state, self.detail = "restarting", "the engine died and is being restarted"
         metrics.READY.set(0)
         await self._gate.drain(_DEAD_DRAIN_SECONDS)
         try:
@@ -245,11 +244,13 @@ class SwapDriver:
         except EngineDownError as error:
             await self._wait_after(error)
             return
-        logger.warning("the engine is up again after %.1f s, with the base's weights", report.seconds[Phase.RESTART])
+        logger.warning(
+            "the engine is running again after %.1f s, with the base's weights", report.seconds[Phase.RESTART]
+        )
         self._open()
 
     async def _wait_after(self, error: EngineDownError) -> None:
-        """No engine: tell everybody, and try again later."""
+        """No engine: refuse all waiting requests, and try again later."""
         self.state, self.detail = "failed", str(error)
         logger.error("no engine: %s", error)
         self._gate.close()

@@ -34,17 +34,19 @@ class Gate:
     """Admits requests, of one variant at a time.
 
     Args:
-        active: digest of what the engine computes with.
-        changed: called when something came, went, or ended.
+        active: digest of the weights in the engine.
+
+    Attributes:
+        changed: set when a request came, left or ended; whoever waits for it clears it.
     """
 
-    def __init__(self, active: str, changed: Callable[[], None]) -> None:
+    def __init__(self, active: str) -> None:
         self.active = active
         self.since = time.monotonic()
         self.running: set[Ticket] = set()
         self._queues: dict[str, deque[Ticket]] = {}
         self._is_open = True
-        self._changed = changed
+        self.changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -52,7 +54,7 @@ class Gate:
         """Wait for a request's turn; `leave` has to follow. Raises what `refuse` was given."""
         self._queues.setdefault(ticket.digest, deque()).append(ticket)
         self._admit()
-        self._changed()
+        self.changed.set()
         try:
             await ticket.turn
         except BaseException:
@@ -69,7 +71,7 @@ class Gate:
                 del self._queues[ticket.digest]
         if not self.running:
             self._idle.set()
-        self._changed()
+        self.changed.set()
 
     def queues(self) -> tuple[Queue, ...]:
         """What waits."""

@@ -12,10 +12,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from converters import Checkpoint
 from converters.errors import PeanutError
-from converters.files.header import TensorInfo, TensorSpec
-from converters.files.reader import TensorReader
-from converters.models.checkpoint import Checkpoint
+from converters.serving import TensorInfo, TensorReader, TensorSpec
 from peanut_serve.swapping.canary import Canary
 from peanut_serve.swapping.transaction import Engine
 from peanut_serve.variants.host_weights import HostWeights

@@ -4,25 +4,25 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError
+from peanut_serve.errors import EngineDownError, VariantInUseError
 from peanut_serve.settings.swapping import SwapSettings
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.driver import SwapDriver
+from peanut_serve.swapping.driver import SwapDriver, SwapUsage
+from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
 from peanut_serve.swapping.gate import Gate, Places, Ticket
-from peanut_serve.swapping.policy import Policy
-from peanut_serve.swapping.transaction import Engine, Swapper
-from peanut_serve.variants.catalogue import Catalogue, Variant
-from peanut_serve.variants.host_cache import BaseWeights, HostCache
-from peanut_serve.variants.roots import AdapterRoots
-from peanut_serve.variants.state_folder import VariantStore
-from peanut_serve.variants.version import FitsLora, LoadedModel, VariantKind, Version
+from peanut_serve.swapping.host_side import HostSide
+from peanut_serve.swapping.swappable import SwappableEngine
+from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
+from peanut_serve.variants.version import VariantKind, Version
 
 logger = logging.getLogger("vllm.peanut_serve")
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Admitted:
 
     Attributes:
         name: of the variant.
-        version: what it is answered with.
+        version: the weights that it is answered with.
     """
 
     name: str
@@ -47,83 +47,85 @@ class Usage:
 
 
 class VariantServer:
-    """Brings requests and weights together. For one event loop.
+    """Brings requests and weights together. For one event loop; `assemble_server` builds it.
 
     Args:
-        settings: what the operator wants.
-        engine: with the base's weights.
-        model: what it loads, see `try_out`.
-        swapper: that of the engine.
-        base_weights: W0, to go back to.
-        base_names: what the base is called.
-        roots: where variants are.
-        store: what survives a restart.
-        fits_lora: see `open_adapter`; None for never.
-        on_active: told of the digest whenever the engine has other weights, before a request can use them.
+        settings: the operator's choices.
+        swappable: the engine, with the base's weights.
+        catalogue: the variants.
+        on_active: called with the digest whenever the engine has other weights, before a request can use them.
     """
 
     def __init__(
         self,
         settings: SwapSettings,
-        engine: Engine,
-        model: LoadedModel,
-        swapper: Swapper,
-        base_weights: BaseWeights,
-        base_names: Iterable[str],
-        roots: AdapterRoots,
-        store: VariantStore,
-        fits_lora: FitsLora | None,
-        on_active: Callable[[str], None] | None = None,
+        swappable: SwappableEngine,
+        catalogue: Catalogue,
+        on_active: Callable[[str], None],
     ) -> None:
-        self.base = swapper.active.version
-        self.settings, self.swapper, self.roots = settings, swapper, roots
+        self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
         self.in_flight: Counter[str] = Counter()  # name -> requests that wait or run
-        self._model, self._base_weights = model, base_weights
-        self.cache = HostCache(settings.host_cache)
-        self.catalogue = Catalogue(
-            base_names, self.base, roots, store, model, settings.device, fits_lora, self._prepare
-        )
+        self._host = HostSide(settings.host_cache, swappable)
+        self.cache = self._host.cache
         self.places = Places(settings.max_queue)
-        self.gate = Gate(self.base.digest, lambda: self.driver.wake())
-        self.driver = SwapDriver(
-            engine, swapper, self.gate, self.cache, Policy(settings.max_wait, settings.min_dwell),
-            settings.patience, self.catalogue.name_of, on_active or (lambda digest: None),
-        )  # fmt: skip
-        self._pinned: dict[str, str] = {}  # name -> digest
+        self.gate = Gate(catalogue.base.digest)
+        self.driver = SwapDriver(swappable, self.gate, self.cache, settings, catalogue.name_of, on_active)
         self._driving: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     async def start(self) -> None:
-        """Evaluate what is to be there from the start, and serve from now on. Raises `PeanutError`."""
+        """Evaluate the preloaded and pinned variants, and serve from now on. Raises `PeanutError`."""
         asked = [*self.settings.preload, *self.settings.pin]
         remembered = [name for name, record in self.catalogue.records.variants.items() if record.pinned]
         for name in dict.fromkeys([*asked, *remembered]):
             try:
-                await self.current(name)
+                await self.prepare(name)
             except PeanutError as error:
                 if name in asked:
                     raise
-                logger.error("variant=%s is pinned, and cannot be had: %s", name, error)
+                logger.error("variant=%s is pinned, but cannot be prepared: %s", name, error)
         self._driving = asyncio.create_task(self.driver.run())
 
-    async def current(self, name: str) -> Version:
-        """The version a name stands for, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
-        variant, version = await self.catalogue.current(name)
-        await self._prepare(version)
-        self.follow_pin(variant, version)
-        return version
+    def stop(self) -> None:
+        """Admit no more requests; running ones continue."""
+        self._is_stopping = True
+        self.gate.close()
+        self.gate.refuse(None, EngineDownError("the server is stopping", 5))
+        self.driver.stop()
+        if self._driving is not None:
+            self._driving.cancel()
 
-    def follow_pin(self, variant: Variant, version: Version | None) -> None:
-        """Pin the weights of the version that a pinned name stands for, and those only."""
-        old = self._pinned.pop(variant.name, None)
-        if variant.name in self.settings.pin or variant.record.pinned:
-            digest = version.digest if version is not None else old
-            if digest is not None:
-                self._pinned[variant.name] = digest
-                self.cache.pin(digest, True)
-        if old is not None and old not in self._pinned.values():
-            self.cache.pin(old, False)
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be answered, now or after a swap."""
+        return self.driver.is_up and not self._is_stopping
+
+    # requests
+
+    @property
+    def base_name(self) -> str:
+        """The variant of a request that names none: the base."""
+        return next(iter(self.catalogue.bases))
+
+    @property
+    def last_activated(self) -> str | None:
+        """The variant that an operator activated last, before a restart as well."""
+        return self.catalogue.records.active
+
+    def names(self) -> list[str]:
+        """Every name that a request may use, the base's first."""
+        return self.catalogue.names()
+
+    def is_lora(self, name: str) -> bool:
+        """Whether a variant is known to be served as LoRA on top of the base."""
+        version = self.catalogue.find(name).version
+        return version is not None and version.kind is VariantKind.LORA
+
+    async def prepare(self, name: str) -> Version:
+        """The current version of a name, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
+        with ExitStack() as holds:
+            return await self._current(name, holds)
 
     @asynccontextmanager
     async def serving(self, name: str, abort: Callable[[], None]) -> AsyncIterator[Admitted]:
@@ -140,33 +142,61 @@ class VariantServer:
         self.places.take(self.driver.retry_after)
         waiting = ExitStack()
         waiting.callback(self.places.give_back)
-        with waiting:
-            version = await self.current(name)
+        with waiting, ExitStack() as holds:
+            version = await self._current(name, holds)
             self.in_flight[name] += 1
             try:
-                with self.cache.holding(version.digest):
-                    await self._prepare(version)  # it may have gone before it was held
-                    ticket = Ticket(self._weights_of(version), arrival, abort)
-                    self.driver.check(ticket.digest)
-                    self.driver.notice_death()
-                    await self.gate.enter(ticket)
-                    waiting.close()
-                    try:
-                        self._note_use(name, arrival)
-                        yield Admitted(name, version)
-                    finally:
-                        self.gate.leave(ticket)
+                ticket = Ticket(self._weights_of(version), arrival, abort)
+                self.driver.check(ticket.digest)
+                self.driver.notice_death()
+                await self.gate.enter(ticket)
+                waiting.close()
+                try:
+                    self._note_use(name, arrival)
+                    yield Admitted(name, version)
+                finally:
+                    self.gate.leave(ticket)
             finally:
                 self.in_flight[name] -= 1
 
+    async def _current(self, name: str, holds: ExitStack) -> Version:
+        """The current version of a name, prepared, with its weights held on the host until `holds` is closed."""
+        variant, version = await self.catalogue.current(name, self._preparing(holds))
+        self._follow_pin(variant, version)
+        return version
+
+    def _preparing(self, holds: ExitStack) -> Prepare:
+        """What prepares a version and holds its weights on the host until `holds` is closed."""
+
+        async def prepare(version: Version) -> None:
+            if version.has_own_weights:
+                await self._host.prepare(version, holds)
+                self.driver.know(version)
+
+        return prepare
+
+    def _weights_of(self, version: Version) -> str:
+        return version.digest if version.has_own_weights else self.catalogue.base.digest
+
+    def _check_up(self) -> None:
+        if self._is_stopping:
+            raise EngineDownError("the server is stopping", 5)
+        self.driver.check_up()
+
+    def _note_use(self, name: str, arrival: float) -> None:
+        usage = self.usage.setdefault(name, Usage())
+        usage.requests += 1
+        usage.last_used = time.time()
+        metrics.QUEUE_SECONDS.labels(name).observe(time.monotonic() - arrival)
+
+    # operators
+
     async def activate(self, name: str) -> None:
-        """Give the engine the weights of a variant, next. Raises like `serving`, but for a full queue."""
+        """Swap to a variant next. Raises like `serving`, except for a full queue."""
         self._check_up()
-        version = await self.current(name)
-        digest = self._weights_of(version)
-        self.driver.forgive(digest)
-        with self.cache.holding(version.digest):
-            await self._prepare(version)
+        with ExitStack() as holds:
+            digest = self._weights_of(await self._current(name, holds))
+            self.driver.clear_failure(digest)
             ticket = Ticket(digest, time.monotonic(), lambda: None)
             self.driver.want(digest, True)
             try:
@@ -175,45 +205,108 @@ class VariantServer:
                 self.driver.want(digest, False)
             self.gate.leave(ticket)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can be answered, now or after a swap."""
-        return self.driver.is_up and not self._is_stopping
+    def remember_active(self, name: str) -> None:
+        """Activate this variant again after a restart of the server."""
+        self.catalogue.remember_active(name)
 
-    def stop(self) -> None:
-        """Admit nobody any more; what runs goes on."""
-        self._is_stopping = True
-        self.gate.close()
-        self.gate.refuse(None, EngineDownError("the server stops", 5))
-        self.driver.stop()
-        if self._driving is not None:
-            self._driving.cancel()
+    async def register(self, name: str, source: str) -> None:
+        """Add a name for an entry of the folders of variants, or an allowed Hub id, and prepare it.
 
-    async def _prepare(self, version: Version) -> None:
-        """Everything that can fail before the engine is touched."""
-        if version.kind in (VariantKind.BASE, VariantKind.LORA):
-            return
-        start, known = time.perf_counter(), self.cache.get(version.digest)
-        weights = await self.cache.load(version)
-        with self.cache.holding(version.digest):
-            await self._base_weights.prepare(self._model.with_neighbours(weights.tensors))
-        self.driver.know(version)
-        if known is None:
-            metrics.EVALUATIONS.observe(time.perf_counter() - start)
-            logger.info("digest=%s evaluated_seconds=%.2f", version.digest[:12], time.perf_counter() - start)
-        metrics.HOST_CACHE.set(self.cache.nbytes)
-        metrics.BASE_COPY.set(self._base_weights.nbytes)
+        Raises like `Catalogue.register` and `prepare`; nothing is added then.
+        """
+        self.catalogue.register(name, source)
+        try:
+            await self.prepare(name)
+        except BaseException:
+            self.catalogue.unregister(name)
+            raise
 
-    def _weights_of(self, version: Version) -> str:
-        return self.base.digest if version.kind is VariantKind.LORA else version.digest
+    async def unregister(self, name: str, drain: bool) -> None:
+        """Remove a variant, after its last request if `drain`.
 
-    def _check_up(self) -> None:
-        if self._is_stopping:
-            raise EngineDownError("the server stops", 5)
-        self.driver.check_up()
+        Raises `UnknownVariantError`; `VariantInUseError` if it has requests and `drain` is not set.
+        """
+        variant = self.catalogue.find(name)
+        if self.in_flight[name] and not drain:
+            raise VariantInUseError(f"{name} has {self.in_flight[name]} requests; wait for them with drain=true")
+        digest = variant.version.digest if variant.version is not None else None
+        self.catalogue.unregister(name)  # new requests no longer find it
+        while self.in_flight[name]:
+            await asyncio.sleep(_POLL_SECONDS)
+        self.usage.pop(name, None)
+        if digest is not None and self.catalogue.name_of(digest) is None:
+            self.cache.drop(digest)
 
-    def _note_use(self, name: str, arrival: float) -> None:
-        usage = self.usage.setdefault(name, Usage())
-        usage.requests += 1
-        usage.last_used = time.time()
-        metrics.QUEUE_SECONDS.labels(name).observe(time.monotonic() - arrival)
+    async def reload(self, name: str) -> None:
+        """Read the files of a variant again, and try its swap again if it had failed. Raises like `prepare`."""
+        with ExitStack() as holds:
+            variant = await self.catalogue.reload(name, self._preparing(holds))
+            if variant.version is not None:
+                self.driver.clear_failure(variant.version.digest)
+            self._follow_pin(variant, variant.version)
+
+    async def rollback(self, name: str, digest: str | None) -> None:
+        """Go back to an earlier version; see `Catalogue.rollback`."""
+        with ExitStack() as holds:
+            variant = await self.catalogue.rollback(name, digest, self._preparing(holds))
+            self._follow_pin(variant, variant.version)
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        """Keep the weights of a variant on the host, or allow dropping them. Raises like `prepare`."""
+        variant = self.catalogue.pin(name, pinned)
+        if pinned:
+            await self.prepare(name)
+        self._follow_pin(variant, variant.version)
+
+    def _follow_pin(self, variant: Variant, version: Version | None) -> None:
+        self._host.follow_pin(variant.name, self._is_pinned(variant), version)
+
+    def _is_pinned(self, variant: Variant) -> bool:
+        return variant.name in self.settings.pin or variant.record.pinned
+
+    def facts(self, name: str) -> VariantFacts:
+        """A variant as it is now. Raises `UnknownVariantError`."""
+        variant = self.catalogue.find(name)
+        usage, swaps = self.usage.get(name, Usage()), self.driver.usage.get(name, SwapUsage())
+        digest = variant.version.digest if variant.version is not None else variant.record.digest
+        weights = self.cache.get(digest) if digest is not None else None
+        return VariantFacts(
+            name=name,
+            kind=self.catalogue.kind_of(variant),
+            availability=self._availability(variant, digest),
+            digest=digest,
+            previous=tuple(variant.record.previous),
+            source=variant.record.source,
+            host_bytes=weights.nbytes if weights is not None else 0,
+            is_pinned=self._is_pinned(variant),
+            running=sum(ticket.digest == digest for ticket in self.gate.running),
+            waiting=self.gate.waiting(digest) if digest is not None else 0,
+            requests=usage.requests,
+            last_used=usage.last_used,
+            swaps=swaps.swaps,
+            last_swap_seconds=swaps.last_seconds,
+            error=variant.error or self.driver.failure(digest),
+        )
+
+    def _availability(self, variant: Variant, digest: str | None) -> Availability:
+        if variant.error is not None or self.driver.failure(digest) is not None:
+            return Availability.FAILED
+        if digest == self.swapper.active.version.digest:
+            return Availability.ACTIVE
+        is_on_host = digest is not None and self.cache.get(digest) is not None
+        needs_none = variant.version is not None and not variant.version.has_own_weights
+        return Availability.READY if is_on_host or needs_none else Availability.REGISTERED
+
+    def engine_facts(self) -> EngineFacts:
+        """The engine as it is now."""
+        digest = self.swapper.active.version.digest
+        return EngineFacts(
+            state=self.driver.state,
+            detail=self.driver.detail,
+            active=self.catalogue.name_of(digest) or digest[:12],
+            digest=digest,
+            restarts=self.swapper.restarts,
+            host_cache_bytes=self.cache.nbytes,
+            host_cache_limit=self.cache.limit,
+            swap_seconds={phase.value: seconds for phase, seconds in self.driver.last_report.seconds.items()},
+        )

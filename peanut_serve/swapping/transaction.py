@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NoReturn, Protocol
 
-from converters.files.header import TensorInfo
+from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.canary import Canary

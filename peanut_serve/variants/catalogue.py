@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters.adapters.finding import find_adapter
 from converters.errors import OptionError, PeanutError
+from converters.serving import find_adapter
 from peanut_serve.errors import TryLaterError, UnknownVariantError, VariantError, VariantNameError
+from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.roots import AdapterRoots, State, VariantSource, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
-from peanut_serve.variants.version import FitsLora, LoadedModel, Version, adapter_version, checkpoint_version
+from peanut_serve.variants.version import VariantKind, Version, base_version
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -37,7 +38,7 @@ class Variant:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-# makes sure that a version can be swapped to; raises `PeanutError` if it cannot
+# gets everything ready to swap to a version; raises `PeanutError` if that is not possible
 Prepare = Callable[[Version], Awaitable[None]]
 
 
@@ -45,31 +46,20 @@ class Catalogue:
     """Variants by name. For one event loop.
 
     Args:
-        base_names: what the base is called.
-        base: its version.
-        roots: where variants are.
-        store: what is remembered.
-        model: what the engine loads.
-        device: where f is evaluated.
-        fits_lora: see `open_adapter`.
-        prepare: called before a name moves to a version.
+        base_names: names of the base.
+        roots: where variants are looked up.
+        store: the state folder.
+        opener: opens their versions.
     """
 
     def __init__(
-        self,
-        base_names: Iterable[str],
-        base: Version,
-        roots: AdapterRoots,
-        store: VariantStore,
-        model: LoadedModel,
-        device: str,
-        fits_lora: FitsLora | None,
-        prepare: Prepare,
+        self, base_names: Iterable[str], roots: AdapterRoots, store: VariantStore, opener: VersionOpener
     ) -> None:
-        self._roots, self._store, self._model = roots, store, model
-        self._device, self._fits_lora, self._prepare = device, fits_lora, prepare
-        self.bases = {name: Variant(name, Record(source=str(model.base.folder)), base) for name in base_names}
-        self.records: Records = store.load(model.base.fingerprint)
+        self._roots, self._store, self._opener = roots, store, opener
+        checkpoint = opener.model.base
+        self.base = base_version(checkpoint)
+        self.bases = {name: Variant(name, Record(source=str(checkpoint.folder)), self.base) for name in base_names}
+        self.records: Records = store.load(checkpoint.fingerprint)
         store.keep_only(all_digests(self.records.variants))
         self._variants: dict[str, Variant] = {
             name: Variant(name, record) for name, record in self.records.variants.items()
@@ -97,10 +87,25 @@ class Catalogue:
         known = [*self.bases.values(), *self._variants.values()]
         return next((v.name for v in known if v.version is not None and v.version.digest == digest), None)
 
-    async def current(self, name: str) -> tuple[Variant, Version]:
-        """A name and the version it stands for now. If its files have changed, it moves to a new version first.
+    def kind_of(self, variant: Variant) -> VariantKind:
+        """How a variant is stored and served, from its files where it was not asked for yet."""
+        if variant.version is not None:
+            return variant.version.kind
+        try:
+            source = self._roots.find(variant.record.source)
+        except OptionError:  # in two folders
+            source = None
+        is_merged = source is not None and isinstance(source.spec, Path) and looks_merged(source.spec)
+        return VariantKind.CHECKPOINT if is_merged else VariantKind.ADAPTER
 
-        Raises `UnknownVariantError`; and `VariantError` when the files cannot be served.
+    async def current(self, name: str, prepare: Prepare) -> tuple[Variant, Version]:
+        """A name and its current version, prepared. If its files have changed, it moves to a new version first.
+
+        Args:
+            name: of a variant or the base.
+            prepare: awaited once with the version, before the name moves to it; not for the base.
+
+        Raises `UnknownVariantError`; `VariantError` when the files cannot be served; what `prepare` raises.
         """
         variant = self.find(name)
         if name in self.bases and variant.version is not None:
@@ -109,33 +114,35 @@ class Catalogue:
             source, state = await asyncio.to_thread(self._look, variant)
             version = variant.version
             if version is None or state != variant.record.seen:
-                version = await self._renew(variant, source, state)
-            return variant, version
+                return variant, await self._renew(variant, source, state, prepare)
+        await prepare(version)
+        return variant, version
 
-    async def reload(self, name: str) -> Variant:
+    async def reload(self, name: str, prepare: Prepare) -> Variant:
         """Read the files again, whether they have changed or not. Raises like `current`."""
         variant = self._own(name)
         async with variant.lock:
             source, state = await asyncio.to_thread(self._look, variant)
             variant.version = None
             variant.record.seen = ()
-            await self._renew(variant, source, state)
+            await self._renew(variant, source, state, prepare)
         return variant
 
-    async def rollback(self, name: str, digest: str | None) -> Variant:
-        """Let a name stand for an earlier version, until its files change.
+    async def rollback(self, name: str, digest: str | None, prepare: Prepare) -> Variant:
+        """Move a name to an earlier version, until its files change.
 
         Args:
-            name: the variant.
-            digest: of an earlier version, or its beginning; the one before by default.
+            name: of a variant.
+            digest: an earlier version's, or a prefix of it; by default the previous version's.
+            prepare: as for `current`.
 
-        Raises `UnknownVariantError`; `VariantError` when there is no such version, or it cannot be had any more.
+        Raises `UnknownVariantError`; `VariantError` when there is no such version, or it is no longer available.
         """
         variant = self._own(name)
         async with variant.lock:
             known = list(variant.record.previous)
             if variant.error is not None and variant.record.digest is not None:
-                known.insert(0, variant.record.digest)  # what it stood for until its files broke
+                known.insert(0, variant.record.digest)  # its version until its files broke
             earlier = [one for one in known if digest is None or one.startswith(digest)]
             if not earlier:
                 listed = ", ".join(one[:12] for one in known) or "none"
@@ -143,20 +150,22 @@ class Catalogue:
             source, state = await asyncio.to_thread(self._look, variant)
             version = await asyncio.to_thread(self._reopen, variant, source, earlier[0])
             if version is None:
-                raise VariantError(f"version {earlier[0][:12]} of {name} cannot be had any more")
-            await self._move(variant, version, state)
+                raise VariantError(f"version {earlier[0][:12]} of {name} is no longer available")
+            await self._move(variant, version, state, prepare)
         return variant
 
     def register(self, name: str, source: str) -> Variant:
-        """Give something in the roots a name. Raises `VariantNameError`, `VariantError`."""
+        """Give an entry of the roots another name. Raises `VariantNameError`, `VariantError`."""
         is_hidden = name in self._variants and self._variants[name].record.hidden
         taken = name in self.bases or (name in self._variants and not is_hidden)
         if taken or (self._roots.find(name) is not None and not (is_hidden and name == source)):
             raise VariantNameError(f"{name} is a variant already; choose another name")
         if not self._roots.is_name(name):
-            raise VariantNameError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 128")
+            raise VariantNameError(
+                f"{name!r} is not a valid name; use letters, digits, '.', '_' and '-', at most 128"
+            )
         if self._roots.find(source) is None:
-            raise VariantError(f"there is no {source} in the folders of variants, and it is no allowed Hub id")
+            raise VariantError(f"there is no {source} in the folders of variants, and it is not an allowed Hub id")
         variant = Variant(name, Record(source=source))
         self._save({name: variant.record})
         self._variants[name] = variant
@@ -174,7 +183,7 @@ class Catalogue:
             self._variants[name] = Variant(name, hidden)
 
     def pin(self, name: str, pinned: bool) -> Variant:
-        """Remember that the weights of a name stay on the host. Raises `UnknownVariantError`."""
+        """Record that the weights of a variant stay on the host. Raises `UnknownVariantError`."""
         variant = self._own(name)
         pinning = variant.record.model_copy(update={"pinned": pinned})
         self._save({name: pinning})
@@ -182,7 +191,7 @@ class Catalogue:
         return variant
 
     def remember_active(self, name: str) -> None:
-        """Remember what an operator has activated."""
+        """Record which variant an operator activated last."""
         self._save({}, active=name)
 
     def _own(self, name: str) -> Variant:
@@ -201,8 +210,8 @@ class Catalogue:
             raise UnknownVariantError(f"the files of {variant.name} are gone")
         return source, state
 
-    async def _renew(self, variant: Variant, source: VariantSource, state: State) -> Version:
-        """Find out what a name stands for, and let it stand for that."""
+    async def _renew(self, variant: Variant, source: VariantSource, state: State, prepare: Prepare) -> Version:
+        """Open the version that the files hold now, and move the name to it."""
         try:
             version = None
             if variant.record.digest is not None and state == variant.record.seen:  # as before a restart
@@ -214,8 +223,8 @@ class Catalogue:
                 before, state = state, await asyncio.to_thread(source.state)
                 version = opened if state == before else None
             if version is None:
-                raise VariantError(f"{variant.name} is being written; try again when it is whole")
-            await self._move(variant, version, state)
+                raise VariantError(f"{variant.name} is being written; try again when it is complete")
+            await self._move(variant, version, state, prepare)
             return version
         except (PeanutError, OSError) as error:
             variant.error = " ".join(str(error).split())
@@ -224,12 +233,14 @@ class Catalogue:
                 raise
             raise VariantError(f"the variant {variant.name} cannot be served: {variant.error}") from error
 
-    async def _move(self, variant: Variant, version: Version, state: State) -> None:
-        await self._prepare(version)
+    async def _move(self, variant: Variant, version: Version, state: State, prepare: Prepare) -> None:
+        await prepare(version)
         old = variant.record
         previous = [digest for digest in [old.digest, *old.previous] if digest not in (None, version.digest)]
         moved = old.model_copy(update={"digest": version.digest, "previous": previous[:_PREVIOUS], "seen": state})
-        if self._variants.get(variant.name) is variant:  # else it was unregistered meanwhile, and serves a last time
+        if (
+            self._variants.get(variant.name) is variant
+        ):  # otherwise it was unregistered meanwhile, and serves one last request
             self._save({variant.name: moved})
         variant.record, variant.version, variant.error = moved, version, None
         logger.info("variant=%s digest=%s kind=%s", variant.name, version.digest[:12], version.kind.value)
@@ -237,27 +248,16 @@ class Catalogue:
     def _open(self, name: str, source: VariantSource) -> Version:
         spec = source.spec
         if isinstance(spec, Path) and looks_merged(spec):
-            return checkpoint_version(name, spec, self._model)
+            return self._opener.checkpoint(name, spec)
         path = spec if isinstance(spec, Path) else find_adapter(spec).path
-        copy = self._store.copy_theta(path)
-        try:
-            digest = adapter_version(name, copy, self._model, self._device, self._fits_lora).digest
-        except BaseException:
-            self._store.discard(copy)
-            raise
-        kept = self._store.keep(copy, digest)
-        return adapter_version(name, kept, self._model, self._device, self._fits_lora)
+        return self._opener.keep_adapter(name, path, self._store)
 
     def _reopen(self, variant: Variant, source: VariantSource, digest: str) -> Version | None:
-        """A version a name stood for, if it can still be had."""
-        kept = self._store.theta(digest)
-        if kept is not None:
-            version = adapter_version(variant.name, kept, self._model, self._device, self._fits_lora)
-        elif isinstance(source.spec, Path) and looks_merged(source.spec):
-            version = checkpoint_version(variant.name, source.spec, self._model)
-        else:
-            return None
-        return version if version.digest == digest else None
+        """An earlier version of a name, if it is still available."""
+        version = self._opener.reopen_adapter(variant.name, digest, self._store)
+        if version is None and isinstance(source.spec, Path) and looks_merged(source.spec):
+            version = self._opener.checkpoint(variant.name, source.spec)
+        return version if version is not None and version.digest == digest else None
 
     def _save(self, changed: Mapping[str, Record | None], **others: str) -> None:
         """Remember changed records, None for one to forget; nothing changes in memory unless they are on the disk."""

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from converters.files.header import TensorInfo
-from converters.models.checkpoint import Checkpoint
+from converters import Checkpoint
+from converters.serving import TensorInfo, TensorReader, TensorSpec
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
-from peanut_serve.variants.version import Version, host_copy
+from peanut_serve.variants.version import Version
 
 
 class HostCache:
@@ -145,3 +145,20 @@ class BaseWeights:
                 copy = await asyncio.to_thread(host_copy, self._base, missing)
                 self._copies.append(copy)
                 self.tensors |= copy.tensors
+
+
+def host_copy(base: Checkpoint, names: Iterable[str]) -> HostWeights:
+    """Tensors of the base in host memory, as they are on the disk."""
+    infos = [base.tensors[name] for name in names]
+    weights = HostWeights("base", [TensorSpec(i.name, i.dtype, i.shape, i.nbytes) for i in infos])
+    try:
+        base.check_unchanged()
+        with TensorReader() as reader:
+            for info in infos:
+                for chunk in reader.chunks(info):
+                    weights.put(info.name, chunk)
+        base.check_unchanged()
+        return weights.seal()
+    except BaseException:
+        weights.close()
+        raise

@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 from torch import Tensor, uint8
 
-from converters.files.header import TensorInfo, TensorSpec
+from converters.serving import TensorInfo, TensorSpec
 from peanut_serve.errors import TryLaterError
 
 _ALIGNMENT = 64

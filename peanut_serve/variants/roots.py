@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.adapters.loading import load_adapter
+from converters import load_adapter
 from converters.errors import LayoutError, OptionError, PeanutError
-from converters.files.names import INDEX_FILE, SINGLE_FILE
-from converters.hub.names import is_hub_id
+from converters.serving import INDEX_FILE, MODEL_CONFIG, SINGLE_FILE, is_hub_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -108,7 +107,7 @@ def _candidates(folder: Path, name: str) -> Sequence[Path]:
 def looks_merged(source: Path) -> bool:
     """Whether a folder holds a whole model, with no θ in it."""
     has_weights = (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file()
-    if not has_weights or not (source / "config.json").is_file():
+    if not has_weights or not (source / MODEL_CONFIG).is_file():
         return False
     try:
         load_adapter(source)

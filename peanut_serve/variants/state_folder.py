@@ -124,18 +124,18 @@ class VariantStore:
             self.discard(into)
             raise
 
-    def keep(self, copy: Path, digest: str) -> Path:
-        """Keep a copy as the θ of a version; returns where it is from now on."""
-        is_folder = copy.is_dir()
-        temporary = copy if is_folder else copy.parent
+    def keep(self, copy: Path, digest: str) -> bool:
+        """Keep a copy as the θ of a version; False, without the copy, if θ of that version is kept already."""
+        temporary = copy if copy.is_dir() else copy.parent
         kept = self.folder / "theta" / digest
         try:
             temporary.rename(kept)
         except OSError:
             if not kept.is_dir():
                 raise
-            shutil.rmtree(temporary, ignore_errors=True)  # it is there already, perhaps by another name
-        return kept if is_folder else kept / copy.name
+            shutil.rmtree(temporary, ignore_errors=True)  # kept for another name, or from before
+            return False
+        return True
 
     def discard(self, copy: Path) -> None:
         """Throw a copy away."""

@@ -205,14 +205,14 @@ def _variant_of(body: bytes, server: VariantServer) -> str:
     name = value.get("model") if isinstance(value, dict) else None
     if name is not None and not isinstance(name, str):
         raise RequestBodyError(f"model is a JSON {type(name).__name__}, wanted the name of a variant")
-    return name or next(iter(server.catalogue.bases))
+    return name or server.base_name
 
 
 def _known(server: VariantServer, body: bytes) -> str:
     """The name for the metrics: never one that a client has made up."""
     with suppress(PeanutError):
         name = _variant_of(body, server)
-        if name in server.catalogue.names():
+        if name in server.names():
             return name
     return "unknown"
 

@@ -1,19 +1,12 @@
-"""What the admin API asks of a `VariantServer`; see `control.py`."""
+"""The operations of the admin API, on a `VariantServer`; see `schema.Control`."""
 
-import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from pathlib import Path
 
-from converters.errors import OptionError
-from peanut_serve.errors import VariantInUseError
-from peanut_serve.swapping.driver import SwapUsage
-from peanut_serve.swapping.server import Usage, VariantServer
-from peanut_serve.variants.catalogue import Variant
-from peanut_serve.variants.roots import looks_merged
-from peanut_serve.variants.version import VariantKind
+from peanut_serve.swapping.server import VariantServer
 from peanut_serve.web.schema import EngineStatus, VariantState, VariantStatus
-
-_POLL_SECONDS = 0.05
 
 
 class VariantControl:
@@ -21,131 +14,86 @@ class VariantControl:
 
     def __init__(self, server: VariantServer) -> None:
         self._server = server
-        self._preparing: set[str] = set()
+        self._preparing: Counter[str] = Counter()  # name -> operations under way
 
     def variants(self) -> list[VariantStatus]:
-        """Every variant, the base too."""
-        return [self.variant(name) for name in self._server.catalogue.names()]
+        """Every variant, the base included."""
+        return [self.variant(name) for name in self._server.names()]
 
     def variant(self, name: str) -> VariantStatus:
-        """One of them."""
-        server = self._server
-        variant = server.catalogue.find(name)
-        usage, swaps = server.usage.get(name, Usage()), server.driver.usage.get(name, SwapUsage())
-        digest = variant.version.digest if variant.version is not None else variant.record.digest
-        weights = server.cache.get(digest) if digest is not None else None
-        ran = sum(ticket.digest == digest for ticket in server.gate.running)
+        """One variant."""
+        facts = self._server.facts(name)
+        is_preparing = self._preparing[name] > 0
         return VariantStatus(
-            name=name,
-            kind=_kind(variant, server).value,
-            state=self._state(variant, digest),
-            digest=digest,
-            previous=variant.record.previous,
-            source=variant.record.source,
-            host_bytes=weights.nbytes if weights is not None else 0,
-            pinned=variant.record.pinned or name in server.settings.pin,
-            running=ran,
-            waiting=server.gate.waiting(digest) if digest is not None else 0,
-            requests=usage.requests,
-            last_used=datetime.fromtimestamp(usage.last_used, timezone.utc) if usage.last_used is not None else None,
-            swaps=swaps.swaps,
-            last_swap_seconds=swaps.last_seconds,
-            error=variant.error or server.driver.failure(digest),
+            name=facts.name,
+            kind=facts.kind.value,
+            state=VariantState.PREPARING if is_preparing else VariantState(facts.availability.value),
+            digest=facts.digest,
+            previous=list(facts.previous),
+            source=facts.source,
+            host_bytes=facts.host_bytes,
+            pinned=facts.is_pinned,
+            running=facts.running,
+            waiting=facts.waiting,
+            requests=facts.requests,
+            last_used=datetime.fromtimestamp(facts.last_used, timezone.utc) if facts.last_used is not None else None,
+            swaps=facts.swaps,
+            last_swap_seconds=facts.last_swap_seconds,
+            error=facts.error,
         )
 
     def engine(self) -> EngineStatus:
         """The engine."""
-        server = self._server
-        digest = server.swapper.active.version.digest
+        facts = self._server.engine_facts()
         return EngineStatus(
-            state=server.driver.state,
-            active=server.catalogue.name_of(digest) or digest[:12],
-            digest=digest,
-            restarts=server.swapper.restarts,
-            host_cache_bytes=server.cache.nbytes,
-            host_cache_limit=server.cache.limit,
-            swap_seconds={phase.value: seconds for phase, seconds in server.driver.last_report.seconds.items()},
-            detail=server.driver.detail,
+            state=facts.state,
+            active=facts.active,
+            digest=facts.digest,
+            restarts=facts.restarts,
+            host_cache_bytes=facts.host_cache_bytes,
+            host_cache_limit=facts.host_cache_limit,
+            swap_seconds=dict(facts.swap_seconds),
+            detail=facts.detail,
         )
 
     async def register(self, name: str, source: str) -> VariantStatus:
-        """Add a variant, and see whether it can be served. Nothing is added if it cannot."""
-        self._server.catalogue.register(name, source)
-        try:
-            await self._prepare(name)
-        except BaseException:
-            self._server.catalogue.unregister(name)
-            raise
+        """Add a variant and evaluate it. If that fails, nothing is added."""
+        with self._shown_as_preparing(name):
+            await self._server.register(name, source)
         return self.variant(name)
 
     async def unregister(self, name: str, drain: bool) -> None:
-        """Remove a variant, after the last of its requests if `drain`."""
-        server = self._server
-        variant = server.catalogue.find(name)
-        if server.in_flight[name] and not drain:
-            raise VariantInUseError(f"{name} has {server.in_flight[name]} requests; wait for them with drain=true")
-        digest = variant.version.digest if variant.version is not None else None
-        server.catalogue.unregister(name)  # no request finds it any more
-        while server.in_flight[name]:
-            await asyncio.sleep(_POLL_SECONDS)
-        server.usage.pop(name, None)
-        if digest is not None and server.catalogue.name_of(digest) is None:
-            server.cache.drop(digest)
+        """Remove a variant, after its last request if `drain`."""
+        await self._server.unregister(name, drain)
 
     async def activate(self, name: str) -> VariantStatus:
-        """Swap a variant's weights in; remembered for the next start."""
+        """Swap to a variant, and remember it for the next start."""
         await self._server.activate(name)
-        self._server.catalogue.remember_active(name)
+        self._server.remember_active(name)
         return self.variant(name)
 
     async def reload(self, name: str) -> VariantStatus:
-        """Read its source again."""
-        variant = await self._server.catalogue.reload(name)
-        if variant.version is not None:
-            self._server.driver.forgive(variant.version.digest)
-        await self._prepare(name)
+        """Read the source of a variant again."""
+        with self._shown_as_preparing(name):
+            await self._server.reload(name)
         return self.variant(name)
 
     async def rollback(self, name: str, digest: str | None) -> VariantStatus:
         """Go back to an earlier version."""
-        await self._server.catalogue.rollback(name, digest)
-        await self._prepare(name)
+        with self._shown_as_preparing(name):
+            await self._server.rollback(name, digest)
         return self.variant(name)
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:
-        """Keep its weights on the host, or no longer."""
-        variant = self._server.catalogue.pin(name, pinned)
-        if pinned:
-            await self._prepare(name)
-        self._server.follow_pin(variant, variant.version)
+        """Keep the weights of a variant on the host, or allow dropping them."""
+        with self._shown_as_preparing(name):
+            await self._server.pin(name, pinned)
         return self.variant(name)
 
-    async def _prepare(self, name: str) -> None:
-        self._preparing.add(name)
+    @contextmanager
+    def _shown_as_preparing(self, name: str) -> Iterator[None]:
+        self._preparing[name] += 1
         try:
-            await self._server.current(name)
+            yield
         finally:
-            self._preparing.discard(name)
-
-    def _state(self, variant: Variant, digest: str | None) -> VariantState:
-        server = self._server
-        if variant.name in self._preparing:
-            return VariantState.PREPARING
-        if variant.error is not None or server.driver.failure(digest) is not None:
-            return VariantState.FAILED
-        if digest == server.swapper.active.version.digest:
-            return VariantState.ACTIVE
-        on_host = digest is not None and server.cache.get(digest) is not None
-        needs_none = variant.version is not None and variant.version.kind in (VariantKind.BASE, VariantKind.LORA)
-        return VariantState.READY if on_host or needs_none else VariantState.REGISTERED
-
-
-def _kind(variant: Variant, server: VariantServer) -> VariantKind:
-    if variant.version is not None:
-        return variant.version.kind
-    try:
-        source = server.roots.find(variant.record.source)
-    except OptionError:  # in two folders
-        source = None
-    is_merged = source is not None and isinstance(source.spec, Path) and looks_merged(source.spec)
-    return VariantKind.CHECKPOINT if is_merged else VariantKind.ADAPTER
+            self._preparing[name] -= 1

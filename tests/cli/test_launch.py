@@ -14,7 +14,7 @@ from support.tiny_models import Pair, save_adapter, tiny_llama
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from converters import merge
+from converters import Adapter, merge
 from converters.errors import AdapterError
 from peanut_serve.cli.launch import Found, find_adapters, swap_variables, vllm_options
 from peanut_serve.settings.swapping import SwapSettings, swap_settings
@@ -84,11 +84,22 @@ def test_a_rank_that_vllm_does_not_serve() -> None:
         vllm_options("org/base", "lora", Found({"a": 4, "b": 513}, frozenset(), {}), [])
 
 
+def test_an_adapter_that_cannot_be_lora(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some methods have no exact low-rank factors: such an adapter has no rank, and can only be merged."""
+    monkeypatch.setattr(Adapter, "rank", lambda adapter, module: None if adapter.name == "large" else 4)
+    found = find_adapters(AdapterRoots([tasks]))
+    assert (found.ranks, found.not_lora, found.kinds) == ({"small": 4}, ("large",), {"q_proj", "v_proj"})
+    assert (found.names("lora"), found.names("auto")) == (["small"], ["large", "small"])
+    note = "large will not be served: it cannot be expressed as LoRA; --mode merged or auto serves it"
+    assert note in list(found.notes("lora"))
+    assert note not in [*found.notes("auto"), *found.notes("merged")]
+
+
 def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = run_here("peanut-serve", "--base", pair.base, "--adapters", tmp_path / "nothing")
     assert (done.returncode, "neither a folder of adapters nor a Hub id" in done.stderr) == (1, True)
     done = run_here("peanut-serve", "--base", tmp_path / "none", "--adapters", tasks, "--dry-run")
-    assert (done.returncode, "none, and this is no Hub id; check the path" in done.stderr) == (1, True)
+    assert (done.returncode, "none, and it is not a valid Hub id; check the path" in done.stderr) == (1, True)
     command = ("peanut-serve", "--base", pair.base, "--adapters", tasks)
     done = run_here(*command, "--cache-size", "many")
     assert (done.returncode, done.stderr.count("\n")) == (1, 2)  # and the note of the broken adapter
@@ -126,7 +137,7 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     assert SwapSettings.read(variables) == settings
     monkeypatch.delenv("PEANUT_ADMIN_KEY", raising=False)
     for options, refusal in (
-        (["--data-parallel-size", "2"], "--data-parallel-size does not go with --mode merged"),
+        (["--data-parallel-size", "2"], "--data-parallel-size cannot be used with --mode merged"),
         (["--host-cache", "much"], "'much' is not a valid size"),
         (["--max-wait", "-1"], "--max-wait is -1.0: input should be greater than or equal to 0"),
         (["--admin-port", "8001"], "--admin-port needs a key: set PEANUT_ADMIN_KEY"),

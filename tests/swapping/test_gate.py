@@ -2,15 +2,19 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
 
 import pytest
 from support.server.fake_engine import FaultError
-from support.server.rig import NAMES, Rig, RunRig, make_weights, rig_runner, until
+from support.server.rig import NAMES, SIZE, Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
 
 from peanut_serve.errors import EngineDownError, QueueFullError, SwapError
 from peanut_serve.swapping import driver as swap_driver
+from peanut_serve.variants.host_cache import BaseWeights
+from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.version import Version
 from peanut_serve.web.operator import VariantControl
 from peanut_serve.web.schema import VariantState
 
@@ -163,7 +167,7 @@ def test_a_server_that_stops(run_rig: RunRig) -> None:
         waiting = await rig.asking("v1")
         rig.server.stop()
         for refused in (waiting, rig.ask("base"), rig.server.activate("v1")):
-            with pytest.raises(EngineDownError, match="the server stops"):
+            with pytest.raises(EngineDownError, match="the server is stopping"):
                 await refused
         rig.engine.go.set()
         await running
@@ -187,3 +191,38 @@ def test_a_server_that_stops_just_when_something_happens(run_rig: RunRig, steps:
         assert rig.server.swapper.restarts == 0
 
     run_rig(test)
+
+
+def test_a_request_prepares_its_variant_once(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(rig: Rig) -> None:
+        digests: list[str] = []
+        load = rig.server.cache.load
+
+        def counting(version: Version) -> Awaitable[HostWeights]:
+            digests.append(version.digest)
+            return load(version)
+
+        monkeypatch.setattr(rig.server.cache, "load", counting)
+        for requests in (1, 2):  # the first moves the name to the version, the second finds it there
+            await rig.ask("v1")
+            assert digests == [rig.actives[-1]] * requests
+
+    run_rig(test)
+
+
+def test_weights_are_held_before_they_are_prepared(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may take their place in host memory while W0 is copied."""
+
+    async def test(rig: Rig) -> None:
+        prepare = BaseWeights.prepare
+
+        async def slow(base: BaseWeights, names: Iterable[str]) -> None:
+            await prepare(base, names)
+            monkeypatch.setattr(BaseWeights, "prepare", prepare)
+            for name in ("v2", "v3", "v2"):
+                await rig.server.prepare(name)
+
+        monkeypatch.setattr(BaseWeights, "prepare", slow)
+        await rig.ask("v1")
+
+    run_rig(test, host_cache=2 * SIZE)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.server.fake_engine import FakeEngine, FaultError, identity
-from support.server.weights import Weights, prepared, weights_in
+from support.server.weights import Weights, weights_in
 
 from peanut_serve.errors import EngineDownError, SwapError
+from peanut_serve.swapping.swappable import make_swappable
 from peanut_serve.swapping.transaction import Phase, Report, Swapper
 
 ATTENTION = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for i in range(2) for kind in "kqv"]
@@ -56,8 +57,8 @@ def run_stage(weights: Weights) -> RunStage:
     def call(test: Callable[[Stage], Awaitable[None]], active: str = "base", noise: float = 0.0) -> None:
         async def run() -> None:
             engine = FakeEngine(weights.base, noise)
-            _, swapper, _ = await prepared(engine, weights.base)
-            stage = Stage(engine, swapper, weights)
+            swappable = await make_swappable(engine, weights.base, base_on_host=True)
+            stage = Stage(engine, swappable.swapper, weights)
             await stage.swap(active)
             await test(stage)
 

@@ -12,6 +12,7 @@ from support.tiny_models import Pair, edit_json, edit_weights, save_adapter, tin
 
 from converters import merge
 from peanut_serve.errors import UnknownVariantError, VariantError, VariantNameError
+from peanut_serve.variants import opening
 from peanut_serve.variants.host_weights import HostMemoryError
 from peanut_serve.variants.version import VariantKind, Version
 
@@ -22,7 +23,7 @@ def site(pair: Pair, tmp_path: Path) -> Site:
 
 
 def go_back(site: Site, digest: str | None = None) -> None:
-    asyncio.run(site.catalogue.rollback("v1", digest))
+    asyncio.run(site.catalogue.rollback("v1", digest, site.preparing))
 
 
 def test_names(site: Site) -> None:
@@ -80,8 +81,8 @@ def test_one_theta_under_two_names_at_once(site: Site) -> None:
         shutil.copytree(site.tasks / "v1", site.tasks / f"twin{i}")
 
     async def ask() -> set[str]:
-        found = await asyncio.gather(*(site.catalogue.current(f"twin{i}") for i in range(6)))
-        return {version.digest for _, version in found}
+        found = await asyncio.gather(*(site.current(f"twin{i}") for i in range(6)))
+        return {version.digest for version in found}
 
     assert asyncio.run(ask()) == site.thetas()
 
@@ -138,7 +139,7 @@ def test_back_to_an_earlier_version_until_the_files_change(site: Site) -> None:
         go_back(site, "f00")
     site.change()
     assert site.digest() not in (first, second)
-    third = asyncio.run(site.catalogue.reload("v1")).record
+    third = asyncio.run(site.catalogue.reload("v1", site.preparing)).record
     assert (third.digest, third.previous) == (site.digest(), [second, first])
 
 
@@ -148,13 +149,18 @@ def test_reload_undoes_a_rollback(site: Site) -> None:
     second = site.digest()
     go_back(site)
     assert site.digest() == first
-    assert asyncio.run(site.catalogue.reload("v1")).record.digest == site.digest() == second
+    assert asyncio.run(site.catalogue.reload("v1", site.preparing)).record.digest == site.digest() == second
 
 
 def test_register_and_unregister(site: Site) -> None:
     site.catalogue.register("nice", "v1")
     assert site.digest("nice") == site.digest("v1")
-    for name, reason in (("nice", "already"), ("base", "already"), ("a b", "no name"), ("../x", "no name")):
+    for name, reason in (
+        ("nice", "already"),
+        ("base", "already"),
+        ("a b", "not a valid name"),
+        ("../x", "not a valid name"),
+    ):
         with pytest.raises(VariantNameError, match=reason):
             site.catalogue.register(name, "v1")
     shutil.copytree(site.tasks / "v1", site.tasks / "v2")
@@ -187,15 +193,15 @@ def test_a_name_that_goes_while_it_is_prepared_does_not_come_back(site: Site) ->
 
 def test_merged_models(site: Site) -> None:
     merge(site.pair.base, site.pair.adapter, site.tasks / "merged")
-    version = asyncio.run(site.catalogue.current("merged"))[1]
+    version = asyncio.run(site.current("merged"))
     assert (version.kind, len(version.specs)) == (VariantKind.CHECKPOINT, 4)
-    assert version.digest == asyncio.run(site.catalogue.reload("merged")).record.digest
+    assert version.digest == asyncio.run(site.catalogue.reload("merged", site.preparing)).record.digest
     assert site.thetas() == set()  # models are not copied
     weights = site.tasks / "merged" / "model.safetensors"
     edit_weights(weights, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1})
     assert site.digest("merged") != version.digest
-    with pytest.raises(VariantError, match=f"version {version.digest[:12]} of merged cannot be had any more"):
-        asyncio.run(site.catalogue.rollback("merged", None))
+    with pytest.raises(VariantError, match=f"version {version.digest[:12]} of merged is no longer available"):
+        asyncio.run(site.catalogue.rollback("merged", None, site.preparing))
     edit_json(site.tasks / "merged" / "config.json", rms_norm_eps=0.1)
     with pytest.raises(VariantError, match=r"its config says rms_norm_eps 0.1, the running model's 1e-06"):
         site.digest("merged")
@@ -224,8 +230,21 @@ def test_lora_where_it_says_what_an_adapter_does(site: Site) -> None:
     merged = site.digest("v1")
     site.fits_lora = lambda rank, kinds: rank <= 8 and kinds <= {"q_proj", "v_proj"}
     site.start()
-    found = {name: asyncio.run(site.catalogue.current(name))[1] for name in ("v1", "wide", "head")}
+    found = {name: asyncio.run(site.current(name)) for name in ("v1", "wide", "head")}
     assert {name: version.kind for name, version in found.items()} == {
         "v1": VariantKind.LORA, "wide": VariantKind.ADAPTER, "head": VariantKind.ADAPTER
     }  # fmt: skip
     assert found["v1"].digest != merged
+
+
+def test_an_adapter_is_opened_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new version is opened as it was copied, and evaluated from where the copy is kept."""
+    opened: list[Path] = []
+    load = opening.load_adapter
+    monkeypatch.setattr(opening, "load_adapter", lambda source: (opened.append(source), load(source))[1])
+    version = asyncio.run(site.current("v1"))
+    assert len(opened) == 1
+    assert not opened[0].exists()
+    shutil.rmtree(site.tasks / "v1")
+    version.evaluate().close()
+    assert len(opened) == 1

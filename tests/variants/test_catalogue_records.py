@@ -89,7 +89,7 @@ def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     async def renew() -> None:
-        await site.catalogue.current("v1")
+        await site.current("v1")
 
     changes: list[Callable[[], Awaitable[None] | object]] = [
         lambda: asyncio.run(renew()),

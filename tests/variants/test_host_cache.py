@@ -17,7 +17,8 @@ from converters.models.checkpoint import Checkpoint, open_checkpoint
 from peanut_serve.variants import host_cache, host_weights
 from peanut_serve.variants.host_cache import BaseWeights, HostCache
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
-from peanut_serve.variants.version import LoadedModel, VariantKind, Version, adapter_version
+from peanut_serve.variants.opening import adapter_version
+from peanut_serve.variants.version import LoadedModel, VariantKind, Version
 
 MIB = 1 << 20
 SIZES = {"a": 1, "b": 1, "c": 1, "d": 1, "large": 3}  # MiB

@@ -18,8 +18,10 @@ from converters.errors import NonFiniteError
 from converters.files.header import TensorSpec
 from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants import host_weights
+from peanut_serve.variants.host_cache import host_copy
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
-from peanut_serve.variants.version import LoadedModel, Version, adapter_version, checkpoint_version, host_copy
+from peanut_serve.variants.opening import adapter_version, checkpoint_version
+from peanut_serve.variants.version import LoadedModel, Version
 
 MakePair = Callable[..., Pair]
 

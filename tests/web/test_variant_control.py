@@ -73,11 +73,11 @@ def test_weights_that_are_needed_are_held(run_rig: RunRig) -> None:
         rig.engine.go.clear()
         tasks = [await rig.asking("base"), await rig.asking("v1")]
         for name in ("v2", "v3", "v2"):
-            await rig.server.current(name)  # takes the other place
+            await rig.server.prepare(name)  # takes the other place
         rig.engine.go.set()
         await asyncio.gather(*tasks)
         for name in ("v3", "v2"):
-            await rig.server.current(name)
+            await rig.server.prepare(name)
         rig.engine.fail("apply")
         with pytest.raises(SwapError, match="the swap failed and was rolled back"):
             await rig.ask("v2")
@@ -159,7 +159,7 @@ def test_what_is_counted(run_rig: RunRig) -> None:
         with pytest.raises(SwapError):
             await rig.ask("v1")
         assert change() == [0, 1, 1, 0, 0, 1, 0]
-        rig.server.driver.forgive(str(rig.server.catalogue.find("v1").record.digest))
+        rig.server.driver.clear_failure(str(rig.server.catalogue.find("v1").record.digest))
         rig.engine.fail("apply", "die")
         with pytest.raises(SwapError):
             await rig.ask("v1")

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
+from dataclasses import replace
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -17,18 +18,15 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from converters import open_checkpoint
 from converters.errors import OptionError
-from converters.models.checkpoint import open_checkpoint
-from converters.models.finding import find_base
+from converters.serving import find_base
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.swapping import SwapSettings
-from peanut_serve.swapping.self_test import try_out
+from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.server import Admitted, VariantServer
-from peanut_serve.swapping.transaction import Swapper
-from peanut_serve.variants.host_cache import BaseWeights
-from peanut_serve.variants.roots import AdapterRoots
-from peanut_serve.variants.state_folder import VariantStore
-from peanut_serve.variants.version import FitsLora, VariantKind, base_version
+from peanut_serve.variants.opening import FitsLora
+from peanut_serve.variants.version import VariantKind
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.request_identity import (
     PrefixSalts,
@@ -68,7 +66,8 @@ class VariantEndpoints:
         @app.get("/ready", summary="Whether requests can be answered, now or after a swap")
         async def ready() -> JSONResponse:
             one = server()
-            answer = {"state": one.driver.state, "detail": one.driver.detail}
+            engine = one.engine_facts()
+            answer = {"state": engine.state, "detail": engine.detail}
             if one.is_ready:
                 return JSONResponse(answer)
             return JSONResponse(answer, 503, headers={"Retry-After": "5"})
@@ -89,25 +88,20 @@ class VariantEndpoints:
             app = admin_app(VariantControl(server), os.environ[KEY_VARIABLE])
             listener = bind(settings.admin_host, settings.admin_port)
             state.peanut_admin = asyncio.create_task(serve_on(app, listener))
-        if (name := server.catalogue.records.active) is not None:
+        if (name := server.last_activated) is not None:
             state.peanut_activating = asyncio.create_task(_activate_again(server, name))
 
 
 async def _build(settings: SwapSettings, client: AsyncLLM, args: Namespace) -> VariantServer:
     found = find_base(args.model, client.model_config.revision)
     base = open_checkpoint(found.folder, found.repo_id, found.revision)
-    engine = SwapEngine(client, keeps_prefixes=settings.prefix_cache == "salted")
-    model, canary = await try_out(engine, base)
-    base_weights = BaseWeights(base, on_host=settings.base_copy == "host")
-    swapper = Swapper(engine, model, base_weights.tensors, base_version(base), canary)
     name_variants_in_responses()
     count_tokens(client)
-    salts = PrefixSalts(client) if settings.prefix_cache == "salted" else None
-    names = args.served_model_name or [args.model]
-    return VariantServer(
-        settings, engine, model, swapper, base_weights, names, AdapterRoots(settings.roots),
-        VariantStore(settings.state), _fits_lora(settings), salts.activate if salts is not None else None,
-    )  # fmt: skip
+    is_salted = settings.prefix_cache == "salted"
+    host = Host(base, args.served_model_name or [args.model], _fits_lora(settings))
+    if is_salted:
+        host = replace(host, on_active=PrefixSalts(client).activate)
+    return await assemble_server(settings, SwapEngine(client, keeps_prefixes=is_salted), host)
 
 
 def _fits_lora(settings: SwapSettings) -> FitsLora | None:
@@ -123,13 +117,8 @@ def _list_variants(server: VariantServer, models: OpenAIServingModels, request: 
     known = {base.name for base in models.base_model_paths}
     if request is not None and (request.name in known) != (request.version.kind is VariantKind.LORA):
         return
-    names = [name for name in server.catalogue.names() if not _is_lora(server, name)]
+    names = [name for name in server.names() if not server.is_lora(name)]
     models.base_model_paths[:] = [BaseModelPath(name=name, model_path=path) for name in names]
-
-
-def _is_lora(server: VariantServer, name: str) -> bool:
-    version = server.catalogue.find(name).version
-    return version is not None and version.kind is VariantKind.LORA
 
 
 def _stop_with(server: VariantServer, client: AsyncLLM) -> None:

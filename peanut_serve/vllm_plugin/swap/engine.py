@@ -15,7 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
-from converters.files.header import TensorInfo
+from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError
 from peanut_serve.swapping.canary import Canary
 from peanut_serve.vllm_plugin.swap.worker import encode_places

@@ -22,8 +22,7 @@ from torch import Tensor
 from vllm.model_executor.model_loader.reload import layerwise
 
 from converters.errors import PeanutError
-from converters.files.header import TensorInfo
-from converters.files.reader import TensorReader
+from converters.serving import TensorInfo, TensorReader
 
 logger = logging.getLogger("vllm.peanut_serve")
 

@@ -14,6 +14,7 @@ CONVERTERS = (
     "outputs",  # one file or folder per format
     "inspection",  # what `peanut-inspect` finds out
     "api",  # the public functions
+    "serving",  # what peanut_serve may use
     "cli",  # peanut-merge, peanut-inspect
 )
 PEANUT_SERVE = (

@@ -10,9 +10,10 @@ from support.tiny_models import Pair, edit_weights
 
 from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants.catalogue import Catalogue
+from peanut_serve.variants.opening import FitsLora, VersionOpener
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
-from peanut_serve.variants.version import FitsLora, LoadedModel, Version, base_version
+from peanut_serve.variants.version import LoadedModel, Version
 
 
 class Site:
@@ -36,18 +37,19 @@ class Site:
         base = open_checkpoint(self.pair.base)
         model = LoadedModel(base, [[name] for name in base.tensors])
         roots, store = AdapterRoots([self.tasks, self.more, "org/allowed"]), VariantStore(self.state)
-
-        async def prepare(version: Version) -> None:
-            self.prepare(version)
-            self.prepared.append(version.digest)
-
-        self.catalogue = Catalogue(
-            ["base", "alias"], base_version(base), roots, store, model, "cpu", self.fits_lora, prepare
-        )
+        self.catalogue = Catalogue(["base", "alias"], roots, store, VersionOpener(model, "cpu", self.fits_lora))
         return self.catalogue
 
+    async def preparing(self, version: Version) -> None:
+        """What a server does before a name moves."""
+        self.prepare(version)
+        self.prepared.append(version.digest)
+
+    async def current(self, name: str) -> Version:
+        return (await self.catalogue.current(name, self.preparing))[1]
+
     def digest(self, name: str = "v1") -> str:
-        return asyncio.run(self.catalogue.current(name))[1].digest
+        return asyncio.run(self.current(name)).digest
 
     def change(self, name: str = "v1") -> None:
         """Other θ."""

@@ -8,13 +8,12 @@ from tempfile import mkdtemp
 
 import pytest
 from support.server.fake_engine import FakeEngine, identity
-from support.server.weights import Weights, prepared, weights_in
+from support.server.weights import Weights, weights_in
 
 from peanut_serve.settings.swapping import SwapSettings
 from peanut_serve.swapping import driver as swap_driver
+from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.server import VariantServer
-from peanut_serve.variants.roots import AdapterRoots
-from peanut_serve.variants.state_folder import VariantStore
 
 NAMES = ("base", "v1", "v2", "v3")
 SIZE = 12288  # bytes of a variant on the host
@@ -78,11 +77,8 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             choices = {"roots": (str(weights.tasks),), "min_dwell": 0, "max_wait": 0, **options}
             settings = SwapSettings(mode="merged", state=Path(mkdtemp(dir=tmp_path)), **choices)
             engine, actives = FakeEngine(weights.base), []
-            model, swapper, base_weights = await prepared(engine, weights.base)
-            server = VariantServer(
-                settings, engine, model, swapper, base_weights, ["base"], AdapterRoots(settings.roots),
-                VariantStore(settings.state), None, actives.append,
-            )  # fmt: skip
+            host = Host(weights.base, ["base"], on_active=actives.append)
+            server = await assemble_server(settings, engine, host)
             await server.start()
             expected = {name: identity(found) for name, found in weights.expected.items()}
             expected["new"] = expected["v1"]  # what tests register

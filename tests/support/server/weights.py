@@ -12,16 +12,9 @@ from support.tiny_models import edit_weights, save_adapter, tiny_llama
 from converters import merge
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from peanut_serve.swapping.self_test import try_out
-from peanut_serve.swapping.transaction import Loaded, Swapper
-from peanut_serve.variants.host_cache import BaseWeights
-from peanut_serve.variants.version import LoadedModel, adapter_version, base_version
-
-
-async def prepared(engine: FakeEngine, base: Checkpoint) -> tuple[LoadedModel, Swapper, BaseWeights]:
-    """What a server makes of an engine when it starts."""
-    model, canary = await try_out(engine, base)
-    base_weights = BaseWeights(base, on_host=True)
-    return model, Swapper(engine, model, base_weights.tensors, base_version(base), canary), base_weights
+from peanut_serve.swapping.transaction import Loaded
+from peanut_serve.variants.opening import adapter_version
+from peanut_serve.variants.version import base_version
 
 
 def other_theta(adapter: Path, other: Path, part: str = "layers.0.self_attn.q_proj.peanut_B") -> Path:

@@ -1,0 +1,56 @@
+"""The weights that a swap reads, in host memory before the engine is touched."""
+
+import logging
+import time
+from contextlib import ExitStack
+
+from peanut_serve.swapping import metrics
+from peanut_serve.swapping.swappable import SwappableEngine
+from peanut_serve.variants.host_cache import HostCache
+from peanut_serve.variants.version import Version
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+
+class HostSide:
+    """Evaluates versions, and keeps what is held or pinned.
+
+    Args:
+        limit: bytes of evaluated weights.
+        swappable: the engine whose model is served.
+
+    Attributes:
+        cache: the evaluated weights.
+    """
+
+    def __init__(self, limit: int, swappable: SwappableEngine) -> None:
+        self.cache = HostCache(limit)
+        self._model, self._base_weights = swappable.model, swappable.base_weights
+        self._pinned: dict[str, str] = {}  # name -> digest
+
+    async def prepare(self, version: Version, holds: ExitStack) -> None:
+        """Do everything that can fail before the engine is touched. The weights stay until `holds` is closed.
+
+        Raises `HostMemoryError` without room for the weights, and what their evaluation raises.
+        """
+        # held first: weights that nobody holds may be dropped before the engine has them
+        holds.enter_context(self.cache.holding(version.digest))
+        start, is_known = time.perf_counter(), self.cache.get(version.digest) is not None
+        weights = await self.cache.load(version)
+        await self._base_weights.prepare(self._model.with_neighbours(weights.tensors))
+        if not is_known:
+            seconds = time.perf_counter() - start
+            metrics.EVALUATIONS.observe(seconds)
+            logger.info("digest=%s evaluated_seconds=%.2f", version.digest[:12], seconds)
+        metrics.HOST_CACHE.set(self.cache.nbytes)
+        metrics.BASE_COPY.set(self._base_weights.nbytes)
+
+    def follow_pin(self, name: str, is_pinned: bool, version: Version | None) -> None:
+        """Pin the weights of a pinned name's version, and unpin those of its earlier one."""
+        old = self._pinned.pop(name, None)
+        digest = version.digest if version is not None else old
+        if is_pinned and digest is not None:
+            self._pinned[name] = digest
+            self.cache.pin(digest, True)
+        if old is not None and old not in self._pinned.values():
+            self.cache.pin(old, False)

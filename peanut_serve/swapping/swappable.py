@@ -1,0 +1,42 @@
+"""An engine whose weights can be swapped, and everything a swap needs of the base."""
+
+from dataclasses import dataclass
+
+from converters import Checkpoint
+from peanut_serve.swapping.self_test import LearningEngine, try_out
+from peanut_serve.swapping.transaction import Engine, Swapper
+from peanut_serve.variants.host_cache import BaseWeights
+from peanut_serve.variants.version import LoadedModel, base_version
+
+
+@dataclass(frozen=True, eq=False)
+class SwappableEngine:
+    """An engine that has passed the self-test.
+
+    Attributes:
+        engine: the engine; it starts with the base's weights.
+        model: the tensors that it loads.
+        swapper: changes its weights.
+        base_weights: W0, to go back to.
+    """
+
+    engine: Engine
+    model: LoadedModel
+    swapper: Swapper
+    base_weights: BaseWeights
+
+
+async def make_swappable(engine: LearningEngine, base: Checkpoint, base_on_host: bool) -> SwappableEngine:
+    """Try an engine out, and set up what swaps its weights.
+
+    Args:
+        engine: with the base's weights.
+        base: the checkpoint it was started from.
+        base_on_host: keep those tensors of the base that variants change in host memory.
+
+    Raises `SelfTestError`: the engine does not swap the weights of this model correctly.
+    """
+    model, canary = await try_out(engine, base)
+    base_weights = BaseWeights(base, on_host=base_on_host)
+    swapper = Swapper(engine, model, base_weights.tensors, base_version(base), canary)
+    return SwappableEngine(engine, model, swapper, base_weights)

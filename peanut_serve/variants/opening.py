@@ -1,0 +1,229 @@
+"""Opening versions: an adapter or a merged checkpoint, checked against the base and the running model."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from converters import Plan, Weighted, load_adapter, open_checkpoint
+from converters.errors import ConversionError, MissingScalingError, PeanutError
+from converters.serving import (
+    Pipeline,
+    TensorInfo,
+    TensorPlan,
+    TensorReader,
+    TensorSpec,
+    ThetaStore,
+    Worker,
+    as_lora,
+    check_base,
+    find_adapter,
+    find_devices,
+    plan_merge,
+    sample_digests,
+    tensor_blocks,
+)
+from peanut_serve.errors import VariantError
+from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.state_folder import VariantStore
+from peanut_serve.variants.version import LoadedModel, VariantKind, Version, digest_of
+
+# keys of config.json that do not change what the model computes
+_NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+# whether vLLM was started with room for a LoRA adapter: its rank, and last parts of the names of its modules
+FitsLora = Callable[[int, frozenset[str]], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class VersionOpener:
+    """Opens versions for one running model.
+
+    Attributes:
+        model: the running model.
+        device: where f is evaluated.
+        fits_lora: an adapter that is exactly LoRA, and for which vLLM has room, is served as such; None for never.
+    """
+
+    model: LoadedModel
+    device: str
+    fits_lora: FitsLora | None = None
+
+    def adapter(self, name: str, source: Path | str) -> Version:
+        """A version of θ; see `adapter_version`."""
+        return adapter_version(name, source, self.model, self.device, self.fits_lora)
+
+    def checkpoint(self, name: str, folder: Path) -> Version:
+        """A version of a merged checkpoint; see `checkpoint_version`."""
+        return checkpoint_version(name, folder, self.model)
+
+    def keep_adapter(self, name: str, source: Path, store: VariantStore) -> Version:
+        """Copy θ into a store and open the copy. Raises like `adapter_version`; nothing is kept then."""
+        copy = store.copy_theta(source)
+        try:
+            version, theta = _open_adapter(name, copy, self)
+        except BaseException:
+            store.discard(copy)
+            raise
+        is_new = store.keep(copy, version.digest)
+        kept = store.theta(version.digest)
+        if kept is None:
+            raise VariantError(f"θ of {name} was removed while it was opened; try again")
+        # the same θ may have been kept before in another layout, under other keys
+        return version if is_new and theta.move_to(kept) else self.adapter(name, kept)
+
+    def reopen_adapter(self, name: str, digest: str, store: VariantStore) -> Version | None:
+        """The version that a store keeps under a digest, if it keeps one."""
+        kept = store.theta(digest)
+        return None if kept is None else self.adapter(name, kept)
+
+
+class _MovableTheta:
+    """The tensors of an opened adapter whose files are moved: opened as a new copy, read where that is kept.
+
+    Nothing else of an opened adapter depends on where its files are.
+    """
+
+    def __init__(self, store: ThetaStore) -> None:
+        self.shapes, self.dtypes = store.shapes, store.dtypes
+        self._store = store
+
+    def move_to(self, path: Path) -> bool:
+        """Read from here from now on; False if only the adapter's layout knows which file here has the tensors."""
+        try:
+            store = find_adapter(str(path)).store
+        except PeanutError:
+            return False
+        if (store.shapes, store.dtypes) != (self.shapes, self.dtypes):
+            return False
+        self._store = store
+        return True
+
+    def tensor(self, key: str) -> Tensor:
+        """See `ThetaStore`."""
+        return self._store.tensor(key)
+
+    def blocks(self, key: str) -> Iterator[Tensor]:
+        """See `ThetaStore`."""
+        return self._store.blocks(key)
+
+    def check_unchanged(self) -> None:
+        """See `ThetaStore`."""
+        self._store.check_unchanged()
+
+
+@dataclass(frozen=True)
+class _EvaluateJob:
+    """Evaluate one tensor; see `converters.evaluation.pool.Job`."""
+
+    plan: Plan
+    tensor: TensorPlan
+    into: HostWeights
+    is_finished: bool = False
+
+    @property
+    def source(self) -> TensorInfo | None:
+        """The tensor of the base that it reads."""
+        return self.tensor.source
+
+    def run(self, worker: Worker) -> None:
+        """Evaluate the tensor into host memory."""
+        for block in tensor_blocks(self.plan, self.tensor, worker):
+            self.into.put(self.tensor.name, block)
+
+
+def adapter_version(
+    name: str, source: Path | str, model: LoadedModel, device: str, fits_lora: FitsLora | None
+) -> Version:
+    """A version of θ. Reads θ, and of the base only its headers.
+
+    Args:
+        name: of the variant, for messages.
+        source: folder, weights file or Hub id.
+        model: the running model.
+        device: where f is evaluated.
+        fits_lora: see `VersionOpener`.
+
+    Raises `PeanutError`: it is broken, was trained on another base, or changes what the running model does not have.
+    """
+    return _open_adapter(name, source, VersionOpener(model, device, fits_lora))[0]
+
+
+def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple[Version, _MovableTheta]:
+    try:
+        adapter = load_adapter(source)
+    except MissingScalingError as error:
+        raise VariantError(f"{error}; to serve it, convert it once: peanut-merge --format peft --scaling S") from None
+    theta, base = _MovableTheta(adapter.store), opener.model.base
+    adapter = replace(adapter, store=theta)
+    check_base(base, adapter, force=False)
+    plan = plan_merge(base, [Weighted(adapter)])
+    if opener.fits_lora is not None and _is_lora(plan, opener.fits_lora):
+        return Version(digest_of("lora", adapter.digest, base.fingerprint), VariantKind.LORA), theta
+    changed = [tensor for tensor in plan.tensors if not tensor.is_untouched]
+    opener.model.check(name, [tensor.spec for tensor in changed])
+
+    def write(into: HostWeights) -> None:
+        base.check_unchanged()
+        jobs = [_EvaluateJob(plan, tensor, into) for tensor in changed]
+        Pipeline(find_devices(opener.device)).run(jobs)
+        base.check_unchanged()
+
+    digest = digest_of("merged", adapter.digest, base.fingerprint)
+    return Version(digest, VariantKind.ADAPTER, tuple(tensor.spec for tensor in changed), write), theta
+
+
+def _is_lora(plan: Plan, fits: FitsLora) -> bool:
+    try:
+        converted = as_lora(plan, plan.base.folder)
+    except ConversionError:
+        return False
+    kinds = frozenset(module.rsplit(".", 1)[-1] for module in converted.modules)
+    return converted.max_lora_rank is not None and fits(converted.r, kinds)
+
+
+def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:
+    """A version of a merged checkpoint: every tensor is compared with the base's, byte by byte.
+
+    Raises `PeanutError`: it is broken, or has another architecture.
+    """
+    merged, base = open_checkpoint(folder), model.base
+    if missing := sorted(set(base.tensors) - set(merged.tensors)):
+        raise VariantError(f"{name}: {missing[0]} of the base is not in {folder}; was it merged from this base?")
+    own, wanted = (_architecture(checkpoint.config) for checkpoint in (merged, base))
+    if differing := sorted(key for key in own.keys() | wanted.keys() if own.get(key) != wanted.get(key)):
+        key = differing[0]
+        raise VariantError(
+            f"{name}: its config says {key} {own.get(key)}, the running model's {wanted.get(key)}; "
+            "serve it with a vLLM server of its own"
+        )
+    with TensorReader() as reader:
+        changed = [info for info in merged.tensors.values() if _differs(info, base.tensors.get(info.name), reader)]
+        hashes = {info.name: reader.hash(info) for info in changed}
+    model.check(name, specs := tuple(TensorSpec(i.name, i.dtype, i.shape, i.nbytes) for i in changed))
+
+    def write(into: HostWeights) -> None:
+        merged.check_unchanged()
+        with TensorReader() as reader:
+            for info in changed:
+                for chunk in reader.chunks(info):
+                    into.put(info.name, chunk)
+        merged.check_unchanged()
+
+    digest = digest_of("checkpoint", json.dumps(hashes), base.fingerprint)
+    return Version(digest, VariantKind.CHECKPOINT, specs, write)
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and value is not None}
+
+
+def _differs(info: TensorInfo, other: TensorInfo | None, reader: TensorReader) -> bool:
+    if other is None or (info.dtype, info.shape) != (other.dtype, other.shape):
+        return True
+    if sample_digests([info]) != sample_digests([other]):
+        return True
+    return reader.hash(info) != reader.hash(other)
