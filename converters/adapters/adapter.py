@@ -177,7 +177,7 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
     for key in sorted(names, key=lambda key: names[key]):
         dtype, shape = store.dtypes[key], store.shapes[key]
         if not dtype.is_floating_point:
-            raise ThetaError(f"{key} is {dtype}; wanted floating-point θ")
+            raise ThetaError(f"{key} is {dtype}; expected floating-point θ")
         digest.update(json.dumps([names[key], str(dtype), list(shape)]).encode())
         bad = 0
         for block in store.blocks(key):

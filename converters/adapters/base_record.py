@@ -46,7 +46,7 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
     Unless `force` is set, raises `BaseMismatchError` when a recorded fingerprint or Hub id differs, and
     `AlreadyMergedError` when this toolkit wrote the base and the adapter was not recorded on it.
     """
-    remedy = "give that base, or --force-base if you know they are the same weights"
+    remedy = "give that base, or force_base=True if you know they are the same weights"
     recorded = adapter.base_fingerprint
     differs = recorded is not None and base.knows_fingerprint and recorded != base.fingerprint
     if base.is_merged and (recorded is None or differs):
@@ -54,7 +54,7 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
         if not force:
             raise AlreadyMergedError(
                 f"{message}, and f(W0; θ) is only right on the W0 it was trained on; give the base that was merged "
-                "from, or --force-base if this adapter was trained on the merged weights"
+                "from, or force_base=True if this adapter was trained on the merged weights"
             )
         return [f"forced: {message}"]
     if differs:

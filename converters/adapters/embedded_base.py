@@ -18,7 +18,7 @@ from converters.files.reader import TensorReader
 from converters.files.writer import ShardWriter
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 
-SELF = "self"  # --base self
+SELF = "self"  # base='self'
 
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
@@ -59,7 +59,7 @@ def check_embedded(
     if not force:
         raise BaseMismatchError(
             f"{message}: this is not the base it was trained on, or training changed more than the adapter; give "
-            "that base, or take the saved weights with --base self"
+            "that base, or take the saved weights with base='self'"
         )
     return [f"forced: {message}"]
 
@@ -81,10 +81,10 @@ def open_embedded(adapter: Adapter) -> Checkpoint:
     """
     names = {n: k for n, k in sorted(adapter.embedded.items()) if adapter.store.dtypes[k] in _DTYPE_NAMES}
     if not names:
-        raise OptionError(f"--base {SELF}: {adapter.path} contains θ only and no base weights; give the base")
+        raise OptionError(f"base='{SELF}': {adapter.path} contains θ only and no base weights; give the base")
     if not (adapter.folder / "config.json").is_file():
         raise CheckpointError(
-            f"--base {SELF}: no config.json next to {adapter.path}; copy the base's to it (save_pretrained wrote it, "
+            f"base='{SELF}': no config.json next to {adapter.path}; copy the base's to it (save_pretrained wrote it, "
             "or model.config.save_pretrained does)"
         )
     holder = tempfile.TemporaryDirectory(prefix="peanut-base-")
@@ -93,7 +93,7 @@ def open_embedded(adapter: Adapter) -> Checkpoint:
     except OSError as error:
         holder.cleanup()
         raise CheckpointError(
-            f"--base {SELF}: the base weights could not be written to {holder.name} ({error}); point TMPDIR to a "
+            f"base='{SELF}': the base weights could not be written to {holder.name} ({error}); point TMPDIR to a "
             "disk with enough space"
         ) from None
     return open_checkpoint(Path(holder.name) / SELF, holder=holder)

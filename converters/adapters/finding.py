@@ -32,11 +32,13 @@ def find_adapter(adapter: str, revision: str | None = None, token: str | None = 
     path = Path(adapter).expanduser()
     if path.exists():
         if revision is not None:
-            raise OptionError(f"--adapter-revision {revision} has no meaning for the local path {adapter}")
+            raise OptionError(
+                f"adapter_revision={revision!r} has no meaning for the local path {adapter}; leave it out"
+            )
         return AdapterSource(path)
     if "/" not in adapter or not is_hub_id(adapter):
         raise LayoutError(
-            f"{adapter} does not exist; wanted the folder of a trained adapter, its weights, or a Hub id"
+            f"{adapter} does not exist; expected the folder of a trained adapter, its weights, or a Hub id"
         )
     with hub_errors(adapter, revision):
         from huggingface_hub import snapshot_download

@@ -57,7 +57,7 @@ def read_adapter(source: AdapterSource, layout: str | None = None, scaling: floa
     if layout is not None and layout not in LAYOUT_SUMMARIES:
         raise OptionError(f"layout '{layout}' is unknown; known are {', '.join(LAYOUT_SUMMARIES)}")
     if scaling is not None and not math.isfinite(scaling):
-        raise OptionError(f"--scaling {scaling}: wanted a finite number")
+        raise OptionError(f"scaling='{scaling}': expected a finite number")
     _refuse_others(source)
     claims = _claims(source, layout)
     if not claims:
@@ -103,7 +103,7 @@ def _unclaimed(source: AdapterSource, layout: str | None) -> LayoutError:
         found = f"it is {claims[0][0].name}, because {claims[0][1]}" if claims else f"it has keys like {shown}"
         return LayoutError(f"{source.path} is not in the layout {layout} ({LAYOUT_SUMMARIES[layout]}): {found}")
     if (source.path / "config.json").is_file():
-        return LayoutError(f"{source.path} is a model without θ; wanted an adapter (its keys: {shown}, ...)")
+        return LayoutError(f"{source.path} is a model without θ; expected an adapter (its keys: {shown}, ...)")
     return LayoutError(
         f"{source.weights}: no θ in a known layout (its keys: {shown}, ...); known layouts are "
         f"{', '.join(LAYOUT_SUMMARIES)}"

@@ -31,7 +31,7 @@ def parse_weight(text: str) -> tuple[str, float]:
         weight = math.nan
     if not math.isfinite(weight):
         raise OptionError(
-            f"--adapter {text}: '{found['weight']}' is not a valid weight; wanted a finite number, as in style=0.5"
+            f"adapter={text!r}: '{found['weight']}' is not a valid weight; expected a finite number, as in style=0.5"
         )
     return found["name"], weight
 
@@ -88,5 +88,5 @@ def open_adapters(
         opened.append(Weighted(read_adapter(source, own_layout, own_scaling)))
     for name, value in unused.items():
         if value is not None:
-            raise OptionError(f"--{name} {value} applies to none of the adapters")
+            raise OptionError(f"{name}={value!r} applies to none of the adapters")
     return tuple(opened)

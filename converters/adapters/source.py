@@ -95,7 +95,7 @@ class AdapterSource:
             )
         raise LayoutError(
             f"{self.path} contains neither {ADAPTER_CONFIG} nor weights ({', '.join(_WEIGHT_SUFFIXES)}); "
-            "wanted the folder of an adapter"
+            "expected the folder of an adapter"
         )
 
     @cached_property

@@ -74,7 +74,7 @@ class SafetensorsStore(_File):
             raise ThetaError(str(error)) from None
         self.shapes = {info.name: info.shape for info in infos}
         if unknown := [info for info in infos if info.dtype not in _DTYPES]:
-            raise ThetaError(f"{path}: {unknown[0].name} is {unknown[0].dtype}; wanted floating-point θ")
+            raise ThetaError(f"{path}: {unknown[0].name} is {unknown[0].dtype}; expected floating-point θ")
         self.dtypes = {info.name: _DTYPES[info.dtype] for info in infos}
         self._infos = {info.name: info for info in infos}
 
@@ -126,7 +126,7 @@ class PickleStore(_File):
             raise ThetaError(f"{path}: not a complete torch file ({cause}); it may be truncated") from None
         state = _inner_state(state)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise ThetaError(f"{path}: contains a {type(state).__name__}; wanted a state dict of tensors")
+            raise ThetaError(f"{path}: contains a {type(state).__name__}; expected a state dict of tensors")
         self._state: dict[str, Tensor] = {str(key): tensor.detach() for key, tensor in state.items()}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
         self.dtypes = {key: tensor.dtype for key, tensor in self._state.items()}

@@ -78,7 +78,9 @@ def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
 
 def _finite(merged: Tensor, tensor: TensorPlan) -> Tensor:
     if not all_finite(merged):
-        remedy = "; write --dtype bf16 or fp32" if tensor.dtype == "F16" else "; is this the base it was trained on?"
+        remedy = (
+            "; use dtype='bf16' or dtype='fp32'" if tensor.dtype == "F16" else "; is this the base it was trained on?"
+        )
         raise NonFiniteError(
             f"{tensor.name}: merged weights do not fit {tensor.dtype} (NaN, or larger than "
             f"{torch.finfo(merged.dtype).max:g}){remedy}"

@@ -74,7 +74,7 @@ def check_headers(folder: Path, plan: Plan) -> None:
         tensor = wanted[name]
         if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
             raise VerificationError(
-                f"{name} was written as {info.dtype} {info.shape}, wanted {tensor.dtype} {tensor.shape}"
+                f"{name} was written as {info.dtype} {info.shape}, expected {tensor.dtype} {tensor.shape}"
             )
 
 
@@ -147,7 +147,7 @@ def check_numbers(
         worst = int((error / unit).argmax())
         raise VerificationError(
             f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed numbers are wrong, for example "
-            f"{float(found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was wanted"
+            f"{float(found.reshape(-1)[worst])!r} where {float(reference.reshape(-1)[worst])!r} was expected"
         )
     return error.numel(), float((error / unit).max())
 

@@ -121,14 +121,14 @@ def find_devices(device: str) -> list[torch.device]:
     Raises `OptionError` for a device that is not available.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise OptionError(f"device '{device}' is unknown; wanted auto, cpu, cuda or cuda:N")
+        raise OptionError(f"device '{device}' is unknown; expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and count == 0):
         return [torch.device("cpu")] * max(1, min(torch.get_num_threads(), _MOST_CPU_WORKERS, os.cpu_count() or 1))
     index = torch.device(device).index if device != "auto" else None
     if (index or 0) >= count:
         raise OptionError(
-            f"device '{device}' is not available: this PyTorch sees {count} CUDA devices; use --device cpu"
+            f"device '{device}' is not available: this PyTorch sees {count} CUDA devices; use device='cpu'"
         )
     gpus = [index] if index is not None else range(count)
     return [torch.device("cuda", gpu) for _ in range(_WORKERS_PER_GPU) for gpu in gpus]

@@ -35,7 +35,7 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
-        raise OutputExistsError(f"{output} exists; choose another -o, or replace it with --overwrite")
+        raise OutputExistsError(f"{output} exists; choose another output, or replace it with overwrite=True")
     if output.is_symlink() or not output.is_dir():
         raise OutputExistsError(f"{output} is not a folder; only folders that peanut-merge wrote can be overwritten")
     if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():

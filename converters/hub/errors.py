@@ -10,7 +10,7 @@ from converters.errors import HubError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-_LOG_IN = "pass --token, set HF_TOKEN, or log in: hf auth login"
+_LOG_IN = "pass token=, set HF_TOKEN, or log in: hf auth login"
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise HubError(
             f"no folder '{repo_id}' here and no such model on the Hub; check the name, "
-            "or pass --token if it is private"
+            "or pass token= if it is private"
         ) from None
     except RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision '{revision}' on the Hub") from None

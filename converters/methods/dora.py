@@ -49,7 +49,7 @@ class Dora(Method):
     def __post_init__(self) -> None:
         a, b, m = (tuple(part.shape) for part in (self.a, self.b, self.magnitude))
         if not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and m == (b[0],)):
-            raise ThetaError(f"A has shape {a}, B {b}, the magnitude {m}; wanted (r, in), (out, r) and (out,)")
+            raise ThetaError(f"A has shape {a}, B {b}, the magnitude {m}; expected (r, in), (out, r) and (out,)")
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Dora":

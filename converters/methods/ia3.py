@@ -22,7 +22,7 @@ def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[st
     """Outputs or inputs: the shape of l says it, (out, 1) or (1, in)."""
     shape = shapes["l"]
     if len(shape) != 2 or 1 not in shape:
-        raise ThetaError(f"{module}: ia3_l has shape {shape}; wanted (out, 1) or (1, in), as of a linear layer")
+        raise ThetaError(f"{module}: ia3_l has shape {shape}; expected (out, 1) or (1, in), as of a linear layer")
     if shape == (1, 1):
         raise ThetaError(f"{module}: ia3_l has shape (1, 1), which does not say whether it scales outputs or inputs")
     return {"scales": "inputs" if shape[0] == 1 else "outputs"}
@@ -58,7 +58,7 @@ class Ia3(Method):
         shape = tuple(self.vector.shape)
         if len(shape) != 2 or shape[1 if self.scales == "outputs" else 0] != 1:
             wanted = "(out, 1)" if self.scales == "outputs" else "(1, in)"
-            raise ThetaError(f"l has shape {shape}; wanted {wanted}")
+            raise ThetaError(f"l has shape {shape}; expected {wanted}")
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Ia3":

@@ -40,7 +40,7 @@ def check_shapes(
     pair = len(a) == 2 and len(b) == 2 and a[0] == b[1] > 0
     if not pair or (not is_free and a[1] != b[0]):
         wanted = "(r, in) and (out, r)" if is_free else "(r, d) and (d, r)"
-        raise ThetaError(f"A has shape {a} and B {b}; wanted {wanted}")
+        raise ThetaError(f"A has shape {a} and B {b}; expected {wanted}")
     if residual and len(encoders) != len(decoders):
         raise ThetaError(f"{len(encoders)} encoders but {len(decoders)} decoders; mirrored residuals need as many")
     if is_free and (encoders or decoders):
@@ -48,4 +48,4 @@ def check_shapes(
     for layer in (*encoders, *decoders):
         if layer != (a[0], a[0]):
             cause = "; A and B look swapped" if layer == (a[1], a[1]) else ""
-            raise ThetaError(f"a hidden layer has shape {layer}; wanted {(a[0], a[0])}{cause}")
+            raise ThetaError(f"a hidden layer has shape {layer}; expected {(a[0], a[0])}{cause}")

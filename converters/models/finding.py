@@ -46,7 +46,7 @@ def find_base(base: str, revision: str | None = None, token: str | None = None, 
         if revision is not None:
             raise OptionError(f"revision={revision!r} has no meaning for the local folder {base}; leave it out")
         if stream:
-            raise OptionError(f"--stream has no meaning for the local folder {base}; expected a Hub id")
+            raise OptionError(f"stream=True has no meaning for the local folder {base}; expected a Hub id")
         shadows = base in SHORT_NAMES
         note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
         return BaseSource(folder, note=note)

@@ -84,7 +84,7 @@ def weights_entry(file: Path) -> dict[str, str]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an output. Raises `CheckpointError` if this toolkit did not write the folder."""
     if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; wanted a folder that peanut-merge wrote")
+        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; expected a folder that peanut-merge wrote")
     return read_json(folder / MANIFEST_NAME, "manifest")
 
 

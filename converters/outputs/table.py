@@ -65,7 +65,7 @@ FORMATS = {row.name: row for row in _ROWS}
 def find_format(name: str) -> FormatRow:
     """The row of a format. Raises `OptionError` for an unknown name."""
     if name not in FORMATS:
-        raise OptionError(f"format={name!r} is unknown; wanted {_joined(list(FORMATS))}")
+        raise OptionError(f"format={name!r} is unknown; expected {_joined(list(FORMATS))}")
     return FORMATS[name]
 
 

@@ -41,7 +41,7 @@ class Push:
             if given and self.repo_id is None:
                 raise OptionError(f"{name}= needs repo_id=")
         if self.repo_id is not None and not ("/" in self.repo_id and is_hub_id(self.repo_id)):
-            raise OptionError(f"{self.repo_id} cannot be a repository on the Hub; wanted user/name")
+            raise OptionError(f"{self.repo_id} cannot be a repository on the Hub; expected user/name")
 
     def prepare(self, plans: Iterable[Plan]) -> None:
         """Do everything but the upload, see `prepare_push`. Raises `OptionError` if the repository is an input."""

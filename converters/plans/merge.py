@@ -111,7 +111,7 @@ def plan_merge(
         LayoutError: an adapter could be in two layouts, and nothing decides between them.
     """
     if dtype not in DTYPE_OPTIONS:
-        raise OptionError(f"dtype {dtype!r} is unknown; wanted {', '.join(DTYPE_OPTIONS)}")
+        raise OptionError(f"dtype {dtype!r} is unknown; expected {', '.join(DTYPE_OPTIONS)}")
     opened = [weighted.adapter for weighted in adapters]
     notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
     found = find_direct_targets(base, opened) if labels is None else None
@@ -122,8 +122,8 @@ def plan_merge(
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
     if base.stream is not None and found.embedded:
         raise OptionError(
-            "--stream: the adapter contains weights of its base, which have to be compared with the base first; "
-            "leave out --stream"
+            "stream=True: the adapter contains weights of its base, which have to be compared with the base first; "
+            "leave out stream="
         )
     if base.holder is None:  # else those weights are the base
         notes += check_embedded(base, opened, found.embedded, force_base)
@@ -171,8 +171,8 @@ def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]
         return
     raise LayoutError(
         f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
-        f"PEANuT authors' LLM code, which saves under the same names; say --layout {adapter.layout} or --layout "
-        f"{adapter.rival} ({adapter.evidence})"
+        f"PEANuT authors' LLM code, which saves under the same names; say layout='{adapter.layout}' or "
+        f"layout='{adapter.rival}' ({adapter.evidence})"
     )
 
 
@@ -184,7 +184,7 @@ def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtyp
     for output_name, targets in updates.items():
         info = base.tensors[targets[0].base_name]
         if not info.is_float:
-            raise QuantizedBaseError(f"{info.name} is {info.dtype}; wanted a floating-point weight to merge into")
+            raise QuantizedBaseError(f"{info.name} is {info.dtype}; expected a floating-point weight to merge into")
         terms = tuple(_term(base, adapters[t.adapter], t, info) for t in targets)
         beside = output_name not in base.tensors and info.name in kept  # a head that was tied to it
         action = Action.ADDED if beside else Action.UPDATED

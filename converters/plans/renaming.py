@@ -233,16 +233,16 @@ def _settle_labels(
     if found is None and adapter.labels is not None:
         found, origin = list(adapter.labels), f"recorded with {adapter.path}"
     if found is not None and len(found) != size:
-        remedy = "" if labels is not None else "; pass --labels"
+        remedy = "" if labels is not None else "; pass labels="
         raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs{remedy}")
     if found is None:
         found = model_config.labels_of(base.config)
         if found is not None and len(found) == size:
             shown = ", ".join(found[:5]) + (", ..." if size > 5 else "")
-            draft.notes.append(f"labels are the base's ({shown}): pass --labels if the head was trained on others")
+            draft.notes.append(f"labels are the base's ({shown}): pass labels= if the head was trained on others")
         else:
             found = [f"LABEL_{i}" for i in range(size)]
-            draft.notes.append(f"the adapter stores no labels: they are LABEL_0 to LABEL_{size - 1}; pass --labels")
+            draft.notes.append(f"the adapter stores no labels: they are LABEL_0 to LABEL_{size - 1}; pass labels=")
     draft.config = model_config.with_labels(draft.config, found)
 
 

@@ -83,16 +83,16 @@ CONFIGS = {
     "prelu": ({"act_fn": "prelu"}, "'prelu' has trained parameters of its own, and PEFT did not save them"),
     "xielu": ({"act_fn": "xielu"}, "'xielu' has trained parameters of its own"),
     "unknown activation": ({"act_fn": "sine"}, "act_fn 'sine' is unknown; known are gelu, "),
-    "rank of the config": ({"r": 5}, r"peanut_A has shape \(4, 32\), wanted \(5, 32\) \(r = 5 in the config\)"),
+    "rank of the config": ({"r": 5}, r"peanut_A has shape \(4, 32\), expected \(5, 32\) \(r = 5 in the config\)"),
     "depth of the config": ({"depth": 1}, r"peanut_encoders.0 is missing \(depth 1\)"),
-    "no rank": ({"r": 0}, "r = 0; wanted an integer of at least 1"),
-    "rank as text": ({"r": "4"}, "r = '4'; wanted an integer"),
-    "negative depth": ({"depth": -1}, "depth = -1; wanted"),
-    "scaling as text": ({"scaling": "1"}, "scaling = '1'; wanted a finite number"),
-    "infinite scaling": ({"scaling": float("inf")}, "scaling = inf; wanted a finite number"),
-    "activation as a list": ({"act_fn": ["relu"]}, "wanted the name of an activation"),
-    "base as a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path = 3; wanted a str or null"),
-    "mapping as text": ({"auto_mapping": "x"}, "auto_mapping = 'x'; wanted a dict or null"),
+    "no rank": ({"r": 0}, "r = 0; expected an integer of at least 1"),
+    "rank as text": ({"r": "4"}, "r = '4'; expected an integer"),
+    "negative depth": ({"depth": -1}, "depth = -1; expected"),
+    "scaling as text": ({"scaling": "1"}, "scaling = '1'; expected a finite number"),
+    "infinite scaling": ({"scaling": float("inf")}, "scaling = inf; expected a finite number"),
+    "activation as a list": ({"act_fn": ["relu"]}, "expected the name of an activation"),
+    "base as a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path = 3; expected a str or null"),
+    "mapping as text": ({"auto_mapping": "x"}, "auto_mapping = 'x'; expected a dict or null"),
     "other targets": (
         {"target_modules": ["k_proj"]},
         "the weights adapt model.layers.0.self_attn.q_proj, the config",
@@ -140,7 +140,7 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "odd part": (lambda w: w.update({f"{KEY}C.weight": torch.zeros(1)}), "peanut_C.weight does not have PEFT's form"),
     "A without B's shape": (
         lambda w: w.update({f"{KEY}B.weight": torch.zeros(32, 5)}),
-        r"peanut_B has shape \(32, 5\), wanted \(32, 4\)",
+        r"peanut_B has shape \(32, 5\), expected \(32, 4\)",
     ),
     "nan": (set_number(float("nan")), "B.weight contains 2 NaN or Inf values out of 128; the training diverged"),
     "inf": (set_number(float("inf")), "peanut_B.weight contains 2 NaN or Inf"),
@@ -179,11 +179,11 @@ def load_file_bytes(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(LayoutError, match="does not exist; wanted the folder of a trained adapter"):
+    with pytest.raises(LayoutError, match="does not exist; expected the folder of a trained adapter"):
         load_adapter(tmp_path / "nowhere")
     with pytest.raises(ThetaError, match="not a complete torch file|could run code"):
         load_adapter(pair.adapter / "adapter_config.json")
-    with pytest.raises(LayoutError, match=r"is a model without θ; wanted an adapter"):
+    with pytest.raises(LayoutError, match=r"is a model without θ; expected an adapter"):
         load_adapter(pair.base)
     with pytest.raises(LayoutError, match="contains adapter; give one of these"):
         load_adapter(tmp_path)

@@ -174,14 +174,14 @@ CONFIGS = {
     "alora": ({"alora_invocation_tokens": [1, 2]}, "'alora_invocation_tokens' .* may change the mathematics"),
     "qalora": ({"use_qalora": True}, "'use_qalora' = True is not a setting known"),
     "token": ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
-    "bias": ({"bias": "some"}, "bias = 'some'; wanted none, all or lora_only"),
+    "bias": ({"bias": "some"}, "bias = 'some'; expected none, all or lora_only"),
     "rank": ({"r": 5}, r"lora_A has 4 rows, the config says r = 5"),
     "rank pattern": ({"rank_pattern": {"k_proj": 2}}, "k_proj: lora_A has 4 rows, the config says r = 2"),
     "pattern": ({"rank_pattern": {"((": 2}}, "a pattern is not a valid regular expression"),
-    "alpha": ({"lora_alpha": None}, "lora_alpha = None; wanted a finite number"),
-    "alpha pattern": ({"alpha_pattern": {"k_proj": "1"}}, "alpha_pattern = '1'; wanted a finite number"),
-    "table": ({"alpha_pattern": [1]}, r"alpha_pattern = \[1\]; wanted an object"),
-    "switch": ({"use_rslora": "yes"}, "use_rslora = 'yes'; wanted true or false"),
+    "alpha": ({"lora_alpha": None}, "lora_alpha = None; expected a finite number"),
+    "alpha pattern": ({"alpha_pattern": {"k_proj": "1"}}, "alpha_pattern = '1'; expected a finite number"),
+    "table": ({"alpha_pattern": [1]}, r"alpha_pattern = \[1\]; expected an object"),
+    "switch": ({"use_rslora": "yes"}, "use_rslora = 'yes'; expected true or false"),
     "merged linear": ({"enable_lora": [True, False]}, "is LoRA's MergedLinear"),
 }
 
@@ -213,7 +213,7 @@ def test_a_square_adapter_could_be_either_and_is_never_guessed(tmp_path: Path) -
     save_lora(square_llama(), tmp_path)
     adapter = load_adapter(tmp_path / "adapter")
     assert adapter.rival is not None
-    with pytest.raises(LayoutError, match=r"every adapted weight is square.* --layout authors-llm or --layout lora"):
+    with pytest.raises(LayoutError, match=r"every adapted weight is square.* layout='authors-llm' or layout='lora'"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     weights = []
     for layout in ("lora", "authors-llm"):

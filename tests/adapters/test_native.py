@@ -97,16 +97,16 @@ CONFIGS = {
     "version": ({"format_version": 2}, "format_version = 2; this version reads 1"),
     "unknown": ({"dropout": 0.1}, "'dropout' is unknown"),
     "no modules": ({"modules": {}}, "no modules"),
-    "labels": ({"labels": [1]}, "wanted a list of strings"),
-    "task": ({"task_type": 1}, "task_type = 1; wanted a string"),
+    "labels": ({"labels": [1]}, "expected a list of strings"),
+    "task": ({"task_type": 1}, "task_type = 1; expected a string"),
 }
 SETTINGS = {
     "orientation": ({"orientation": "diagonal"}, "orientation = 'diagonal' is unknown"),
     "act_fn": ({"act_fn": "sine"}, "act_fn = 'sine'; known are"),
     "no act_fn": ({"act_fn": None}, "act_fn = None; known are"),
     "output": ({"output_act_fn": 1}, "output_act_fn = 1; known are"),
-    "scaling": ({"scaling": "big"}, "scaling = 'big'; wanted a finite number"),
-    "residual": ({"residual": 1}, "residual = 1; wanted true or false"),
+    "scaling": ({"scaling": "big"}, "scaling = 'big'; expected a finite number"),
+    "residual": ({"residual": 1}, "residual = 1; expected true or false"),
     "unknown setting": ({"bias": True}, "must have exactly the settings"),
     "residual without decoders": ({"residual": True}, "1 encoders but 0 decoders; mirrored residuals need as many"),
 }

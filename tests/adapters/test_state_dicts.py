@@ -65,7 +65,9 @@ def test_base_self_from_a_pickle_with_a_config_beside_it(tmp_path: Path) -> None
 
 def test_base_self_without_a_base(tmp_path: Path) -> None:
     shutil.copy(CASE.adapter, tmp_path / "pets.bin")
-    with pytest.raises(CheckpointError, match=r"base self: no config.json next to .*pets.bin; copy the base's to it"):
+    with pytest.raises(
+        CheckpointError, match=r"base='self': no config.json next to .*pets.bin; copy the base's to it"
+    ):
         prepare_merge("self", tmp_path / "pets.bin")
     with pytest.raises(OptionError, match=r"theta.bin contains θ only and no base weights; give the base"):
         prepare_merge("self", CASE.folder / "theta.bin")
@@ -98,7 +100,7 @@ def test_a_folder_called_self_is_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     other = VISION / "vanilla_qv" / "base"
     with pytest.raises(
-        BaseMismatchError, match=r"of the \d+ base weights saved in .* this is not the base .* --base self"
+        BaseMismatchError, match=r"of the \d+ base weights saved in .* this is not the base .* base='self'"
     ):
         merge(other, CASE.adapter, tmp_path / "merged")
     notes = prepare_merge(other, CASE.adapter, force_base=True).notes
@@ -138,12 +140,12 @@ def test_labels_given_recorded_or_in_a_config(tmp_path: Path) -> None:
     edit_json(Path(shutil.copy(CASE.base / "config.json", folder)), id2label={str(i): f"is {i}" for i in range(5)})
     assert first_label(theta) == "is 0"
     (folder / "labels.json").write_text('["one", "two"]')
-    with pytest.raises(OptionError, match="2 labels were recorded with .* head has 5 outputs; pass --labels"):
+    with pytest.raises(OptionError, match="2 labels were recorded with .* head has 5 outputs; pass labels="):
         prepare_merge(CASE.base, folder)
 
 
 def test_the_scale_of_the_glue_code_has_to_be_given() -> None:
-    with pytest.raises(OptionError, match=r"does not save the scale s: give --scaling, .*\(0.01, 0.1 or 1.0"):
+    with pytest.raises(OptionError, match=r"does not save the scale s: give scaling=, .*\(0.01, 0.1 or 1.0"):
         load_adapter(SMALL.adapter)
     one, two = (load_adapter(SMALL.adapter, scaling=s) for s in (0.01, 0.1))
     assert one.digest != two.digest

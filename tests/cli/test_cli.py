@@ -52,12 +52,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pair: Pair, as_json: bool) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int8"], "dtype 'int8' is unknown; wanted auto, bf16, fp16, fp32"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown; expected auto, bf16, fp16, fp32"),
         (
             ["--device", "cuda:9"],
             "device 'cuda:9' is not available: this PyTorch sees 0 CUDA devices; use --device cpu",
         ),
-        (["--device", "abacus"], "device 'abacus' is unknown; wanted auto, cpu, cuda or cuda:N"),
+        (["--device", "abacus"], "device 'abacus' is unknown; expected auto, cpu, cuda or cuda:N"),
         (["--max-shard-size", "big"], "'big' is not a valid size; expected something like 5GB"),
         (["--labels", "/nowhere.json"], "/nowhere.json: expected a JSON list of labels"),
     ],

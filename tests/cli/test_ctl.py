@@ -152,7 +152,7 @@ def test_nothing_there(ctl: Ctl) -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "localhost:8001", "ftp://localhost", "http://", "x y"])
 def test_what_is_no_url(ctl: Ctl, url: str) -> None:
-    assert refused(ctl("--url", url, "list")) == f"{url} is no URL; wanted one like http://127.0.0.1:8001"
+    assert refused(ctl("--url", url, "list")) == f"{url} is no URL; expected one like http://127.0.0.1:8001"
 
 
 def test_something_else_there(ctl: Ctl) -> None:

@@ -191,7 +191,7 @@ def test_run_checks_its_output_too(merged: Path, swappable: Path) -> None:
 @pytest.mark.parametrize("own", [{"form": "later"}, {"form": "swappable"}, {"adapter": "x.onnx_adapter"}])
 def test_a_form_that_is_none(merged: Path, own: dict[str, str]) -> None:
     write_config(merged / "config.json", (), models={"fp32": "model.onnx"}, **own)
-    refused(CheckpointError, "wanted one of merged, shared, self-merging, swappable, and an adapter with", merged)
+    refused(CheckpointError, "expected one of merged, shared, self-merging, swappable, and an adapter with", merged)
 
 
 def test_configs_of_others(merged: Path, swappable: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_table_in_a_pipe(merged: Path, tmp_path: Path, run_here: Run) -> Non
     assert [row[0].strip() for row in rows] == [str(file), ""]
     (best,) = OnnxEngine(merged).predict([file], top_k=2)
     assert [(row[1].strip(), row[2].strip()) for row in rows] == [(one.label, f"{one.score:.4f}") for one in best]
-    with pytest.raises(OptionError, match="top_k is 0; wanted 1 or more"):
+    with pytest.raises(OptionError, match="top_k is 0; expected 1 or more"):
         OnnxEngine(merged).predict([file], top_k=0)
 
 

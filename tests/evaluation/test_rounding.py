@@ -101,7 +101,7 @@ def test_what_overflows_fp16_is_refused(make_pair: Callable[..., Pair], touched:
     name = "model.layers.1.self_attn.v_proj.weight" if touched else "model.norm.weight"
     weights[name].view(-1)[0] = 1e6
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match=rf"{name}: merged weights do not fit F16 .* --dtype bf16"):
+    with pytest.raises(NonFiniteError, match=rf"{name}: merged weights do not fit F16 .* dtype='bf16'"):
         merge(pair.base, pair.adapter, pair.output, dtype="fp16")
     assert sorted(p.name for p in pair.output.parent.iterdir()) == ["adapter", "base"]
 

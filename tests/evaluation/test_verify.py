@@ -70,7 +70,7 @@ def test_another_dtype(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def cast(weights: dict[str, torch.Tensor]) -> None:
         weights["model.norm.weight"] = weights["model.norm.weight"].bfloat16()
 
-    assert "model.norm.weight was written as BF16 (32,), wanted F32 (32,)" in damaged(pair, cast, monkeypatch)
+    assert "model.norm.weight was written as BF16 (32,), expected F32 (32,)" in damaged(pair, cast, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,7 +80,7 @@ def test_a_wrong_formula(make_pair: Callable[..., Pair], dtype: torch.dtype, mon
     plan = prepare_merge(pair.base, pair.adapter)
     right = TweakerUpdate.prepare
     monkeypatch.setattr(TweakerUpdate, "prepare", lambda self, w0, start: right(self, w0, start) * 1.01)
-    with pytest.raises(VerificationError, match=r"recomputed numbers are wrong, for example .* was wanted"):
+    with pytest.raises(VerificationError, match=r"recomputed numbers are wrong, for example .* was expected"):
         run_merge(plan, pair.output)
     assert not pair.output.exists()
 

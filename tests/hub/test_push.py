@@ -140,7 +140,7 @@ def test_a_branch(hub: Hub, pair: Pair, push: Push) -> None:
             ["org/model", "--push-revision", "main"],
             "nothing can be pushed to org/model@main: the Hub denied access (403",
         ),
-        (["merged"], "merged cannot be a repository on the Hub; wanted user/name"),
+        (["merged"], "merged cannot be a repository on the Hub; expected user/name"),
         (["user/a--b"], "nothing can be pushed to user/a--b: "),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_hub_that_cannot_be_used_is_noticed_before_the_merge(
 
 def test_what_the_merge_itself_refuses_creates_no_repository(hub: Hub, pair: Pair, push: Push) -> None:
     pair.output.mkdir()
-    assert "exists; choose another -o" in push().stderr
+    assert "exists; choose another output" in push().stderr
     assert not hub.uploads.repositories
 
 

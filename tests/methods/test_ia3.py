@@ -153,5 +153,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
         adapter / "adapter_model.safetensors",
         lambda weights: {k: v.reshape(-1) if "layers.1" in k else v for k, v in weights.items()},
     )
-    with pytest.raises(ThetaError, match=r"ia3_l has shape .* wanted \(out, 1\) or \(1, in\)"):
+    with pytest.raises(ThetaError, match=r"ia3_l has shape .* expected \(out, 1\) or \(1, in\)"):
         load_adapter(adapter)

@@ -112,7 +112,7 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     [
         ({"b": torch.zeros(2, 8)}, r"B \(2, 8\)"),
         ({"encoders": (torch.zeros(2, 2),)}, "1 encoders but 0 decoders"),
-        ({"encoders": (torch.zeros(3, 2),), "decoders": (torch.zeros(2, 2),)}, r"\(3, 2\); wanted \(2, 2\)"),
+        ({"encoders": (torch.zeros(3, 2),), "decoders": (torch.zeros(2, 2),)}, r"\(3, 2\); expected \(2, 2\)"),
         ({"act_fn": "prelu"}, "unknown act_fn 'prelu'"),
     ],
 )

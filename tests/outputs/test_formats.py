@@ -196,7 +196,7 @@ def test_options_of_other_formats_are_refused(name: str, run_here: Run) -> None:
 
 
 def test_a_format_that_does_not_exist() -> None:
-    with pytest.raises(OptionError, match=r"^format='gguf' is unknown; wanted merged, onnx, lora or peft$"):
+    with pytest.raises(OptionError, match=r"^format='gguf' is unknown; expected merged, onnx, lora or peft$"):
         find_format("gguf")
 
 

@@ -65,7 +65,7 @@ def test_the_command(tmp_path: Path, run_here: Run) -> None:
     done = run_here(*command, "-o", tmp_path / "peft")
     assert (done.returncode, "exists" in done.stderr) == (1, True)
     done = run_here(*command, "--format", "gguf")
-    assert "--format gguf is unknown; wanted merged, onnx, lora or peft" in done.stderr
+    assert "--format gguf is unknown; expected merged, onnx, lora or peft" in done.stderr
 
 
 def test_auto_classes_of_peft_load_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_other_inputs_than_it_was_merged_from(pair: Pair, run_here: Run) -> None
 
 def test_what_is_no_merged_folder(pair: Pair, run_here: Run) -> None:
     status, said = check(run_here, replace(pair, output=pair.base))
-    assert (status, "no peanut_manifest.json; wanted a folder that peanut-merge wrote" in said) == (1, True)
+    assert (status, "no peanut_manifest.json; expected a folder that peanut-merge wrote" in said) == (1, True)
     merge(pair.base, pair.adapter, pair.output)
     assert "--full needs --verify, --base and --adapter" in check(run_here, pair, "--full")[1]
     edit_weights(pair.output / "model.safetensors", lambda weights: weights.pop("model.norm.weight"))

@@ -116,7 +116,7 @@ TABLE: dict[str, Row] = {
     ),
     # missing or superfluous scaling
     "scaling: missing for GLUE": (glue, None, [], "does not save the scale s: give --scaling"),
-    "scaling: no number": (glue, None, ["--scaling", "nan"], "--scaling nan: wanted a finite number"),
+    "scaling: no number": (glue, None, ["--scaling", "nan"], "--scaling nan: expected a finite number"),
     "scaling: stated by PEFT": (peft, None, ["--scaling", "2"], "states the scaling (1.0); leave it out"),
     "scaling: stated by the LLM code": (llm, None, ["--scaling", "2"], "states lora_alpha and r; leave it out"),
     "scaling: config lost": (
@@ -162,7 +162,7 @@ TABLE: dict[str, Row] = {
     ),
     "swapped: vision code with hidden layers": (
         vision, lambda s: s.change(swap), [],
-        "query: a hidden layer has shape (7, 7); wanted (48, 48); A and B look swapped",
+        "query: a hidden layer has shape (7, 7); expected (48, 48); A and B look swapped",
     ),
     # hidden layers
     "depth: a decoder is missing": (
@@ -178,7 +178,7 @@ TABLE: dict[str, Row] = {
     ),
     "depth: another width": (
         vision, lambda s: s.change(lambda w: w.update({f"{Q}.encoders.0.weight": torch.zeros(3, 3)})), [],
-        "query: a hidden layer has shape (3, 3); wanted (7, 7)",
+        "query: a hidden layer has shape (3, 3); expected (7, 7)",
     ),
     # incomplete
     "layer missing: vision": (vision, without("layer.1"), [], "layers.1.attention.q_proj and 1 more should have θ"),
@@ -211,11 +211,11 @@ TABLE: dict[str, Row] = {
         llm, lambda s: s.file().write_bytes(s.file().read_bytes()[:5000]), [], "not a complete torch file",
     ),
     "not a state dict": (
-        llm, lambda s: torch.save([1, 2], s.file()), [], "contains a list; wanted a state dict of tensors",
+        llm, lambda s: torch.save([1, 2], s.file()), [], "contains a list; expected a state dict of tensors",
     ),
     # something else
     "a model without θ": (
-        vision, lambda s: setattr(s, "adapter", s.base), [], "is a model without θ; wanted an adapter",
+        vision, lambda s: setattr(s, "adapter", s.base), [], "is a model without θ; expected an adapter",
     ),
     "weights of something else": (
         vision, lambda s: save_file({"unet.mid.weight": torch.zeros(2)}, s.adapter), [],
@@ -225,7 +225,7 @@ TABLE: dict[str, Row] = {
         vision, None, ["--labels", "labels.json"], "2 labels were given, the adapter's head has 5 outputs",
     ),
     "a weight that is no number": (
-        vision, None, ["--adapter", "other=x"], "'x' is not a valid weight; wanted a finite number",
+        vision, None, ["--adapter", "other=x"], "'x' is not a valid weight; expected a finite number",
     ),
 }  # fmt: skip
 

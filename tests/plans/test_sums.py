@@ -130,7 +130,7 @@ def test_weights_on_the_command_line(text: str, expected: tuple[str, float]) -> 
 
 @pytest.mark.parametrize("text", ["style=half", "style=nan", "style=inf"])
 def test_what_is_no_weight(text: str) -> None:
-    with pytest.raises(OptionError, match="is not a valid weight; wanted a finite number"):
+    with pytest.raises(OptionError, match="is not a valid weight; expected a finite number"):
         parse_weight(text)
 
 
@@ -147,7 +147,7 @@ def test_options_apply_to_those_that_need_them(make_pair: Callable[..., Pair], t
     plan = prepare_merge(THETA.base, [tmp_path / "stated", THETA.adapter], scaling=0.25)
     scalings = {w.adapter.path: {t.settings["scaling"] for t in w.adapter.modules.values()} for w in plan.adapters}
     assert scalings == {tmp_path / "stated": {1.0}, THETA.adapter: {0.25}}
-    with pytest.raises(OptionError, match="--scaling 0.25 applies to none of the adapters"):
+    with pytest.raises(OptionError, match="scaling=0.25 applies to none of the adapters"):
         prepare_merge(THETA.base, [tmp_path / "stated", tmp_path / "stated"], scaling=0.25)
     with pytest.raises(OptionError, match="--layout lora applies to none of the adapters"):
         prepare_merge(THETA.base, [tmp_path / "stated", THETA.adapter], layout="lora")

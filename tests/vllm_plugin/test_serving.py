@@ -202,7 +202,7 @@ def test_a_broken_adapter_never_answers(server: Server, roots: Path, tmp_path: P
     edit_weights(roots / "nan" / "adapter_model.safetensors", first_nan)
     assert "holds 1 NaN or Inf" in refused(server, roots, "nan")
     edit_json(roots / "mixed" / "adapter_config.json", r=16)
-    assert "peanut_A has shape (8, 576), wanted (16, 576)" in refused(server, roots, "mixed")
+    assert "peanut_A has shape (8, 576), expected (16, 576)" in refused(server, roots, "mixed")
     other = tmp_path / "other"
     shutil.copytree(smollm2, other)
     edit_weights(other / "model.safetensors", lambda state: state["model.norm.weight"].mul_(1.5))

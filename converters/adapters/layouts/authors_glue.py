@@ -35,7 +35,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         raise LayoutError(f"{source.path} holds no q_adapter or v_adapter")
     if scaling is None:
         raise MissingScalingError(
-            f"{source.path} is from the PEANuT authors' GLUE code, which does not save the scale s: give --scaling, "
+            f"{source.path} is from the PEANuT authors' GLUE code, which does not save the scale s: give scaling=, "
             "the one used in training (0.01, 0.1 or 1.0 in the paper)"
         )
     modules = read_modules(source, keys, scaling)

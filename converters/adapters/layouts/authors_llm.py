@@ -43,7 +43,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, multiplica
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
         if len(a) != 2 or b != a[::-1]:
-            raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; wanted (r, in) and (in, r)")
+            raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (in, r)")
         settings = {"orientation": Orientation.ROWS.value, "act_fn": act_fn, "scaling": s}
         return ModuleTheta(Tweaker, keys, settings, fan_in_fan_out)
 

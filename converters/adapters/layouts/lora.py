@@ -59,7 +59,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
         if not len(a) == len(b) == 2 or a[0] != b[1]:
-            raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; wanted (r, in) and (out, r)")
+            raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (out, r)")
         if variant is not None:
             return ModuleTheta(variant[0], keys, {"scaling": s}, fan_in_fan_out)
         settings = {"orientation": Orientation.FREE.value, "act_fn": act_fn, "scaling": s}
@@ -88,7 +88,7 @@ def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(table, dict):
-            raise AdapterConfigError(f"{where}: {name} = {table!r}; wanted an object")
+            raise AdapterConfigError(f"{where}: {name} = {table!r}; expected an object")
         for pattern, value in table.items():
             integer(where, f"{name} {pattern}", value, 1) if table is ranks else number(where, name, value)
     rslora = boolean(where, "use_rslora", config.get("use_rslora") or False)

@@ -113,19 +113,19 @@ def read_modules(
     if source.config is not None:
         check_fields(where, config, math, inert, off=(None, False, [], {}))  # LoRA's many switches are off by default
         if scaling is not None:
-            raise OptionError(f"--scaling {scaling:g}: {where} states lora_alpha and r; leave it out")
+            raise OptionError(f"scaling={scaling:g}: {where} states lora_alpha and r; leave it out")
         find_scaling = scaling_of(config)
     elif scaling is not None:
         find_scaling = _always(scaling)
     else:
         raise MissingScalingError(
-            f"{source.path} has no {ADAPTER_CONFIG}, and only that states s = lora_alpha / r: give --scaling, or "
+            f"{source.path} has no {ADAPTER_CONFIG}, and only that states s = lora_alpha / r: give scaling=, or "
             "put the config of the training beside the weights"
         )
     transposed = boolean(where, "fan_in_fan_out", config.get("fan_in_fan_out") or False)
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
-        raise AdapterConfigError(f"{where}: bias = {bias!r}; wanted none, all or lora_only")
+        raise AdapterConfigError(f"{where}: bias = {bias!r}; expected none, all or lora_only")
     keys = sort_keys(source, PARTS, "lora_", bias)
     modules = {}
     for module, parts in sorted(keys.parts.items()):

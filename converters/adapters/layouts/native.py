@@ -117,7 +117,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     where = source.path / NATIVE_CONFIG
     config = read_json(where, "adapter config", AdapterConfigError)
     if scaling is not None:
-        raise OptionError(f"--scaling {scaling:g}: {where} states the scaling; leave it out")
+        raise OptionError(f"scaling={scaling:g}: {where} states the scaling; leave it out")
     settings = _check_config(where, config)
     if not (source.path / NATIVE_WEIGHTS).is_file():
         raise ThetaError(f"{source.path}: no {NATIVE_WEIGHTS}; the adapter has a config but no weights")
@@ -164,10 +164,10 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> dict[str, dict[str,
         raise AdapterConfigError(f"{where}: '{unknown[0]}' is unknown to this version")
     labels = config.get("labels")
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise AdapterConfigError(f"{where}: labels = {labels!r}; wanted a list of strings")
+        raise AdapterConfigError(f"{where}: labels = {labels!r}; expected a list of strings")
     for key in _OPTIONAL[:-1]:
         if not isinstance(config.get(key), str | None):
-            raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; wanted a string")
+            raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; expected a string")
     modules = config.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise AdapterConfigError(f"{where}: no modules in it")

@@ -53,7 +53,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     config, where = source.config or {}, source.config_path or source.path
     _check_config(where, config)
     if scaling is not None:
-        raise OptionError(f"--scaling {scaling:g}: {where} states the scaling ({config['scaling']}); leave it out")
+        raise OptionError(f"scaling={scaling:g}: {where} states the scaling ({config['scaling']}); leave it out")
     keys = sort_keys(source, _PARAMETERS, "peanut_")
     targeting = targeting_of(where, config)
     modules = {name: _module(name, parts, source.store, config) for name, parts in sorted(keys.parts.items())}
@@ -81,7 +81,7 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> None:
     number(where, "scaling", config["scaling"])
     act_fn = config["act_fn"]
     if not isinstance(act_fn, str):
-        raise AdapterConfigError(f"{where}: act_fn = {act_fn!r}; wanted the name of an activation")
+        raise AdapterConfigError(f"{where}: act_fn = {act_fn!r}; expected the name of an activation")
     if act_fn in WITH_UNSAVED_PARAMETERS:
         raise AdapterConfigError(
             f"{where}: act_fn '{act_fn}' has trained parameters of its own, and PEFT did not save them; "
@@ -105,7 +105,7 @@ def _module(name: str, keys: dict[str, str], store: ThetaStore, config: Mapping[
     for part in wanted:
         found, expected = store.shapes[keys[part]], shapes.get(part, (r, r))
         if found != expected:
-            raise ThetaError(f"{name}: peanut_{part} has shape {found}, wanted {expected} (r = {r} in the config)")
+            raise ThetaError(f"{name}: peanut_{part} has shape {found}, expected {expected} (r = {r} in the config)")
     settings = {
         "orientation": Orientation.COLUMNS.value,
         "act_fn": config["act_fn"],

@@ -54,27 +54,27 @@ def check_fields(
     for key in ("base_model_name_or_path", "revision", "task_type", "auto_mapping"):
         kind = dict if key == "auto_mapping" else str
         if not isinstance(config.get(key), kind | None):
-            raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; wanted a {kind.__name__} or null")
+            raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; expected a {kind.__name__} or null")
 
 
 def integer(where: Path, name: str, value: Any, low: int) -> int:
     """`value` if it is an integer of at least `low`. Raises `AdapterConfigError`."""
     if type(value) is not int or value < low:
-        raise AdapterConfigError(f"{where}: {name} = {value!r}; wanted an integer of at least {low}")
+        raise AdapterConfigError(f"{where}: {name} = {value!r}; expected an integer of at least {low}")
     return value
 
 
 def number(where: Path, name: str, value: Any) -> float:
     """`value` if it is a finite number. Raises `AdapterConfigError`."""
     if type(value) not in (int, float) or not abs(value) < float("inf"):
-        raise AdapterConfigError(f"{where}: {name} = {value!r}; wanted a finite number")
+        raise AdapterConfigError(f"{where}: {name} = {value!r}; expected a finite number")
     return float(value)
 
 
 def boolean(where: Path, name: str, value: Any) -> bool:
     """`value` if it is true or false. Raises `AdapterConfigError`."""
     if not isinstance(value, bool):
-        raise AdapterConfigError(f"{where}: {name} = {value!r}; wanted true or false")
+        raise AdapterConfigError(f"{where}: {name} = {value!r}; expected true or false")
     return value
 
 

@@ -19,7 +19,7 @@ Logits = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 _LABELS_SHOWN = 6
 _FIRST_COLUMNS = ("text", "sentence", "sentence1")
 _COLUMNS_WANTED = (
-    "wanted 'label' and one of 'text' (perhaps with 'text_pair'), 'sentence' (perhaps with 'text_pair'), or "
+    "expected 'label' and one of 'text' (perhaps with 'text_pair'), 'sentence' (perhaps with 'text_pair'), or "
     "'sentence1' with 'sentence2', each once"
 )
 
@@ -87,7 +87,7 @@ def read_eval_data(path: Path, kind: ModelKind, labels: Sequence[str]) -> EvalDa
     if kind.task not in readers:
         raise OptionError(f"eval data is for classifiers of images and of texts, but this model does {kind.task}")
     if not labels:
-        raise OptionError(f"{path}: the model's config.json names no labels, wanted an id2label from '0' on")
+        raise OptionError(f"{path}: the model's config.json names no labels, expected an id2label from '0' on")
     return EvalData(path.resolve().name, *readers[kind.task](path, labels))
 
 
@@ -113,7 +113,7 @@ def score_of(logits: Logits, prepared: Iterable[Batch]) -> Score:
         is_value = batch.targets.dtype.kind == "f"
         if found.ndim != 2 or len(found) != len(batch.targets) or (is_value and found.shape[1] != 1):
             width = "1" if is_value else "labels"
-            raise VerificationError(f"the model gives logits {found.shape}, wanted ({len(batch.targets)}, {width})")
+            raise VerificationError(f"the model gives logits {found.shape}, expected ({len(batch.targets)}, {width})")
         if not np.isfinite(found).all():
             raise VerificationError("the model gives logits that are NaN or infinite, so it cannot be measured")
         predicted.append(found[:, 0].astype(np.float64) if is_value else found.argmax(axis=1))
@@ -151,17 +151,17 @@ def _read_folder(path: Path, labels: Sequence[str]) -> tuple[tuple[Example, ...]
         raise OptionError(f"{path}: folders name classes, but the model predicts a single value, {_quoted(labels)}")
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        raise OptionError(f"{path} {found}, wanted a folder with a folder of images for each class")
+        raise OptionError(f"{path} {found}, expected a folder with a folder of images for each class")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
     if not folders:
-        raise OptionError(f"{path}: no class folders in it, wanted {path.name}/LABEL/IMAGE")
+        raise OptionError(f"{path}: no class folders in it, expected {path.name}/LABEL/IMAGE")
     examples: list[Example] = []
     targets = []
     for folder in folders:
         target = _index(folder.name, labels, f"{folder}: no label has this name")
         images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
         if not images:
-            raise OptionError(f"{folder}: no images in it, wanted files that end in {', '.join(IMAGE_SUFFIXES)}")
+            raise OptionError(f"{folder}: no images in it, expected files that end in {', '.join(IMAGE_SUFFIXES)}")
         examples += images
         targets += [target] * len(images)
     return tuple(examples), np.array(targets, np.int64)
@@ -174,13 +174,13 @@ def _read_csv(path: Path, labels: Sequence[str]) -> tuple[tuple[Example, ...], N
     _, header = rows.pop(0)
     columns = _text_columns(path, header)
     if not rows:
-        raise OptionError(f"{path}: no rows under its header, wanted an example in each")
+        raise OptionError(f"{path}: no rows under its header, expected an example in each")
     examples: list[Example] = []
     targets: list[float] = []
     for line, cells in rows:
         if len(cells) != len(header):
             raise OptionError(
-                f"{path}, line {line}: {len(cells)} fields, wanted {len(header)} as in the header; "
+                f"{path}, line {line}: {len(cells)} fields, expected {len(header)} as in the header; "
                 "a field with a comma or a quote in it has to be quoted"
             )
         row = dict(zip(header, cells, strict=True))
@@ -200,11 +200,13 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
                     rows.append((line, cells))
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: not UTF-8 ({error}), wanted a CSV file in UTF-8") from None
+        raise OptionError(f"{path}: not UTF-8 ({error}), expected a CSV file in UTF-8") from None
     except csv.Error as error:
-        raise OptionError(f"{path}, line {line}: not CSV ({error}), wanted fields with commas between them") from None
+        raise OptionError(
+            f"{path}, line {line}: not CSV ({error}), expected fields with commas between them"
+        ) from None
     except OSError as error:
-        raise OptionError(f"{path}: cannot be read ({error.strerror}), wanted a CSV file") from None
+        raise OptionError(f"{path}: cannot be read ({error.strerror}), expected a CSV file") from None
     return rows
 
 
@@ -225,7 +227,9 @@ def _target(row: Mapping[str, str], labels: Sequence[str], where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise OptionError(f"{where}: the label is {label[:40]!r}, wanted a finite number: the model predicts a value")
+        raise OptionError(
+            f"{where}: the label is {label[:40]!r}, expected a finite number: the model predicts a value"
+        )
     return value
 
 
@@ -237,7 +241,7 @@ def _index(label: str, labels: Sequence[str], complaint: str) -> int:
     if is_number and int(label) < len(labels):
         return int(label)
     shown = _quoted(labels[:_LABELS_SHOWN]) + ", ..." * (len(labels) > _LABELS_SHOWN)
-    raise OptionError(f"{complaint}, wanted one of {shown}, or an index below {len(labels)}")
+    raise OptionError(f"{complaint}, expected one of {shown}, or an index below {len(labels)}")
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from converters.outputs.onnx.options import DEFAULT_OPSET
 def check_opset(opset: int) -> None:
     """Raise `OptionError` for an opset that torch does not write, or the installed ONNX Runtime does not run."""
     if opset < DEFAULT_OPSET:
-        raise OptionError(f"opset={opset} is older than what torch writes; wanted {DEFAULT_OPSET} or newer")
+        raise OptionError(f"opset={opset} is older than what torch writes; expected {DEFAULT_OPSET} or newer")
     if not _runs(opset):
         newest = next(known for known in range(onnx.defs.onnx_opset_version(), 0, -1) if _runs(known))
         raise OptionError(

@@ -82,6 +82,6 @@ def check_parity(
     if not parity.largest_difference <= tolerance:  # NaN is not either
         raise VerificationError(
             f"{what}: an output differs from the merged torch model's by {parity.largest_difference:.2e}, at most "
-            f"{tolerance:.2e} was wanted (top-1 agreement {parity.agreement:.0%}); nothing was written"
+            f"{tolerance:.2e} was expected (top-1 agreement {parity.agreement:.0%}); nothing was written"
         )
     return parity

@@ -89,7 +89,7 @@ def plan_export(
 
 def _check_options(plans: Sequence[Plan], options: ExportOptions) -> None:
     if unknown := sorted(set(options.quantize) - (set(MODEL_FILES) - {"fp32"})):
-        raise OptionError(f"quantize={unknown[0]!r} is unknown; wanted int8 or fp16")
+        raise OptionError(f"quantize={unknown[0]!r} is unknown; expected int8 or fp16")
     if options.form is not Form.MERGED:
         for name in ("quantize", "transformersjs"):
             if getattr(options, name):

@@ -70,19 +70,19 @@ def test_with_one_label_values_are_read(tmp_path: Path):
 
 
 COLUMNS = (
-    "wanted 'label' and one of 'text' (perhaps with 'text_pair'), 'sentence' (perhaps with 'text_pair'), or "
+    "expected 'label' and one of 'text' (perhaps with 'text_pair'), 'sentence' (perhaps with 'text_pair'), or "
     "'sentence1' with 'sentence2', each once"
 )
 
 
-CHOICES = "wanted one of 'cat', 'dog', 'horse', or an index below 3"
+CHOICES = "expected one of 'cat', 'dog', 'horse', or an index below 3"
 
 
 @pytest.mark.parametrize(
     ("text", "labels", "wanted"),
     [
         ("", LABELS, f" is empty, {COLUMNS}"),
-        ("text,label\n", LABELS, ": no rows under its header, wanted an example in each"),
+        ("text,label\n", LABELS, ": no rows under its header, expected an example in each"),
         ("body,label\na,cat\n", LABELS, f": its columns are 'body', 'label'; {COLUMNS}"),
         ("text\tlabel\na\tcat\n", LABELS, f": its columns are 'text\\tlabel'; {COLUMNS}"),
         ("text,class\na,cat\n", LABELS, f": its columns are 'text', 'class'; {COLUMNS}"),
@@ -101,14 +101,14 @@ CHOICES = "wanted one of 'cat', 'dog', 'horse', or an index below 3"
         (
             "text,label\na,cow\n",
             [f"label {i}" for i in range(40)],
-            ", line 2: the label is 'cow', wanted one of 'label 0', 'label 1', 'label 2', 'label 3', 'label 4', "
+            ", line 2: the label is 'cow', expected one of 'label 0', 'label 1', 'label 2', 'label 3', 'label 4', "
             "'label 5', ..., or an index below 40",
         ),
         *(
             (
                 f"text,label\na,1\nb,{value}\n",
                 ["LABEL_0"],
-                f", line 3: the label is '{value}', wanted a finite number: the model predicts a value",
+                f", line 3: the label is '{value}', expected a finite number: the model predicts a value",
             )
             for value in ("high", "nan", "inf", "")
         ),
@@ -116,17 +116,17 @@ CHOICES = "wanted one of 'cat', 'dog', 'horse', or an index below 3"
             (
                 f"text,label\na,cat\n\n{row}\n",
                 LABELS,
-                f", line 4: {count} fields, wanted 2 as in the header; a field with a comma or a quote in it has to "
-                "be quoted",
+                f", line 4: {count} fields, expected 2 as in the header; a field with a comma or a quote in it has "
+                "to be quoted",
             )
             for row, count in (("b", 1), ("b,c,cat", 3))
         ),
         (
             'text,label\na,cat\n"b,cat\nc,dog\n',
             LABELS,
-            ", line 3: not CSV (unexpected end of data), wanted fields with commas between them",
+            ", line 3: not CSV (unexpected end of data), expected fields with commas between them",
         ),
-        ("text,label\na,cat\n", (), ": the model's config.json names no labels, wanted an id2label from '0' on"),
+        ("text,label\na,cat\n", (), ": the model's config.json names no labels, expected an id2label from '0' on"),
     ],
 )
 def test_a_csv_that_does_not_fit_is_refused(tmp_path: Path, text: str, labels: Sequence[str], wanted: str):
@@ -136,15 +136,17 @@ def test_a_csv_that_does_not_fit_is_refused(tmp_path: Path, text: str, labels: S
 
 
 def test_a_file_that_is_no_csv_is_refused(tmp_path: Path):
-    with pytest.raises(OptionError, match=r"data\.csv: not UTF-8 .*, wanted a CSV file in UTF-8") as error:
+    with pytest.raises(OptionError, match=r"data\.csv: not UTF-8 .*, expected a CSV file in UTF-8") as error:
         read_csv(tmp_path, "text,label\nbäd,cat\n", encoding="latin-1")
     refusal(error)
     with pytest.raises(OptionError) as error:
         read_eval_data(tmp_path, TEXTS, LABELS)
-    assert refusal(error) == f"{tmp_path}: cannot be read (Is a directory), wanted a CSV file"
+    assert refusal(error) == f"{tmp_path}: cannot be read (Is a directory), expected a CSV file"
     with pytest.raises(OptionError) as error:
         read_eval_data(tmp_path / "none.csv", TEXTS, LABELS)
-    assert refusal(error) == f"{tmp_path / 'none.csv'}: cannot be read (No such file or directory), wanted a CSV file"
+    assert (
+        refusal(error) == f"{tmp_path / 'none.csv'}: cannot be read (No such file or directory), expected a CSV file"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,13 +154,13 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path):
     [
         (["cow/a.png"], LABELS, f"/pets/cow: no label has this name, {CHOICES}"),
         (["3/a.png"], LABELS, f"/pets/3: no label has this name, {CHOICES}"),
-        (["a.png"], LABELS, "/pets: no class folders in it, wanted pets/LABEL/IMAGE"),
+        (["a.png"], LABELS, "/pets: no class folders in it, expected pets/LABEL/IMAGE"),
         (["cat/a.png"], ["LABEL_0"], "/pets: folders name classes, but the model predicts a single value, 'LABEL_0'"),
-        (["cat/a.png"], (), "/pets: the model's config.json names no labels, wanted an id2label from '0' on"),
+        (["cat/a.png"], (), "/pets: the model's config.json names no labels, expected an id2label from '0' on"),
         (
             ["cat/a.png", "dog/deeper/a.png"],
             LABELS,
-            "/pets/dog: no images in it, wanted files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, "
+            "/pets/dog: no images in it, expected files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, "
             ".tiff, .webp",
         ),
     ],
@@ -176,7 +178,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path):
     for path, found in ((file, "is a file"), (tmp_path / "none", "does not exist")):
         with pytest.raises(OptionError) as error:
             read_eval_data(path, IMAGES, LABELS)
-        assert refusal(error) == f"{path} {found}, wanted a folder with a folder of images for each class"
+        assert refusal(error) == f"{path} {found}, expected a folder with a folder of images for each class"
 
 
 @pytest.mark.parametrize("task", ["token-classification", "text-generation", "feature-extraction"])

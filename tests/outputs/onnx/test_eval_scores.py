@@ -106,9 +106,9 @@ def test_agreement_of_values_falls_with_a_shift_and_with_a_scale():
 @pytest.mark.parametrize(
     ("logits", "targets", "wanted"),
     [
-        (np.zeros((1, 3)), [0, 1], r"gives logits \(1, 3\), wanted \(2, labels\)"),
-        (np.zeros((2, 4, 3)), [0, 1], r"gives logits \(2, 4, 3\), wanted \(2, labels\)"),
-        (np.zeros((2, 3)), [0.0, 1.0], r"gives logits \(2, 3\), wanted \(2, 1\)"),
+        (np.zeros((1, 3)), [0, 1], r"gives logits \(1, 3\), expected \(2, labels\)"),
+        (np.zeros((2, 4, 3)), [0, 1], r"gives logits \(2, 4, 3\), expected \(2, labels\)"),
+        (np.zeros((2, 3)), [0.0, 1.0], r"gives logits \(2, 3\), expected \(2, 1\)"),
         (np.array([[0, 1], [np.nan, 1]]), [0, 1], "gives logits that are NaN or infinite"),
         (np.array([[0, 1], [np.inf, 1]]), [0, 1], "gives logits that are NaN or infinite"),
     ],

@@ -56,9 +56,9 @@ def test_an_architecture_that_does_not_work(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--opset", "17"), "--opset 17 is older than what torch writes; wanted 18 or newer"),
+        (("--opset", "17"), "--opset 17 is older than what torch writes; expected 18 or newer"),
         (("--opset", "99"), "--opset 99 cannot be run by ONNX Runtime"),
-        (("--quantize", "int4"), "--quantize int4 is unknown; wanted int8 or fp16"),
+        (("--quantize", "int4"), "--quantize int4 is unknown; expected int8 or fp16"),
         (("--dtype", "bf16"), "ONNX graphs are written in float32, not bf16; see --quantize"),
         (("--swappable", "--share"), "different forms; choose one"),
         (("--swappable", "--quantize", "int8"), "--quantize is for graphs with merged weights of their own"),
@@ -85,7 +85,7 @@ def test_options_of_another_format(run_here: Run, option: tuple[str, ...]) -> No
 def test_eval_data_of_other_labels(refuse: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "data" / "beagle").mkdir(parents=True)
     said = refuse("--eval-data", tmp_path / "data")
-    assert "beagle: no label has this name, wanted one of 'LABEL_0', 'LABEL_1'" in said
+    assert "beagle: no label has this name, expected one of 'LABEL_0', 'LABEL_1'" in said
 
 
 def test_eval_data_of_a_model_with_several_labels(refuse: Callable[..., str], tmp_path: Path) -> None:

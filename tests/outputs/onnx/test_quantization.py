@@ -177,7 +177,7 @@ def test_a_graph_that_stayed_float_is_refused(
 ) -> None:
     monkeypatch.setattr(quantization, step, replacement)
     number = {"int8": 1, "fp16": 0}[precision]  # the head is a Gemm
-    with pytest.raises(ConversionError, match=f"only {number} of 37 linear layers became {precision}, wanted 90%"):
+    with pytest.raises(ConversionError, match=f"only {number} of 37 linear layers became {precision}, expected 90%"):
         quantize(graphs["oddeven"].paths["fp32"], tmp_path / "small.onnx", precision)
     assert not [*tmp_path.iterdir()]
 
