@@ -61,7 +61,7 @@ def test_a_recorded_base_is_enforced(pair: Pair) -> None:
     prepare_merge(pair.base, pair.adapter)
     resave(pair.base, lambda w: w["lm_head.weight"].add_(1))
     with pytest.raises(
-        BaseMismatchError, match=r"recorded on a base with fingerprint sampled-sha256:.*force_base=True"
+        BaseMismatchError, match=r"on a base with fingerprint sampled-sha256:.*force_base=True"
     ):
         prepare_merge(pair.base, pair.adapter)
     notes = prepare_merge(pair.base, pair.adapter, force_base=True).notes

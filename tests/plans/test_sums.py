@@ -149,7 +149,7 @@ def test_options_apply_to_those_that_need_them(make_pair: Callable[..., Pair], t
     assert scalings == {tmp_path / "stated": {1.0}, THETA.adapter: {0.25}}
     with pytest.raises(OptionError, match="scaling=0.25 applies to none of the adapters"):
         prepare_merge(THETA.base, [tmp_path / "stated", tmp_path / "stated"], scaling=0.25)
-    with pytest.raises(OptionError, match="--layout lora applies to none of the adapters"):
+    with pytest.raises(OptionError, match="layout='lora' applies to none of the adapters"):
         prepare_merge(THETA.base, [tmp_path / "stated", THETA.adapter], layout="lora")
     with pytest.raises(OptionError, match="no adapter was given"):
         prepare_merge(THETA.base, [])
