@@ -13,8 +13,14 @@ from typing import Any
 
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout
-from converters.adapters.layouts.lora_names import INERT_FIELDS, ScalingOf, find_shapes, read_modules, says
-from converters.adapters.layouts.lora_variants import find_variant
+from converters.adapters.layouts.lora_names import (
+    INERT_FIELDS,
+    ScalingOf,
+    find_shapes,
+    find_variant,
+    read_modules,
+    says,
+)
 from converters.adapters.layouts.peft_config import boolean, integer, number
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError

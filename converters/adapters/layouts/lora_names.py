@@ -1,7 +1,8 @@
 """θ under LoRA's names, `lora_A` and `lora_B`: what plain LoRA and the PEANuT authors' LLM code both write.
 
 Both say `peft_type: LORA`. Plain LoRA has lora_A (r, in) and lora_B (out, r); the authors' code has lora_A (r, in)
-and lora_B (in, r). Where `out = in`, nothing in the folder distinguishes them.
+and lora_B (in, r). Where `out = in`, nothing in the folder distinguishes them. A variant of LoRA (DoRA is one) is a
+LoraConfig with a flag, and parameters beside lora_A and lora_B; which there are, `converters/methods/table.py` says.
 """
 
 import re
@@ -10,13 +11,22 @@ from typing import Any
 
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import build_adapter
-from converters.adapters.layouts.lora_variants import PARTS, check_parts
 from converters.adapters.layouts.peft_config import boolean, check_fields, check_targeting, provenance, targeting_of
 from converters.adapters.layouts.peft_keys import sort_keys
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
+from converters.methods.base import Method
+from converters.methods.peft_form import PeftForm
 from converters.methods.table import LORA_VARIANTS
+
+_PLAIN = {"lora_A": "A", "lora_B": "B"}
+
+# parameter in a state dict -> part of θ, of LoRA and of all its variants
+PARTS: Mapping[str, str] = {
+    **_PLAIN,
+    **{name: part for _, form in LORA_VARIANTS.values() for name, part in form.parameters.items()},
+}
 
 _LORA_KEY = re.compile(r".+\.lora_[AB]\..*weight")
 
@@ -64,6 +74,35 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
         if missing := {"A", "B"} - set(keys):
             raise ThetaError(f"{module}: lora_{missing.pop()} is missing; the adapter is incomplete")
     return {module: (shapes[keys["A"]], shapes[keys["B"]]) for module, keys in parts.items()}
+
+
+def find_variant(source: AdapterSource) -> tuple[type[Method], PeftForm] | None:
+    """The variant that a source is of, by the config's flag or else by its keys; None for plain LoRA."""
+    for flag, (method, form) in LORA_VARIANTS.items():
+        own = [f".{name}" for name in form.parameters if name not in _PLAIN]
+        if (source.config or {}).get(flag) or any(mark in key for key in source.keys for mark in own):
+            return method, form
+    return None
+
+
+def check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -> None:
+    """Check that a module has the parts of θ that its variant needs.
+
+    Raises:
+        ThetaError: one is missing.
+        AdapterConfigError: the weights are of a variant that the config does not turn on.
+    """
+    found = find_variant(source)
+    if found is None:
+        return
+    _, form = found
+    if missing := [name for name, part in form.parameters.items() if part not in parts]:
+        raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
+    if source.config is not None and not source.config.get(str(form.flag)):
+        raise AdapterConfigError(
+            f"{source.config_path}: {form.flag} is off, but the weights contain parameters of that variant of LoRA; "
+            "config and weights come from different trainings"
+        )
 
 
 def says(source: AdapterSource) -> str:
