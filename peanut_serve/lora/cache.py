@@ -74,12 +74,12 @@ class LoraCache:
             except OutputExistsError:
                 continue  # another process has written it
             else:
-                self.shrink(but=folder)
+                self.shrink(keep=folder)
 
-    def shrink(self, but: Path | None = None) -> None:
-        """Remove the least recently used entries until the rest fits; keep those in use, and `but`."""
-        entries = sorted((path for path in self._entries() if path != but), key=_last_use)
-        total = sum(map(_size, [*entries, *([but] if but else [])]))
+    def shrink(self, keep: Path | None = None) -> None:
+        """Remove the least recently used entries until the rest fits; those in use and `keep` are not removed."""
+        entries = sorted((path for path in self._entries() if path != keep), key=_last_use)
+        total = sum(map(_size, [*entries, *([keep] if keep else [])]))
         for entry in entries:
             if total <= self.max_bytes:
                 return

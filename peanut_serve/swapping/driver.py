@@ -186,17 +186,17 @@ class SwapDriver:
             except EngineDiedError as error:
                 logger.error("%s; the requests for %s continue to wait", error, label)
             except SwapError as error:
-                self._note_failure(label, digest, error)
+                self._record_failure(label, digest, error)
                 self._gate.refuse(digest, error)
             except EngineDownError as error:
                 self._gate.refuse(digest, error)
-                await self._wait_after(error)
+                await self._retry_later(error)
                 return
             else:
-                self._note_swap(label, report, time.perf_counter() - start)
+                self._record_swap(label, report, time.perf_counter() - start)
             self._open()
 
-    def _note_failure(self, label: str, digest: str, error: SwapError) -> None:
+    def _record_failure(self, label: str, digest: str, error: SwapError) -> None:
         count = self._failures[digest].count + 1 if digest in self._failures else 1
         pause = min(_LAST_RETRY, _FIRST_RETRY * 2 ** (count - 1))
         self._failures[digest] = _Failure(error, count, time.monotonic() + pause)
@@ -204,7 +204,7 @@ class SwapDriver:
         metrics.ROLLBACKS.inc()
         logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
 
-    def _note_swap(self, label: str, report: Report, seconds: float) -> None:
+    def _record_swap(self, label: str, report: Report, seconds: float) -> None:
         active = self._swapper.active.version.digest
         self._failures.pop(active, None)
         work = seconds - report.seconds[Phase.QUIESCE]
@@ -243,14 +243,14 @@ class SwapDriver:
         try:
             report = await self._swapper.restart_engine()
         except EngineDownError as error:
-            await self._wait_after(error)
+            await self._retry_later(error)
             return
         logger.warning(
             "the engine is running again after %.1f s, with the base's weights", report.seconds[Phase.RESTART]
         )
         self._open()
 
-    async def _wait_after(self, error: EngineDownError) -> None:
+    async def _retry_later(self, error: EngineDownError) -> None:
         """Reject all waiting requests, as there is no engine, and wait before the next attempt to start one."""
         self.state, self.detail = "failed", str(error)
         logger.error("no engine: %s", error)

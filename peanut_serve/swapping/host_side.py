@@ -45,7 +45,7 @@ class HostSide:
         metrics.HOST_CACHE.set(self.cache.nbytes)
         metrics.BASE_COPY.set(self._base_weights.nbytes)
 
-    def follow_pin(self, name: str, is_pinned: bool, version: Version | None) -> None:
+    def update_pin(self, name: str, is_pinned: bool, version: Version | None) -> None:
         """If a name is pinned, pin its version's weights; unpin those that were pinned for it before."""
         old = self._pinned.pop(name, None)
         digest = version.digest if version is not None else old

@@ -46,11 +46,11 @@ async def run_self_test(engine: LearningEngine, base: Checkpoint) -> tuple[Loade
     Raises `SelfTestError` if an answer of the engine is not the expected one.
     """
     start = time.perf_counter()
-    canary = await _settle(engine)
+    canary = await _measure_canary(engine)
     groups = await _load(engine, engine.learn, [info for info in base.tensors.values() if info.is_float])
     model = LoadedModel(base, groups)
     await _expect(engine, canary, "after its own weights were loaded again")
-    changed = _change_something(model)
+    changed = _negated_layer(model)
     try:
         await _load(engine, engine.apply, list(changed.tensors.values()))
         if canary.is_like(await engine.ask_canary()):
@@ -68,7 +68,7 @@ async def run_self_test(engine: LearningEngine, base: Checkpoint) -> tuple[Loade
 _ADVICE = "this vLLM cannot swap the weights of this model; use --mode lora, or serve each merged folder separately"
 
 
-async def _settle(engine: Engine) -> Canary:
+async def _measure_canary(engine: Engine) -> Canary:
     """The canary's answer, with a tolerance measured by repeating it."""
     answers = [await engine.ask_canary() for _ in range(_REPEATS)]
     loose = replace(answers[0], tolerance=float("inf"))
@@ -88,7 +88,7 @@ async def _expect(engine: Engine, canary: Canary, when: str) -> None:
         raise SelfTestError(f"the engine's answer differs {when} (a known fault of vLLM's reload); {_ADVICE}")
 
 
-def _change_something(model: LoadedModel) -> HostWeights:
+def _negated_layer(model: LoadedModel) -> HostWeights:
     """A copy of one layer that has a matrix, negated."""
     base = model.base
     name = next(name for name in reversed(model.all()) if len(base.tensors[name].shape) == 2)

@@ -152,7 +152,7 @@ class VariantServer:
                 await self.gate.enter(ticket)
                 waiting.close()
                 try:
-                    self._note_use(name, arrival)
+                    self._record_use(name, arrival)
                     yield Admitted(name, version)
                 finally:
                     self.gate.leave(ticket)
@@ -162,7 +162,7 @@ class VariantServer:
     async def _current(self, name: str, holds: ExitStack) -> Version:
         """The current version of a variant, prepared; its weights are held in host memory until `holds` is closed."""
         variant, version = await self.catalogue.current(name, self._preparing(holds))
-        self._follow_pin(variant, version)
+        self._update_pin(variant, version)
         return version
 
     def _preparing(self, holds: ExitStack) -> Prepare:
@@ -183,7 +183,7 @@ class VariantServer:
             raise EngineDownError("the server is stopping", 5)
         self.driver.check_engine()
 
-    def _note_use(self, name: str, arrival: float) -> None:
+    def _record_use(self, name: str, arrival: float) -> None:
         usage = self.usage.setdefault(name, Usage())
         usage.requests += 1
         usage.last_used = time.time()
@@ -243,23 +243,23 @@ class VariantServer:
             variant = await self.catalogue.reload(name, self._preparing(holds))
             if variant.version is not None:
                 self.driver.clear_failure(variant.version.digest)
-            self._follow_pin(variant, variant.version)
+            self._update_pin(variant, variant.version)
 
     async def rollback(self, name: str, digest: str | None) -> None:
         """Roll back to an earlier version; see `Catalogue.rollback`."""
         with ExitStack() as holds:
             variant = await self.catalogue.rollback(name, digest, self._preparing(holds))
-            self._follow_pin(variant, variant.version)
+            self._update_pin(variant, variant.version)
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""
         variant = self.catalogue.pin(name, pinned)
         if pinned:
             await self.prepare(name)
-        self._follow_pin(variant, variant.version)
+        self._update_pin(variant, variant.version)
 
-    def _follow_pin(self, variant: Variant, version: Version | None) -> None:
-        self._host.follow_pin(variant.name, self._is_pinned(variant), version)
+    def _update_pin(self, variant: Variant, version: Version | None) -> None:
+        self._host.update_pin(variant.name, self._is_pinned(variant), version)
 
     def _is_pinned(self, variant: Variant) -> bool:
         return variant.name in self.settings.pin or variant.record.pinned

@@ -1,10 +1,10 @@
-"""A swap of the engine's weights as a transaction: either the new variant answers afterwards, or the old one does.
+"""A swap of the engine's weights as a transaction: afterwards, the engine has the new weights or still the old ones.
 
     idle ──quiesce──> drained ──apply──> applied ──invalidate──> clean ──check──> checked ──commit──> idle (new)
                          │                  │                      │                 │
                          └──────────────────┴───── a failure ──────┴─────────────────┘
                                                        │
-                                         roll back: the old weights, whole ──> idle (old)
+                                         roll back: all the old weights ──> idle (old)
                                                        │ a failure, or a dead engine
                                          restart the engine: the base's weights ──> idle (base)
 
@@ -49,7 +49,7 @@ class Engine(Protocol):
     """The engine's operations that a swap uses. Each raises an exception if it fails."""
 
     async def pause(self) -> None:
-        """Stop running requests; new ones wait."""
+        """Run no requests from now on; new ones wait."""
 
     async def resume(self) -> None:
         """Run requests again."""

@@ -76,7 +76,7 @@ class Catalogue:
         if name in self.bases:
             return self.bases[name]
         variant = self._variants.get(name)
-        if variant is None and self._roots.is_there(name):
+        if variant is None and self._roots.exists(name):
             variant = self._variants[name] = Variant(name, Record(source=name))
         if variant is None or variant.record.hidden:
             available = ", ".join(self.names())

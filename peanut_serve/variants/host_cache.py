@@ -17,7 +17,7 @@ class HostCache:
     Held and pinned weights are kept. Of the others, the least recently used are dropped to make room.
 
     Args:
-        limit: bytes.
+        limit: size limit, in bytes.
         evaluate: evaluates the weights of a version.
     """
 
@@ -41,7 +41,7 @@ class HostCache:
     async def load(self, version: Version) -> HostWeights:
         """The weights of a version, evaluated if they are not cached. Unless held, they may be dropped at any time.
 
-        Raises `HostMemoryError` if they do not fit next to the held and pinned weights, and what evaluation raises.
+        Raises `HostMemoryError` if they do not fit with the held and pinned weights, and what evaluation raises.
         """
         if (weights := self._used(version.digest)) is not None:
             return weights  # without waiting for a running evaluation
@@ -64,7 +64,7 @@ class HostCache:
 
     @contextmanager
     def holding(self, digest: str) -> Iterator[None]:
-        """Keep the weights in the cache while the context is open; they may be loaded later than it."""
+        """Keep the weights in the cache while the context is open; they may be loaded after it was opened."""
         self._holds[digest] += 1
         try:
             yield

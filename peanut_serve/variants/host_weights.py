@@ -106,9 +106,9 @@ def available_memory() -> int:
     return free if limit == "max" else min(free, int(limit) - used)
 
 
-def _check_memory(name: str, wanted: int) -> None:
-    if wanted > (free := available_memory()):
+def _check_memory(name: str, nbytes: int) -> None:
+    if nbytes > (free := available_memory()):
         raise HostMemoryError(
-            f"{name} takes {wanted >> 20} MiB of host memory, but only {free >> 20} MiB are free; "
+            f"{name} takes {nbytes >> 20} MiB of host memory, but only {free >> 20} MiB are free; "
             "free some, or lower --host-cache"
         )

@@ -61,7 +61,10 @@ class VersionOpener:
         return checkpoint_version(name, folder, self.model)
 
     def keep_adapter(self, name: str, source: Path, store: VariantStore) -> Version:
-        """Copy θ into a store and open the copy. On an error, which is as for `adapter_version`, nothing is kept."""
+        """Copy θ into a store and open the copy.
+
+        Raises the same errors as `adapter_version`; nothing is kept then.
+        """
         copy = store.copy_theta(source)
         try:
             version, theta = _open_adapter(name, copy, self)
@@ -198,11 +201,11 @@ def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:
         raise VariantError(
             f"{name}: {folder} does not have the base's tensor {missing[0]}; check that it was merged from this base"
         )
-    own, wanted = (_architecture(checkpoint.config) for checkpoint in (merged, base))
-    if differing := sorted(key for key in own.keys() | wanted.keys() if own.get(key) != wanted.get(key)):
+    own, expected = (_architecture(checkpoint.config) for checkpoint in (merged, base))
+    if differing := sorted(key for key in own.keys() | expected.keys() if own.get(key) != expected.get(key)):
         key = differing[0]
         raise VariantError(
-            f"{name}: {key} is {own.get(key)} in its config, but {wanted.get(key)} in the running model's; "
+            f"{name}: {key} is {own.get(key)} in its config, but {expected.get(key)} in the running model's; "
             "serve it with a separate vLLM server"
         )
     with TensorReader() as reader:

@@ -87,9 +87,9 @@ class AdapterRoots:
             if folder.is_dir()
             for entry in folder.iterdir()
         }
-        return sorted(filter(self.is_there, entries)) + self.hub_ids
+        return sorted(filter(self.exists, entries)) + self.hub_ids
 
-    def is_there(self, name: str) -> bool:
+    def exists(self, name: str) -> bool:
         """Whether an adapter has this name, even if two have it."""
         if not _NAME.fullmatch(name):
             return name in self.hub_ids

@@ -157,9 +157,9 @@ class VariantStore:
 
     def keep_only(self, digests: Iterable[str]) -> None:
         """Remove every other θ, and the temporary copies of a killed process. Called at start-up."""
-        wanted = set(digests)
+        kept = set(digests)
         for path in (self.folder / "theta").iterdir():
-            if path.name not in wanted:
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -72,8 +72,7 @@ class LoadedModel:
 
     def with_neighbours(self, names: Iterable[str]) -> list[str]:
         """These tensors and all that must be loaded with them, layer by layer."""
-        wanted = dict.fromkeys(other for name in names for other in self._group_of[name])
-        return list(wanted)
+        return list(dict.fromkeys(other for name in names for other in self._group_of[name]))
 
     def all(self) -> list[str]:
         """Every tensor that the engine loads, layer by layer."""
