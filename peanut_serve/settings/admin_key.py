@@ -12,7 +12,7 @@ def checked_key(key: str, where: str) -> str:
     """
     key = key.strip()
     if not key:
-        raise OptionError(f"the admin key in {where} is empty; set one line of printable characters")
+        raise OptionError(f"the admin key in {where} is empty")
     if not key.isprintable():
         raise OptionError(f"the admin key in {where} must be one line of printable characters")
     return key
