@@ -1,16 +1,16 @@
-"""Every refusal of a server that swaps variants, each with the HTTP status that it is answered with.
+"""Errors of a server that swaps variants, each with the HTTP status of its response.
 
 PeanutError (see converters.errors)
 ├── ServingError
-│   ├── UnknownVariantError     404: no variant has the name, or no version the digest
-│   ├── VariantInUseError       409: it cannot be removed while it has requests, or is pinned or active
-│   ├── VariantNameError        409: the name is taken, or not allowed
-│   ├── VariantError            422: it cannot be evaluated, or the running model has no place for it
-│   ├── SwapError               500: the swap failed; the engine has the weights it had before
-│   └── TryLaterError           answered with Retry-After
-│       ├── EngineDownError     503: the engine restarts, or is lost
-│       └── QueueFullError      429: too many requests wait
-└── AdminRequestError           `peanut-serve ctl` got no answer, or a refusal
+│   ├── UnknownVariantError     404: no variant has this name, or no version has this digest
+│   ├── VariantInUseError       409: a variant with requests, or a pinned or active one, cannot be removed
+│   ├── VariantNameError        409: the name is already used, or not allowed
+│   ├── VariantError            422: it cannot be evaluated, or does not fit the running model
+│   ├── SwapError               500: the swap failed; the previous weights were restored
+│   └── TryLaterError           the response has a Retry-After header
+│       ├── EngineDownError     503: the engine is restarting, or cannot be started
+│       └── QueueFullError      429: too many requests are waiting
+└── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
 """
 
 from typing import ClassVar
@@ -19,17 +19,17 @@ from converters.errors import PeanutError
 
 
 class ServingError(PeanutError):
-    """Base class of what a client of the server is told.
+    """Base class of the errors that are reported to a client of the server.
 
     Attributes:
-        status: of the HTTP answer.
+        status: HTTP status of the response.
     """
 
     status: ClassVar[int] = 500
 
 
 class UnknownVariantError(ServingError):
-    """No variant has this name, or no version of it this digest."""
+    """No variant has this name, or no version of it has this digest."""
 
     status = 404
 
@@ -41,13 +41,13 @@ class VariantInUseError(ServingError):
 
 
 class VariantNameError(ServingError):
-    """The name is taken, or not allowed."""
+    """The name is already used, or not allowed."""
 
     status = 409
 
 
 class VariantError(ServingError):
-    """The variant cannot be evaluated, or the running model has no place for it."""
+    """The variant cannot be evaluated, or does not fit the running model."""
 
     status = 422
 
@@ -57,11 +57,11 @@ class SwapError(ServingError):
 
 
 class TryLaterError(ServingError):
-    """What was asked for may work later.
+    """The request cannot be served now; it may succeed later.
 
     Args:
-        message: what is wrong now.
-        retry_after: seconds after which it is worth asking again.
+        message: the reason.
+        retry_after: seconds after which the client should try again.
     """
 
     status = 503
@@ -72,14 +72,14 @@ class TryLaterError(ServingError):
 
 
 class EngineDownError(TryLaterError):
-    """The engine restarts, or is lost."""
+    """The engine is restarting, or cannot be started."""
 
 
 class QueueFullError(TryLaterError):
-    """Too many requests wait for this variant, or for all."""
+    """Too many requests are waiting."""
 
     status = 429
 
 
 class AdminRequestError(PeanutError):
-    """The admin API did not answer, or refused."""
+    """The admin API did not respond, or rejected the request."""

@@ -1,1 +1,1 @@
-"""Adapters served as LoRA: converted on first use, cached on disk."""
+"""Adapters served as LoRA: converted on first use and cached on disk."""

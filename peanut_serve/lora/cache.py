@@ -1,7 +1,7 @@
-"""Evaluated LoRA adapters on the disk: named by content, bounded, shared between processes.
+"""A disk cache of evaluated LoRA adapters: named by content, bounded, shared between processes.
 
-Every entry is a folder that a rename makes appear whole. Who uses one holds a shared lock on it; only what nobody
-holds is removed, the least recently used first. So the bound can be passed while much is in use.
+Every entry is a folder that is created atomically, by a rename. Its users hold a shared lock on it. Only unlocked
+entries are removed, the least recently used first, so the limit can be exceeded while many are in use.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.05
 
 
 class Lease:
-    """An entry that stays on the disk until this is released, or the process ends.
+    """Keeps an entry on disk until it is released, or the process exits.
 
     Attributes:
         folder: the LoRA adapter.
@@ -30,7 +30,7 @@ class Lease:
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """The entry may be removed from now on."""
+        """Allow the entry to be removed."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -40,8 +40,8 @@ class LoraCache:
     """A folder of LoRA adapters.
 
     Args:
-        folder: where; made if it is not there.
-        max_bytes: what entries that nobody uses may take together with the others.
+        folder: of the cache; created if it does not exist.
+        max_bytes: size limit; it can be exceeded only by entries in use.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -49,24 +49,24 @@ class LoraCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str, write: Callable[[Path], object]) -> Lease:
-        """The entry of a key. If it is not there, or damaged, `write` makes it; in one process at a time.
+        """The entry of a key. If it is missing or damaged, `write` creates it, in one process at a time.
 
         Args:
             key: hexadecimal digest of everything the entry depends on.
-            write: writes the LoRA adapter to a folder, which appears whole or not at all.
+            write: writes the LoRA adapter to a folder, atomically.
 
-        Raises `CheckpointError` when the entry is damaged while another process uses it; and what `write` raises.
+        Raises `CheckpointError` if the entry is damaged while another process uses it, and what `write` raises.
         """
         folder = self.folder / key
         while True:
             lease = _lease(folder)
             if lease is not None and _is_whole(folder):
-                os.utime(folder)  # when it was used last
+                os.utime(folder)  # the time of its last use
                 return lease
             if lease is not None:
                 lease.release()
                 if not self._remove(folder):
-                    raise CheckpointError(f"{folder} is damaged, and in use; stop what uses it, then remove it")
+                    raise CheckpointError(f"{folder} is damaged and in use; stop its users, then remove it")
             try:
                 write(folder)
             except OutputBusyError:
@@ -74,12 +74,12 @@ class LoraCache:
             except OutputExistsError:
                 continue  # another process has written it
             else:
-                self.shrink(but=folder)
+                self.shrink(keep=folder)
 
-    def shrink(self, but: Path | None = None) -> None:
-        """Remove what was not used for longest until the rest fits; nothing that somebody uses, nor `but`."""
-        entries = sorted((path for path in self._entries() if path != but), key=_last_use)
-        total = sum(map(_size, [*entries, *([but] if but else [])]))
+    def shrink(self, keep: Path | None = None) -> None:
+        """Remove the least recently used entries until the rest fits; those in use and `keep` are not removed."""
+        entries = sorted((path for path in self._entries() if path != keep), key=_last_use)
+        total = sum(map(_size, [*entries, *([keep] if keep else [])]))
         for entry in entries:
             if total <= self.max_bytes:
                 return
@@ -90,12 +90,12 @@ class LoraCache:
     def _entries(self) -> Iterator[Path]:
         for path in self.folder.iterdir():
             if path.name.startswith(".trash-"):
-                shutil.rmtree(path, ignore_errors=True)  # of a process that was killed in between
+                shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed while removing it
             elif not path.name.startswith("."):
                 yield path
 
     def _remove(self, entry: Path) -> bool:
-        """Remove an entry unless somebody uses it."""
+        """Remove an entry unless it is in use."""
         lock = _lock(entry, fcntl.LOCK_EX)
         if lock is None:
             return False
@@ -108,10 +108,10 @@ class LoraCache:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether an entry is as it was written."""
+    """Whether an entry is complete and unchanged."""
     try:
-        wanted = read_json(folder / MANIFEST_NAME, "manifest")["weights"]["xxh3_128"]
-        return bool(wanted == hash_file(folder / PEFT_WEIGHTS[0]))
+        expected = read_json(folder / MANIFEST_NAME, "manifest")["weights"]["xxh3_128"]
+        return bool(expected == hash_file(folder / PEFT_WEIGHTS[0]))
     except (CheckpointError, OSError, KeyError):
         return False
 
@@ -122,7 +122,7 @@ def _lease(folder: Path) -> Lease | None:
 
 
 def _lock(folder: Path, kind: int) -> int | None:
-    """Lock a folder that is there, still there, and not locked against it."""
+    """Lock a folder, unless it does not exist, was replaced while locking it, or has a conflicting lock."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""PEANuT adapters as LoRA adapters of one base, evaluated when they are first asked for."""
+"""Exports PEANuT adapters as LoRA adapters of one base, when they are first requested."""
 
 import hashlib
 import json
@@ -32,11 +32,11 @@ class Exported:
     """An adapter that can be served.
 
     Attributes:
-        state: of the files it was made from.
-        digest: of θ, W0, dtype and code.
+        state: of the files it was exported from.
+        digest: of θ, W0, dtype and this package's version.
         r: its largest rank.
         kinds: last parts of the names of the modules it updates: `q_proj`, ...
-        lease: keeps the LoRA adapter on the disk.
+        lease: keeps the LoRA adapter on disk.
     """
 
     state: State
@@ -47,12 +47,12 @@ class Exported:
 
 
 class LoraExporter:
-    """Evaluates adapters on one base into a cache. For several threads.
+    """Evaluates adapters on one base into a cache. Thread-safe.
 
     Args:
         base: folder or Hub id of the base that is served.
         revision: of a base on the Hub.
-        cache: where to.
+        cache: where the LoRA adapters are written.
         dtype: of the factors: `fp32`, `bf16` or `fp16`.
         device: where f is evaluated.
     """
@@ -68,7 +68,7 @@ class LoraExporter:
     def export(self, source: VariantSource) -> Exported:
         """The LoRA adapter of a PEANuT adapter.
 
-        Raises `PeanutError`: the adapter is broken, of another base, or no LoRA can say what it does.
+        Raises `PeanutError` if the adapter is damaged, belongs to another base, or cannot be expressed as LoRA.
         """
         for _ in range(_TRIES):
             before = source.state()
@@ -81,17 +81,17 @@ class LoraExporter:
                 if source.state() == before:
                     return found
                 found.lease.release()
-        raise AdapterError(f"the adapter {source.name} is being written; try again when it is whole")
+        raise AdapterError(f"the files of {source.name} are being written; try again when they are complete")
 
     def _export(self, source: VariantSource, state: State) -> Exported:
         try:
             adapter = load_adapter(source.spec)
         except MissingScalingError as error:
             raise AdapterError(
-                f"{error}; to serve it, convert it once: peanut-merge --format peft --scaling S"
+                f"{error}; to serve this adapter, convert it once with peanut-merge --format peft --scaling S"
             ) from None
         base = self._open_base()
-        check_base(base, adapter, force=False)  # also where the factors are there already
+        check_base(base, adapter, force=False)  # also if the factors are cached
 
         def write(folder: Path) -> None:
             start = time.perf_counter()

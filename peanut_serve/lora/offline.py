@@ -1,4 +1,4 @@
-"""PEANuT adapters in vLLM's offline `LLM`: one `LoRARequest` for each name."""
+"""PEANuT adapters for vLLM's offline `LLM`: one `LoRARequest` for each name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class LoraRequests:
-    """Evaluates adapters on first use; what `lora_request=` of `LLM.generate` and `LLM.chat` takes.
+    """Creates the `lora_request=` argument of `LLM.generate` and `LLM.chat`; evaluates adapters on first use.
 
     Args:
         base: folder or Hub id, as given to `LLM`.
-        adapters: folders of adapters, or Hub ids that are allowed.
+        adapters: folders of adapters, or allowed Hub ids.
         revision: of a base on the Hub.
         dtype: of the factors: `fp32`, `bf16` or `fp16`.
         device: where f is evaluated.
 
-    Raises `OptionError` for what is neither a folder nor a Hub id.
+    Raises `OptionError` if one of `adapters` is neither a folder nor a Hub id.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LoraRequests:
         self._exported: dict[str, Exported] = {}
 
     def get(self, name: str) -> "LoRARequest":
-        """The request of an adapter. A changed one gets another id and another path.
+        """The `LoRARequest` of an adapter. If the adapter has changed, it has another id and another path.
 
         Raises `OptionError` for an unknown name, and what `LoraExporter.export` raises.
         """
@@ -51,7 +51,8 @@ class LoraRequests:
 
         source = self.roots.find(name)
         if source is None:
-            raise OptionError(f"there is no adapter {name}; there are {', '.join(self.roots.names()) or 'none'}")
+            available = ", ".join(self.roots.names()) or "none"
+            raise OptionError(f"there is no adapter {name}; the available adapters are {available}")
         exported = next((e for e in self._exported.values() if e.state == source.state()), None)
         exported = exported or self._exporter.export(source)
         self._exported.setdefault(exported.digest, exported)

@@ -1,1 +1,1 @@
-"""What the operator chose, on its way from the command line to vLLM's processes."""
+"""The operator's settings, and how they are passed from the command line to vLLM's processes."""

@@ -6,9 +6,9 @@ KEY_VARIABLE = "PEANUT_ADMIN_KEY"
 
 
 def checked_key(key: str, where: str) -> str:
-    """A key of the admin API, without the line's end it has in a file.
+    """Check a key of the admin API, and remove surrounding whitespace, such as the newline at the end of a file.
 
-    Raises `OptionError` for one that no HTTP header can carry; the message has no part of the key in it.
+    Raises `OptionError` if an HTTP header cannot contain the key. The message includes no part of the key.
     """
     key = key.strip()
     if not key:

@@ -1,4 +1,4 @@
-"""What the environment tells the vLLM plugin."""
+"""Settings of the vLLM plugin, read from environment variables."""
 
 import os
 from collections.abc import Mapping
@@ -18,13 +18,14 @@ ADAPTERS, CACHE, CACHE_SIZE, DEVICE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """See the README.
+    """Settings of the plugin in `lora` mode; see the README.
 
     Attributes:
-        roots: PEANUT_ADAPTERS, folders of adapters or Hub ids, separated by `:`; the plugin does nothing without.
-        cache: PEANUT_CACHE, folder of evaluated adapters; by default among huggingface-hub's assets.
-        cache_bytes: PEANUT_CACHE_SIZE, like `20GB`.
-        device: PEANUT_DEVICE, where f is evaluated; by default the CPU, for vLLM has the GPU.
+        roots: PEANUT_ADAPTERS, folders of adapters or Hub ids, separated by `:`; if it is not set, the plugin is
+            inactive.
+        cache: PEANUT_CACHE, folder of evaluated adapters; by default in huggingface-hub's assets cache.
+        cache_bytes: PEANUT_CACHE_SIZE, its size limit, for example `20GB`.
+        device: PEANUT_DEVICE, where f is evaluated; by default the CPU, because vLLM uses the GPU.
     """
 
     roots: tuple[str, ...]
@@ -34,12 +35,12 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """From the environment. Raises `OptionError` for a size that is none."""
+        """Read the settings from environment variables. Raises `OptionError` if the size is invalid."""
         from huggingface_hub import cached_assets_path
 
         size = parse_size(environment.get(CACHE_SIZE, "20GB"))
         if size is None:
-            raise OptionError(f"{CACHE_SIZE} is {environment[CACHE_SIZE]}; wanted a size like 20GB")
+            raise OptionError(f"{CACHE_SIZE} is {environment[CACHE_SIZE]}; expected a size like 20GB")
         cache = environment.get(CACHE)
         return cls(
             roots=tuple(root for root in environment.get(ADAPTERS, "").split(os.pathsep) if root),

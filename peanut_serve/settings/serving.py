@@ -1,11 +1,11 @@
-"""The options of `peanut-serve`, as they were given."""
+"""The options of `peanut-serve`, as given on the command line."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# LoRA on top of the base's weights; whole weights swapped for each variant; LoRA where an adapter is exactly LoRA
+# LoRA on top of the base's weights; merged weights, swapped for each variant; LoRA if an adapter is exactly LoRA
 Mode = Literal["lora", "merged", "auto"]
 
 
@@ -15,13 +15,13 @@ class ServeOptions:
 
     Attributes:
         base: folder, short name or Hub id.
-        adapters: folders of adapters, and Hub ids that are allowed.
+        adapters: folders of adapters, and allowed Hub ids.
         mode: how variants are served.
         cache: folder for evaluated LoRA adapters; None for the default.
-        cache_size: its limit, like `20GB`; None for the default.
-        swapping: options of `swap_settings`, checked only where weights are swapped.
-        dry_run: show what would be started.
-        vllm: options that are passed on to vLLM.
+        cache_size: its size limit, for example `20GB`; None for the default.
+        swapping: options of `swap_settings`, checked only if weights are swapped.
+        dry_run: print the vLLM command instead of starting it.
+        vllm: options that are passed to vLLM.
     """
 
     base: str

@@ -1,4 +1,4 @@
-"""What `peanut-serve --mode merged` was told, on its way into vLLM's server process."""
+"""Settings of `peanut-serve --mode merged`, and how they are passed to vLLM's server process."""
 
 import hashlib
 import os
@@ -19,20 +19,20 @@ class SwapSettings(BaseModel):
     """See `peanut-serve --help`.
 
     Attributes:
-        mode: `merged`, or `auto`: LoRA where it says exactly what an adapter does.
-        roots: folders of variants, and Hub ids that are allowed.
-        state: folder of what survives a restart.
-        drain: whether a swap waits for running requests, or ends them.
-        drain_timeout: seconds after which those that still run are ended.
-        host_cache: bytes of evaluated weights on the host.
-        base_copy: where W0 is kept, to go back to.
-        prefix_cache: `reset` at a swap, or kept apart by a salt for each variant.
-        pin: variants whose weights stay on the host.
+        mode: `merged`, or `auto`: LoRA if it represents an adapter exactly.
+        roots: folders of variants, and allowed Hub ids.
+        state: folder of the state that is kept across restarts.
+        drain: whether a swap waits for running requests, or aborts them.
+        drain_timeout: seconds after which the requests that are still running are aborted.
+        host_cache: size limit of the evaluated weights in host memory, in bytes.
+        base_copy: where W0 is kept to restore the base's weights.
+        prefix_cache: `reset` at each swap, or `salted`: separated by a salt for each variant.
+        pin: variants whose weights are kept in host memory.
         preload: variants that are evaluated before the server is ready.
-        max_wait: seconds after which a request's variant is next.
-        min_dwell: seconds a variant keeps the weights while it has requests.
-        max_queue: requests that may wait.
-        admin_host, admin_port: where the admin API listens; nowhere without a port.
+        max_wait: seconds after which a waiting request is overdue, and its variant is swapped to next.
+        min_dwell: minimum number of seconds a variant stays active while it has requests.
+        max_queue: maximum number of waiting requests.
+        admin_host, admin_port: where the admin API listens; without a port, it is disabled.
         device: where f is evaluated.
     """
 
@@ -57,30 +57,30 @@ class SwapSettings(BaseModel):
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "SwapSettings | None":
-        """From the environment, where the launcher put them; None if this is not its server."""
+        """Read the settings that the launcher wrote to the environment; None if there are none."""
         text = environment.get(VARIABLE)
         return cls.model_validate_json(text) if text else None
 
     @property
-    def patience(self) -> float:
-        """Seconds a swap waits for running requests."""
+    def drain_seconds(self) -> float:
+        """Seconds that a swap waits for running requests."""
         return self.drain_timeout if self.drain == "wait" else 0.0
 
 
 def swap_settings(base: str, *, host_cache: str, state: Path | None, **options: Any) -> SwapSettings:
-    """Settings from the options of the command.
+    """Check the options of the command, and return them as settings.
 
     Args:
-        base: as given; without `state` it tells servers apart.
+        base: as given; the default `state` folder is derived from it.
         host_cache: a size like `8GiB`.
-        state: folder of what survives a restart; by default among huggingface-hub's assets.
-        options: the others, see `SwapSettings`.
+        state: folder of the state that is kept across restarts; by default in huggingface-hub's assets cache.
+        options: the other fields of `SwapSettings`.
 
-    Raises `OptionError` for values that have no meaning, and for an admin port without a key.
+    Raises `OptionError` for an invalid value, and for an admin port without a key.
     """
     size = parse_size(host_cache)
     if size is None:
-        raise OptionError(f"--host-cache is {host_cache}; wanted a size like 8GiB")
+        raise OptionError(f"--host-cache is {host_cache}; expected a size like 8GiB")
     try:
         settings = SwapSettings(host_cache=size, state=(state or _state_of(base)).expanduser().resolve(), **options)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Assembling a `VariantServer`, in whatever process has the engine: vLLM's server, or another host."""
+"""Assembles a `VariantServer` in the process that has the engine: vLLM's server, or another host."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from peanut_serve.variants.state_folder import VariantStore
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """What the process with the engine knows.
+    """The process that has the engine.
 
     Attributes:
         base: the checkpoint that the engine was started from.
-        base_names: names of the base; the first is used where a request names no variant.
+        base_names: names of the base; the first is used if a request names no variant.
         fits_lora: see `VersionOpener`.
-        on_active: called with the digest whenever the engine has other weights, before a request can use them.
+        on_active: called with the digest whenever the engine's weights change, before a request can use them.
     """
 
     base: Checkpoint
@@ -32,12 +32,12 @@ class Host:
 
 
 async def assemble_server(settings: SwapSettings, engine: LearningEngine, host: Host) -> VariantServer:
-    """Try the engine out, and build a server around it; call its `start` to serve.
+    """Run the engine's self-test, and build a server around it; call its `start` to serve.
 
     Args:
         settings: the operator's choices.
-        engine: with the base's weights; no requests are running.
-        host: what the process knows of the base and the engine.
+        engine: it has the base's weights and no running requests.
+        host: describes the base and this process.
 
     Raises:
         SelfTestError: the engine does not swap the weights of this model correctly.

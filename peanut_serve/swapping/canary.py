@@ -1,4 +1,4 @@
-"""A prompt whose answer is known: does the engine compute with the weights it is thought to have?"""
+"""A prompt with a known answer, to verify that the engine computes with the expected weights."""
 
 import math
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from converters.errors import PeanutError
 
 
 class CanaryError(PeanutError):
-    """The engine's answer is not what it was with the same weights."""
+    """The engine's answer differs from an earlier one with the same weights."""
 
 
 @dataclass(frozen=True)
 class Canary:
-    """What a fixed prompt was answered with.
+    """The answer to a fixed prompt.
 
     Attributes:
-        tokens: greedy.
-        logprobs: of the likeliest tokens at each position, by token.
-        tolerance: by how much logprobs of the same weights may differ; 0 where the engine repeats itself exactly.
+        tokens: decoded greedily.
+        logprobs: of the most likely tokens at each position, by token.
+        tolerance: by how much logprobs of the same weights may differ; 0 if the engine is deterministic.
     """
 
     tokens: tuple[int, ...]
@@ -25,22 +25,22 @@ class Canary:
     tolerance: float = 0.0
 
     def check(self, other: "Canary") -> None:
-        """Raise `CanaryError` unless another answer is the same, and finite."""
+        """Raise `CanaryError` unless another answer is finite and equal, within the tolerance."""
         found = [value for position in other.logprobs for value in position.values()]
         if not found or not all(math.isfinite(value) for value in found):
-            raise CanaryError("the canary's logprobs are not finite: the weights in the engine are broken")
+            raise CanaryError("the canary's logprobs are not finite: the weights in the engine are invalid")
         if (distance := self.distance(other)) > self.tolerance:
             raise CanaryError(
-                f"the canary's logprobs are off by {distance:.2g} (at most {self.tolerance:.2g}): the engine "
-                "does not compute with the weights it was given"
+                f"the canary's logprobs differ by {distance:.2g}, expected at most {self.tolerance:.2g}: the engine "
+                "does not compute with the weights it loaded"
             )
 
     def is_like(self, other: "Canary") -> bool:
-        """Whether another answer is the same, as far as the engine repeats itself."""
+        """Whether another answer is equal, within the tolerance."""
         return self.distance(other) <= self.tolerance
 
     def distance(self, other: "Canary") -> float:
-        """Largest difference of logprobs; infinite where others are not finite, or other tokens are likely."""
+        """Largest difference of logprobs; infinite if one is not finite, or if the most likely tokens differ."""
         if len(self.logprobs) != len(other.logprobs):
             return math.inf
         pairs = zip(self.logprobs, other.logprobs, strict=True)

@@ -1,4 +1,4 @@
-"""The one task that drives the engine: it decides on the next swap, performs it, and restarts a dead engine."""
+"""The task that drives the engine: it decides on the next swap, performs it, and restarts a dead engine."""
 
 import asyncio
 import logging
@@ -21,10 +21,10 @@ from peanut_serve.variants.version import VariantKind, Version
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-_LOOK_SECONDS = 0.25  # between two checks whether the engine is alive
-_DEAD_DRAIN_SECONDS = 5.0  # until requests of a dead engine have failed
+_LOOK_SECONDS = 0.25  # between checks that the engine is alive
+_DEAD_DRAIN_SECONDS = 5.0  # for the requests of a dead engine to fail
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # between attempts to start an engine
-_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # before a failed swap is tried again
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # before a failed swap is retried
 
 State = Literal["serving", "swapping", "restarting", "failed"]
 
@@ -32,13 +32,13 @@ State = Literal["serving", "swapping", "restarting", "failed"]
 @dataclass(frozen=True)
 class _Failure:
     error: SwapError
-    count: int  # in a row
-    retry_at: float  # monotonic
+    count: int  # consecutive failures
+    retry_at: float  # monotonic seconds
 
 
 @dataclass
 class SwapUsage:
-    """Number of swaps to a variant, and the time of the last one without the drain."""
+    """Number of swaps to a variant, and the duration of the last one, without the drain."""
 
     swaps: int = 0
     last_seconds: float | None = None
@@ -48,17 +48,17 @@ class SwapDriver:
     """Swaps weights and restarts the engine, one at a time, for as long as the server runs.
 
     Args:
-        swappable: the engine, and what swaps its weights.
-        gate: holds requests back until their weights are in the engine.
-        cache: weights on the host.
+        swappable: the engine, and the swapper of its weights.
+        gate: holds requests until their weights are in the engine.
+        cache: weights in host memory.
         settings: when to swap, and how long to wait for running requests.
         name_of: finds a name for a digest, for logs and metrics.
-        on_active: called with the digest whenever the engine has other weights, before a request can use them.
+        on_active: called with the digest whenever the engine's weights change, before a request can use them.
 
     Attributes:
-        state: what the engine does.
-        detail: why, where there is a reason.
-        last_report: of the last swap.
+        state: of the engine.
+        detail: reason for the state, if there is one.
+        last_report: report of the last swap.
         usage: variant -> its swaps.
     """
 
@@ -77,12 +77,12 @@ class SwapDriver:
         self.usage: dict[str, SwapUsage] = {}
         self._engine, self._swapper = swappable.engine, swappable.swapper
         self._gate, self._cache = gate, cache
-        self._policy, self._patience = Policy(settings.max_wait, settings.min_dwell), settings.patience
+        self._policy, self._drain_seconds = Policy(settings.max_wait, settings.min_dwell), settings.drain_seconds
         self._name_of, self._on_active = name_of, on_active
         self._base = self._swapper.active.version
         self._versions: dict[str, Version] = {self._base.digest: self._base}
         self._failures: dict[str, _Failure] = {}
-        self._wanted: list[str] = []  # digests that operators are activating
+        self._requested: list[str] = []  # digests that operators are activating
         self._price = PriceEstimate()
         self._pause = _FIRST_PAUSE
         self._active_hold = ExitStack()
@@ -90,44 +90,45 @@ class SwapDriver:
         on_active(self._base.digest)
 
     def wake(self) -> None:
-        """Decide again now whether to swap."""
+        """Make the driver decide now whether to swap."""
         self._gate.changed.set()
 
     def notice_death(self) -> None:
-        """Admit no request to an engine that has just died."""
+        """If the engine has died, stop admitting requests."""
         if self._engine.is_dead:
             self._gate.close()
             self.wake()
 
-    def know(self, version: Version) -> None:
-        """Make a version available to swap to; its weights are on the host."""
+    def add_version(self, version: Version) -> None:
+        """Make a version available to swap to; its weights are in host memory."""
         self._versions[version.digest] = version
 
-    def check_up(self) -> None:
-        """Raise `EngineDownError` when there is no engine, and none is being started."""
+    def check_engine(self) -> None:
+        """Raise `EngineDownError` if there is no engine, and none is being started."""
         if self.state == "failed":
             raise EngineDownError(f"the engine is down: {self.detail}", round(self._pause))
 
     def check(self, digest: str) -> None:
-        """Raise `SwapError` when the swap to a version has just failed."""
+        """Raise `SwapError` if the swap to a version has failed, and is not yet due for a retry."""
         failure = self._failures.get(digest)
         if failure is not None and (left := failure.retry_at - time.monotonic()) > 0:
-            raise SwapError(f"{failure.error}; it is tried again after {math.ceil(left)} s, or when it is reloaded")
+            raise SwapError(f"{failure.error}; try again after {math.ceil(left)} s, or reload the variant")
 
     def failure(self, digest: str | None) -> str | None:
-        """Why the last swap to a version failed."""
+        """Why the last swap to a version failed; None if it did not."""
         return str(self._failures[digest].error) if digest in self._failures else None
 
     def clear_failure(self, digest: str) -> None:
-        """Forget that the swap to a version failed: the next request tries it again."""
+        """Forget that the swap to a version failed: the next request retries it."""
         self._failures.pop(digest, None)
 
-    def want(self, digest: str, wanted: bool) -> None:
-        """Swap to a version next, whatever the policy says, until this is withdrawn."""
-        if wanted:
-            self._wanted.append(digest)
-        else:
-            self._wanted.remove(digest)
+    def request_swap(self, digest: str) -> None:
+        """Swap to a version next, regardless of the policy, until `withdraw_swap` is called."""
+        self._requested.append(digest)
+
+    def withdraw_swap(self, digest: str) -> None:
+        """Withdraw a `request_swap`."""
+        self._requested.remove(digest)
 
     @property
     def is_up(self) -> bool:
@@ -136,11 +137,11 @@ class SwapDriver:
 
     @property
     def retry_after(self) -> int:
-        """Seconds after which some of the waiting requests will have been answered."""
+        """Seconds after which some of the waiting requests are expected to be admitted."""
         return max(1, math.ceil(self._price.seconds * len(self._gate.queues())))
 
     def stop(self) -> None:
-        """Start nothing new. A cancellation is not enough: before Python 3.12 `wait_for` may lose it."""
+        """Start nothing new. Cancelling the task is not enough: before Python 3.12, `wait_for` may lose it."""
         self._is_stopping = True
 
     async def run(self) -> None:
@@ -149,8 +150,8 @@ class SwapDriver:
             try:
                 await self._step()
             except Exception:
-                logger.exception("internal error of peanut-serve; the weights in the engine are uncertain")
-                await self._heal()
+                logger.exception("internal error in peanut-serve; the weights in the engine are unknown")
+                await self._restart_engine()
 
     async def _step(self) -> None:
         self._gate.changed.clear()
@@ -158,14 +159,14 @@ class SwapDriver:
         metrics.WAITING.set(sum(len(queue.arrivals) for queue in queues))
         metrics.READY.set(self.is_up)
         if self._engine.is_dead or self.state == "failed":
-            await self._heal()
+            await self._restart_engine()
             return
         active = self._swapper.active.version.digest
         view = View(time.monotonic(), active, self._gate.since, len(self._gate.running), queues, self._price.seconds)
-        operator = (digest for digest in self._wanted if digest != active and digest not in self._failures)
-        wanted = next(operator, None) or next_variant(view, self._policy)
-        if wanted != active:
-            await self._swap_to(wanted)
+        requested = (digest for digest in self._requested if digest != active and digest not in self._failures)
+        target = next(requested, None) or next_variant(view, self._policy)
+        if target != active:
+            await self._swap_to(target)
             return
         look = next_look(view, self._policy)
         pause = _LOOK_SECONDS if look is None else min(_LOOK_SECONDS, max(0.0, look - time.monotonic()))
@@ -180,22 +181,22 @@ class SwapDriver:
             start = time.perf_counter()
             try:
                 if version.kind is not VariantKind.BASE and target.weights is None:
-                    raise SwapError("its weights are no longer on the host")
-                report = await self._swapper.swap(target, lambda: self._gate.drain(self._patience))
+                    raise SwapError("the variant's weights are no longer in host memory")
+                report = await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds))
             except EngineDiedError as error:
-                logger.error("%s; the requests for %s keep waiting", error, label)
+                logger.error("%s; the requests for %s continue to wait", error, label)
             except SwapError as error:
-                self._note_failure(label, digest, error)
+                self._record_failure(label, digest, error)
                 self._gate.refuse(digest, error)
             except EngineDownError as error:
                 self._gate.refuse(digest, error)
-                await self._wait_after(error)
+                await self._retry_later(error)
                 return
             else:
-                self._note_swap(label, report, time.perf_counter() - start)
+                self._record_swap(label, report, time.perf_counter() - start)
             self._open()
 
-    def _note_failure(self, label: str, digest: str, error: SwapError) -> None:
+    def _record_failure(self, label: str, digest: str, error: SwapError) -> None:
         count = self._failures[digest].count + 1 if digest in self._failures else 1
         pause = min(_LAST_RETRY, _FIRST_RETRY * 2 ** (count - 1))
         self._failures[digest] = _Failure(error, count, time.monotonic() + pause)
@@ -203,7 +204,7 @@ class SwapDriver:
         metrics.ROLLBACKS.inc()
         logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
 
-    def _note_swap(self, label: str, report: Report, seconds: float) -> None:
+    def _record_swap(self, label: str, report: Report, seconds: float) -> None:
         active = self._swapper.active.version.digest
         self._failures.pop(active, None)
         work = seconds - report.seconds[Phase.QUIESCE]
@@ -224,7 +225,7 @@ class SwapDriver:
         """Admit requests for the weights that the engine has now."""
         active = self._swapper.active.version.digest
         hold = ExitStack()
-        hold.enter_context(self._cache.holding(active))  # a failed swap goes back to them
+        hold.enter_context(self._cache.holding(active))  # a failed swap restores them
         self._active_hold.close()
         self._active_hold = hold
         self._on_active(active)
@@ -233,24 +234,24 @@ class SwapDriver:
         self._versions = {d: v for d, v in self._versions.items() if d in used or self._cache.get(d) is not None}
         self._gate.open(active)
 
-    async def _heal(self) -> None:
-        """Restart the engine. Running requests have failed with vLLM's error; waiting ones keep waiting."""
+    async def _restart_engine(self) -> None:
+        """Restart the engine. Running requests have failed with vLLM's error; waiting ones continue to wait."""
         logger.error("the engine has died; restarting it")
         self.state, self.detail = "restarting", "the engine died and is being restarted"
         metrics.READY.set(0)
         await self._gate.drain(_DEAD_DRAIN_SECONDS)
         try:
-            report = await self._swapper.heal()
+            report = await self._swapper.restart_engine()
         except EngineDownError as error:
-            await self._wait_after(error)
+            await self._retry_later(error)
             return
         logger.warning(
             "the engine is running again after %.1f s, with the base's weights", report.seconds[Phase.RESTART]
         )
         self._open()
 
-    async def _wait_after(self, error: EngineDownError) -> None:
-        """No engine: refuse all waiting requests, and try again later."""
+    async def _retry_later(self, error: EngineDownError) -> None:
+        """Reject all waiting requests, as there is no engine, and wait before the next attempt to start one."""
         self.state, self.detail = "failed", str(error)
         logger.error("no engine: %s", error)
         self._gate.close()

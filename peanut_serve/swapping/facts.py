@@ -1,4 +1,4 @@
-"""Snapshots of a server, for those who watch or operate it."""
+"""Snapshots of a server, for monitoring and for operators."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Availability(str, Enum):
 
     REGISTERED = "registered"  # its weights have to be evaluated first
     READY = "ready"  # after a swap
-    ACTIVE = "active"  # at once
+    ACTIVE = "active"  # immediately
     FAILED = "failed"  # its preparation or its last swap failed
 
 
@@ -22,20 +22,20 @@ class VariantFacts:
     """A variant at one moment.
 
     Attributes:
-        name: what requests call it.
+        name: the name in requests.
         kind: how it is stored and served.
         availability: how soon a request for it can run.
         digest: of its version; None until it is known.
         previous: digests of earlier versions, newest first.
         source: entry of the folders of variants, or Hub id.
-        host_bytes: size of its weights on the host.
-        is_pinned: its weights stay on the host.
+        host_bytes: size of its weights in host memory.
+        is_pinned: whether its weights are kept in host memory.
         running: requests in the engine.
-        waiting: requests that wait for its weights.
+        waiting: requests waiting for its weights.
         requests: requests admitted so far.
         last_used: seconds since the epoch; None before the first request.
         swaps: swaps to it so far.
-        last_swap_seconds: time of the last one.
+        last_swap_seconds: duration of the last one.
         error: why its last preparation or swap failed.
     """
 
@@ -61,14 +61,14 @@ class EngineFacts:
     """The engine at one moment.
 
     Attributes:
-        state: what it does.
-        detail: why, where there is a reason.
+        state: what it is doing.
+        detail: reason for the state, if there is one.
         active: name of the variant whose weights it has.
         digest: identity of these weights.
         restarts: how often it was restarted.
-        host_cache_bytes: size of all evaluated weights on the host.
-        host_cache_limit: their limit.
-        swap_seconds: time of each phase of the last swap.
+        host_cache_bytes: size of all evaluated weights in host memory.
+        host_cache_limit: the limit of that size.
+        swap_seconds: duration of each phase of the last swap.
     """
 
     state: State

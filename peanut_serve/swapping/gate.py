@@ -1,6 +1,6 @@
-"""Who may use the engine: requests for the active variant at once, those for others when their turn comes.
+"""Admits requests to the engine: those for the active variant immediately, those for others after a swap.
 
-The decisions are in `scheduling.py`; here are the requests they are about. For one event loop.
+`policy.py` decides on the swaps; this module holds the requests. For one event loop.
 """
 
 import asyncio
@@ -15,29 +15,29 @@ from peanut_serve.swapping.policy import Queue
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that waits, or runs.
+    """A request that is waiting or running.
 
     Attributes:
-        digest: whose weights it needs.
+        digest: of the weights it needs.
         arrival: monotonic seconds.
-        abort: ends it while it runs, with an error for the client.
-        turn: done when it may run.
+        abort: ends the running request, with an error for the client.
+        admission: done when it may run.
     """
 
     digest: str
     arrival: float
     abort: Callable[[], None]
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    admission: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Gate:
-    """Admits requests, of one variant at a time.
+    """Admits requests for one variant at a time.
 
     Args:
         active: digest of the weights in the engine.
 
     Attributes:
-        changed: set when a request came, left or ended; whoever waits for it clears it.
+        changed: set when a request arrives or leaves; cleared by the task that waits for it.
     """
 
     def __init__(self, active: str) -> None:
@@ -51,18 +51,18 @@ class Gate:
         self._idle.set()
 
     async def enter(self, ticket: Ticket) -> None:
-        """Wait for a request's turn; `leave` has to follow. Raises what `refuse` was given."""
+        """Wait until a request may run; call `leave` after it. Raises the error passed to `refuse`."""
         self._queues.setdefault(ticket.digest, deque()).append(ticket)
         self._admit()
         self.changed.set()
         try:
-            await ticket.turn
+            await ticket.admission
         except BaseException:
             self.leave(ticket)
             raise
 
     def leave(self, ticket: Ticket) -> None:
-        """A request has ended, or its client has gone."""
+        """Remove a request that has ended, or whose client has disconnected."""
         self.running.discard(ticket)
         queue = self._queues.get(ticket.digest)
         if queue is not None and ticket in queue:
@@ -74,56 +74,56 @@ class Gate:
         self.changed.set()
 
     def queues(self) -> tuple[Queue, ...]:
-        """What waits."""
+        """The waiting requests, by version."""
         return tuple(Queue(digest, tuple(t.arrival for t in queue)) for digest, queue in self._queues.items())
 
     def waiting(self, digest: str) -> int:
-        """How many requests for a version wait."""
+        """Number of requests waiting for a version."""
         return len(self._queues.get(digest, ()))
 
-    async def drain(self, patience: float) -> None:
-        """Admit nobody, and return when no request runs; what still runs after `patience` seconds is ended."""
+    async def drain(self, seconds: float) -> None:
+        """Admit no requests, and return when none is running; those still running after `seconds` are aborted."""
         self._is_open = False
         try:
-            await asyncio.wait_for(self._idle.wait(), patience if patience > 0 else 0.001)
+            await asyncio.wait_for(self._idle.wait(), seconds if seconds > 0 else 0.001)
         except asyncio.TimeoutError:
             for ticket in list(self.running):
                 ticket.abort()
             await self._idle.wait()
 
     def close(self) -> None:
-        """Admit nobody any more."""
+        """Admit no more requests."""
         self._is_open = False
 
     def open(self, active: str) -> None:
-        """The engine computes with this, and may be used."""
+        """Admit the requests for the weights that the engine has now."""
         if active != self.active:
             self.active, self.since = active, time.monotonic()
         self._is_open = True
         self._admit()
 
     def refuse(self, digest: str | None, error: Exception) -> None:
-        """End the waiting for a version, or for all, with an error."""
+        """Reject the requests waiting for a version, or for all, with an error."""
         for refused in list(self._queues) if digest is None else [digest]:
             for ticket in self._queues.pop(refused, ()):
-                if not ticket.turn.done():
-                    ticket.turn.set_exception(error)
+                if not ticket.admission.done():
+                    ticket.admission.set_exception(error)
 
     def _admit(self) -> None:
         if not self._is_open:
             return
         for ticket in self._queues.pop(self.active, ()):
-            if not ticket.turn.done():
-                ticket.turn.set_result(None)
+            if not ticket.admission.done():
+                ticket.admission.set_result(None)
                 self.running.add(ticket)
                 self._idle.clear()
 
 
 class Places:
-    """A bounded number of requests, whether they wait or run.
+    """Bounds the number of waiting requests.
 
     Args:
-        limit: how many may wait; those that run are vLLM's to limit.
+        limit: how many may wait; vLLM limits those that run.
     """
 
     def __init__(self, limit: int) -> None:
@@ -132,9 +132,9 @@ class Places:
     def take(self, retry_after: int) -> None:
         """Take a place. Raises `QueueFullError`."""
         if self.taken >= self.limit:
-            raise QueueFullError(f"{self.taken} requests wait already, and --max-queue is {self.limit}", retry_after)
+            raise QueueFullError(f"{self.taken} requests are waiting, and --max-queue is {self.limit}", retry_after)
         self.taken += 1
 
     def give_back(self) -> None:
-        """The request waits no longer."""
+        """Release the place of a request that no longer waits."""
         self.taken -= 1

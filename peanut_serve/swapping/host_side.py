@@ -1,4 +1,4 @@
-"""The weights that a swap reads, in host memory before the engine is touched."""
+"""Prepares the weights that a swap reads in host memory, before the engine is changed."""
 
 import logging
 import time
@@ -13,10 +13,10 @@ logger = logging.getLogger("vllm.peanut_serve")
 
 
 class HostSide:
-    """Evaluates versions, and keeps what is held or pinned.
+    """Evaluates versions, and keeps held and pinned weights.
 
     Args:
-        limit: bytes of evaluated weights.
+        limit: of evaluated weights, in bytes.
         swappable: the engine whose model is served.
 
     Attributes:
@@ -29,11 +29,11 @@ class HostSide:
         self._pinned: dict[str, str] = {}  # name -> digest
 
     async def prepare(self, version: Version, holds: ExitStack) -> None:
-        """Do everything that can fail before the engine is touched. The weights stay until `holds` is closed.
+        """Do everything that can fail before the engine is changed. The weights are held until `holds` is closed.
 
-        Raises `HostMemoryError` without room for the weights, and what their evaluation raises.
+        Raises `HostMemoryError` if the weights do not fit, and what their evaluation raises.
         """
-        # held first: weights that nobody holds may be dropped before the engine has them
+        # hold first: otherwise the weights may be dropped before the engine has them
         holds.enter_context(self.cache.holding(version.digest))
         start, is_known = time.perf_counter(), self.cache.get(version.digest) is not None
         weights = await self.cache.load(version)
@@ -45,8 +45,8 @@ class HostSide:
         metrics.HOST_CACHE.set(self.cache.nbytes)
         metrics.BASE_COPY.set(self._base_weights.nbytes)
 
-    def follow_pin(self, name: str, is_pinned: bool, version: Version | None) -> None:
-        """Pin the weights of a pinned name's version, and unpin those of its earlier one."""
+    def update_pin(self, name: str, is_pinned: bool, version: Version | None) -> None:
+        """If a name is pinned, pin its version's weights; unpin those that were pinned for it before."""
         old = self._pinned.pop(name, None)
         digest = version.digest if version is not None else old
         if is_pinned and digest is not None:

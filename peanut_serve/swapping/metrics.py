@@ -1,23 +1,24 @@
-"""Prometheus metrics of hot-swapping, beside vLLM's own under /metrics.
+"""Prometheus metrics of hot-swapping, served with vLLM's own under /metrics.
 
-A variant is a name from the catalogue, never one that a client made up: the number of series is bounded.
+The label `variant` is a name from the catalogue, never an arbitrary one from a client, so the number of series is
+bounded.
 """
 
 from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-REQUESTS = Counter("peanut_requests", "Requests that ended, by variant and outcome.", ["variant", "outcome"])
-TOKENS = Counter("peanut_tokens", "Tokens of prompts and of answers, by variant.", ["variant", "kind"])
+REQUESTS = Counter("peanut_requests", "Completed requests, by variant and outcome.", ["variant", "outcome"])
+TOKENS = Counter("peanut_tokens", "Tokens of prompts and answers, by variant.", ["variant", "kind"])
 QUEUE_SECONDS = Histogram(
     "peanut_queue_seconds", "Time a request waited for its variant's weights.", ["variant"], buckets=_SECONDS
 )
-SWAPS = Counter("peanut_swaps", "Swaps, by the variant swapped to and how they ended.", ["variant", "outcome"])
-SWAP_SECONDS = Histogram("peanut_swap_seconds", "Time of a swap, by phase.", ["phase"], buckets=_SECONDS)
+SWAPS = Counter("peanut_swaps", "Swaps, by target variant and outcome.", ["variant", "outcome"])
+SWAP_SECONDS = Histogram("peanut_swap_seconds", "Duration of a swap, by phase.", ["phase"], buckets=_SECONDS)
 ROLLBACKS = Counter("peanut_rollbacks", "Swaps that failed and were rolled back.")
-RESTARTS = Counter("peanut_engine_restarts", "How often the engine was started anew.")
+RESTARTS = Counter("peanut_engine_restarts", "Number of engine restarts.")
 EVALUATIONS = Histogram("peanut_evaluation_seconds", "Time to evaluate a variant's weights.", buckets=_SECONDS)
-HOST_CACHE = Gauge("peanut_host_cache_bytes", "Evaluated weights in host memory.")
-BASE_COPY = Gauge("peanut_base_copy_bytes", "Base weights in host memory.")
+HOST_CACHE = Gauge("peanut_host_cache_bytes", "Size of the evaluated weights in host memory.")
+BASE_COPY = Gauge("peanut_base_copy_bytes", "Size of the base's weights in host memory.")
 READY = Gauge("peanut_ready", "1 while requests can be answered.")
-WAITING = Gauge("peanut_waiting_requests", "Requests that wait for a swap.")
+WAITING = Gauge("peanut_waiting_requests", "Requests waiting for a swap.")

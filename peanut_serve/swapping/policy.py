@@ -1,11 +1,12 @@
-"""Which variant has the weights next, where one engine serves many: pure decisions, no clock and no engine.
+"""Which variant gets the weights next, when one engine serves many: pure decisions, without a clock or an engine.
 
-Waiting is rent, a swap is bought. Requests for other variants pay rent, in request-seconds, from the moment the
-active one got the weights. When it reaches what a swap costs those whom it stops, the swap pays: neither side then
-loses much more than the other. Waiting from before doesn't count: it would pay for one swap after another.
+This is a ski-rental problem: waiting is renting, a swap is buying. The rent is the time, in request-seconds, that the
+requests for another variant have waited since the active one got the weights. When it reaches the cost of a swap to
+the requests that the swap stops, the swap pays off: neither side then loses much more than the other. Time waited
+before the active variant got the weights does not count: otherwise it would pay for one swap after another.
 
-Every condition is a moment computed without the present time. So an answer only changes at one of these moments, and
-`next_look` can name it exactly.
+Every condition is a moment that does not depend on the present time. So an answer changes only at one of these
+moments, and `next_look` can compute it exactly.
 """
 
 from collections.abc import Iterator
@@ -13,19 +14,18 @@ from dataclasses import dataclass
 from math import inf
 from statistics import fmean
 
-# of a measurement in the estimate; a swap's time changes little, but the first after a start is often slow
+# weight of a measurement in the estimate; swaps take about the same time, but the first after a start is often slow
 _WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator chooses.
+    """The operator's settings of the policy.
 
     Attributes:
-        max_wait: seconds; a request that waited this long is overdue, and its variant next, but for those that are
-            overdue longer.
-        min_dwell: seconds an activated variant keeps the weights while it has requests and none is overdue. It is for
-            what the price leaves out: a drain leaves the engine half empty, even where swaps are cheap.
+        max_wait: seconds after which a waiting request is overdue. The variant of the oldest overdue request is next.
+        min_dwell: minimum number of seconds a variant stays active while it has requests and no request is overdue.
+            It covers a cost that the estimate omits: a drain leaves the engine half empty, even if swaps are cheap.
     """
 
     max_wait: float = 10.0
@@ -34,7 +34,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Queue:
-    """Requests of one variant that wait.
+    """The waiting requests of one variant.
 
     Attributes:
         digest: of the variant.
@@ -47,15 +47,16 @@ class Queue:
 
 @dataclass(frozen=True)
 class View:
-    """What is decided on.
+    """The input of a decision.
 
     Attributes:
         now: monotonic seconds.
         active: digest of the variant whose weights the engine has.
-        since: monotonic seconds; when it got them.
-        running: requests of it in the engine.
-        queues: of the variants that are ready to be swapped to; the active one's own only when a swap held it back.
-        swap_seconds: what a swap is expected to take once the engine is drained.
+        since: monotonic seconds when it got them.
+        running: its requests in the engine.
+        queues: of the variants that are ready to be swapped to; the active one has a queue only after a swap that
+            held its requests.
+        swap_seconds: expected duration of a swap once the engine is drained.
     """
 
     now: float
@@ -68,7 +69,7 @@ class View:
 
 @dataclass(frozen=True)
 class PriceEstimate:
-    """What a swap is expected to take: a mean of those measured, the later the heavier.
+    """Expected duration of a swap: a mean of the measured ones, weighted towards the latest.
 
     Attributes:
         seconds: the estimate; a guess until there is a measurement.
@@ -79,33 +80,33 @@ class PriceEstimate:
     measured: bool = False
 
     def after(self, seconds: float) -> "PriceEstimate":
-        """The estimate once a swap took this many seconds."""
+        """The estimate after a swap that took this many seconds."""
         old = self.seconds if self.measured else seconds
         return PriceEstimate(old + _WEIGHT * (seconds - old), measured=True)
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """A queue's claim to the weights: moments, in monotonic seconds, that don't depend on the present one."""
+    """A queue's claim to the weights: moments, in monotonic seconds, that do not depend on the present time."""
 
     digest: str
     oldest: float
     overdue_at: float
-    paid_at: float  # when the swap pays, and may be; never for the active variant, which needs none
-    rank: tuple[float, int, float, str]  # the smallest goes first of those that have paid
+    paid_at: float  # when the swap pays off and is allowed; inf for the active variant, which needs none
+    rank: tuple[float, int, float, str]  # of the claims that have paid, the smallest is first
 
 
 def next_variant(view: View, policy: Policy) -> str:
-    """The digest that should have the weights: the active one (admit its requests), or another (drain and swap).
+    """The digest that should get the weights: the active one (admit its requests), or another (drain and swap).
 
-    It may be asked again while the engine drains, and may then name another one, or the active one again. After a
-    swap, admit what waited for it before asking: else the weights could go to and fro with nobody served.
+    A call while the engine drains may return another digest, or the active one again. After a swap, admit the
+    requests that waited for it before the next call: otherwise the weights could alternate without serving anybody.
     """
     return _choose(view.now, view.active, list(_claims(view, policy)))
 
 
 def next_look(view: View, policy: Policy) -> float | None:
-    """Monotonic seconds when the answer of `next_variant` changes though nothing arrives or ends; None if never."""
+    """Monotonic seconds when the result of `next_variant` changes if no request arrives or ends; None if never."""
     claims = list(_claims(view, policy))
     answer = _choose(view.now, view.active, claims)
     moments = sorted({moment for claim in claims for moment in (claim.overdue_at, claim.paid_at)})
@@ -123,17 +124,17 @@ def _choose(now: float, active: str, claims: list[_Claim]) -> str:
 
 def _claims(view: View, policy: Policy) -> Iterator[_Claim]:
     own = sum(len(queue.arrivals) for queue in view.queues if queue.digest == view.active)
-    stopped = view.running + own  # about as many as would be served meanwhile
+    stopped = view.running + own  # about as many requests as would be served meanwhile
     for queue in view.queues:
         count, oldest = len(queue.arrivals), queue.arrivals[0]
         if queue.digest == view.active:
             paid_at = inf
         elif not stopped:
-            paid_at = -inf  # nobody is served: waiting longer gains nothing
+            paid_at = -inf  # no request is served: waiting longer has no benefit
         else:
             from_start = fmean(max(arrival, view.since) for arrival in queue.arrivals)
             paid_at = max(from_start + view.swap_seconds * stopped / count, view.since + policy.min_dwell)
-        # When its requests have waited max_wait in total. It ranks about as the total does, many or old ones first,
-        # but for good: the totals themselves overtake each other as time goes by.
+        # When its requests have waited max_wait in total. The order is about that of the total waiting times (many or
+        # old requests first), but it is fixed: the order of the totals themselves changes over time.
         due = fmean(queue.arrivals) + policy.max_wait / count
         yield _Claim(queue.digest, oldest, oldest + policy.max_wait, paid_at, (due, -count, oldest, queue.digest))

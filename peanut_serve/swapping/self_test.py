@@ -1,7 +1,8 @@
-"""Does this vLLM swap weights right, for this model, on this device? Tried out before the server answers anybody.
+"""A self-test at start-up: does this vLLM swap the weights of this model correctly, on this device?
 
-vLLM 0.32 reloads mixtures of experts and W8A8 wrongly on the CPU, its own weights included, and says nothing. So
-here the base is loaded over itself, then one layer is changed and changed back; each time the canary has to say so.
+On the CPU, vLLM 0.32 reloads mixtures of experts and W8A8 models incorrectly, even with unchanged weights, and
+reports no error. The test therefore loads the base over itself, then changes one layer and restores it. After each
+step, the canary's answer is checked.
 """
 
 import logging
@@ -25,7 +26,7 @@ logger = logging.getLogger("vllm.peanut_serve")
 T = TypeVar("T")
 
 _REPEATS = 3
-_SLACK = 4.0  # times the largest difference between repetitions; none on a CPU
+_SLACK = 4.0  # times the largest difference between repetitions, which is 0 on a CPU
 
 
 class SelfTestError(PeanutError):
@@ -33,42 +34,42 @@ class SelfTestError(PeanutError):
 
 
 class LearningEngine(Engine, Protocol):
-    """An engine that tells which tensors it loads together."""
+    """An engine that can report which tensors it loads together."""
 
     async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:
-        """Load all tensors; returns groups of them."""
+        """Load all tensors; return the groups that have to be loaded together."""
 
 
-async def try_out(engine: LearningEngine, base: Checkpoint) -> tuple[LoadedModel, Canary]:
-    """Try a swap out. Returns what the engine loads, and its answer to the canary; it has the base's weights again.
+async def run_self_test(engine: LearningEngine, base: Checkpoint) -> tuple[LoadedModel, Canary]:
+    """Swap weights for a test, and restore the base's. Returns the tensors that the engine loads, and its canary.
 
-    Raises `SelfTestError`.
+    Raises `SelfTestError` if an answer of the engine is not the expected one.
     """
     start = time.perf_counter()
-    canary = await _settle(engine)
+    canary = await _measure_canary(engine)
     groups = await _load(engine, engine.learn, [info for info in base.tensors.values() if info.is_float])
     model = LoadedModel(base, groups)
     await _expect(engine, canary, "after its own weights were loaded again")
-    changed = _change_something(model)
+    changed = _negated_layer(model)
     try:
         await _load(engine, engine.apply, list(changed.tensors.values()))
         if canary.is_like(await engine.ask_canary()):
             raise SelfTestError(
-                f"the engine does not notice changed weights ({next(iter(changed.tensors))}); {_CURE}"
+                f"changed weights have no effect on the engine ({next(iter(changed.tensors))}); {_ADVICE}"
             )
     finally:
         changed.close()
     await _load(engine, engine.apply, [base.tensors[name] for name in changed.tensors])
-    await _expect(engine, canary, "after a layer was changed and changed back")
+    await _expect(engine, canary, "after a layer was changed and restored")
     logger.info("self-test passed in %.1f s, canary tolerance %.1g", time.perf_counter() - start, canary.tolerance)
     return model, canary
 
 
-_CURE = "this vLLM cannot swap the weights of this model; serve with --mode lora, or merged folders one by one"
+_ADVICE = "this vLLM cannot swap the weights of this model; use --mode lora, or serve each merged folder separately"
 
 
-async def _settle(engine: Engine) -> Canary:
-    """The canary's answer, and how well the engine repeats itself."""
+async def _measure_canary(engine: Engine) -> Canary:
+    """The canary's answer, with a tolerance measured by repeating it."""
     answers = [await engine.ask_canary() for _ in range(_REPEATS)]
     loose = replace(answers[0], tolerance=float("inf"))
     return replace(loose, tolerance=_SLACK * max(loose.distance(answer) for answer in answers))
@@ -84,11 +85,11 @@ async def _load(engine: Engine, load: Callable[[Sequence[TensorInfo]], Awaitable
 
 async def _expect(engine: Engine, canary: Canary, when: str) -> None:
     if not canary.is_like(await engine.ask_canary()):
-        raise SelfTestError(f"the engine answers otherwise {when} (a known fault of vLLM's reload); {_CURE}")
+        raise SelfTestError(f"the engine's answer differs {when} (a known fault of vLLM's reload); {_ADVICE}")
 
 
-def _change_something(model: LoadedModel) -> HostWeights:
-    """One layer with a matrix in it, negated."""
+def _negated_layer(model: LoadedModel) -> HostWeights:
+    """A copy of one layer that has a matrix, negated."""
     base = model.base
     name = next(name for name in reversed(model.all()) if len(base.tensors[name].shape) == 2)
     names = model.with_neighbours([name])

@@ -1,4 +1,4 @@
-"""One engine, many variants: requests get the weights they name, in turn."""
+"""Serves many variants on one engine: each request waits until the engine has the weights of the variant it names."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ class Admitted:
 
     Attributes:
         name: of the variant.
-        version: the weights that it is answered with.
+        version: the weights that answer it.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Usage:
 
 
 class VariantServer:
-    """Brings requests and weights together. For one event loop; `assemble_server` builds it.
+    """Serves requests with the weights of the variants they name. For one event loop; `assemble_server` builds it.
 
     Args:
         settings: the operator's choices.
-        swappable: the engine, with the base's weights.
+        swappable: the engine; it has the base's weights.
         catalogue: the variants.
-        on_active: called with the digest whenever the engine has other weights, before a request can use them.
+        on_active: called with the digest whenever the engine's weights change, before a request can use them.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class VariantServer:
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
-        self.in_flight: Counter[str] = Counter()  # name -> requests that wait or run
+        self.in_flight: Counter[str] = Counter()  # name -> waiting and running requests
         self._host = HostSide(settings.host_cache, swappable)
         self.cache = self._host.cache
         self.places = Places(settings.max_queue)
@@ -75,14 +75,14 @@ class VariantServer:
         self._is_stopping = False
 
     async def start(self) -> None:
-        """Evaluate the preloaded and pinned variants, and serve from now on. Raises `PeanutError`."""
-        asked = [*self.settings.preload, *self.settings.pin]
+        """Evaluate the preloaded and pinned variants, and start serving. Raises `PeanutError` if that fails."""
+        requested = [*self.settings.preload, *self.settings.pin]
         remembered = [name for name, record in self.catalogue.records.variants.items() if record.pinned]
-        for name in dict.fromkeys([*asked, *remembered]):
+        for name in dict.fromkeys([*requested, *remembered]):
             try:
                 await self.prepare(name)
             except PeanutError as error:
-                if name in asked:
+                if name in requested:
                     raise
                 logger.error("variant=%s is pinned, but cannot be prepared: %s", name, error)
         self._driving = asyncio.create_task(self.driver.run())
@@ -105,16 +105,16 @@ class VariantServer:
 
     @property
     def base_name(self) -> str:
-        """The variant of a request that names none: the base."""
+        """The variant that answers a request without a variant: the base."""
         return next(iter(self.catalogue.bases))
 
     @property
     def last_activated(self) -> str | None:
-        """The variant that an operator activated last, before a restart as well."""
+        """The variant that an operator activated last, possibly before a restart."""
         return self.catalogue.records.active
 
     def names(self) -> list[str]:
-        """Every name that a request may use, the base's first."""
+        """Every name that a request can use, the base's first."""
         return self.catalogue.names()
 
     def is_lora(self, name: str) -> bool:
@@ -123,7 +123,7 @@ class VariantServer:
         return version is not None and version.kind is VariantKind.LORA
 
     async def prepare(self, name: str) -> Version:
-        """The current version of a name, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
+        """The current version of a variant, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
         with ExitStack() as holds:
             return await self._current(name, holds)
 
@@ -132,13 +132,13 @@ class VariantServer:
         """Wait until a request may use the engine, with the weights of the variant it names.
 
         Args:
-            name: what the request calls it.
+            name: of the variant.
             abort: ends the request while it runs.
 
         Raises `UnknownVariantError`, `VariantError`, `QueueFullError`, `EngineDownError`, `SwapError`.
         """
         arrival = time.monotonic()
-        self._check_up()
+        self._check_engine()
         self.places.take(self.driver.retry_after)
         waiting = ExitStack()
         waiting.callback(self.places.give_back)
@@ -152,7 +152,7 @@ class VariantServer:
                 await self.gate.enter(ticket)
                 waiting.close()
                 try:
-                    self._note_use(name, arrival)
+                    self._record_use(name, arrival)
                     yield Admitted(name, version)
                 finally:
                     self.gate.leave(ticket)
@@ -160,30 +160,30 @@ class VariantServer:
                 self.in_flight[name] -= 1
 
     async def _current(self, name: str, holds: ExitStack) -> Version:
-        """The current version of a name, prepared, with its weights held on the host until `holds` is closed."""
+        """The current version of a variant, prepared; its weights are held in host memory until `holds` is closed."""
         variant, version = await self.catalogue.current(name, self._preparing(holds))
-        self._follow_pin(variant, version)
+        self._update_pin(variant, version)
         return version
 
     def _preparing(self, holds: ExitStack) -> Prepare:
-        """What prepares a version and holds its weights on the host until `holds` is closed."""
+        """A function that prepares a version, and holds its weights in host memory until `holds` is closed."""
 
         async def prepare(version: Version) -> None:
             if version.has_own_weights:
                 await self._host.prepare(version, holds)
-                self.driver.know(version)
+                self.driver.add_version(version)
 
         return prepare
 
     def _weights_of(self, version: Version) -> str:
         return version.digest if version.has_own_weights else self.catalogue.base.digest
 
-    def _check_up(self) -> None:
+    def _check_engine(self) -> None:
         if self._is_stopping:
             raise EngineDownError("the server is stopping", 5)
-        self.driver.check_up()
+        self.driver.check_engine()
 
-    def _note_use(self, name: str, arrival: float) -> None:
+    def _record_use(self, name: str, arrival: float) -> None:
         usage = self.usage.setdefault(name, Usage())
         usage.requests += 1
         usage.last_used = time.time()
@@ -192,27 +192,27 @@ class VariantServer:
     # operators
 
     async def activate(self, name: str) -> None:
-        """Swap to a variant next. Raises like `serving`, except for a full queue."""
-        self._check_up()
+        """Swap to a variant next. Raises the same errors as `serving`, except `QueueFullError`."""
+        self._check_engine()
         with ExitStack() as holds:
             digest = self._weights_of(await self._current(name, holds))
             self.driver.clear_failure(digest)
             ticket = Ticket(digest, time.monotonic(), lambda: None)
-            self.driver.want(digest, True)
+            self.driver.request_swap(digest)
             try:
                 await self.gate.enter(ticket)
             finally:
-                self.driver.want(digest, False)
+                self.driver.withdraw_swap(digest)
             self.gate.leave(ticket)
 
     def remember_active(self, name: str) -> None:
-        """Activate this variant again after a restart of the server."""
+        """Record that this variant is to be activated after a restart of the server."""
         self.catalogue.remember_active(name)
 
     async def register(self, name: str, source: str) -> None:
         """Add a name for an entry of the folders of variants, or an allowed Hub id, and prepare it.
 
-        Raises like `Catalogue.register` and `prepare`; nothing is added then.
+        Raises the same errors as `Catalogue.register` and `prepare`; the name is not added then.
         """
         self.catalogue.register(name, source)
         try:
@@ -224,7 +224,7 @@ class VariantServer:
     async def unregister(self, name: str, drain: bool) -> None:
         """Remove a variant, after its last request if `drain`.
 
-        Raises `UnknownVariantError`; `VariantInUseError` if it has requests and `drain` is not set.
+        Raises `UnknownVariantError`, and `VariantInUseError` if it has requests and `drain` is not set.
         """
         variant = self.catalogue.find(name)
         if self.in_flight[name] and not drain:
@@ -238,34 +238,34 @@ class VariantServer:
             self.cache.drop(digest)
 
     async def reload(self, name: str) -> None:
-        """Read the files of a variant again, and try its swap again if it had failed. Raises like `prepare`."""
+        """Read the files of a variant again, and retry a failed swap. Raises the same errors as `prepare`."""
         with ExitStack() as holds:
             variant = await self.catalogue.reload(name, self._preparing(holds))
             if variant.version is not None:
                 self.driver.clear_failure(variant.version.digest)
-            self._follow_pin(variant, variant.version)
+            self._update_pin(variant, variant.version)
 
     async def rollback(self, name: str, digest: str | None) -> None:
-        """Go back to an earlier version; see `Catalogue.rollback`."""
+        """Roll back to an earlier version; see `Catalogue.rollback`."""
         with ExitStack() as holds:
             variant = await self.catalogue.rollback(name, digest, self._preparing(holds))
-            self._follow_pin(variant, variant.version)
+            self._update_pin(variant, variant.version)
 
     async def pin(self, name: str, pinned: bool) -> None:
-        """Keep the weights of a variant on the host, or allow dropping them. Raises like `prepare`."""
+        """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""
         variant = self.catalogue.pin(name, pinned)
         if pinned:
             await self.prepare(name)
-        self._follow_pin(variant, variant.version)
+        self._update_pin(variant, variant.version)
 
-    def _follow_pin(self, variant: Variant, version: Version | None) -> None:
-        self._host.follow_pin(variant.name, self._is_pinned(variant), version)
+    def _update_pin(self, variant: Variant, version: Version | None) -> None:
+        self._host.update_pin(variant.name, self._is_pinned(variant), version)
 
     def _is_pinned(self, variant: Variant) -> bool:
         return variant.name in self.settings.pin or variant.record.pinned
 
     def facts(self, name: str) -> VariantFacts:
-        """A variant as it is now. Raises `UnknownVariantError`."""
+        """The current facts of a variant. Raises `UnknownVariantError`."""
         variant = self.catalogue.find(name)
         usage, swaps = self.usage.get(name, Usage()), self.driver.usage.get(name, SwapUsage())
         digest = variant.version.digest if variant.version is not None else variant.record.digest
@@ -298,7 +298,7 @@ class VariantServer:
         return Availability.READY if is_on_host or needs_none else Availability.REGISTERED
 
     def engine_facts(self) -> EngineFacts:
-        """The engine as it is now."""
+        """The current facts of the engine."""
         digest = self.swapper.active.version.digest
         return EngineFacts(
             state=self.driver.state,

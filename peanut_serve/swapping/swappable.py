@@ -1,9 +1,9 @@
-"""An engine whose weights can be swapped, and everything a swap needs of the base."""
+"""An engine whose weights can be swapped, and the base's weights that a swap needs."""
 
 from dataclasses import dataclass
 
 from converters import Checkpoint
-from peanut_serve.swapping.self_test import LearningEngine, try_out
+from peanut_serve.swapping.self_test import LearningEngine, run_self_test
 from peanut_serve.swapping.transaction import Engine, Swapper
 from peanut_serve.variants.host_cache import BaseWeights
 from peanut_serve.variants.version import LoadedModel, base_version
@@ -16,8 +16,8 @@ class SwappableEngine:
     Attributes:
         engine: the engine; it starts with the base's weights.
         model: the tensors that it loads.
-        swapper: changes its weights.
-        base_weights: W0, to go back to.
+        swapper: swaps its weights.
+        base_weights: W0, to restore the base's weights.
     """
 
     engine: Engine
@@ -27,16 +27,16 @@ class SwappableEngine:
 
 
 async def make_swappable(engine: LearningEngine, base: Checkpoint, base_on_host: bool) -> SwappableEngine:
-    """Try an engine out, and set up what swaps its weights.
+    """Run the self-test of an engine, and set up the swapping of its weights.
 
     Args:
-        engine: with the base's weights.
+        engine: it has the base's weights.
         base: the checkpoint it was started from.
-        base_on_host: keep those tensors of the base that variants change in host memory.
+        base_on_host: keep the base's tensors that variants change in host memory.
 
-    Raises `SelfTestError`: the engine does not swap the weights of this model correctly.
+    Raises `SelfTestError` if the engine does not swap the weights of this model correctly.
     """
-    model, canary = await try_out(engine, base)
+    model, canary = await run_self_test(engine, base)
     base_weights = BaseWeights(base, on_host=base_on_host)
     swapper = Swapper(engine, model, base_weights.tensors, base_version(base), canary)
     return SwappableEngine(engine, model, swapper, base_weights)

@@ -1,15 +1,15 @@
-"""A swap of the engine's weights as a transaction: either the new variant answers afterwards, or the old one does.
+"""A swap of the engine's weights as a transaction: afterwards, the engine has the new weights or still the old ones.
 
     idle ──quiesce──> drained ──apply──> applied ──invalidate──> clean ──check──> checked ──commit──> idle (new)
                          │                  │                      │                 │
                          └──────────────────┴───── a failure ──────┴─────────────────┘
                                                        │
-                                         roll back: the old weights, whole ──> idle (old)
+                                         roll back: all the old weights ──> idle (old)
                                                        │ a failure, or a dead engine
                                          restart the engine: the base's weights ──> idle (base)
 
-Everything that can fail on the host has happened before: weights are evaluated, checked and in host memory (see
-`variant_versions.py` and `host_cache.py`). No request is in the engine from `quiesce` to the end.
+Everything that can fail on the host has been done before: the weights are evaluated, checked and in host memory (see
+`variants/version.py` and `variants/host_cache.py`). No request is in the engine from `quiesce` to the end.
 """
 
 import logging
@@ -31,11 +31,11 @@ logger = logging.getLogger("vllm.peanut_serve")
 
 
 class EngineDiedError(SwapError):
-    """The engine died before anything was applied, and was restarted: nothing speaks against the version."""
+    """The engine died before anything was applied, and was restarted: the version did not cause it."""
 
 
 class Phase(str, Enum):
-    """The parts of a swap, as they are measured."""
+    """The phases of a swap; the duration of each is measured."""
 
     QUIESCE = "quiesce"
     APPLY = "apply"
@@ -46,51 +46,51 @@ class Phase(str, Enum):
 
 
 class Engine(Protocol):
-    """What a swap needs of an engine. Every call raises an exception if it did not do what it says."""
+    """The engine's operations that a swap uses. Each raises an exception if it fails."""
 
     async def pause(self) -> None:
-        """No request runs from now on; those that come wait."""
+        """Run no requests from now on; new ones wait."""
 
     async def resume(self) -> None:
-        """Requests run again."""
+        """Run requests again."""
 
     async def apply(self, places: Sequence[TensorInfo]) -> None:
-        """Load tensors. A failure leaves the weights undefined."""
+        """Load tensors. After a failure, the weights are undefined."""
 
     async def invalidate(self) -> None:
-        """Forget everything that was computed with other weights."""
+        """Discard everything that was computed with other weights, such as the prefix cache."""
 
     async def ask_canary(self) -> Canary:
-        """The answer to a prompt that never changes."""
+        """The answer to a fixed prompt."""
 
     async def restart(self) -> None:
-        """Start anew, with the base's weights."""
+        """Restart the engine, with the base's weights."""
 
     @property
     def is_dead(self) -> bool:
-        """Whether it can only be restarted."""
+        """Whether the engine has died; it can only be restarted then."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version with its tensors on the host; `weights` is None for the base, and for what runs on its weights."""
+    """A version with its tensors in host memory; `weights` is None if it runs on the base's weights."""
 
     version: Version
     weights: HostWeights | None = None
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """xxh3_128 of the tensors that are not the base's."""
+        """xxh3_128 of the tensors that differ from the base's."""
         return self.weights.digests if self.weights is not None else {}
 
 
 @dataclass
 class Report:
-    """How a swap went.
+    """Measurements of a swap.
 
     Attributes:
-        seconds: of each phase.
-        tensors: how many were applied.
+        seconds: duration of each phase.
+        tensors: number of tensors that were loaded.
         nbytes: their size.
     """
 
@@ -100,7 +100,7 @@ class Report:
 
     @contextmanager
     def timing(self, phase: Phase) -> Iterator[None]:
-        """Measure a phase, also one that fails."""
+        """Measure the duration of a phase, even if it fails."""
         start = time.perf_counter()
         try:
             yield
@@ -109,18 +109,18 @@ class Report:
 
 
 class Swapper:
-    """Changes what an engine computes with. One call at a time.
+    """Swaps the weights of an engine. One call at a time.
 
     Args:
         engine: the engine; it has the base's weights.
-        model: what it loads.
-        base_places: where tensors of the base are to be read, by name.
-        base: the base.
-        canary: the base's answer to the canary.
+        model: the tensors that it loads.
+        base_places: where to read tensors of the base, by name.
+        base: the base's version.
+        canary: the canary's answer with the base's weights.
 
     Attributes:
-        active: what the engine computes with.
-        restarts: how often the engine was started anew.
+        active: the version whose weights the engine has.
+        restarts: number of times the engine was restarted.
     """
 
     def __init__(
@@ -133,21 +133,23 @@ class Swapper:
         self.restarts = 0
 
     def changes(self, target: Loaded) -> list[TensorInfo]:
-        """What has to be loaded to get from the active version to another: what differs, with its neighbours."""
+        """Tensors to load to change from the active version to another: those that differ, with their neighbours."""
         old, new = self.active.digests, target.digests
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         return list(places_of(self._model.with_neighbours(names), target.weights, self._base_places))
 
     async def swap(self, target: Loaded, quiesce: Callable[[], Awaitable[None]]) -> Report:
-        """Make the engine compute with `target`.
+        """Swap the engine's weights to those of `target`.
 
         Args:
-            target: with its weights on the host, and all of the base's that will be needed.
+            target: its weights, and those of the base that the swap needs, are in host memory.
             quiesce: returns when no request is in the engine.
 
-        Raises `SwapError`: it failed, and the engine computes with what it did before, or with the base after a
-        restart (see `active`); `EngineDiedError` if the version has no part in that. Raises `EngineDownError`: not
-        even that was possible.
+        Raises:
+            SwapError: the swap failed. The engine has its previous weights, or the base's after a restart; see
+                `active`.
+            EngineDiedError: the engine was restarted, and the version did not cause it.
+            EngineDownError: the engine could not be restarted.
         """
         report, places = Report(), self.changes(target)
         report.tensors, report.nbytes = len(places), sum(place.nbytes for place in places)
@@ -156,7 +158,7 @@ class Swapper:
                 await quiesce()
                 await self._engine.pause()
         except Exception as error:
-            await self._stay(error, report)
+            await self._cancel(error, report)
         try:
             await self._load(places, target, report)
         except Exception as error:
@@ -164,8 +166,8 @@ class Swapper:
         self.active = target
         return report
 
-    async def heal(self) -> Report:
-        """Restart an engine that has died; it computes with the base afterwards. Raises `EngineDownError`."""
+    async def restart_engine(self) -> Report:
+        """Restart an engine that has died; it has the base's weights afterwards. Raises `EngineDownError`."""
         report = Report()
         with report.timing(Phase.RESTART):
             self.active = self._base
@@ -175,7 +177,7 @@ class Swapper:
                 await self._engine.restart()
                 await self._check(self._base)
             except Exception as error:
-                raise EngineDownError(f"the engine died, and starting it again failed: {error}") from error
+                raise EngineDownError(f"the engine died, and restarting it failed: {error}") from error
         return report
 
     async def _load(self, places: Sequence[TensorInfo], target: Loaded, report: Report) -> None:
@@ -185,31 +187,31 @@ class Swapper:
         with report.timing(Phase.INVALIDATE):
             await self._engine.invalidate()
         with report.timing(Phase.CHECK):
-            await self._engine.resume()  # for the canary; clients are held back elsewhere
+            await self._engine.resume()  # for the canary; the gate still holds the clients' requests
             await self._check(target)
 
     async def _check(self, target: Loaded) -> None:
-        """Hold the canary against what the version answered before; the first time, it has only to be sound."""
+        """Compare the canary with the version's earlier answer; if there is none, only check that it is finite."""
         found = replace(await self._engine.ask_canary(), tolerance=self._tolerance)
         known = self._canaries.get(target.version.digest, found)
         known.check(found)
         self._canaries[target.version.digest] = known
 
-    async def _stay(self, error: Exception, report: Report) -> NoReturn:
-        """Nothing was applied yet."""
+    async def _cancel(self, error: Exception, report: Report) -> NoReturn:
+        """Cancel a swap before any weights were loaded."""
         try:
             if self._engine.is_dead:
                 raise EngineDownError("the engine has died")
             await self._engine.resume()
         except Exception as failure:
-            logger.error("the engine does not go on, restarting it: %s", failure)
-            report.seconds |= (await self.heal()).seconds
+            logger.error("the engine cannot be resumed, restarting it: %s", failure)
+            report.seconds |= (await self.restart_engine()).seconds
             raise EngineDiedError(f"the engine died before the swap, and was restarted: {error}") from error
-        raise SwapError(f"the engine could not be stopped for the swap: {error}") from error
+        raise SwapError(f"the engine could not be paused for the swap: {error}") from error
 
     async def _roll_back(self, target: Loaded, error: Exception, report: Report) -> NoReturn:
         old, new = self.active.version.digest[:12], target.version.digest[:12]
-        logger.error("swap to %s failed, going back to %s: %s", new, old, error)
+        logger.error("swap to %s failed, rolling back to %s: %s", new, old, error)
         try:
             with report.timing(Phase.ROLL_BACK):
                 if self._engine.is_dead:
@@ -218,9 +220,9 @@ class Swapper:
                 places = list(places_of(self._model.all(), self.active.weights, self._base_places))
                 await self._load(places, self.active, report)
         except Exception as failure:
-            logger.error("going back failed, restarting the engine: %s", failure)
-            report.seconds |= (await self.heal()).seconds
+            logger.error("rollback failed, restarting the engine: %s", failure)
+            report.seconds |= (await self.restart_engine()).seconds
             raise SwapError(
-                f"the swap failed ({error}), and going back too ({failure}): the engine was restarted"
+                f"the swap failed ({error}), and so did the rollback ({failure}): the engine was restarted"
             ) from error
         raise SwapError(f"the swap failed and was rolled back: {error}") from error

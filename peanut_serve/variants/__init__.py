@@ -1,1 +1,1 @@
-"""Variants: their names, their versions, what is remembered of them, their weights on the host."""
+"""Variants: names, versions, records on disk, and weights in host memory."""

@@ -1,4 +1,4 @@
-"""The names that can be asked for, and the version each stands for; a name moves to another version in one step."""
+"""The names that requests can use, and the version each refers to. A name moves to another version atomically."""
 
 import asyncio
 import logging
@@ -17,18 +17,18 @@ from peanut_serve.variants.version import VariantKind, Version, base_version
 logger = logging.getLogger("vllm.peanut_serve")
 
 _TRIES = 3
-_PREVIOUS = 5  # versions a name can go back to
+_PREVIOUS = 5  # earlier versions that are kept for rollback
 
 
 @dataclass(eq=False)
 class Variant:
-    """A name.
+    """A name that requests can use.
 
     Attributes:
-        name: what a request calls it.
-        record: what is remembered of it.
-        version: what it stands for; None until it was asked for.
-        error: why it could not be had the last time.
+        name: the name in requests.
+        record: its state on disk.
+        version: the version it refers to; None until it is first requested.
+        error: why opening or preparing it failed the last time.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Variant:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-# gets everything ready to swap to a version; raises `PeanutError` if that is not possible
+# prepares a swap to a version; raises `PeanutError` if that is not possible
 Prepare = Callable[[Version], Awaitable[None]]
 
 
@@ -49,7 +49,7 @@ class Catalogue:
         base_names: names of the base.
         roots: where variants are looked up.
         store: the state folder.
-        opener: opens their versions.
+        opener: opens versions of the variants.
     """
 
     def __init__(
@@ -66,46 +66,47 @@ class Catalogue:
         }
 
     def names(self) -> list[str]:
-        """Every name that can be asked for, the base's first."""
+        """Every name that a request can use, the base's first."""
         known = {name for name, variant in self._variants.items() if not variant.record.hidden}
         hidden = set(self._variants) - known
         return [*self.bases, *sorted((known | set(self._roots.names())) - hidden - set(self.bases))]
 
     def find(self, name: str) -> Variant:
-        """What is known of a name, without looking at its files. Raises `UnknownVariantError`."""
+        """Find a variant without reading its files. Raises `UnknownVariantError`."""
         if name in self.bases:
             return self.bases[name]
         variant = self._variants.get(name)
-        if variant is None and self._roots.is_there(name):
+        if variant is None and self._roots.exists(name):
             variant = self._variants[name] = Variant(name, Record(source=name))
         if variant is None or variant.record.hidden:
-            raise UnknownVariantError(f"there is no variant {name}; there are {', '.join(self.names())}")
+            available = ", ".join(self.names())
+            raise UnknownVariantError(f"there is no variant {name}; the available variants are {available}")
         return variant
 
     def name_of(self, digest: str) -> str | None:
-        """A name that stands for a version."""
+        """A name that refers to a version, if there is one."""
         known = [*self.bases.values(), *self._variants.values()]
         return next((v.name for v in known if v.version is not None and v.version.digest == digest), None)
 
     def kind_of(self, variant: Variant) -> VariantKind:
-        """How a variant is stored and served, from its files where it was not asked for yet."""
+        """How a variant is stored and served; judged by its files if it was not requested yet."""
         if variant.version is not None:
             return variant.version.kind
         try:
             source = self._roots.find(variant.record.source)
-        except OptionError:  # in two folders
+        except OptionError:  # the name is in two folders
             source = None
         is_merged = source is not None and isinstance(source.spec, Path) and looks_merged(source.spec)
         return VariantKind.CHECKPOINT if is_merged else VariantKind.ADAPTER
 
     async def current(self, name: str, prepare: Prepare) -> tuple[Variant, Version]:
-        """A name and its current version, prepared. If its files have changed, it moves to a new version first.
+        """A variant and its current version, prepared. If its files have changed, it moves to a new version first.
 
         Args:
             name: of a variant or the base.
-            prepare: awaited once with the version, before the name moves to it; not for the base.
+            prepare: awaited once with the version, before the name moves to it; not called for the base.
 
-        Raises `UnknownVariantError`; `VariantError` when the files cannot be served; what `prepare` raises.
+        Raises `UnknownVariantError`, `VariantError` if the files cannot be served, and what `prepare` raises.
         """
         variant = self.find(name)
         if name in self.bases and variant.version is not None:
@@ -119,7 +120,7 @@ class Catalogue:
         return variant, version
 
     async def reload(self, name: str, prepare: Prepare) -> Variant:
-        """Read the files again, whether they have changed or not. Raises like `current`."""
+        """Read the files again, whether they have changed or not. Raises the same errors as `current`."""
         variant = self._own(name)
         async with variant.lock:
             source, state = await asyncio.to_thread(self._look, variant)
@@ -133,20 +134,20 @@ class Catalogue:
 
         Args:
             name: of a variant.
-            digest: an earlier version's, or a prefix of it; by default the previous version's.
+            digest: of an earlier version, or a prefix of it; by default, of the previous version.
             prepare: as for `current`.
 
-        Raises `UnknownVariantError`; `VariantError` when there is no such version, or it is no longer available.
+        Raises `UnknownVariantError`, and `VariantError` if there is no such version or it is no longer available.
         """
         variant = self._own(name)
         async with variant.lock:
             known = list(variant.record.previous)
             if variant.error is not None and variant.record.digest is not None:
-                known.insert(0, variant.record.digest)  # its version until its files broke
+                known.insert(0, variant.record.digest)  # the current version, if its files can no longer be read
             earlier = [one for one in known if digest is None or one.startswith(digest)]
             if not earlier:
                 listed = ", ".join(one[:12] for one in known) or "none"
-                raise VariantError(f"{name} has no such earlier version; it has {listed}")
+                raise VariantError(f"{name} has no such earlier version; its earlier versions are {listed}")
             source, state = await asyncio.to_thread(self._look, variant)
             version = await asyncio.to_thread(self._reopen, variant, source, earlier[0])
             if version is None:
@@ -155,35 +156,35 @@ class Catalogue:
         return variant
 
     def register(self, name: str, source: str) -> Variant:
-        """Give an entry of the roots another name. Raises `VariantNameError`, `VariantError`."""
+        """Add a name for an entry of the roots. Raises `VariantNameError`, `VariantError`."""
         is_hidden = name in self._variants and self._variants[name].record.hidden
         taken = name in self.bases or (name in self._variants and not is_hidden)
         if taken or (self._roots.find(name) is not None and not (is_hidden and name == source)):
-            raise VariantNameError(f"{name} is a variant already; choose another name")
+            raise VariantNameError(f"there is already a variant {name}; choose another name")
         if not self._roots.is_name(name):
             raise VariantNameError(
                 f"{name!r} is not a valid name; use letters, digits, '.', '_' and '-', at most 128"
             )
         if self._roots.find(source) is None:
-            raise VariantError(f"there is no {source} in the folders of variants, and it is not an allowed Hub id")
+            raise VariantError(f"{source} is neither in the folders of variants nor an allowed Hub id")
         variant = Variant(name, Record(source=source))
         self._save({name: variant.record})
         self._variants[name] = variant
         return variant
 
     def unregister(self, name: str) -> None:
-        """Forget a name. Raises `UnknownVariantError`, `VariantNameError` for the base."""
+        """Remove a name. Raises `UnknownVariantError`, and `VariantNameError` for the base."""
         variant = self._own(name)
         if self._roots.find(name) is None:
             self._save({name: None})
             del self._variants[name]
-        else:  # it would be found again
+        else:  # otherwise it would be found in the roots again
             hidden = Record(source=variant.record.source, hidden=True)
             self._save({name: hidden})
             self._variants[name] = Variant(name, hidden)
 
     def pin(self, name: str, pinned: bool) -> Variant:
-        """Record that the weights of a variant stay on the host. Raises `UnknownVariantError`."""
+        """Record whether the weights of a variant are kept in host memory. Raises `UnknownVariantError`."""
         variant = self._own(name)
         pinning = variant.record.model_copy(update={"pinned": pinned})
         self._save({name: pinning})
@@ -197,24 +198,24 @@ class Catalogue:
     def _own(self, name: str) -> Variant:
         variant = self.find(name)
         if name in self.bases:
-            raise VariantNameError(f"{name} is the base; it cannot be changed")
+            raise VariantNameError(f"{name} is the base model, which cannot be changed")
         return variant
 
     def _look(self, variant: Variant) -> tuple[VariantSource, State]:
         try:
             source = self._roots.find(variant.record.source)
-        except OptionError as error:  # in two folders
+        except OptionError as error:  # the name is in two folders
             raise VariantError(str(error)) from None
         state = source.state() if source is not None else ()
         if source is None or not state:
-            raise UnknownVariantError(f"the files of {variant.name} are gone")
+            raise UnknownVariantError(f"the files of {variant.name} were not found")
         return source, state
 
     async def _renew(self, variant: Variant, source: VariantSource, state: State, prepare: Prepare) -> Version:
-        """Open the version that the files hold now, and move the name to it."""
+        """Open the version that is in the files now, and move the name to it."""
         try:
             version = None
-            if variant.record.digest is not None and state == variant.record.seen:  # as before a restart
+            if variant.record.digest is not None and state == variant.record.seen:  # unchanged since a restart
                 version = await asyncio.to_thread(self._reopen, variant, source, variant.record.digest)
             for _ in range(_TRIES):
                 if version is not None:
@@ -223,7 +224,7 @@ class Catalogue:
                 before, state = state, await asyncio.to_thread(source.state)
                 version = opened if state == before else None
             if version is None:
-                raise VariantError(f"{variant.name} is being written; try again when it is complete")
+                raise VariantError(f"the files of {variant.name} are being written; try again when they are complete")
             await self._move(variant, version, state, prepare)
             return version
         except (PeanutError, OSError) as error:
@@ -253,14 +254,14 @@ class Catalogue:
         return self._opener.keep_adapter(name, path, self._store)
 
     def _reopen(self, variant: Variant, source: VariantSource, digest: str) -> Version | None:
-        """An earlier version of a name, if it is still available."""
+        """Open an earlier version of a variant, if it is still available."""
         version = self._opener.reopen_adapter(variant.name, digest, self._store)
         if version is None and isinstance(source.spec, Path) and looks_merged(source.spec):
             version = self._opener.checkpoint(variant.name, source.spec)
         return version if version is not None and version.digest == digest else None
 
     def _save(self, changed: Mapping[str, Record | None], **others: str) -> None:
-        """Remember changed records, None for one to forget; nothing changes in memory unless they are on the disk."""
+        """Save changed records; None removes one. Memory is updated only after the records are on disk."""
         old = self.records.variants
         variants = {name: record for name, record in {**old, **changed}.items() if record is not None}
         records = self.records.model_copy(update={"variants": variants, **others})

@@ -1,4 +1,4 @@
-"""Evaluated weights of recent variants in host memory, bounded: a repeated swap costs a copy, and no evaluation."""
+"""A bounded cache of evaluated weights in host memory: a repeated swap needs a copy, but no evaluation."""
 
 import asyncio
 from collections import Counter
@@ -14,11 +14,11 @@ from peanut_serve.variants.version import Version
 class HostCache:
     """Weights by digest. For one event loop; evaluation runs in threads, one at a time.
 
-    What is held or pinned stays; of the rest, the least recently used goes when there is no room.
+    Held and pinned weights are kept. Of the others, the least recently used are dropped to make room.
 
     Args:
-        limit: bytes.
-        evaluate: how a version becomes weights.
+        limit: size limit, in bytes.
+        evaluate: evaluates the weights of a version.
     """
 
     def __init__(self, limit: int, evaluate: Callable[[Version], HostWeights] = Version.evaluate) -> None:
@@ -31,27 +31,27 @@ class HostCache:
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """Size of all weights in the cache."""
         return sum(weights.nbytes for weights in self._weights.values())
 
     def get(self, digest: str) -> HostWeights | None:
-        """The weights, if they are there."""
+        """The weights, if they are in the cache."""
         return self._weights.get(digest)
 
     async def load(self, version: Version) -> HostWeights:
-        """The weights of a version, evaluated unless they are there. They may go as soon as nobody holds them.
+        """The weights of a version, evaluated if they are not cached. Unless held, they may be dropped at any time.
 
-        Raises `HostMemoryError` when they do not fit beside those that have to stay, and what evaluation raises.
+        Raises `HostMemoryError` if they do not fit with the held and pinned weights, and what evaluation raises.
         """
         if (weights := self._used(version.digest)) is not None:
-            return weights  # whatever is being evaluated meanwhile
-        # a thread cannot be stopped: if its caller goes away meanwhile, what it evaluates is kept all the same
+            return weights  # without waiting for a running evaluation
+        # a thread cannot be cancelled: if the caller is, the evaluated weights are kept anyway
         return await asyncio.shield(self._load(version))
 
     def _used(self, digest: str) -> HostWeights | None:
         weights = self._weights.pop(digest, None)
         if weights is not None:
-            self._weights[digest] = weights  # the last that was used
+            self._weights[digest] = weights  # now the most recently used
         return weights
 
     async def _load(self, version: Version) -> HostWeights:
@@ -64,7 +64,7 @@ class HostCache:
 
     @contextmanager
     def holding(self, digest: str) -> Iterator[None]:
-        """The weights stay meanwhile, once they are there."""
+        """Keep the weights in the cache while the context is open; they may be loaded after it was opened."""
         self._holds[digest] += 1
         try:
             yield
@@ -72,20 +72,20 @@ class HostCache:
             self._holds[digest] -= 1
 
     def pin(self, digest: str, pinned: bool) -> None:
-        """Keep weights for good, or no longer."""
+        """Keep weights permanently, or no longer."""
         if pinned:
             self._pins.add(digest)
         else:
             self._pins.discard(digest)
 
     def drop(self, digest: str) -> None:
-        """Let weights go, unless they are held."""
+        """Unpin and drop weights, unless they are held."""
         self._pins.discard(digest)
         if digest in self._weights and not self._stays(digest):
             self._weights.pop(digest).close()
 
     def close(self) -> None:
-        """Let everything go."""
+        """Drop all weights."""
         for weights in self._weights.values():
             weights.close()
         self._weights.clear()
@@ -97,8 +97,8 @@ class HostCache:
         staying = sum(weights.nbytes for digest, weights in self._weights.items() if self._stays(digest))
         if staying + version.nbytes > self.limit:
             raise HostMemoryError(
-                f"the weights take {version.nbytes >> 20} MiB; --host-cache is {self.limit >> 20} MiB, of which "
-                f"{staying >> 20} MiB are in use or pinned; give it more, or unpin a variant"
+                f"the weights take {version.nbytes >> 20} MiB, but --host-cache is {self.limit >> 20} MiB, and "
+                f"{staying >> 20} MiB of it are in use or pinned; increase --host-cache, or unpin a variant"
             )
         for digest in [digest for digest in self._weights if not self._stays(digest)]:
             if self.nbytes + version.nbytes <= self.limit:
@@ -107,11 +107,11 @@ class HostCache:
 
 
 class BaseWeights:
-    """W0, to go back to: the base's files, or copies of those tensors that variants change.
+    """W0, to restore the base's weights: the base's files, or copies of the tensors that variants change.
 
     Args:
         base: the checkpoint.
-        on_host: copy to host memory what is asked for, before it is needed.
+        on_host: copy tensors to host memory when they are prepared.
     """
 
     def __init__(self, base: Checkpoint, on_host: bool) -> None:
@@ -123,32 +123,32 @@ class BaseWeights:
 
     @property
     def nbytes(self) -> int:
-        """Of the copies."""
+        """Size of the copies."""
         return sum(copy.nbytes for copy in self._copies)
 
     async def prepare(self, names: Iterable[str]) -> None:
         """Make sure that tensors can be read.
 
-        Raises `CheckpointError` when the base's files are not what they were, `HostMemoryError` without room.
+        Raises `CheckpointError` if the base's files have changed, and `HostMemoryError` if the copies do not fit.
         """
         if not self._on_host:
             self._base.check_unchanged()
         elif missing := self._missing(names):
-            await asyncio.shield(self._copy(missing))  # as above
+            await asyncio.shield(self._copy(missing))  # see `HostCache.load`
 
     def _missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self.tensors[name] is self._base.tensors[name]]
 
     async def _copy(self, names: list[str]) -> None:
         async with self._copying:
-            if missing := self._missing(names):  # others have copied meanwhile
+            if missing := self._missing(names):  # without those copied while waiting for the lock
                 copy = await asyncio.to_thread(host_copy, self._base, missing)
                 self._copies.append(copy)
                 self.tensors |= copy.tensors
 
 
 def host_copy(base: Checkpoint, names: Iterable[str]) -> HostWeights:
-    """Tensors of the base in host memory, as they are on the disk."""
+    """Copy tensors of the base to host memory, unchanged."""
     infos = [base.tensors[name] for name in names]
     weights = HostWeights("base", [TensorSpec(i.name, i.dtype, i.shape, i.nbytes) for i in infos])
     try:

@@ -1,8 +1,8 @@
 """Weights in host memory that the engine's workers map: one anonymous file per variant, sealed once it is written.
 
-A `memfd` is no file of a file system: nothing has to be cleaned up after a crash, /dev/shm may be as small as
-containers make it, and once sealed it can neither change nor shrink under whoever maps it (`memfd_create(2)`).
-Workers are other processes of the same user on the same machine, and open it by the path in `TensorInfo.file`.
+A `memfd` is not in a file system: nothing has to be cleaned up after a crash, and the small /dev/shm of containers
+does not limit it. Once sealed, it can neither change nor shrink while it is mapped (`memfd_create(2)`). Workers are
+other processes of the same user on the same machine; they open it by the path in `TensorInfo.file`.
 """
 
 import fcntl
@@ -31,10 +31,10 @@ class HostWeights:
     """Tensors of one variant, or of the base.
 
     Args:
-        name: to tell it apart in /proc.
-        specs: what will be written.
+        name: identifies it in /proc.
+        specs: the tensors that will be written.
 
-    Raises `HostMemoryError` when there is no room.
+    Raises `HostMemoryError` if host memory is not sufficient.
     """
 
     def __init__(self, name: str, specs: Iterable[TensorSpec]) -> None:
@@ -56,14 +56,17 @@ class HostWeights:
             os.posix_fallocate(self._descriptor, 0, max(end, 1))
         except OSError as error:
             self.close()
-            raise HostMemoryError(f"no room for {end >> 20} MiB of {name} on the host ({error.strerror})") from None
+            raise HostMemoryError(
+                f"cannot allocate {end >> 20} MiB of host memory for {name} ({error.strerror}); "
+                "free some, or lower --host-cache"
+            ) from None
 
     def put(self, name: str, piece: Tensor) -> None:
-        """Write the next piece of a tensor. For several threads, each with tensors of its own."""
+        """Write the next piece of a tensor. Several threads may write at once, each to different tensors."""
         info, (done, digest) = self.tensors[name], self._open[name]
         data = piece.contiguous().reshape(-1).view(uint8).numpy().data
         if done + len(data) > info.nbytes:
-            raise ValueError(f"{name}: more than its {info.nbytes} bytes")
+            raise ValueError(f"{name}: got more than the expected {info.nbytes} bytes")
         digest.update(data)
         written = 0
         while written < len(data):
@@ -71,27 +74,27 @@ class HostWeights:
         self._open[name] = (done + written, digest)
 
     def seal(self) -> "HostWeights":
-        """Everything was written: from now on nobody can change it.
+        """Make the weights immutable, after everything was written.
 
-        Raises `ValueError` when a tensor is not whole.
+        Raises `ValueError` if a tensor is incomplete.
         """
         for name, (done, digest) in self._open.items():
             if done != self.tensors[name].nbytes:
-                raise ValueError(f"{name}: {done} bytes of {self.tensors[name].nbytes}")
+                raise ValueError(f"{name}: got {done} bytes, expected {self.tensors[name].nbytes}")
             self.digests[name] = digest.hexdigest()
         self._open.clear()
         fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
         return self
 
     def close(self) -> None:
-        """Give the memory back as soon as no worker maps it."""
+        """Close the file; its memory is freed as soon as no worker maps it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, in this container."""
+    """Bytes that can be allocated without swapping, in this container."""
     lines = (line.split() for line in _MEMINFO.read_text().splitlines())
     free = next(int(words[1]) << 10 for words in lines if words[0] == "MemAvailable:")
     try:
@@ -103,9 +106,9 @@ def available_memory() -> int:
     return free if limit == "max" else min(free, int(limit) - used)
 
 
-def _check_memory(name: str, wanted: int) -> None:
-    if wanted > (free := available_memory()):
+def _check_memory(name: str, nbytes: int) -> None:
+    if nbytes > (free := available_memory()):
         raise HostMemoryError(
-            f"{name} takes {wanted >> 20} MiB on the host, and {free >> 20} MiB are free; "
+            f"{name} takes {nbytes >> 20} MiB of host memory, but only {free >> 20} MiB are free; "
             "free some, or lower --host-cache"
         )

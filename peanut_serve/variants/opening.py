@@ -34,7 +34,7 @@ from peanut_serve.variants.version import LoadedModel, VariantKind, Version, dig
 # keys of config.json that do not change what the model computes
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
-# whether vLLM was started with room for a LoRA adapter: its rank, and last parts of the names of its modules
+# whether vLLM can serve a LoRA adapter of this rank, on modules whose names end in these
 FitsLora = Callable[[int, frozenset[str]], bool]
 
 
@@ -45,7 +45,7 @@ class VersionOpener:
     Attributes:
         model: the running model.
         device: where f is evaluated.
-        fits_lora: an adapter that is exactly LoRA, and for which vLLM has room, is served as such; None for never.
+        fits_lora: whether vLLM can serve an adapter that is exactly LoRA as LoRA; None if adapters are always merged.
     """
 
     model: LoadedModel
@@ -53,15 +53,18 @@ class VersionOpener:
     fits_lora: FitsLora | None = None
 
     def adapter(self, name: str, source: Path | str) -> Version:
-        """A version of θ; see `adapter_version`."""
+        """Open a version of an adapter; see `adapter_version`."""
         return adapter_version(name, source, self.model, self.device, self.fits_lora)
 
     def checkpoint(self, name: str, folder: Path) -> Version:
-        """A version of a merged checkpoint; see `checkpoint_version`."""
+        """Open a version of a merged checkpoint; see `checkpoint_version`."""
         return checkpoint_version(name, folder, self.model)
 
     def keep_adapter(self, name: str, source: Path, store: VariantStore) -> Version:
-        """Copy θ into a store and open the copy. Raises like `adapter_version`; nothing is kept then."""
+        """Copy θ into a store and open the copy.
+
+        Raises the same errors as `adapter_version`; nothing is kept then.
+        """
         copy = store.copy_theta(source)
         try:
             version, theta = _open_adapter(name, copy, self)
@@ -71,20 +74,20 @@ class VersionOpener:
         is_new = store.keep(copy, version.digest)
         kept = store.theta(version.digest)
         if kept is None:
-            raise VariantError(f"θ of {name} was removed while it was opened; try again")
-        # the same θ may have been kept before in another layout, under other keys
+            raise VariantError(f"the copy of {name} was removed while it was opened; try again")
+        # the store may already have the same θ in another layout, with other keys
         return version if is_new and theta.move_to(kept) else self.adapter(name, kept)
 
     def reopen_adapter(self, name: str, digest: str, store: VariantStore) -> Version | None:
-        """The version that a store keeps under a digest, if it keeps one."""
+        """Open the version that a store keeps under a digest, if there is one."""
         kept = store.theta(digest)
         return None if kept is None else self.adapter(name, kept)
 
 
 class _MovableTheta:
-    """The tensors of an opened adapter whose files are moved: opened as a new copy, read where that is kept.
+    """The tensors of an opened adapter whose files may move: it is opened as a new copy, and read where that is kept.
 
-    Nothing else of an opened adapter depends on where its files are.
+    Nothing else in an opened adapter depends on the location of its files.
     """
 
     def __init__(self, store: ThetaStore) -> None:
@@ -92,7 +95,7 @@ class _MovableTheta:
         self._store = store
 
     def move_to(self, path: Path) -> bool:
-        """Read from here from now on; False if only the adapter's layout knows which file here has the tensors."""
+        """Read the tensors from `path` from now on; False if finding them there requires the adapter's layout."""
         try:
             store = find_adapter(str(path)).store
         except PeanutError:
@@ -117,7 +120,7 @@ class _MovableTheta:
 
 @dataclass(frozen=True)
 class _EvaluateJob:
-    """Evaluate one tensor; see `converters.evaluation.pool.Job`."""
+    """Evaluates one tensor; see `converters.evaluation.pool.Job`."""
 
     plan: Plan
     tensor: TensorPlan
@@ -138,7 +141,7 @@ class _EvaluateJob:
 def adapter_version(
     name: str, source: Path | str, model: LoadedModel, device: str, fits_lora: FitsLora | None
 ) -> Version:
-    """A version of θ. Reads θ, and of the base only its headers.
+    """Open a version of an adapter. Reads θ, but only the headers of the base.
 
     Args:
         name: of the variant, for messages.
@@ -147,7 +150,8 @@ def adapter_version(
         device: where f is evaluated.
         fits_lora: see `VersionOpener`.
 
-    Raises `PeanutError`: it is broken, was trained on another base, or changes what the running model does not have.
+    Raises `PeanutError` if the adapter is damaged, was trained on another base, or changes tensors that the running
+    model does not have.
     """
     return _open_adapter(name, source, VersionOpener(model, device, fits_lora))[0]
 
@@ -156,7 +160,9 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
     try:
         adapter = load_adapter(source)
     except MissingScalingError as error:
-        raise VariantError(f"{error}; to serve it, convert it once: peanut-merge --format peft --scaling S") from None
+        raise VariantError(
+            f"{error}; to serve this adapter, convert it once with peanut-merge --format peft --scaling S"
+        ) from None
     theta, base = _MovableTheta(adapter.store), opener.model.base
     adapter = replace(adapter, store=theta)
     check_base(base, adapter, force=False)
@@ -186,19 +192,21 @@ def _is_lora(plan: Plan, fits: FitsLora) -> bool:
 
 
 def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:
-    """A version of a merged checkpoint: every tensor is compared with the base's, byte by byte.
+    """Open a version of a merged checkpoint. Every tensor is compared with the base's, byte by byte.
 
-    Raises `PeanutError`: it is broken, or has another architecture.
+    Raises `PeanutError` if the checkpoint is damaged or has another architecture.
     """
     merged, base = open_checkpoint(folder), model.base
     if missing := sorted(set(base.tensors) - set(merged.tensors)):
-        raise VariantError(f"{name}: {missing[0]} of the base is not in {folder}; was it merged from this base?")
-    own, wanted = (_architecture(checkpoint.config) for checkpoint in (merged, base))
-    if differing := sorted(key for key in own.keys() | wanted.keys() if own.get(key) != wanted.get(key)):
+        raise VariantError(
+            f"{name}: {folder} does not have the base's tensor {missing[0]}; check that it was merged from this base"
+        )
+    own, expected = (_architecture(checkpoint.config) for checkpoint in (merged, base))
+    if differing := sorted(key for key in own.keys() | expected.keys() if own.get(key) != expected.get(key)):
         key = differing[0]
         raise VariantError(
-            f"{name}: its config says {key} {own.get(key)}, the running model's {wanted.get(key)}; "
-            "serve it with a vLLM server of its own"
+            f"{name}: {key} is {own.get(key)} in its config, but {expected.get(key)} in the running model's; "
+            "serve it with a separate vLLM server"
         )
     with TensorReader() as reader:
         changed = [info for info in merged.tensors.values() if _differs(info, base.tensors.get(info.name), reader)]

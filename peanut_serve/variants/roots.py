@@ -1,4 +1,4 @@
-"""Where adapters are looked up by name. A name from a request is held against a pattern and a list, never a path."""
+"""Looks up adapters by name. A name from a request is checked against a pattern and a list; it is never a path."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from converters.serving import INDEX_FILE, MODEL_CONFIG, SINGLE_FILE, is_hub_id
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FILES = (".safetensors", ".bin", ".pt", ".pth")
 
-# (name, inode, size, times of the last changes) of every file of an adapter
+# (name, inode, size, mtime, ctime) of every file of an adapter
 State = tuple[tuple[str | int, ...], ...]
 
 
@@ -21,7 +21,7 @@ class VariantSource:
     """An adapter that may be served.
 
     Attributes:
-        name: what a request calls it.
+        name: the name in requests.
         spec: folder, weights file or Hub id.
     """
 
@@ -29,7 +29,7 @@ class VariantSource:
     spec: Path | str
 
     def state(self) -> State:
-        """What changes when the adapter is replaced; empty once it is gone, constant for one on the Hub."""
+        """A value that changes when the files are replaced; empty if they are missing, constant for a Hub id."""
         if isinstance(self.spec, str):
             return ((self.spec,),)
         try:
@@ -41,12 +41,12 @@ class VariantSource:
 
 
 class AdapterRoots:
-    """Folders whose entries are adapters, and Hub ids that are allowed.
+    """Folders whose entries are adapters, and allowed Hub ids.
 
     Args:
         roots: each a folder, or a Hub id `user/name`.
 
-    Raises `OptionError` for one that is neither.
+    Raises `OptionError` for a root that is neither.
     """
 
     def __init__(self, roots: Iterable[str | Path]) -> None:
@@ -61,9 +61,9 @@ class AdapterRoots:
                 raise OptionError(f"{root} is neither a folder of adapters nor a Hub id like user/name")
 
     def find(self, name: str) -> VariantSource | None:
-        """The adapter of that name, if there is one.
+        """The adapter with this name, if there is one.
 
-        Raises `OptionError` when two folders have it.
+        Raises `OptionError` if it is in two folders.
         """
         if name in self.hub_ids:
             return VariantSource(name, name)
@@ -71,33 +71,33 @@ class AdapterRoots:
             return None
         found = [path for folder in self.folders for path in _candidates(folder, name)]
         if len(found) > 1:
-            raise OptionError(f"the adapter {name} is there twice: {found[0]} and {found[1]}; rename one")
+            raise OptionError(f"there are two adapters {name}: {found[0]} and {found[1]}; rename one of them")
         return VariantSource(name, found[0]) if found else None
 
     @staticmethod
     def is_name(name: str) -> bool:
-        """Whether something may be called so."""
+        """Whether this is a valid name for a variant."""
         return bool(_NAME.fullmatch(name)) or ("/" in name and is_hub_id(name))
 
     def names(self) -> list[str]:
-        """Every name that can be asked for."""
+        """Every name that a request can use."""
         entries = {
             entry.stem if entry.suffix in _FILES else entry.name
             for folder in self.folders
             if folder.is_dir()
             for entry in folder.iterdir()
         }
-        return sorted(filter(self.is_there, entries)) + self.hub_ids
+        return sorted(filter(self.exists, entries)) + self.hub_ids
 
-    def is_there(self, name: str) -> bool:
-        """Whether something has that name, perhaps in two folders."""
+    def exists(self, name: str) -> bool:
+        """Whether an adapter has this name, even if two have it."""
         if not _NAME.fullmatch(name):
             return name in self.hub_ids
         return any(path for folder in self.folders for path in _candidates(folder, name))
 
 
 def _candidates(folder: Path, name: str) -> Sequence[Path]:
-    """A folder with weights in it, or a weights file."""
+    """The folder with weights, or the weights files, that have this name."""
     inside = folder / name
     if inside.is_dir():
         return [inside] if any(path.suffix in _FILES for path in inside.iterdir()) else []
@@ -105,7 +105,7 @@ def _candidates(folder: Path, name: str) -> Sequence[Path]:
 
 
 def looks_merged(source: Path) -> bool:
-    """Whether a folder holds a whole model, with no θ in it."""
+    """Whether a folder contains a merged model rather than an adapter."""
     has_weights = (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file()
     if not has_weights or not (source / MODEL_CONFIG).is_file():
         return False
@@ -114,5 +114,5 @@ def looks_merged(source: Path) -> bool:
     except LayoutError:
         return True
     except PeanutError:
-        pass  # θ, and something is wrong with it
+        pass  # a damaged adapter
     return False

@@ -1,8 +1,8 @@
-"""What survives a restart: which names there are, which version each stands for, and copies of θ.
+"""The state that is kept across restarts: the names, the version each refers to, and copies of θ.
 
     FOLDER/variants.json      the records
-    FOLDER/theta/DIGEST/      θ as it was when it got that digest, so that a name can go back to it
-    FOLDER/lock               held by the server that uses the folder
+    FOLDER/theta/DIGEST/      θ of the version with this digest, so that a name can be rolled back to it
+    FOLDER/lock               locked by the server that uses the folder
 
 θ is small; merged checkpoints are not copied.
 """
@@ -24,15 +24,15 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class Record(BaseModel):
-    """What is known of a name.
+    """The state of a name.
 
     Attributes:
-        source: what it is called in the roots.
-        digest: the version it stands for.
-        previous: versions it stood for before, the latest first.
-        seen: the source's files when they were looked at last.
-        pinned: its weights stay on the host.
-        hidden: it was unregistered, though it is in the roots.
+        source: its name in the roots.
+        digest: of the version it refers to.
+        previous: digests of earlier versions, the latest first.
+        seen: state of the source's files when they were last read.
+        pinned: its weights are kept in host memory.
+        hidden: it was unregistered, but is in the roots.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,12 +46,12 @@ class Record(BaseModel):
 
 
 class Records(BaseModel):
-    """variants.json.
+    """The contents of variants.json.
 
     Attributes:
-        base: fingerprint of the base that the digests are of.
-        active: name that an operator has activated last.
-        variants: name -> what is known.
+        base: fingerprint of the base that the digests depend on.
+        active: name of the variant that an operator activated last.
+        variants: name -> record.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -62,12 +62,12 @@ class Records(BaseModel):
 
 
 class VariantStore:
-    """The folder, for one process.
+    """The state folder; one process may use it at a time.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
-    Raises `OptionError` when another server uses it.
+    Raises `OptionError` if another server uses it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,13 +79,13 @@ class VariantStore:
         except BlockingIOError:
             os.close(self._lock)
             raise OptionError(
-                f"another server uses {folder}; stop it, or give this one a --state of its own"
+                f"another server uses {folder}; stop it, or start this one with another --state folder"
             ) from None
 
     def load(self, fingerprint: str) -> Records:
-        """The records; empty ones if there are none, or if they are of another base.
+        """Read the records; they are empty if there are none, or if those found belong to another base.
 
-        Raises `OptionError` when they are damaged.
+        Raises `OptionError` if they are damaged.
         """
         path = self.folder / "variants.json"
         if not path.exists():
@@ -94,11 +94,11 @@ class VariantStore:
             records = Records.model_validate_json(path.read_bytes())
         except (ValidationError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise OptionError(f"{path} is damaged ({reason}); remove it to start without history") from None
+            raise OptionError(f"{path} is damaged ({reason}); remove it to start without records") from None
         return records if records.base == fingerprint else Records(base=fingerprint)
 
     def save(self, records: Records) -> None:
-        """Replace the records, whole or not at all."""
+        """Replace the records atomically."""
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".variants-")
         try:
             with os.fdopen(descriptor, "w") as file:
@@ -111,7 +111,7 @@ class VariantStore:
             raise
 
     def copy_theta(self, source: Path) -> Path:
-        """A copy of an adapter, a folder or a file; to be kept or thrown away."""
+        """Copy an adapter, a folder or a file; call `keep` or `discard` with the result."""
         into = Path(tempfile.mkdtemp(dir=self.folder / "theta", prefix=".new-"))
         try:
             if not source.is_dir():
@@ -125,7 +125,7 @@ class VariantStore:
             raise
 
     def keep(self, copy: Path, digest: str) -> bool:
-        """Keep a copy as the θ of a version; False, without the copy, if θ of that version is kept already."""
+        """Keep a copy as the θ of a version. If the store already has one, discard the copy and return False."""
         temporary = copy if copy.is_dir() else copy.parent
         kept = self.folder / "theta" / digest
         try:
@@ -133,16 +133,17 @@ class VariantStore:
         except OSError:
             if not kept.is_dir():
                 raise
-            shutil.rmtree(temporary, ignore_errors=True)  # kept for another name, or from before
+            # the store has it for another name, or from an earlier version
+            shutil.rmtree(temporary, ignore_errors=True)
             return False
         return True
 
     def discard(self, copy: Path) -> None:
-        """Throw a copy away."""
+        """Remove a copy."""
         shutil.rmtree(copy if copy.is_dir() else copy.parent, ignore_errors=True)
 
     def theta(self, digest: str) -> Path | None:
-        """The θ of a version, if it is kept."""
+        """Path of the θ of a version, if the store has it."""
         kept = self.folder / "theta" / digest
         if not kept.is_dir():
             return None
@@ -150,18 +151,18 @@ class VariantStore:
         return files[0] if len(files) == 1 and files[0].suffix in _WEIGHTS else kept
 
     def forget(self, digests: Iterable[str]) -> None:
-        """Throw the θ of versions away."""
+        """Remove the θ of versions."""
         for digest in digests:
             shutil.rmtree(self.folder / "theta" / digest, ignore_errors=True)
 
     def keep_only(self, digests: Iterable[str]) -> None:
-        """Throw every other θ away, and what a process that was killed has left. For the start."""
-        wanted = set(digests)
+        """Remove every other θ, and the temporary copies of a killed process. Called at start-up."""
+        kept = set(digests)
         for path in (self.folder / "theta").iterdir():
-            if path.name not in wanted:
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def all_digests(variants: Mapping[str, Record]) -> set[str]:
-    """Every version that some name stands for, or can go back to."""
+    """Digests of the current and earlier versions of all names."""
     return {digest for r in variants.values() for digest in [r.digest, *r.previous] if digest is not None}

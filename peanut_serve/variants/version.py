@@ -1,4 +1,4 @@
-"""A version of a variant: specific weights, identified by their digest; and what the running model loads."""
+"""A version of a variant: specific weights, identified by a digest; and the tensors that the running model loads."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ class VariantKind(str, Enum):
 
     BASE = "base"
     ADAPTER = "adapter"  # θ: merged into the base's weights
-    CHECKPOINT = "checkpoint"  # weights that are merged already
+    CHECKPOINT = "checkpoint"  # already merged weights
     LORA = "lora"  # θ: served as LoRA on top of the base's weights
 
 
@@ -26,10 +26,10 @@ class Version:
     """Weights that the engine can swap to.
 
     Attributes:
-        digest: identity of the weights; for an adapter, of the base, θ and the code.
+        digest: identity of the weights; for an adapter, it depends on the base, θ and this package's version.
         kind: where the weights come from.
         specs: the tensors that differ from the base's.
-        write: writes those tensors to host memory. Raises `PeanutError` where that fails.
+        write: writes those tensors to host memory. Raises `PeanutError` on failure.
     """
 
     digest: str
@@ -44,7 +44,7 @@ class Version:
 
     @property
     def has_own_weights(self) -> bool:
-        """Whether the engine needs other weights than the base's for it."""
+        """Whether it runs on weights other than the base's."""
         return self.kind in (VariantKind.ADAPTER, VariantKind.CHECKPOINT)
 
     def evaluate(self) -> HostWeights:
@@ -59,7 +59,7 @@ class Version:
 
 
 class LoadedModel:
-    """Which tensors of the checkpoint the engine loads, and which of them have to be loaded together.
+    """Which tensors of the checkpoint the engine loads, and which of them must be loaded together.
 
     Args:
         base: the checkpoint that the engine was started from.
@@ -71,16 +71,15 @@ class LoadedModel:
         self._group_of: Mapping[str, tuple[str, ...]] = {name: tuple(group) for group in groups for name in group}
 
     def with_neighbours(self, names: Iterable[str]) -> list[str]:
-        """These tensors and all that have to be loaded with them, layer by layer."""
-        wanted = dict.fromkeys(other for name in names for other in self._group_of[name])
-        return list(wanted)
+        """These tensors and all that must be loaded with them, layer by layer."""
+        return list(dict.fromkeys(other for name in names for other in self._group_of[name]))
 
     def all(self) -> list[str]:
         """Every tensor that the engine loads, layer by layer."""
         return self.with_neighbours(self._group_of)
 
     def check(self, name: str, specs: Iterable[TensorSpec]) -> None:
-        """Refuse tensors that the running model does not have: vLLM would skip them silently.
+        """Reject tensors that the running model does not have: vLLM would skip them silently.
 
         Raises `VariantError`.
         """
@@ -89,28 +88,28 @@ class LoadedModel:
             if spec.name not in self._group_of or known is None:
                 raise VariantError(
                     f"{name} changes {spec.name}, which the running model does not load (a tied embedding, or "
-                    "another architecture); merge it, and serve the merged folder with a vLLM server of its own"
+                    "another architecture); merge it, and serve the merged folder with a separate vLLM server"
                 )
             if known.shape != spec.shape:
                 raise VariantError(
-                    f"{name}: {spec.name} has shape {spec.shape}, the running model's has {known.shape}; "
-                    "serve it with a vLLM server of its own"
+                    f"{name}: {spec.name} has shape {spec.shape}, expected the running model's {known.shape}; "
+                    "serve it with a separate vLLM server"
                 )
 
 
 def base_version(base: Checkpoint) -> Version:
-    """The base itself."""
+    """The version of the base itself."""
     return Version(digest_of("base", base.fingerprint), VariantKind.BASE)
 
 
 def digest_of(*facts: str) -> str:
-    """Identity of weights that depend on these facts and on this code."""
+    """Identity of weights that depend on these facts and on the version of this package."""
     return hashlib.sha256(json.dumps([__version__, *facts]).encode()).hexdigest()[:40]
 
 
 def places_of(
     names: Iterable[str], weights: HostWeights | None, base: Mapping[str, TensorInfo]
 ) -> Iterator[TensorInfo]:
-    """Where to read each tensor of a version: from its own weights if they have it, otherwise from the base's."""
+    """Where to read each tensor of a version: its own weights if they include the tensor, otherwise the base's."""
     own = weights.tensors if weights is not None else {}
     return (own.get(name) or base[name] for name in names)

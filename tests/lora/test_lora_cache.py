@@ -1,4 +1,4 @@
-"""Evaluated adapters on the disk: one evaluation, bounded, never removed under a user, mended when damaged."""
+"""The disk cache of evaluated adapters: one evaluation, bounded, entries in use are kept, damaged ones rewritten."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from peanut_serve.lora.cache import LoraCache
 
 
 class Writer:
-    """Writes a real adapter, and counts."""
+    """Writes a real adapter, and counts the calls."""
 
     def __init__(self, pair: Pair, log: Path) -> None:
         self.pair, self.log = pair, log
@@ -68,7 +68,7 @@ time.sleep(float(seconds))
 
 
 def getting(pair: Pair, cache: LoraCache, seconds: float = 0) -> "subprocess.Popen[str]":
-    """A process that gets the entry `a`, and holds it for some seconds."""
+    """A process that gets the entry `a`, and keeps it in use for some seconds."""
     command = [sys.executable, "-c", GET, pair.base, pair.adapter, cache.folder, str(seconds)]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
 
@@ -89,7 +89,7 @@ def test_processes_wait_for_one(cache: LoraCache, pair: Pair) -> None:
     assert sum("wrote" in output for output in outputs) == 1
 
 
-def test_the_least_recently_used_goes_first(cache: LoraCache, write: Writer) -> None:
+def test_the_least_recently_used_is_removed_first(cache: LoraCache, write: Writer) -> None:
     size = size_of_one(cache, write)
     small = LoraCache(cache.folder, int(size * 3.5))
     for key in ("a", "b"):
@@ -100,17 +100,17 @@ def test_the_least_recently_used_goes_first(cache: LoraCache, write: Writer) -> 
     assert {path.name for path in small.folder.iterdir()} == {"b", "c", "measured"}
 
 
-def test_what_is_in_use_stays(cache: LoraCache, write: Writer) -> None:
+def test_entries_in_use_are_kept(cache: LoraCache, write: Writer) -> None:
     tiny = LoraCache(cache.folder, 1)
     leases = [tiny.get(key, write) for key in "abc"]
     assert all(lease.folder.is_dir() for lease in leases)
     leases[1].release()
-    leases[1].release()  # twice does no harm
+    leases[1].release()  # releasing twice is allowed
     tiny.shrink()
     assert {path.name for path in tiny.folder.iterdir()} == {"a", "c"}
 
 
-def test_another_process_s_use_counts_until_it_dies(cache: LoraCache, pair: Pair) -> None:
+def test_use_by_another_process_counts_until_it_exits(cache: LoraCache, pair: Pair) -> None:
     process = getting(pair, cache, seconds=600)
     assert process.stdout is not None
     assert any("ready" in line for line in process.stdout)
@@ -123,7 +123,7 @@ def test_another_process_s_use_counts_until_it_dies(cache: LoraCache, pair: Pair
     assert not (cache.folder / "a").exists()
 
 
-@pytest.mark.parametrize("damage", ["weights", "truncated", "manifest", "gone"])
+@pytest.mark.parametrize("damage", ["weights", "truncated", "manifest", "missing"])
 def test_a_damaged_entry_is_written_again(cache: LoraCache, write: Writer, damage: str) -> None:
     lease = cache.get("a", write)
     folder = lease.folder
@@ -137,7 +137,7 @@ def test_a_damaged_entry_is_written_again(cache: LoraCache, write: Writer, damag
         manifest.write_text("{")
     else:
         weights.unlink()
-    with pytest.raises(CheckpointError, match="is damaged, and in use"):
+    with pytest.raises(CheckpointError, match="is damaged and in use; stop its users"):
         cache.get("a", write)
     lease.release()
     assert cache.get("a", write).folder.is_dir()
@@ -145,7 +145,7 @@ def test_a_damaged_entry_is_written_again(cache: LoraCache, write: Writer, damag
     assert weights.read_bytes() == whole
 
 
-def test_what_a_killed_process_left_is_removed(cache: LoraCache, write: Writer) -> None:
+def test_leftovers_of_a_killed_process_are_removed(cache: LoraCache, write: Writer) -> None:
     (cache.folder / ".trash-b-1").mkdir()
     (cache.folder / ".trash-b-1" / "file").touch()
     cache.get("a", write)

@@ -1,4 +1,4 @@
-"""Evaluating adapters for a server: the right base, the right version, or a reason."""
+"""Evaluating adapters for a server: on the right base and in the right version, or an error that explains why not."""
 
 import shutil
 from collections.abc import Callable
@@ -52,13 +52,13 @@ def test_content_is_identity(exporter: LoraExporter, roots: AdapterRoots, pair: 
     digests.append(other.export(find(roots, "one")).digest)
     assert len(set(digests)) == 4
     with pytest.raises(CheckpointError, match="changed while"):
-        exporter.export(find(roots, "one"))  # what it opened is not what is there
+        exporter.export(find(roots, "one"))  # the files are not those it opened
 
 
 def test_an_adapter_that_changes_meanwhile(
     exporter: LoraExporter, roots: AdapterRoots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read in the middle of a copy is never given out."""
+    """An adapter that is read while it is being copied is never returned."""
     source = find(roots, "one")
     config = source.spec / "adapter_config.json"
     load, times = exporter._export, []
@@ -78,7 +78,7 @@ def test_an_adapter_that_changes_meanwhile(
     assert len(times) == 2
     times.clear()
     monkeypatch.setattr(exporter, "_export", changed(99))
-    with pytest.raises(AdapterError, match="one is being written; try again when it is whole"):
+    with pytest.raises(AdapterError, match="the files of one are being written; try again when they are complete"):
         exporter.export(source)
 
 
@@ -87,7 +87,7 @@ def test_an_adapter_without_its_scale(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     shutil.copy(case / "theta.safetensors", tmp_path / "tasks" / "mrpc.safetensors")
     exporter = LoraExporter(str(case / "base"), LoraCache(tmp_path / "cache", 10**9))
-    with pytest.raises(AdapterError, match="convert it once: peanut-merge --format peft --scaling S"):
+    with pytest.raises(AdapterError, match="convert it once with peanut-merge --format peft --scaling S"):
         exporter.export(find(AdapterRoots([tmp_path / "tasks"]), "mrpc"))
 
 
@@ -102,6 +102,6 @@ def test_requests_for_an_offline_engine(
     shutil.copy(tmp_path / "tasks" / "two" / "adapter_model.safetensors", tmp_path / "tasks" / "one")
     changed = tasks.get("one")
     assert changed.lora_path == two.lora_path != one.lora_path
-    assert load_file(Path(one.lora_path) / "adapter_model.safetensors")  # still there: it may be in use
-    with pytest.raises(OptionError, match="there is no adapter three; there are one, two"):
+    assert load_file(Path(one.lora_path) / "adapter_model.safetensors")  # kept: it may be in use
+    with pytest.raises(OptionError, match="there is no adapter three; the available adapters are one, two"):
         tasks.get("three")

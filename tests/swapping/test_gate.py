@@ -1,4 +1,4 @@
-"""Requests meet weights: each is answered with those of its variant, whatever fails and whoever goes away."""
+"""Each request is answered with the weights of its variant, even if swaps fail or clients disconnect."""
 
 import asyncio
 import random
@@ -29,7 +29,7 @@ def run_rig(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return rig_runner(weights, tmp_path, monkeypatch)
 
 
-def test_everybody_gets_the_weights_asked_for(run_rig: RunRig) -> None:
+def test_every_request_gets_the_weights_of_its_variant(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         names = list(NAMES * 20)
         random.Random(0).shuffle(names)
@@ -52,12 +52,12 @@ def test_requests_of_a_variant_go_together(run_rig: RunRig) -> None:
     run_rig(test, max_wait=60)
 
 
-def test_who_goes_away_gives_a_place_to_another(run_rig: RunRig) -> None:
+def test_a_client_that_disconnects_makes_room_for_another(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()
         running = await rig.asking("base")
         waiting = [await rig.asking("v1"), await rig.asking("v2")]
-        with pytest.raises(QueueFullError, match="2 requests wait already, and --max-queue is 2") as full:
+        with pytest.raises(QueueFullError, match="2 requests are waiting, and --max-queue is 2") as full:
             await rig.ask("v1")
         assert full.value.retry_after >= 1
         waiting[0].cancel()
@@ -72,7 +72,7 @@ def test_who_goes_away_gives_a_place_to_another(run_rig: RunRig) -> None:
 
 
 @pytest.mark.parametrize("options", [{"drain": "abort"}, {"drain_timeout": 0.01}])
-def test_a_swap_ends_what_runs_too_long(run_rig: RunRig, options: dict) -> None:
+def test_a_swap_aborts_requests_that_run_too_long(run_rig: RunRig, options: dict) -> None:
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()
         running = await rig.asking("base")
@@ -85,12 +85,12 @@ def test_a_swap_ends_what_runs_too_long(run_rig: RunRig, options: dict) -> None:
     run_rig(test, **options)
 
 
-def test_a_swap_waits_for_the_end_of_what_it_ends(run_rig: RunRig) -> None:
+def test_a_swap_waits_for_the_requests_it_aborts_to_end(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         async def slow() -> None:
             ended = asyncio.Event()
             async with rig.server.serving("base", ended.set):
-                rig.engine.running += 1  # the engine is used against the rules if it is paused meanwhile
+                rig.engine.running += 1  # a violation if the engine is paused meanwhile
                 await ended.wait()
                 for _ in range(100):
                     await asyncio.sleep(0)
@@ -101,7 +101,7 @@ def test_a_swap_waits_for_the_end_of_what_it_ends(run_rig: RunRig) -> None:
     run_rig(test, drain="abort")
 
 
-def test_a_swap_that_fails_costs_its_own_requests_only(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_swap_fails_only_its_own_requests(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swap_driver, "_FIRST_RETRY", 60.0)
 
     async def test(rig: Rig) -> None:
@@ -113,7 +113,7 @@ def test_a_swap_that_fails_costs_its_own_requests_only(run_rig: RunRig, monkeypa
         ended = await asyncio.gather(running, *tasks, return_exceptions=True)
         assert [type(end).__name__ for end in ended] == ["NoneType", "SwapError", "SwapError", "NoneType", "NoneType"]
         before = rig.swaps
-        with pytest.raises(SwapError, match=r"halfway; it is tried again after \d+ s, or when it is reloaded"):
+        with pytest.raises(SwapError, match=r"halfway; try again after \d+ s, or reload the variant"):
             await rig.ask("v1")
         assert rig.swaps == before
         control = VariantControl(rig.server)
@@ -142,7 +142,7 @@ def test_an_engine_that_dies_while_requests_wait(run_rig: RunRig) -> None:
 
 
 @pytest.mark.parametrize("how", ["raise", "wrong"])
-def test_an_engine_that_does_not_start_again_is_tried_until_it_does(run_rig: RunRig, how: str) -> None:
+def test_an_engine_that_does_not_restart_is_retried_until_it_does(run_rig: RunRig, how: str) -> None:
     async def test(rig: Rig) -> None:
         rig.engine.fail("restart", how, 1, 2)
         rig.engine.go.clear()
@@ -151,7 +151,7 @@ def test_an_engine_that_does_not_start_again_is_tried_until_it_does(run_rig: Run
         rig.engine.die()
         ended = await asyncio.gather(running, waiting, return_exceptions=True)
         assert [type(end) for end in ended] == [FaultError, EngineDownError]
-        with pytest.raises(EngineDownError, match="the engine is down: .*starting it again failed"):
+        with pytest.raises(EngineDownError, match="the engine is down: .*restarting it failed"):
             await rig.ask("base")
         await until(lambda: rig.server.is_ready)
         await rig.ask("v1")
@@ -177,8 +177,8 @@ def test_a_server_that_stops(run_rig: RunRig) -> None:
 
 
 @pytest.mark.parametrize("steps", range(5))
-def test_a_server_that_stops_just_when_something_happens(run_rig: RunRig, steps: int) -> None:
-    """`asyncio.wait_for` may lose a cancellation then. An engine that is shut down must not be started again."""
+def test_a_server_that_stops_during_another_event(run_rig: RunRig, steps: int) -> None:
+    """`asyncio.wait_for` may lose a cancellation then. An engine that is shut down must not be restarted."""
 
     async def test(rig: Rig) -> None:
         await asyncio.sleep(0.001)
@@ -203,7 +203,7 @@ def test_a_request_prepares_its_variant_once(run_rig: RunRig, monkeypatch: pytes
             return load(version)
 
         monkeypatch.setattr(rig.server.cache, "load", counting)
-        for requests in (1, 2):  # the first moves the name to the version, the second finds it there
+        for requests in (1, 2):  # the first moves the name to the version, the second finds it unchanged
             await rig.ask("v1")
             assert digests == [rig.actives[-1]] * requests
 
@@ -211,7 +211,7 @@ def test_a_request_prepares_its_variant_once(run_rig: RunRig, monkeypatch: pytes
 
 
 def test_weights_are_held_before_they_are_prepared(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others may take their place in host memory while W0 is copied."""
+    """Other weights may replace them in host memory while W0 is copied."""
 
     async def test(rig: Rig) -> None:
         prepare = BaseWeights.prepare

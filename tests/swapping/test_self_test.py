@@ -1,6 +1,6 @@
-"""Before a server answers anybody, the engine has to prove that it swaps this model's weights right.
+"""The self-test at start-up, which checks that the engine swaps the weights of this model correctly.
 
-The engine is a fake, since the faults that have to be found are not those of the vLLM that is installed.
+The engine is a fake, because the installed vLLM does not have the faults that have to be detected.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from support.tiny_models import Pair, edit_weights
 from converters.files.header import TensorInfo
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from peanut_serve.swapping.canary import Canary, CanaryError
-from peanut_serve.swapping.self_test import SelfTestError, try_out
+from peanut_serve.swapping.self_test import SelfTestError, run_self_test
 from peanut_serve.variants.version import LoadedModel
 
 
@@ -26,20 +26,20 @@ def base(pair: Pair) -> Checkpoint:
 
 
 def tried_out(engine: FakeEngine, base: Checkpoint) -> tuple[LoadedModel, Canary]:
-    return asyncio.run(try_out(engine, base))
+    return asyncio.run(run_self_test(engine, base))
 
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_a_right_engine_has_its_weights_again(base: Checkpoint) -> None:
+def test_a_correct_engine_has_its_weights_again(base: Checkpoint) -> None:
     engine, before = FakeEngine(base), open_files()
     model, canary = tried_out(engine, base)
     assert engine.weights == read(base.tensors.values())
     assert engine.resumed.is_set()
     assert engine.violations == []
-    assert [len(names) for names in engine.applied] == [len(base.tensors), 1, 1]  # all, changed, changed back
+    assert [len(names) for names in engine.applied] == [len(base.tensors), 1, 1]  # all, changed, restored
     assert set(model.all()) == set(base.tensors)
     assert len(model.with_neighbours(["model.layers.0.self_attn.v_proj.weight"])) == 3
     assert engine.calls.count("invalidate") == 3
@@ -50,24 +50,22 @@ def test_a_right_engine_has_its_weights_again(base: Checkpoint) -> None:
 def test_an_engine_that_reloads_its_own_weights_wrongly(base: Checkpoint) -> None:
     engine = FakeEngine(base)
     engine.reloads_wrongly = True
-    with pytest.raises(
-        SelfTestError, match="answers otherwise after its own weights were loaded again .* --mode lora"
-    ):
+    with pytest.raises(SelfTestError, match="answer differs after its own weights were loaded again .* --mode lora"):
         tried_out(engine, base)
 
 
 def test_an_engine_that_loads_nothing(base: Checkpoint) -> None:
     engine, before = FakeEngine(base), open_files()
     engine.fail("apply", "nothing", 1, 2)
-    with pytest.raises(SelfTestError, match=r"does not notice changed weights \(model.*weight\)"):
+    with pytest.raises(SelfTestError, match=r"changed weights have no effect on the engine \(model.*weight\)"):
         tried_out(engine, base)
     assert open_files() == before
 
 
-def test_an_engine_that_cannot_change_back(base: Checkpoint) -> None:
+def test_an_engine_that_cannot_restore_a_layer(base: Checkpoint) -> None:
     engine = FakeEngine(base)
     engine.fail("apply", "nothing", 3)
-    with pytest.raises(SelfTestError, match="otherwise after a layer was changed and changed back"):
+    with pytest.raises(SelfTestError, match="differs after a layer was changed and restored"):
         tried_out(engine, base)
 
 
@@ -94,12 +92,12 @@ def test_the_tolerance_is_measured(base: Checkpoint) -> None:
     assert 1e-5 < noisy[0] < 8e-4 < noisy[1] < 8e-2
     engine = FakeEngine(base, noise=1e-4)
     engine.fail("apply", "nothing", 3)
-    with pytest.raises(SelfTestError, match="changed back"):  # noise hides no wrong weights
+    with pytest.raises(SelfTestError, match="restored"):  # noise does not hide wrong weights
         tried_out(engine, base)
 
 
 def test_layers_that_have_no_matrix_are_not_changed(pair: Pair) -> None:
-    """The layer that is tried has to matter: a norm's sign may not."""
+    """The changed layer must affect the answer: the sign of a norm may not."""
     edit_weights(pair.base / "model.safetensors", lambda weights: dict(sorted(weights.items())))
     base = open_checkpoint(pair.base)
     engine = FakeEngine(base)
@@ -113,9 +111,9 @@ CANARY = Canary((1,), ({1: -0.5, 2: -1.0}, {3: -0.25, 4: -2.0}), tolerance=0.1)
 @pytest.mark.parametrize(
     ("logprobs", "reason"),
     [
-        (({1: -0.5, 2: -1.2}, {3: -0.25, 4: -2.0}), "off by 0.2 "),
-        (({1: -0.5, 5: -1.0}, {3: -0.25, 4: -2.0}), "off by inf"),
-        (({1: -0.5, 2: -1.0},), "off by inf"),
+        (({1: -0.5, 2: -1.2}, {3: -0.25, 4: -2.0}), "differ by 0.2,"),
+        (({1: -0.5, 5: -1.0}, {3: -0.25, 4: -2.0}), "differ by inf"),
+        (({1: -0.5, 2: -1.0},), "differ by inf"),
         (({1: -0.5, 2: math.nan}, {3: -0.25, 4: -2.0}), "not finite"),
         (({1: -0.5, 2: -1.0}, {3: -math.inf, 4: -2.0}), "not finite"),
         ((), "not finite"),
@@ -132,12 +130,12 @@ def test_the_same_answer() -> None:
     near = replace(CANARY, logprobs=({1: -0.45, 2: -1.0}, {3: -0.25, 4: -2.05}))
     CANARY.check(near)
     assert CANARY.is_like(near)
-    with pytest.raises(CanaryError, match=r"off by 0.05 \(at most 0\)"):
+    with pytest.raises(CanaryError, match=r"differ by 0.05, expected at most 0:"):
         replace(CANARY, tolerance=0.0).check(near)
 
 
 def test_a_tensor_the_engine_does_not_load(base: Checkpoint) -> None:
-    """As a tied embedding: it is in no group, and nothing can be swapped there."""
+    """Such as a tied embedding: it is in no group, and cannot be swapped."""
 
     class Tied(FakeEngine):
         async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:

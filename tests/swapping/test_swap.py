@@ -1,7 +1,7 @@
-"""A swap is a transaction: whatever fails, and whenever, the engine has whole weights afterwards, and is known to.
+"""A swap is a transaction: after any failure, the engine has the complete weights of a known version.
 
-The engine is a fake: each of its calls has to fail at a chosen moment, in a chosen way, which a real one cannot be
-made to. The weights are those of real checkpoints, and the oracle is what `peanut-merge` writes.
+The engine is a fake: each of its calls has to fail at a chosen moment, in a chosen way, which a real engine cannot be
+made to do. The weights are those of real checkpoints, and the oracle is the output of `peanut-merge`.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Stage:
         return await self.swapper.swap(self.weights.versions[name], quiesce)
 
     async def is_serving(self, name: str) -> None:
-        """The engine has all of a variant's weights, answers with them, and nobody did to it what may not be done."""
+        """The engine has all of a variant's weights and answers with them, and no call broke the rules."""
         assert self.swapper.active.version.digest == self.weights.versions[name].version.digest
         assert self.engine.weights == self.weights.expected[name]
         assert self.engine.resumed.is_set()
@@ -52,7 +52,7 @@ RunStage = Callable[..., None]
 
 @pytest.fixture
 def run_stage(weights: Weights) -> RunStage:
-    """Runs a test on an engine of its own."""
+    """Runs a test on a new engine."""
 
     def call(test: Callable[[Stage], Awaitable[None]], active: str = "base", noise: float = 0.0) -> None:
         async def run() -> None:
@@ -67,7 +67,7 @@ def run_stage(weights: Weights) -> RunStage:
     return call
 
 
-def test_what_differs_is_loaded_and_no_more(run_stage: RunStage) -> None:
+def test_only_tensors_that_differ_are_loaded(run_stage: RunStage) -> None:
     async def test(stage: Stage) -> None:
         first = [name for name in ATTENTION if ".0." in name]
         walk = {"v1": ATTENTION, "v2": first, "base": ATTENTION}
@@ -100,11 +100,11 @@ def test_the_same_weights_again_load_nothing(run_stage: RunStage) -> None:
 @pytest.mark.parametrize(("old", "new"), [("base", "v1"), ("v1", "v2"), ("v2", "base")])
 def test_a_failure_leaves_the_old_weights(run_stage: RunStage, old: str, new: str, call: str, how: str) -> None:
     async def test(stage: Stage) -> None:
-        for name in (new, old):  # what they answer is known from now on
+        for name in (new, old):  # records their answers
             await stage.swap(name)
         await stage.engine.generate("once upon a time")  # now in the prefix cache
         stage.engine.fail(call, how)
-        with pytest.raises(SwapError, match="could not be stopped" if call == "pause" else "rolled back"):
+        with pytest.raises(SwapError, match="could not be paused" if call == "pause" else "rolled back"):
             await stage.swap(new)
         await stage.is_serving(old)
         assert stage.swapper.restarts == 0
@@ -127,7 +127,7 @@ def test_requests_that_do_not_end_leave_the_old_weights(run_stage: RunStage) -> 
 
 
 @pytest.mark.parametrize("call", FORWARD)
-def test_an_engine_that_dies_has_the_base_s_weights_afterwards(run_stage: RunStage, call: str) -> None:
+def test_an_engine_that_dies_has_the_base_weights_afterwards(run_stage: RunStage, call: str) -> None:
     async def test(stage: Stage) -> None:
         stage.engine.fail(call, "die")
         with pytest.raises(SwapError, match="restarted"):
@@ -146,7 +146,7 @@ def test_a_rollback_that_fails_restarts_the_engine(run_stage: RunStage, call: st
     async def test(stage: Stage) -> None:
         stage.engine.fail("ask_canary")
         stage.engine.fail(call, how, 2)
-        with pytest.raises(SwapError, match="and going back too .*: the engine was restarted"):
+        with pytest.raises(SwapError, match="and so did the rollback .*: the engine was restarted"):
             await stage.swap("v2")
         await stage.is_serving("base")
         assert stage.swapper.restarts == 1
@@ -154,7 +154,7 @@ def test_a_rollback_that_fails_restarts_the_engine(run_stage: RunStage, call: st
     run_stage(test, active="v1")
 
 
-def test_an_engine_that_neither_stops_nor_goes_on_is_restarted(run_stage: RunStage) -> None:
+def test_an_engine_that_can_neither_pause_nor_resume_is_restarted(run_stage: RunStage) -> None:
     async def test(stage: Stage) -> None:
         stage.engine.fail("pause")
         stage.engine.fail("resume")
@@ -170,9 +170,9 @@ def test_a_restart_that_fails_is_an_engine_that_is_down(run_stage: RunStage, cal
     async def test(stage: Stage) -> None:
         stage.engine.fail("apply", "die")
         stage.engine.fail(call, how)
-        with pytest.raises(EngineDownError, match="starting it again failed"):
+        with pytest.raises(EngineDownError, match="restarting it failed"):
             await stage.swap("v2")
-        assert Phase.RESTART in (await stage.swapper.heal()).seconds
+        assert Phase.RESTART in (await stage.swapper.restart_engine()).seconds
         await stage.is_serving("base")
         assert stage.swapper.restarts == 2
 
@@ -191,8 +191,8 @@ def test_weights_that_are_not_finite_are_refused_and_not_remembered(run_stage: R
     run_stage(test)
 
 
-def test_an_engine_that_never_answers_twice_the_same(run_stage: RunStage) -> None:
-    """As on a GPU: what the self-test has measured holds for every variant."""
+def test_an_engine_that_is_not_deterministic(run_stage: RunStage) -> None:
+    """As on a GPU: the tolerance measured by the self-test applies to every variant."""
 
     async def test(stage: Stage) -> None:
         for name in ("v1", "v2", "base") * 5:
@@ -222,7 +222,7 @@ STEPS = st.lists(
 @given(STEPS)
 @settings(max_examples=100)
 def test_any_faults_in_any_order(run_stage: RunStage, steps: list) -> None:
-    """The weights are always those of the version that is said to be active, or the engine is said to be down."""
+    """The weights are always those of the version reported as active, or the engine is reported as down."""
 
     async def test(stage: Stage) -> None:
         names = {loaded.version.digest: name for name, loaded in stage.weights.versions.items()}
@@ -235,9 +235,9 @@ def test_any_faults_in_any_order(run_stage: RunStage, steps: list) -> None:
             except SwapError:
                 pass
             except EngineDownError:
-                for _ in range(6):  # as the server does, until it works
+                for _ in range(6):  # retry until it works, as the server does
                     try:
-                        await stage.swapper.heal()
+                        await stage.swapper.restart_engine()
                     except EngineDownError:
                         continue
                     break

@@ -1,4 +1,4 @@
-"""Names from requests."""
+"""Looking up adapters by the names in requests."""
 
 import os
 from pathlib import Path
@@ -35,18 +35,18 @@ def test_folders_and_files(root: Path) -> None:
     ["../outside", "/etc", "..", ".", "", ".hidden", "a b", "gsm8k/", "gsm8k/.", "gsm8k\0", "gsm8k\n", "empty",
      "x" * 129, "notes", "notes.txt", "org/other", "flowers.bin", "~", "..%2foutside"],
 )  # fmt: skip
-def test_names_that_are_no_adapters(root: Path, name: str) -> None:
+def test_names_that_are_not_adapters(root: Path, name: str) -> None:
     assert AdapterRoots([root, "org/style"]).find(name) is None
 
 
 def test_a_name_in_two_folders(root: Path, tmp_path: Path) -> None:
     (tmp_path / "second" / "gsm8k").mkdir(parents=True)
     (tmp_path / "second" / "gsm8k" / "theta.bin").touch()
-    with pytest.raises(OptionError, match="gsm8k is there twice"):
+    with pytest.raises(OptionError, match="there are two adapters gsm8k: .*; rename one of them"):
         AdapterRoots([root, tmp_path / "second"]).find("gsm8k")
 
 
-def test_what_is_no_root(tmp_path: Path) -> None:
+def test_an_invalid_root(tmp_path: Path) -> None:
     for wrong in (tmp_path / "missing", "gsm8k", "a/b/c"):
         with pytest.raises(OptionError, match="neither a folder of adapters nor a Hub id"):
             AdapterRoots([wrong])
@@ -60,7 +60,7 @@ def test_the_state_changes_with_the_files(root: Path) -> None:
     states.append(source.state())
     before = weights.stat()
     weights.write_bytes(b"2")
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # a copy that keeps its times
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # a copy that preserves the mtime
     states.append(source.state())
     (root / "gsm8k" / "adapter_config.json").touch()
     states.append(source.state())

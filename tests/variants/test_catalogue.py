@@ -1,4 +1,4 @@
-"""Names and what they stand for: a name moves in one step, and can go back."""
+"""Names and their versions: a name moves to another version atomically, and can be rolled back."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ def site(pair: Pair, tmp_path: Path) -> Site:
     return Site(pair, tmp_path)
 
 
-def go_back(site: Site, digest: str | None = None) -> None:
+def roll_back(site: Site, digest: str | None = None) -> None:
     asyncio.run(site.catalogue.rollback("v1", digest, site.preparing))
 
 
@@ -32,28 +32,29 @@ def test_names(site: Site) -> None:
     (site.tasks / ".hidden.safetensors").touch()
     assert site.catalogue.names() == ["base", "alias", "file", "org/allowed", "v1"]
     assert site.digest("base") == site.digest("alias") != site.digest("v1")
-    with pytest.raises(UnknownVariantError, match="there is no variant none; there are base, alias, file, org/allo"):
+    known = "base, alias, file, org/allowed"
+    with pytest.raises(UnknownVariantError, match=f"there is no variant none; the available variants are {known}"):
         site.catalogue.find("none")
 
 
-def test_a_name_in_two_folders_is_refused_alone(site: Site) -> None:
+def test_only_the_name_in_two_folders_is_rejected(site: Site) -> None:
     shutil.copytree(site.tasks / "v1", site.more / "v1")
     shutil.copytree(site.tasks / "v1", site.more / "v2")
     for name in site.catalogue.names():
-        assert site.catalogue.find(name).name == name  # so that they can be listed
-    with pytest.raises(VariantError, match="v1 is there twice: .*; rename one"):
+        assert site.catalogue.find(name).name == name  # every name can be listed
+    with pytest.raises(VariantError, match="there are two adapters v1: .*; rename one of them"):
         site.digest("v1")
     assert site.digest("v2")
     shutil.rmtree(site.more)
     assert site.digest("v1") == site.prepared[0]
-    assert "v2" in site.catalogue.names()  # remembered
+    assert "v2" in site.catalogue.names()  # from the records
 
 
 @pytest.mark.parametrize(
     "name",
     ["", ".", "..", "../base", "v1/", "v1/../v1", "/etc", "tasks/v1", "v1\0", "v1\n", "é", "org/other", "a" * 129],
 )
-def test_a_name_is_no_path(site: Site, name: str) -> None:
+def test_a_name_is_not_a_path(site: Site, name: str) -> None:
     before = site.catalogue.names()
     with pytest.raises(UnknownVariantError):
         site.digest(name)
@@ -67,7 +68,7 @@ def test_a_version_is_its_content(site: Site) -> None:
     shutil.copytree(site.tasks / "v1", site.tasks / "twin")
     os.utime(site.tasks / "v1" / "adapter_config.json", (1, 1))
     assert site.digest() == site.digest("twin") == first
-    assert site.prepared == [first] * 3  # once for each that was looked at anew
+    assert site.prepared == [first] * 3  # once each time the files were read
     assert site.catalogue.name_of(first) in ("v1", "twin")
     assert site.catalogue.find("v1").record.previous == []
     site.change()
@@ -93,10 +94,10 @@ def test_a_name_moves_when_its_version_is_prepared(site: Site) -> None:
 
     def refuse(version: Version) -> None:
         assert site.catalogue.find("v1").record.digest == site.saved()["v1"]["digest"] == first != version.digest
-        raise HostMemoryError("no room")
+        raise HostMemoryError("no memory")
 
     site.prepare = refuse
-    with pytest.raises(HostMemoryError, match="no room"):  # and not `VariantError`: it may work later
+    with pytest.raises(HostMemoryError, match="no memory"):  # not `VariantError`: it may succeed later
         site.digest()
     assert site.catalogue.find("v1").record.digest == site.saved()["v1"]["digest"] == first
     site.prepare = lambda version: None
@@ -111,10 +112,10 @@ def test_broken_theta_and_back(site: Site) -> None:
             site.digest()
     assert "not a whole" in str(site.catalogue.find("v1").error)
     assert site.catalogue.find("v1").record.digest == first
-    go_back(site)
+    roll_back(site)
     assert (site.digest(), site.catalogue.find("v1").error) == (first, None)
     site.start()
-    assert site.digest() == first  # θ is nowhere but in the state
+    assert site.digest() == first  # θ is only in the state folder
     site.break_it()
     with pytest.raises(VariantError):
         site.digest()
@@ -127,16 +128,16 @@ def test_back_to_an_earlier_version_until_the_files_change(site: Site) -> None:
     first = site.digest()
     site.change()
     second = site.digest()
-    site.change()  # nobody has asked for this one
-    go_back(site)
+    site.change()  # this version is never requested
+    roll_back(site)
     assert site.digest() == first
     assert site.catalogue.find("v1").record.previous == [second]
     site.start()
     assert site.digest() == first
-    go_back(site, second[:8])
+    roll_back(site, second[:8])
     assert site.digest() == second
-    with pytest.raises(VariantError, match=f"no such earlier version; it has {first[:12]}"):
-        go_back(site, "f00")
+    with pytest.raises(VariantError, match=f"no such earlier version; its earlier versions are {first[:12]}"):
+        roll_back(site, "f00")
     site.change()
     assert site.digest() not in (first, second)
     third = asyncio.run(site.catalogue.reload("v1", site.preparing)).record
@@ -147,7 +148,7 @@ def test_reload_undoes_a_rollback(site: Site) -> None:
     first = site.digest()
     site.change()
     second = site.digest()
-    go_back(site)
+    roll_back(site)
     assert site.digest() == first
     assert asyncio.run(site.catalogue.reload("v1", site.preparing)).record.digest == site.digest() == second
 
@@ -164,10 +165,10 @@ def test_register_and_unregister(site: Site) -> None:
         with pytest.raises(VariantNameError, match=reason):
             site.catalogue.register(name, "v1")
     shutil.copytree(site.tasks / "v1", site.tasks / "v2")
-    for source in ("v1", "v2"):  # it is found anyway
+    for source in ("v1", "v2"):  # the roots have this name
         with pytest.raises(VariantNameError, match="already"):
             site.catalogue.register("v2", source)
-    with pytest.raises(VariantError, match="there is no none in the folders"):
+    with pytest.raises(VariantError, match="none is neither in the folders of variants nor an allowed Hub id"):
         site.catalogue.register("new", "none")
     site.catalogue.unregister("v1")
     assert "v1" not in site.start().names()
@@ -179,13 +180,13 @@ def test_register_and_unregister(site: Site) -> None:
     site.catalogue.register("v1", "v1")
     assert site.digest() == site.prepared[0]
     for change in (site.catalogue.unregister, lambda name: site.catalogue.pin(name, True)):
-        with pytest.raises(VariantNameError, match="it cannot be changed"):
+        with pytest.raises(VariantNameError, match="base is the base model, which cannot be changed"):
             change("base")
 
 
-def test_a_name_that_goes_while_it_is_prepared_does_not_come_back(site: Site) -> None:
+def test_a_name_removed_while_it_is_prepared_does_not_come_back(site: Site) -> None:
     site.prepare = lambda version: site.catalogue.unregister("v1")
-    site.digest()  # who asked before is served
+    site.digest()  # an earlier request is served
     assert "v1" not in site.catalogue.names()
     assert site.saved()["v1"]["hidden"]
     assert "v1" not in site.start().names()
@@ -203,13 +204,13 @@ def test_merged_models(site: Site) -> None:
     with pytest.raises(VariantError, match=f"version {version.digest[:12]} of merged is no longer available"):
         asyncio.run(site.catalogue.rollback("merged", None, site.preparing))
     edit_json(site.tasks / "merged" / "config.json", rms_norm_eps=0.1)
-    with pytest.raises(VariantError, match=r"its config says rms_norm_eps 0.1, the running model's 1e-06"):
+    with pytest.raises(VariantError, match=r"rms_norm_eps is 0.1 in its config, but 1e-06 in the running model's"):
         site.digest("merged")
     shutil.copy(site.pair.base / "config.json", site.tasks / "merged")
     for change, reason in (
         (lambda tensors: {**tensors, "other.weight": tensors["lm_head.weight"] + 1}, "does not load"),
         (lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"][:9]}, r"has shape \(9, 32\)"),
-        (lambda tensors: tensors.pop("lm_head.weight"), "of the base is not in"),
+        (lambda tensors: tensors.pop("lm_head.weight"), "does not have the base's tensor lm_head.weight"),
     ):
         edit_weights(weights, change)
         with pytest.raises(VariantError, match=reason):
@@ -217,14 +218,14 @@ def test_merged_models(site: Site) -> None:
 
 
 def test_a_tensor_the_model_does_not_load(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
-    """vLLM would leave out the head of a model whose embedding is tied, and answer without it."""
+    """vLLM would silently ignore the head of a model with a tied embedding."""
     site = Site(make_pair(tiny_llama(tie_word_embeddings=True), modules_to_save=["lm_head"]), tmp_path)
     with pytest.raises(VariantError, match="changes lm_head.weight, which the running model does not load"):
         site.digest()
     assert (site.thetas(), site.prepared) == (set(), [])
 
 
-def test_lora_where_it_says_what_an_adapter_does(site: Site) -> None:
+def test_an_adapter_that_is_exactly_lora_is_served_as_lora(site: Site) -> None:
     save_adapter(tiny_llama(), site.tasks / "wide", r=16)
     save_adapter(tiny_llama(), site.tasks / "head", modules_to_save=["lm_head"])
     merged = site.digest("v1")
@@ -238,7 +239,7 @@ def test_lora_where_it_says_what_an_adapter_does(site: Site) -> None:
 
 
 def test_an_adapter_is_opened_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new version is opened as it was copied, and evaluated from where the copy is kept."""
+    """A new version is opened from its copy, and evaluated from where the copy is kept."""
     opened: list[Path] = []
     load = opening.load_adapter
     monkeypatch.setattr(opening, "load_adapter", lambda source: (opened.append(source), load(source))[1])

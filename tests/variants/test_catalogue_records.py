@@ -1,4 +1,4 @@
-"""What a catalogue remembers, on the disk, and what it does with records and files that are damaged."""
+"""The records of a catalogue on disk, and how it handles damaged records and files."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ def test_history_is_bounded(site: Site) -> None:
     assert site.thetas() == set(digests[2:])
 
 
-def test_what_survives_a_restart(site: Site) -> None:
+def test_state_is_kept_across_restarts(site: Site) -> None:
     first = site.digest()
     site.catalogue.pin("v1", True)
     site.catalogue.register("nice", "v1")
@@ -45,7 +45,7 @@ def test_what_survives_a_restart(site: Site) -> None:
     assert not records.variants["nice"].pinned
     assert site.digest() == first
     shutil.rmtree(site.tasks / "v1")
-    with pytest.raises(UnknownVariantError, match="the files of v1 are gone"):
+    with pytest.raises(UnknownVariantError, match="the files of v1 were not found"):
         site.digest()
 
 
@@ -61,8 +61,8 @@ def test_damaged_records(site: Site, damage: str) -> None:
     assert site.start().records.variants == {}
 
 
-def test_one_server_for_a_folder(site: Site) -> None:
-    with pytest.raises(OptionError, match="another server uses .* --state of its own"):
+def test_one_server_per_state_folder(site: Site) -> None:
+    with pytest.raises(OptionError, match="another server uses .* start this one with another --state folder"):
         VariantStore(site.state)
 
 
@@ -76,7 +76,7 @@ def test_records_of_another_base(site: Site) -> None:
 def test_files_that_are_being_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Catalogue._open
     monkeypatch.setattr(Catalogue, "_open", lambda *args: (opened(*args), site.change())[0])
-    with pytest.raises(VariantError, match="v1 is being written"):
+    with pytest.raises(VariantError, match="the files of v1 are being written"):
         site.digest()
 
 

@@ -1,4 +1,4 @@
-"""Evaluated weights in host memory: evaluated once, bounded, never taken from under a swap, and nothing leaks."""
+"""The cache of evaluated weights: evaluated once, bounded, never dropped during a swap, and nothing leaks."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ def open_files() -> int:
 
 
 class Evaluations:
-    """Versions that count how often they are evaluated, and wait and fail if they are told to."""
+    """Versions that count their evaluations, and can be made to wait or fail."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -60,7 +60,7 @@ def evaluations() -> Evaluations:
 
 
 def run(test: Callable[[HostCache], Awaitable[None]], limit: int = 3 * MIB) -> None:
-    """Run a test on a cache; what it holds has a descriptor each, and no more are open."""
+    """Run a test on a cache; check that only the weights in it have open descriptors."""
 
     async def call() -> None:
         before, cache = open_files(), HostCache(limit)
@@ -76,19 +76,19 @@ def held(cache: HostCache) -> set[str]:
     return {name for name in SIZES if cache.get(name) is not None}
 
 
-def test_many_who_ask_get_one_evaluation(evaluations: Evaluations) -> None:
+def test_concurrent_loads_share_one_evaluation(evaluations: Evaluations) -> None:
     async def test(cache: HostCache) -> None:
         wanted = [evaluations.version(name) for name in "aabab"]
         found = await asyncio.gather(*map(cache.load, wanted))
         assert sorted(evaluations.log) == ["a", "b"]
-        assert evaluations.most_at_once == 1  # each takes memory, and all cores
+        assert evaluations.most_at_once == 1  # an evaluation uses memory and all cores
         assert found[0] is found[1] is found[3] is cache.get("a")
         assert cache.nbytes == 2 * MIB
 
     run(test)
 
 
-def test_what_is_there_waits_for_no_evaluation(evaluations: Evaluations) -> None:
+def test_cached_weights_do_not_wait_for_an_evaluation(evaluations: Evaluations) -> None:
     async def test(cache: HostCache) -> None:
         ready = await cache.load(evaluations.version("a"))
         evaluations.may_end.clear()
@@ -103,7 +103,7 @@ def test_what_is_there_waits_for_no_evaluation(evaluations: Evaluations) -> None
     run(test)
 
 
-def test_the_least_recently_used_goes_first(evaluations: Evaluations) -> None:
+def test_the_least_recently_used_is_dropped_first(evaluations: Evaluations) -> None:
     async def test(cache: HostCache) -> None:
         for name in "abcad":
             await cache.load(evaluations.version(name))
@@ -112,37 +112,37 @@ def test_the_least_recently_used_goes_first(evaluations: Evaluations) -> None:
         evaluations.fails.add("large")
         with pytest.raises(CheckpointError):
             await cache.load(evaluations.version("large"))
-        assert held(cache) == set()  # room had been made
+        assert held(cache) == set()  # dropped to make room
 
     run(test)
 
 
-def test_what_is_held_or_pinned_stays(evaluations: Evaluations) -> None:
+def test_held_and_pinned_weights_are_kept(evaluations: Evaluations) -> None:
     async def test(cache: HostCache) -> None:
         for name in "abc":
             await cache.load(evaluations.version(name))
         cache.pin("a", True)
         with cache.holding("b"), cache.holding("b"):
-            with pytest.raises(HostMemoryError, match="take 3 MiB; --host-cache is 3 MiB, of which 2 MiB are in use"):
+            with pytest.raises(HostMemoryError, match="3 MiB, but --host-cache is 3 MiB, and 2 MiB of it are in use"):
                 await cache.load(evaluations.version("large"))
-            assert held(cache) == {"a", "b", "c"}  # a refusal costs nobody anything
+            assert held(cache) == {"a", "b", "c"}  # nothing is dropped on failure
             cache.drop("b")
             assert cache.get("b") is not None
-        with pytest.raises(HostMemoryError, match="of which 1 MiB"):
+        with pytest.raises(HostMemoryError, match="and 1 MiB of it"):
             await cache.load(evaluations.version("large"))
         cache.pin("a", False)
         await cache.load(evaluations.version("large"))
         assert held(cache) == {"large"}
         cache.pin("large", True)
-        cache.drop("large")  # a pin is no use of it
+        cache.drop("large")  # a pin does not hold it
         assert held(cache) == set()
 
     run(test)
 
 
-def test_what_is_larger_than_the_cache(evaluations: Evaluations) -> None:
+def test_weights_larger_than_the_cache(evaluations: Evaluations) -> None:
     async def test(cache: HostCache) -> None:
-        with pytest.raises(HostMemoryError, match="take 3 MiB; --host-cache is 2 MiB"):
+        with pytest.raises(HostMemoryError, match="take 3 MiB, but --host-cache is 2 MiB"):
             await cache.load(evaluations.version("large"))
         assert evaluations.log == []
 
@@ -167,17 +167,17 @@ def test_a_failure_leaves_nothing(evaluations: Evaluations, monkeypatch: pytest.
     run(test)
 
 
-def test_who_asked_may_go_away_meanwhile(evaluations: Evaluations) -> None:
-    """The thread cannot be stopped: what it evaluates is kept, and nobody evaluates beside it."""
+def test_a_load_can_be_cancelled_during_evaluation(evaluations: Evaluations) -> None:
+    """The thread cannot be cancelled: its weights are kept, and no other evaluation runs at the same time."""
 
     async def test(cache: HostCache) -> None:
         evaluations.may_end.clear()
-        gone = asyncio.create_task(cache.load(evaluations.version("a")))
+        cancelled = asyncio.create_task(cache.load(evaluations.version("a")))
         while not evaluations.log:
             await asyncio.sleep(0)
-        gone.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await cancelled
         others = [asyncio.create_task(cache.load(evaluations.version(name))) for name in "ab"]
         await asyncio.sleep(0)
         evaluations.may_end.set()
@@ -221,19 +221,19 @@ def test_the_base_is_copied_once(base: Checkpoint, monkeypatch: pytest.MonkeyPat
         await asyncio.gather(*map(weights.prepare, wanted))
         assert asked == [[NAMES[0]], [NAMES[1]]]
         assert weights.nbytes == sum(base.tensors[name].nbytes for name in NAMES)
-        assert weights.tensors is places  # who was given them sees the copies
+        assert weights.tensors is places  # the same mapping, with the copies
         assert [name for name, info in places.items() if info.file.is_relative_to("/proc")] == sorted(NAMES)
         edit_weights(base.folder / "model.safetensors", lambda tensors: {k: v + 1 for k, v in tensors.items()})
         now = read(places.values())
         assert [name for name in before if now[name] == before[name]] == sorted(NAMES)
-        await weights.prepare(NAMES)  # it is there
+        await weights.prepare(NAMES)  # already copied
         with pytest.raises(CheckpointError, match="changed while"):
             await weights.prepare(["model.embed_tokens.weight"])
 
     asyncio.run(test())
 
 
-def test_a_base_that_stays_on_the_disk(base: Checkpoint) -> None:
+def test_a_base_that_stays_on_disk(base: Checkpoint) -> None:
     async def test() -> None:
         weights = BaseWeights(base, on_host=False)
         await weights.prepare(NAMES)

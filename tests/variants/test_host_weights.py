@@ -1,4 +1,4 @@
-"""Weights in anonymous memory: what is merged, byte for byte; and once sealed, nobody can change it."""
+"""Weights in anonymous memory: equal to merged files, byte for byte, and immutable once sealed."""
 
 import mmap
 import os
@@ -35,7 +35,7 @@ def open_files() -> int:
 
 
 def model_of(pair: Pair) -> LoadedModel:
-    """Every tensor is loaded, each by itself."""
+    """Every tensor is loaded, each separately."""
     base = open_checkpoint(pair.base)
     return LoadedModel(base, [[name] for name in base.tensors])
 
@@ -78,17 +78,17 @@ def test_another_process_reads_it_by_its_path(sealed: HostWeights) -> None:
     assert info.offset % 64 == 0
 
 
-def test_what_is_mapped_outlives_it(sealed: HostWeights) -> None:
+def test_a_mapping_outlives_it(sealed: HostWeights) -> None:
     with sealed.tensors["a"].file.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     before = open_files()
     sealed.close()
-    sealed.close()  # twice does no harm
+    sealed.close()  # closing twice is allowed
     assert open_files() == before - 1
     assert mapped[:12] == torch.tensor([1.0, 2.0, 3.0]).numpy().tobytes()
 
 
-def test_a_tensor_comes_in_pieces_from_several_threads() -> None:
+def test_tensors_are_written_in_pieces_by_several_threads() -> None:
     numbers = torch.randn(64, 1000)
     weights = HostWeights("test", [spec(str(i), 1000) for i in range(64)])
 
@@ -109,30 +109,30 @@ def test_a_tensor_comes_in_pieces_from_several_threads() -> None:
     weights.close()
 
 
-def test_nothing_at_all() -> None:
+def test_no_tensors() -> None:
     weights = HostWeights("test", [])
     assert (weights.seal().digests, weights.nbytes) == ({}, 0)
     weights.close()
 
 
 @pytest.mark.parametrize("pieces", [[3], [40, 3], []])
-def test_a_tensor_that_is_not_whole(pieces: list[int]) -> None:
+def test_an_incomplete_tensor(pieces: list[int]) -> None:
     weights = HostWeights("test", [spec("a", 43), spec("b", 1)])
     weights.put("b", torch.zeros(1))
     for piece in pieces:
         weights.put("a", torch.zeros(piece))
     if sum(pieces) == 43:
-        with pytest.raises(ValueError, match="a: more than its 172 bytes"):
+        with pytest.raises(ValueError, match="a: got more than the expected 172 bytes"):
             weights.put("a", torch.zeros(1))
         weights.seal()
     else:
-        with pytest.raises(ValueError, match=f"a: {4 * sum(pieces)} bytes of 172"):
+        with pytest.raises(ValueError, match=f"a: got {4 * sum(pieces)} bytes, expected 172"):
             weights.seal()
     weights.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_is_what_a_merge_writes(make_pair: MakePair, dtype: torch.dtype) -> None:
+def test_it_equals_the_output_of_a_merge(make_pair: MakePair, dtype: torch.dtype) -> None:
     settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"], "seed": 3}
     pair = make_pair(dtype=dtype, **settings)
     base = read(open_checkpoint(pair.base).tensors.values())
@@ -170,7 +170,7 @@ def test_a_base_that_changes_meanwhile(pair: Pair, when: str, monkeypatch: pytes
     assert open_files() == before
 
 
-def test_numbers_that_do_not_fit_leave_nothing(make_pair: MakePair) -> None:
+def test_an_overflow_leaves_nothing(make_pair: MakePair) -> None:
     pair = make_pair(tiny_llama(), torch.float16, scaling=1e9)
     version, before = version_of(pair), open_files()
     with pytest.raises(NonFiniteError):
@@ -178,22 +178,23 @@ def test_numbers_that_do_not_fit_leave_nothing(make_pair: MakePair) -> None:
     assert open_files() == before
 
 
-def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_files()
     monkeypatch.setattr(host_weights, "available_memory", lambda: 10 << 20)
-    with pytest.raises(HostMemoryError, match="v takes 12 MiB on the host, and 10 MiB are free; .* --host-cache"):
+    message = "v takes 12 MiB of host memory, but only 10 MiB are free; .* --host-cache"
+    with pytest.raises(HostMemoryError, match=message):
         HostWeights("v", [spec("a", 3 << 20), spec("b", 12)])
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(HostMemoryError, match="no room for 4 MiB of v"):
+    with pytest.raises(HostMemoryError, match="cannot allocate 4 MiB of host memory for v .*; .* --host-cache"):
         HostWeights("v", [spec("a", 1 << 20)])
     assert open_files() == before
 
 
-def test_memory_is_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_available_memory_respects_the_container_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(host_weights, "_CGROUP", tmp_path)
     monkeypatch.setattr(host_weights, "_MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")

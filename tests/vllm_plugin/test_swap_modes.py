@@ -123,4 +123,4 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path, smollm2: Path) -> None:
     for file in smollm2.iterdir():
         if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
             shutil.copy(file, tmp_path / "base")
-    assert "peanut-serve: the engine answers otherwise" in refused(tmp_path / "base", tmp_path)
+    assert "peanut-serve: the engine's answer differs" in refused(tmp_path / "base", tmp_path)

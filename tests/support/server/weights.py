@@ -11,7 +11,7 @@ from support.tiny_models import edit_weights, save_adapter, tiny_llama
 
 from converters import merge
 from converters.models.checkpoint import Checkpoint, open_checkpoint
-from peanut_serve.swapping.self_test import try_out
+from peanut_serve.swapping.self_test import run_self_test
 from peanut_serve.swapping.transaction import Loaded
 from peanut_serve.variants.opening import adapter_version
 from peanut_serve.variants.version import base_version
@@ -45,7 +45,7 @@ def weights_in(folder: Path) -> Weights:
     save_adapter(tiny_llama(), tasks / "v1")
     other_theta(tasks / "v1", tasks / "v2")
     other_theta(tasks / "v1", tasks / "v3", "layers.1.self_attn.v_proj.peanut_A")
-    model, _ = asyncio.run(try_out(FakeEngine(base), base))
+    model, _ = asyncio.run(run_self_test(FakeEngine(base), base))
     versions, expected = {"base": Loaded(base_version(base))}, {"base": read(base.tensors.values())}
     for name in ("v1", "v2", "v3"):
         version = adapter_version(name, tasks / name, model, "cpu", None)
