@@ -129,7 +129,7 @@ def test_an_adapter_from_the_hub(hub: Hub, pair: Pair) -> None:
         (["user/gsm8k", "--adapter-revision", "v2"], "user/gsm8k has no revision 'v2' on the Hub"),
         (["user/other"], "no folder 'user/other' here and no such model on the Hub"),
         ([str(pair.adapter), "--adapter-revision", "v1"], "--adapter-revision v1 has no meaning for the local path"),
-        (["nowhere"], "nowhere is not there; wanted the folder of a trained adapter, its weights, or a Hub id"),
+        (["nowhere"], "nowhere does not exist; wanted the folder of a trained adapter, its weights, or a Hub id"),
     ):
         refused = merge_adapter(hub, pair, *options, "--overwrite")
         assert (refused.returncode, message in refused.stderr) == (1, True), refused.stderr
