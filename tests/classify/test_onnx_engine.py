@@ -145,7 +145,7 @@ def test_a_model_of_tokens_has_no_single_label(make_pair: Callable[..., Pair]) -
     pair = make_pair(model, target_modules=["query"], modules_to_save=["classifier"])
     export_onnx(pair.base, pair.adapter, pair.output)
     engine = OnnxEngine(pair.output)
-    with pytest.raises(OptionError, match=r"does token-classification: .* use entities\(\) for token classifiers"):
+    with pytest.raises(OptionError, match=r"does token-classification, .* use entities\(\) for token classifiers"):
         engine.predict(["film"])
     ids = np.ones((2, 3), np.int64)
     inputs = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids * 0}
@@ -153,7 +153,7 @@ def test_a_model_of_tokens_has_no_single_label(make_pair: Callable[..., Pair]) -
 
 
 def test_a_model_of_images_has_no_entities(folders: dict[Form, Path]) -> None:
-    with pytest.raises(OptionError, match="does image-classification: it has no labels for parts of a text"):
+    with pytest.raises(OptionError, match="does image-classification, which has no labels for parts of a text"):
         OnnxEngine(folders[Form.MERGED]).entities(["film"])
 
 
@@ -165,10 +165,10 @@ def refused(
 
 
 def test_names_that_are_not_there(folders: dict[Form, Path], tmp_path: Path) -> None:
-    refused(folders[Form.SHARED], OptionError, "has no task cars; it has digits5to9, oddeven", "cars")
-    refused(folders[Form.SHARED], OptionError, "several tasks; say which: --task digits5to9, oddeven")
+    refused(folders[Form.SHARED], OptionError, "has no task cars; available: digits5to9, oddeven", "cars")
+    refused(folders[Form.SHARED], OptionError, "several tasks; choose one: digits5to9, oddeven")
     refused(folders[Form.MERGED], OptionError, "in fp32, int8, not in fp16", precision="fp16")
-    refused(tmp_path, CheckpointError, "no ONNX export in it")
+    refused(tmp_path, CheckpointError, "contains no ONNX export")
 
 
 def test_files_that_are_others(folders: dict[Form, Path]) -> None:
@@ -193,7 +193,9 @@ def test_another_base(folders: dict[Form, Path]) -> None:
     """Whoever copies a task into the folder of another base."""
     swappable = folders[Form.SWAPPABLE]
     set_own(swappable, "oddeven", base="another")
-    refused(swappable, BaseMismatchError, "oddeven was trained on the base another, the graph holds", "oddeven")
+    refused(
+        swappable, BaseMismatchError, "oddeven was trained on the base another, but the graph contains", "oddeven"
+    )
     original = json.loads((swappable / "digits5to9.config.json").read_text())["peanut"]["base"]
     write_adapter_file(swappable / "oddeven.onnx_adapter", {"classifier.bias": torch.zeros(2)}, "another")
     set_own(swappable, "oddeven", base=original, files={})
@@ -230,16 +232,16 @@ def test_no_way_out_of_the_folder(folders: dict[Form, Path], name: str) -> None:
 
 def test_a_damaged_config(folders: dict[Form, Path]) -> None:
     set_own(folders[Form.SHARED], "oddeven", models=None)
-    refused(folders[Form.SHARED], CheckpointError, "its part 'peanut' is damaged")
+    refused(folders[Form.SHARED], CheckpointError, "its section 'peanut' is damaged")
 
 
 def test_logits_that_are_no_answer(folders: dict[Form, Path], digit_files: list[Path]) -> None:
     """A graph without its adapter, and a config with other labels."""
     set_own(folders[Form.SWAPPABLE], "oddeven", form="merged", adapter=None, files={})
-    with pytest.raises(VerificationError, match="oddeven: the graph answers NaN"):
+    with pytest.raises(VerificationError, match="oddeven: the graph returned NaN"):
         OnnxEngine(folders[Form.SWAPPABLE]).predict(digit_files[:1], "oddeven")
     edit_json(folders[Form.SHARED] / "oddeven.config.json", id2label={"0": "a", "1": "b", "2": "c"})
-    with pytest.raises(VerificationError, match="gives 2 logits, the config has 3 labels"):
+    with pytest.raises(VerificationError, match="returned 2 logits, but the config has 3 labels"):
         OnnxEngine(folders[Form.SHARED]).predict(digit_files[:1], "oddeven")
 
 

@@ -170,35 +170,37 @@ def test_one_session_for_two_tasks(swappable: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_inputs_that_do_not_fit(merged: Path) -> None:
-    refused(OptionError, "pets takes pixel_values; pixel_values was not given", merged, {})
+    refused(OptionError, "pets needs the inputs pixel_values; pixel_values is missing", merged, {})
     small = {"pixel_values": np.zeros((1, 3, 4, 4), np.float32)}
     refused(
-        OptionError, r"pets cannot be run on pixel_values float32\(1, 3, 4, 4\): .*invalid dimensions", merged, small
+        OptionError, r"pets cannot run on pixel_values float32\(1, 3, 4, 4\): .*invalid dimensions", merged, small
     )
     doubles = {"pixel_values": PIXELS["pixel_values"].astype(np.float64)}
-    refused(OptionError, r"pets cannot be run on pixel_values float64.*data type", merged, doubles)
+    refused(OptionError, r"pets cannot run on pixel_values float64.*data type", merged, doubles)
 
 
 def test_run_checks_its_output_too(merged: Path, swappable: Path) -> None:
     write_config(merged / "config.json", (), {"id2label": {"0": "a", "1": "b"}}, models={"fp32": "model.onnx"})
-    refused(VerificationError, "gives 3 logits, the config has 2 labels", merged)
+    refused(VerificationError, "returned 3 logits, but the config has 2 labels", merged)
     write_adapter_file(swappable / "cars.onnx_adapter", {"A": torch.zeros(SIZE, 1), "B": torch.zeros(1, 3)}, BASE)
     rest = {"form": "swappable", "models": {"fp32": "model.onnx"}, "adapter": "cars.onnx_adapter"}
     write_config(swappable / "cars.config.json", (), **rest)
-    refused(VerificationError, "cars: the graph answers NaN", swappable, task="cars")
+    refused(VerificationError, "cars: the graph returned NaN", swappable, task="cars")
 
 
 @pytest.mark.parametrize("own", [{"form": "later"}, {"form": "swappable"}, {"adapter": "x.onnx_adapter"}])
 def test_a_form_that_is_none(merged: Path, own: dict[str, str]) -> None:
     write_config(merged / "config.json", (), models={"fp32": "model.onnx"}, **own)
-    refused(CheckpointError, "wanted one of merged, shared, self-merging, swappable, and an adapter with", merged)
+    refused(
+        CheckpointError, "expected one of merged, shared, self-merging, swappable, and an adapter only with", merged
+    )
 
 
 def test_configs_of_others(merged: Path, swappable: Path) -> None:
     (swappable / "other.config.json").write_text('{"model_type": "vit"}')
     assert list(OnnxEngine(swappable).tasks) == ["cars", "pets"]
     write_config(merged / "config.json", (), models={"fp32": "a\0b"})
-    refused(CheckpointError, r"pets asks for 'a\\x00b', no file name", merged)
+    refused(CheckpointError, r"pets refers to 'a\\x00b', which is not a valid file name", merged)
 
 
 def test_scores() -> None:
@@ -224,7 +226,7 @@ def test_the_table_in_a_pipe(merged: Path, tmp_path: Path, run_here: Run) -> Non
     assert [row[0].strip() for row in rows] == [str(file), ""]
     (best,) = OnnxEngine(merged).predict([file], top_k=2)
     assert [(row[1].strip(), row[2].strip()) for row in rows] == [(one.label, f"{one.score:.4f}") for one in best]
-    with pytest.raises(OptionError, match="top_k is 0; wanted 1 or more"):
+    with pytest.raises(OptionError, match="top_k is 0; expected 1 or more"):
         OnnxEngine(merged).predict([file], top_k=0)
 
 
