@@ -60,7 +60,7 @@ def test_given_options_have_precedence(pair: Pair, tasks: Path) -> None:
     ]
     arguments = parsed(vllm_options(str(pair.base), "lora", find_adapters(AdapterRoots([tasks])), given))
     assert (arguments.max_lora_rank, arguments.host, arguments.max_loras, arguments.port) == (128, "0.0.0.0", 5, 1)
-    assert arguments.max_cpu_loras is None  # vLLM's own: as many as max_loras
+    assert arguments.max_cpu_loras is None  # vLLM's default: as many as max_loras
     assert arguments.served_model_name == ["mine"]
 
 
@@ -157,7 +157,7 @@ def test_an_adapter_on_the_hub(pair: Pair) -> None:
 
 @pytest.mark.slow  # vLLM is imported twice
 def test_vllm_finds_the_plugin_and_its_lora_routes_stay_closed(tasks: Path, tmp_path: Path) -> None:
-    """As in `PEANUT_ADAPTERS=... vllm serve`: what vLLM's own start does before it builds the server."""
+    """With `PEANUT_ADAPTERS=... vllm serve`, after the steps that vLLM runs before it builds the server."""
     script = """
 import json, os
 from vllm.plugins import load_general_plugins

@@ -68,8 +68,8 @@ class Traffic:
             tokens = await ask(self.client, self.world, name, prompt)
         except openai.APIStatusError as error:
             refusal = refusal or self.refusals.get(name)
-            is_server_s = error.status_code in (500, 503)  # a failed swap, an engine that died
-            assert is_server_s or (refusal is not None and isinstance(error, refusal)), (name, error)
+            is_server_error = error.status_code in (500, 503)  # a failed swap, an engine that died
+            assert is_server_error or (refusal is not None and isinstance(error, refusal)), (name, error)
             self.outcomes[str(error.status_code)] += 1
             return
         allowed |= self.versions[name]
