@@ -43,7 +43,7 @@ class OnnxEngine:
     Attributes:
         tasks: name -> task.
 
-    Raises `CheckpointError` if the folder is not such an export.
+    Raises `CheckpointError` if the folder is not an ONNX export.
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "fp32", threads: int | None = None) -> None:

@@ -52,7 +52,7 @@ class OnnxTask:
         if precision not in self.models:
             known = ", ".join(self.models)
             raise OptionError(
-                f"{self.folder} has {self.name} in {known}, not in {precision}; export it with --quantize"
+                f"{self.folder} has {self.name} in {known}, not in {precision}; see peanut-merge --quantize"
             )
         return self.path(self.models[precision])
 

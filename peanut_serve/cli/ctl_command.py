@@ -52,7 +52,8 @@ app = typer.Typer(
 _T = TypeVar("_T")
 _Url = Annotated[str, typer.Option("--url", envvar="PEANUT_ADMIN_URL", help="URL of the admin API.")]
 _KeyFile = Annotated[
-    Path | None, typer.Option("--key-file", help=f"File that contains the admin key (default: {KEY_VARIABLE}).")
+    Path | None,
+    typer.Option("--key-file", help=f"File that contains the admin key (default: the key in {KEY_VARIABLE})."),
 ]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant.")]
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of a variants folder, or Hub id.")]
@@ -120,7 +121,7 @@ class _Admin:
             found = f"cannot reach {self.url} ({error or 'no response'})"
             return f"{found}; check --url, and that `peanut-serve --mode merged --admin-port` is running"
         reason = str(error) or type(error).__name__
-        return f"{self.url} closed the connection before it answered ({reason}); see the server's log, and retry"
+        return f"{self.url} did not complete its response ({reason}); see the server's log, and retry"
 
 
 def _explain(response: httpx.Response, message: str) -> str:
@@ -190,7 +191,7 @@ def _print_status(status: BaseModel, as_json: bool) -> None:
     print_facts({key: escape(value) if isinstance(value, str) else value for key, value in facts.items()})
 
 
-@app.command("register", help="Add an entry of a variants folder, or an allowed Hub id, under a name.")
+@app.command("register", help="Add a variant from a variants folder or an allowed Hub id.")
 def _register(context: typer.Context, name: _Name, source: _Source) -> None:
     _change(context, VariantStatus, "POST", "variants", Registration(name=name, source=source))
 
@@ -206,7 +207,7 @@ def _activate(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/activate"))
 
 
-@app.command("reload", help="Reload a variant from its source; keep the previous version for a rollback.")
+@app.command("reload", help="Reload a variant; keep the old version for a rollback.")
 def _reload(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/reload"))
 
@@ -216,7 +217,7 @@ def _rollback(context: typer.Context, name: _Name, digest: _Digest = None) -> No
     _change(context, VariantStatus, "POST", _path(name, "/rollback"), Rollback(digest=digest))
 
 
-@app.command("pin", help="Keep the weights of a variant on the host.")
+@app.command("pin", help="Keep the weights of a variant in host memory.")
 def _pin(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/pin"))
 

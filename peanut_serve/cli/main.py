@@ -61,7 +61,10 @@ _Cache = Annotated[Path | None, typer.Option("--cache", help="Folder for evaluat
 _CacheSize = Annotated[str | None, typer.Option("--cache-size", help="Maximum size of that folder (default: 20GB).")]
 _DrainOption = Annotated[_Drain, typer.Option("--drain", help="Let a swap wait for running requests, or abort them.")]
 _DrainTimeout = Annotated[
-    float, typer.Option("--drain-timeout", help="Longest time a swap waits before it aborts them, in seconds.")
+    float,
+    typer.Option(
+        "--drain-timeout", help="Longest time a swap waits for running requests before it aborts them, in seconds."
+    ),
 ]
 _HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
 _BaseCopyOption = Annotated[

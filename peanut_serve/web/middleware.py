@@ -100,17 +100,17 @@ class _Exchange:
         metrics.REQUESTS.labels(name, outcome).inc()
 
     async def _answer(self, name: str) -> str:
-        gone = asyncio.create_task(self._until_gone())
+        disconnect = asyncio.create_task(self._until_disconnect())
         try:
             async with AsyncExitStack() as stack:
                 entering = asyncio.create_task(stack.enter_async_context(self._server.serving(name, self._abort)))
-                await _first_of(entering, gone)
+                await _first_of(entering, disconnect)
                 if not entering.done():
                     await _cancel(entering)
                     return "disconnected"
                 self._admitted = entering.result()
-                await _cancel(gone)
-                if gone.done() and not gone.cancelled():
+                await _cancel(disconnect)
+                if disconnect.done() and not disconnect.cancelled():
                     return "disconnected"
                 self._admit(self._admitted)
                 self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
@@ -121,7 +121,7 @@ class _Exchange:
                     return "aborted"
                 return str(self._status) if self._status else "disconnected"
         finally:
-            await _cancel(gone)
+            await _cancel(disconnect)
 
     async def _finish(self, answering: "asyncio.Task[None]") -> None:
         """Wait for the response. If a swap aborts it, send an error in its place, or at the end of the stream."""
@@ -157,7 +157,7 @@ class _Exchange:
                 self._body = b"".join(parts)
                 return True
 
-    async def _until_gone(self) -> None:
+    async def _until_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
