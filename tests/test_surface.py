@@ -27,6 +27,7 @@ SURFACE = {
     # options and output that all commands have in common
     "converters.cli.console",
     "converters.cli.console_adapters",
+    "converters.cli.flags",
     "converters.cli.options",
 }
 

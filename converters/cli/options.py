@@ -37,7 +37,9 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_e
 # peanut-merge: inputs
 Base = Annotated[
     str,
-    typer.Option("--base", help="Folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ..., or 'self': see the README."),
+    typer.Option(
+        "--base", help="Folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ..., or 'self': see converters/README.md."
+    ),
 ]
 Adapters = Annotated[
     list[str],

@@ -1,6 +1,6 @@
-"""Tasks on ONNX Runtime: one session for each graph, adapters that are swapped from run to run.
+"""Runs tasks on ONNX Runtime, with one session per graph and an adapter chosen for each run.
 
-Swapping is no state: an adapter is an argument of a run, so two threads may ask for two tasks of one graph at once.
+The adapter is an argument of a run, not a state, so two threads can run two tasks of one graph at the same time.
 """
 
 import threading
@@ -25,7 +25,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class _Ready:
-    """A task that was checked, and can run."""
+    """A task that passed its checks and can run."""
 
     task: OnnxTask
     session: Session
@@ -36,53 +36,53 @@ class OnnxEngine:
     """The tasks of a folder that `peanut-merge --format onnx` wrote.
 
     Args:
-        folder: the folder.
-        precision: `fp32`, or what `--quantize` wrote: `fp16`, `int8`.
-        threads: of one run; all cores by default.
+        folder: the exported folder.
+        precision: `fp32`, or one that `--quantize` wrote: `fp16`, `int8`.
+        threads: threads per run; all cores by default.
 
     Attributes:
         tasks: name -> task.
 
-    Raises `CheckpointError` if the folder is no such.
+    Raises `CheckpointError` if the folder is not an ONNX export.
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "fp32", threads: int | None = None) -> None:
         self.tasks = find_tasks(Path(folder))
         self._folder, self._precision, self._threads = Path(folder), precision, threads
-        self._lock = threading.Lock()  # for what becomes ready; what is ready is read without it
+        self._lock = threading.Lock()  # held while a task is made ready; ready tasks are read without it
         self._hashes: dict[Path, str] = {}
         self._sessions: dict[Path, Session] = {}
         self._ready: dict[str, _Ready] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
 
     def run(self, arrays: Arrays, task: str | None = None) -> NDArray[np.float32]:
-        """The output of a task's graph for inputs by name; see `converters.onnx_export.kinds.Kind`.
+        """Run a task's graph and return its output; see `converters.inference.kinds.ModelKind`.
 
         Args:
-            arrays: inputs.
-            task: which; may be left out where there is one.
+            arrays: inputs by name.
+            task: name of the task; optional if the folder has only one.
 
         Raises:
-            OptionError: there is no such task, or not in this precision; inputs that the graph does not take.
-            CheckpointError, VerificationError: a file is missing, damaged, or another; the output is NaN, or has
-                another number of labels than the config.
-            BaseMismatchError: graph and task are of different bases.
+            OptionError: there is no such task, or not in this precision; or the graph cannot run on the inputs.
+            CheckpointError, VerificationError: a file is missing, damaged, or not the one that was written; the
+                output has NaN or infinity, or its number of labels differs from the config.
+            BaseMismatchError: the graph and the task have different bases.
         """
         ready = self.load(task)
         name = ready.task.name
         if missing := [one for one in ready.session.inputs if one not in arrays]:
-            raise OptionError(f"{name} takes {', '.join(ready.session.inputs)}; {missing[0]} was not given")
+            raise OptionError(f"{name} needs the inputs {', '.join(ready.session.inputs)}; {missing[0]} is missing")
         try:
             found = ready.session.run(arrays, ready.adapter)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             shapes = ", ".join(f"{one} {arrays[one].dtype}{arrays[one].shape}" for one in ready.session.inputs)
             cause = " ".join(str(error).split())[:300]
-            raise OptionError(f"{name} cannot be run on {shapes}: {cause}") from None
+            raise OptionError(f"{name} cannot run on {shapes}: {cause}") from None
         check_logits(found, ready.task.labels, name)
         return found
 
     def load(self, task: str | None = None) -> _Ready:
-        """Make a task ready, which its first run does otherwise; raises as `run`."""
+        """Open and check a task, which its first run would do otherwise. Raises the same errors as `run`."""
         found = self.find(task)
         if ready := self._ready.get(found.name):
             return ready
@@ -97,42 +97,44 @@ class OnnxEngine:
             return self._ready[found.name]
 
     def find(self, task: str | None) -> OnnxTask:
-        """The task of a name. Raises `OptionError` if there is none, or several and no name."""
+        """Find a task by name. Raises `OptionError` if it does not exist, or `task` is None and there are several."""
         if task is None and len(self.tasks) == 1:
             return next(iter(self.tasks.values()))
         known = ", ".join(self.tasks)
         if task is None:
-            raise OptionError(f"{self._folder} has several tasks; say which: --task {known}")
+            raise OptionError(f"{self._folder} has several tasks; choose one: {known}")
         if task not in self.tasks:
-            raise OptionError(f"{self._folder} has no task {task}; it has {known}")
+            raise OptionError(f"{self._folder} has no task {task}; available: {known}")
         return self.tasks[task]
 
     def predict(self, examples: Sequence[Example], task: str | None = None, top_k: int = 5) -> list[list[Prediction]]:
-        """Labels with scores for images (paths) or texts, best first; of one label, its value.
+        """Predict labels with scores for images (paths) or texts, best first; a value if the task has one label.
 
-        Raises `OptionError` for a task that is no classifier of images or texts, or an input that cannot be read;
-        and as `run`.
+        Raises `OptionError` if the task does not classify images or texts, or an input cannot be read; and the errors
+        of `run`.
         """
         found = self.find(task)
         if found.kind.task not in ("image-classification", "text-classification"):
             raise OptionError(
-                f"{found.name} does {found.kind.task}: it has no label for a whole input; use entities() for token "
-                "classifiers, run() for others"
+                f"{found.name} does {found.kind.task}, which has no label for a whole input; use entities() for "
+                "token classifiers, run() for other models"
             )
         if top_k < 1:
-            raise OptionError(f"top_k is {top_k}; wanted 1 or more")
+            raise OptionError(f"top_k is {top_k}; expected 1 or more")
         rows = self._logits(found, examples)
         return [predictions(row, found.labels, top_k, found.problem_type) for row in rows]
 
     def entities(self, texts: Sequence[str], task: str | None = None) -> list[list[Entity]]:
-        """The parts of texts that a token classifier has a label for, in their order.
+        """Find the parts of texts that a token classifier labels, in order.
 
-        Raises `OptionError` for a task that is no token classifier, or a text that is longer than what it takes; and
-        as `run`.
+        Raises `OptionError` if the task is not a token classifier, or a text is longer than its limit; and the errors
+        of `run`.
         """
         found = self.find(task)
         if found.kind.task != "token-classification":
-            raise OptionError(f"{found.name} does {found.kind.task}: it has no labels for parts of a text")
+            raise OptionError(
+                f"{found.name} does {found.kind.task}, which has no labels for parts of a text; use predict()"
+            )
         preprocessor = self._preprocessor(found)
         assert isinstance(preprocessor, TextPreprocessor)
         spans = [preprocessor.spans(text) for text in texts]
@@ -142,7 +144,7 @@ class OnnxEngine:
         ]
 
     def _logits(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[NDArray[np.float32]]:
-        """What the graph says to each, in batches; of tokens, with rows for padding."""
+        """The logits of each example, computed in batches; those of tokens include rows for padding."""
         preprocessor = self._preprocessor(task)
         for start in range(0, len(examples), _BATCH):
             yield from self.run(preprocessor(examples[start : start + _BATCH]), task.name)

@@ -1,4 +1,4 @@
-"""From the logits of tokens to the parts of a text that have a label."""
+"""Turns the logits of tokens into labelled parts of a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_OUTSIDE = "O"  # the label of tokens that are of no entity
-_BEGINS, _GOES_ON = "B-", "I-"  # before a label
+_OUTSIDE = "O"  # label of tokens outside of entities
+_BEGIN, _INSIDE = "B-", "I-"  # prefixes of labels
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Entity:
-    """A part of a text, and what it is.
+    """A labelled part of a text.
 
     Attributes:
-        text: the part.
-        label: what it is, without `B-` or `I-`.
+        text: the part itself.
+        label: its label, without `B-` or `I-`.
         score: mean probability of the labels of its tokens.
-        start: of its first character, in the text.
-        end: behind its last one.
+        start: index of its first character in the text.
+        end: index after its last character.
     """
 
     text: str
@@ -42,14 +42,14 @@ class _Token(NamedTuple):
 def find_entities(
     text: str, logits: NDArray[np.float32], spans: Sequence[Span | None], labels: Sequence[str]
 ) -> list[Entity]:
-    """Neighbouring tokens of one label are an entity, unless one of them begins another (`B-`).
+    """Group neighbouring tokens with the same label into entities; a `B-` label begins a new one.
 
-    As transformers' `TokenClassificationPipeline` with `aggregation_strategy="simple"`.
+    Equivalent to transformers' `TokenClassificationPipeline` with `aggregation_strategy="simple"`.
 
     Args:
-        text: what was tokenised.
+        text: the text that was tokenised.
         logits: (tokens, labels); rows beyond the spans are padding.
-        spans: where each token lies in the text; None for special ones.
+        spans: position of each token in the text; None for special tokens.
         labels: names of the labels.
     """
     groups: list[list[_Token]] = []
@@ -62,14 +62,14 @@ def find_entities(
 
 
 def _tokens(logits: NDArray[np.float32], spans: Sequence[Span | None], labels: Sequence[str]) -> list[_Token]:
-    """Those of the text, each with its best label."""
+    """The tokens that have a position in the text, each with its best label."""
     tokens = []
     for row, span in zip(logits.astype(np.float64), spans, strict=False):
         if span is not None:
             label = labels[row.argmax()]
             score = float(1 / np.exp(row - row.max()).sum())
-            name = label[2:] if label.startswith((_BEGINS, _GOES_ON)) else label
-            tokens.append(_Token(name, label.startswith(_BEGINS), score, span))
+            name = label[2:] if label.startswith((_BEGIN, _INSIDE)) else label
+            tokens.append(_Token(name, label.startswith(_BEGIN), score, span))
     return tokens
 
 

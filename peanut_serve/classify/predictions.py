@@ -1,4 +1,4 @@
-"""From logits to labels with scores."""
+"""Turns logits into labels with scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from converters.errors import VerificationError
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label, and its probability; of a head with one label, the number it predicts."""
+    """A label and its probability; for a head with one label, the number it predicts."""
 
     label: str
     score: float
 
 
 def check_logits(logits: NDArray[np.float32], labels: Sequence[str], task: str) -> None:
-    """Raise `VerificationError` for an output that is not finite, or, where there are labels, of another number."""
+    """Raise `VerificationError` if logits are not finite, or their number differs from that of the labels, if any."""
     if not np.isfinite(logits).all():
-        raise VerificationError(f"{task}: the graph answers NaN or infinity; was its adapter left out of the run?")
+        raise VerificationError(f"{task}: the graph returned NaN or infinity; was it run without its adapter?")
     if labels and logits.shape[-1] != len(labels):
         raise VerificationError(
-            f"{task}: the graph gives {logits.shape[-1]} logits, the config has {len(labels)} labels"
+            f"{task}: the graph returned {logits.shape[-1]} logits, but the config has {len(labels)} labels"
         )
 
 
 def predictions(
     logits: NDArray[np.float32], labels: Sequence[str], top_k: int, problem_type: str | None = None
 ) -> list[Prediction]:
-    """The best labels for logits (labels,), best first; what a score is, `problem_type` says as in transformers."""
+    """The `top_k` best labels for logits (labels,). `problem_type` selects the kind of score, as in transformers."""
     wide = logits.astype(np.float64)
     if len(labels) == 1 or problem_type == "regression":
         scores = wide

@@ -1,4 +1,4 @@
-"""The tasks of a folder that `peanut-merge --format onnx` wrote, and the checks that ONNX Runtime does not make."""
+"""Finds the tasks in a folder that `peanut-merge --format onnx` wrote, with checks that ONNX Runtime omits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from converters.inference.kinds import ModelKind, find_kind
 from converters.inference.session import LoadedAdapter, Session
 from converters.serving import MANIFEST_NAME, MODEL_CONFIG, hash_file, labels_of, read_json
 
-# as `converters.onnx_export.export_plan.Form` has them, which imports onnx
+# the values of `converters.outputs.onnx.options.Form`, which is not part of the declared surface
 _FORMS = ("merged", "shared", "self-merging", "swappable")
 _HAVE_ADAPTERS = ("swappable",)
 
 
 @dataclass(frozen=True)
 class OnnxTask:
-    """One task of a folder.
+    """One task in a folder.
 
     Attributes:
-        name: what to ask for; of a folder of one task, the folder's name.
-        folder: where it lies.
+        name: name of the task; the folder's name if it is the only task.
+        folder: folder of its files.
         config: the model's config.
-        kind: what its graph computes.
-        labels: of its classes; none of models that have none.
+        kind: task, inputs and output of its graph.
+        labels: names of its classes; empty for models without classes.
         base: fingerprint of the base it was trained on.
         models: precision -> graph, relative to the folder.
-        adapter: its adapter file, of a swappable graph.
-        files: file -> its xxh3_128, of all that are the task's.
+        adapter: its adapter file, if the graph is swappable.
+        files: file -> xxh3_128, for all files of the task.
     """
 
     name: str
@@ -44,11 +44,11 @@ class OnnxTask:
 
     @property
     def problem_type(self) -> str | None:
-        """What transformers calls it: whether several labels may be right at once, or outputs are numbers."""
+        """`problem_type` as in transformers: whether several labels can apply at once, or outputs are numbers."""
         return self.config.get("problem_type")
 
     def model(self, precision: str) -> Path:
-        """The graph. Raises `OptionError` if there is none in this precision."""
+        """Path of the graph. Raises `OptionError` if there is none in this precision."""
         if precision not in self.models:
             known = ", ".join(self.models)
             raise OptionError(
@@ -57,14 +57,16 @@ class OnnxTask:
         return self.path(self.models[precision])
 
     def path(self, name: str) -> Path:
-        """A file of the task. Raises `CheckpointError` if the name leads out of the folder, or to nothing."""
+        """Path of a file of the task. Raises `CheckpointError` if it is outside of the folder, or missing."""
         path = self.folder / name
         try:
             inside = path.resolve().is_relative_to(self.folder.resolve())
         except ValueError as error:  # a NUL
-            raise CheckpointError(f"{self.folder}: {self.name} asks for {name!r}, no file name ({error})") from None
+            raise CheckpointError(
+                f"{self.folder}: {self.name} refers to {name!r}, which is not a valid file name ({error})"
+            ) from None
         if not inside:
-            raise CheckpointError(f"{self.folder}: {self.name} asks for {name}, which is not in the folder")
+            raise CheckpointError(f"{self.folder}: {self.name} refers to {name}, which is not in the folder")
         if not path.is_file():
             raise CheckpointError(
                 f"{self.folder}: {name} of {self.name} is missing; copy the whole folder, or export again"
@@ -72,14 +74,14 @@ class OnnxTask:
         return path
 
     def check_files(self, precision: str, hashes: dict[Path, str]) -> None:
-        """Hold what a run in this precision reads against what was written; other precisions may be left out.
+        """Compare the files that a run in this precision reads with their hashes; other precisions may be missing.
 
         Args:
-            precision: one the task has.
-            hashes: of files that were hashed already, added to: tasks share large ones.
+            precision: one that the task has.
+            hashes: hashes computed so far, which this call adds to: tasks share large files.
 
         Raises:
-            VerificationError: a file is another.
+            VerificationError: a file is not the one that was written.
             CheckpointError: a file, or the manifest, cannot be read.
         """
         others = {model for one, model in self.models.items() if one != precision}
@@ -96,27 +98,27 @@ class OnnxTask:
                 )
 
     def _graph_files(self, precision: str) -> dict[str, str]:
-        """What the folder's manifest says of the graph: a swappable one is not among the files of a task."""
+        """Hashes of the graph from the folder's manifest: a swappable graph is not among the files of a task."""
         manifest = self.folder / MANIFEST_NAME
         known = read_json(manifest, "manifest").get("files") if manifest.is_file() else None
         model = self.models[precision]
         return {name: known[name] for name in (model, f"{model}_data") if isinstance(known, dict) and name in known}
 
     def check_graph(self, session: Session) -> None:
-        """Raise `BaseMismatchError` if the graph holds another base, or none that is known."""
+        """Raise `BaseMismatchError` if the graph was exported from another base, or does not name its base."""
         found = session.metadata.get("peanut.base")
         if found != self.base:
             raise BaseMismatchError(
-                f"{self.folder}: {self.name} was trained on the base {self.base}, the graph holds {found}; "
+                f"{self.folder}: {self.name} was trained on the base {self.base}, but the graph contains {found}; "
                 "use the graph of the export it came with"
             )
 
     def load_adapter(self, session: Session) -> LoadedAdapter | None:
-        """What a run of a swappable graph needs; None of another graph.
+        """Load the adapter that a swappable graph needs; None for other graphs.
 
         Raises:
             BaseMismatchError: the file is for another base.
-            CheckpointError: it is damaged, or the graph has not its inputs.
+            CheckpointError: it is damaged, or the graph lacks its inputs.
         """
         if self.adapter is None:
             return None
@@ -136,9 +138,9 @@ class OnnxTask:
 
 
 def find_tasks(folder: Path) -> dict[str, OnnxTask]:
-    """Name -> task, of all tasks in a folder.
+    """Find all tasks in a folder, by name.
 
-    Raises `CheckpointError` if it is no such folder, or a task in it is damaged.
+    Raises `CheckpointError` if the folder is not an ONNX export, or a task in it is damaged.
     """
     single = folder / MODEL_CONFIG
     if single.is_file() and "peanut" in read_json(single, "config"):
@@ -147,11 +149,11 @@ def find_tasks(folder: Path) -> dict[str, OnnxTask]:
     tasks = {}
     for file in sorted(folder.glob(f"*.{MODEL_CONFIG}")):
         name = file.name.removesuffix(f".{MODEL_CONFIG}")
-        if "peanut" in read_json(file, "config"):  # else it is somebody else's file
+        if "peanut" in read_json(file, "config"):  # other files with such a name are not ours
             tasks[name] = _read(file, name)
     if not tasks:
         raise CheckpointError(
-            f"{folder}: no ONNX export in it; wanted a folder that peanut-merge --format onnx wrote"
+            f"{folder} contains no ONNX export; expected a folder that peanut-merge --format onnx wrote"
         )
     return tasks
 
@@ -165,11 +167,11 @@ def _read(file: Path, name: str) -> OnnxTask:
         base, adapter = str(own["base"]), None if own["adapter"] is None else str(own["adapter"])
         form = own["form"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its part 'peanut' is damaged ({error!r}); export again") from None
+        raise CheckpointError(f"{file}: its section 'peanut' is damaged ({error!r}); export again") from None
     if form not in _FORMS or (form in _HAVE_ADAPTERS) != (adapter is not None):
         raise CheckpointError(
-            f"{file}: the form is {form!r} and the adapter {adapter}; wanted one of {', '.join(_FORMS)}, and an "
-            "adapter with swappable alone; export again, or update peanut-serve"
+            f"{file}: the form is {form!r} and the adapter {adapter}; expected one of {', '.join(_FORMS)}, and an "
+            "adapter only with swappable; export again, or update peanut-serve"
         )
     kind = find_kind(config)
     labels = labels_of(config) if kind.has_labels else None

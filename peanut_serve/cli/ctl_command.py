@@ -17,16 +17,17 @@ from rich.table import Column, Table
 
 from converters.cli import console
 from converters.cli.console_adapters import print_facts
+from converters.cli.flags import in_flags
 from converters.cli.options import Json
 from converters.errors import OptionError, PeanutError
 from peanut_serve.errors import AdminRequestError
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.web.schema import EngineStatus, ErrorAnswer, Registration, Rollback, VariantStatus
 
-HELP = f"""See and change what a running `peanut-serve --mode merged` serves, by its admin API.
+HELP = f"""Show and change what a running `peanut-serve --mode merged` serves, through its admin API.
 
-The key is the one that the server was started with: in {KEY_VARIABLE}, or a file of --key-file. It is sent as it is;
-reach another machine by https or through an ssh tunnel.
+The key is the one that the server was started with, read from {KEY_VARIABLE} or from --key-file. It is not encrypted
+over http: use https or an ssh tunnel to reach another machine.
 
 Examples:
 
@@ -42,19 +43,24 @@ Examples:
 """
 
 # seconds; the admin API shares its event loop with the server, which may be busy
-_SOON = 60.0
-_HERE = ("127.0.0.1", "::1", "localhost")
+_TIMEOUT = 60.0
+_LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help=HELP
 )
 _T = TypeVar("_T")
-_Url = Annotated[str, typer.Option("--url", envvar="PEANUT_ADMIN_URL", help="Of the admin API.")]
-_KeyFile = Annotated[Path | None, typer.Option("--key-file", help=f"With the key in it; else {KEY_VARIABLE} has it.")]
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the variant.")]
-_Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of the folders of variants, or Hub id.")]
-_Drain = Annotated[bool, typer.Option("--drain", help="Take no more of its requests, and wait for those there are.")]
-_Digest = Annotated[str | None, typer.Option("--digest", help="One that `show` has; without, the one before.")]
+_Url = Annotated[str, typer.Option("--url", envvar="PEANUT_ADMIN_URL", help="URL of the admin API.")]
+_KeyFile = Annotated[
+    Path | None,
+    typer.Option("--key-file", help=f"File that contains the admin key (default: the key in {KEY_VARIABLE})."),
+]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant.")]
+_Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of a variants folder, or Hub id.")]
+_Drain = Annotated[bool, typer.Option("--drain", help="Stop accepting requests for it, and wait for running ones.")]
+_Digest = Annotated[
+    str | None, typer.Option("--digest", help="Earlier digest, as listed by `show` (default: the previous one).")
+]
 
 
 @dataclass(frozen=True)
@@ -62,37 +68,39 @@ class _Admin:
     """The admin API of a server.
 
     Attributes:
-        url: what comes before /admin/v1.
-        key_file: holds the key; without, the environment does.
+        url: its URL, without /admin/v1.
+        key_file: file with the key; by default the key is read from the environment.
     """
 
     url: str
     key_file: Path | None
 
-    def ask(self, answer: type[_T], method: str, path: str, body: BaseModel | None = None, soon: bool = True) -> _T:
-        """Send a request, and give its answer as an `answer`. One that is not due `soon` may take any time.
+    def ask(
+        self, answer: type[_T], method: str, path: str, body: BaseModel | None = None, has_timeout: bool = True
+    ) -> _T:
+        """Send a request and return the response as an `answer`. Without `has_timeout`, wait as long as it takes.
 
-        Raises `AdminRequestError`: no answer, a refusal, or the answer of something else.
+        Raises `AdminRequestError` for no response, an error, or a response that is not from the admin API.
         """
-        response = self._send(method, path, body, _SOON if soon else None)
+        response = self._send(method, path, body, _TIMEOUT if has_timeout else None)
         try:
             if response.is_success:
                 return TypeAdapter(answer).validate_json(response.content or b"null")
             refusal = ErrorAnswer.model_validate_json(response.content).error
         except ValidationError:
             raise AdminRequestError(
-                f"{self.url} answered {response.status_code}, not as the admin API of this version does; "
-                "--url must have its port, which is not that of completions"
+                f"{self.url} answered {response.status_code}, but not like the admin API of this version; "
+                "--url needs the admin port, not the port for completions"
             ) from None
-        raise AdminRequestError(_told(response, refusal.message))
+        raise AdminRequestError(_explain(response, refusal.message))
 
     def _send(self, method: str, path: str, body: BaseModel | None, timeout: float | None) -> httpx.Response:
         headers = {b"Authorization": b"Bearer " + self._key().encode()}
         content = body.model_dump() if body else None
         try:
             with httpx.Client(
-                timeout=httpx.Timeout(timeout, connect=_SOON),
-                trust_env=httpx.URL(self.url).host not in _HERE,  # a proxy would look for the server on its own host
+                timeout=httpx.Timeout(timeout, connect=_TIMEOUT),
+                trust_env=httpx.URL(self.url).host not in _LOCAL_HOSTS,  # a proxy would resolve these to itself
             ) as client:
                 url = f"{self.url.rstrip('/')}/admin/v1/{path}"
                 return client.request(method, url, headers=headers, json=content)
@@ -103,29 +111,29 @@ class _Admin:
         if self.key_file is not None:
             return checked_key(self.key_file.expanduser().read_text("utf-8", "replace"), str(self.key_file))
         if (key := os.environ.get(KEY_VARIABLE)) is None:
-            raise OptionError(f"there is no admin key; set {KEY_VARIABLE}, or give --key-file")
+            raise OptionError(f"there is no admin key; set {KEY_VARIABLE}, or use --key-file")
         return checked_key(key, KEY_VARIABLE)
 
     def _failure(self, error: Exception) -> str:
         if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-            return f"{self.url} is no URL; wanted one like http://127.0.0.1:8001"
+            return f"{self.url} is not a valid URL; expected one like http://127.0.0.1:8001"
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            why = f"cannot reach {self.url} ({error or 'no answer'})"
-            return f"{why}; is `peanut-serve --mode merged` running, and its admin API there? --url is where to look"
+            found = f"cannot reach {self.url} ({error or 'no response'})"
+            return f"{found}; check --url, and that `peanut-serve --mode merged --admin-port` is running"
         reason = str(error) or type(error).__name__
-        return f"{self.url} did not answer to the end ({reason}); look at the server's log, and ask again"
+        return f"{self.url} did not complete its response ({reason}); see the server's log, and retry"
 
 
-def _told(response: httpx.Response, message: str) -> str:
+def _explain(response: httpx.Response, message: str) -> str:
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        return f"the server refused the key; {KEY_VARIABLE} or --key-file must have the one it was started with"
+        return f"the server rejected the key; {KEY_VARIABLE} or --key-file must contain the one it was started with"
     if after := response.headers.get("Retry-After"):
         return f"{message}; try again in {after} s"
     return message
 
 
 def _path(name: str, verb: str = "") -> str:
-    # one segment, whatever is in it; a name of dots would be taken for steps upwards
+    # always one segment; a name of dots would be resolved as parent folders
     return "variants/" + quote(name, safe="").replace(".", "%2E") + verb
 
 
@@ -134,7 +142,7 @@ def _connect(context: typer.Context, url: _Url = "http://127.0.0.1:8001", key_fi
     context.obj = _Admin(url, key_file)
 
 
-@app.command("list", help="All variants, a line each.")
+@app.command("list", help="List all variants.")
 def _list(context: typer.Context, as_json: Json = False) -> None:
     variants = context.obj.ask(list[VariantStatus], "GET", "variants")
     if as_json:
@@ -145,7 +153,7 @@ def _list(context: typer.Context, as_json: Json = False) -> None:
     table = Table(*texts, *numbers, box=None, pad_edge=False)
     for variant in variants:
         table.add_row(*map(escape, _row(variant)))
-    width = None if console.out.is_terminal else 500  # a pipe has none to fold at
+    width = None if console.out.is_terminal else 500  # a pipe has no width to fold at
     Console(highlight=False, width=width).print(table)
 
 
@@ -160,12 +168,12 @@ def _state(variant: VariantStatus) -> str:
     return variant.state.value + (", pinned" if variant.pinned else "")
 
 
-@app.command("show", help="All about one variant.")
+@app.command("show", help="Show one variant.")
 def _show(context: typer.Context, name: _Name, as_json: Json = False) -> None:
     _print_status(context.obj.ask(VariantStatus, "GET", _path(name)), as_json)
 
 
-@app.command("engine", help="What the engine does, and whose weights it has.")
+@app.command("engine", help="Show the state of the engine, and the active variant.")
 def _engine(context: typer.Context, as_json: Json = False) -> None:
     _print_status(context.obj.ask(EngineStatus, "GET", "engine"), as_json)
 
@@ -183,12 +191,12 @@ def _print_status(status: BaseModel, as_json: bool) -> None:
     print_facts({key: escape(value) if isinstance(value, str) else value for key, value in facts.items()})
 
 
-@app.command("register", help="Give an entry of the folders of variants, or an allowed Hub id, a name.")
+@app.command("register", help="Add a variant from a variants folder or an allowed Hub id.")
 def _register(context: typer.Context, name: _Name, source: _Source) -> None:
     _change(context, VariantStatus, "POST", "variants", Registration(name=name, source=source))
 
 
-@app.command("unregister", help="Remove a variant; its files stay.")
+@app.command("unregister", help="Remove a variant; its files are kept.")
 def _unregister(context: typer.Context, name: _Name, drain: _Drain = False) -> None:
     _change(context, type(None), "DELETE", _path(name, "?drain=true" if drain else ""))
     console.out.print(f"{name}: removed", markup=False)
@@ -199,42 +207,42 @@ def _activate(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/activate"))
 
 
-@app.command("reload", help="Read a variant's source again. What was there is kept for a rollback.")
+@app.command("reload", help="Reload a variant; keep the old version for a rollback.")
 def _reload(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/reload"))
 
 
-@app.command("rollback", help="Go back to an earlier version of a variant.")
+@app.command("rollback", help="Roll back to an earlier version of a variant.")
 def _rollback(context: typer.Context, name: _Name, digest: _Digest = None) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/rollback"), Rollback(digest=digest))
 
 
-@app.command("pin", help="Keep a variant's weights on the host.")
+@app.command("pin", help="Keep the weights of a variant in host memory.")
 def _pin(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/pin"))
 
 
-@app.command("unpin", help="Pin a variant no longer.")
+@app.command("unpin", help="Unpin a variant.")
 def _unpin(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/unpin"))
 
 
 def _change(context: typer.Context, answer: type[_T], method: str, path: str, body: BaseModel | None = None) -> None:
-    """Ask for a change, which may take minutes, and say what came of it."""
+    """Request a change, which may take minutes, and print the result."""
     try:
-        with console.err.status("waiting for the server"):  # nothing where stderr is no terminal
-            status = context.obj.ask(answer, method, path, body, soon=False)
+        with console.err.status("waiting for the server"):  # shows nothing if stderr is not a terminal
+            status = context.obj.ask(answer, method, path, body, has_timeout=False)
     except KeyboardInterrupt:
-        raise AdminRequestError("no longer waiting; the server goes on, see: peanut-serve ctl list") from None
+        raise AdminRequestError("stopped waiting, but the server continues; see peanut-serve ctl list") from None
     if isinstance(status, VariantStatus):
         console.out.print(f"{status.name}: {_state(status)}, digest {status.digest or '-'}", markup=False)
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Run `peanut-serve ctl` with these arguments: a refusal is one line on stderr and exit code 1."""
+    """Run `peanut-serve ctl` with these arguments: an error is one line on stderr and exit code 1."""
     try:
         app(argv, prog_name="peanut-serve ctl")
     except (PeanutError, OSError) as error:
-        print(f"peanut-serve ctl: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"peanut-serve ctl: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

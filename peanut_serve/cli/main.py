@@ -7,17 +7,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from converters.cli.flags import in_flags
 from converters.cli.options import Version
 from converters.errors import PeanutError
 
-HELP = """Serve PEANuT adapters of one base by name, on vLLM's OpenAI server: `model` in a request selects one.
+HELP = """Serve trained adapters (PEANuT, LoRA, DoRA, IA3) of one base by name, on vLLM's OpenAI server.
 
-DIR holds one adapter, or one merged model, per folder. They are evaluated on first use, and can be added, replaced or
-removed while the server runs. All options not listed below are passed on to vLLM (see peanut-serve --vllm-help).
+The field `model` of a request selects an adapter.
+
+A folder given as --adapters contains one folder per adapter or merged model. They are evaluated on first use, and can
+be added, replaced or removed while the server runs. Options that are not listed below are passed to vLLM (see
+peanut-serve --vllm-help).
 
 --mode lora (the default) serves many adapters in one batch. --mode merged swaps whole weights in and out: it adds no
-cost per token, and serves what cannot be expressed as LoRA: heads, embeddings, merged models. --mode auto uses LoRA
-where it can.
+cost per token, and serves what cannot be expressed as LoRA: heads, embeddings, DoRA, IA3, merged models. --mode auto
+uses LoRA where possible.
 
 Examples:
 
@@ -48,25 +52,27 @@ class _PrefixCache(str, Enum):
     RESET, SALTED = "reset", "salted"
 
 
-_Base = Annotated[str, typer.Option("--base", help="Folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")]
+_Base = Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")]
 _Adapters = Annotated[
     list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
 ]
-_ModeOption = Annotated[_Mode, typer.Option("--mode", help="How variants are served.")]
+_ModeOption = Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")]
 _Cache = Annotated[Path | None, typer.Option("--cache", help="Folder for evaluated LoRA adapters.")]
-_CacheSize = Annotated[str | None, typer.Option("--cache-size", help="Limit of that folder. Default: 20GB.")]
-_DrainOption = Annotated[
-    _Drain, typer.Option("--drain", help="Whether a swap waits for running requests or aborts them.")
-]
+_CacheSize = Annotated[str | None, typer.Option("--cache-size", help="Maximum size of that folder (default: 20GB).")]
+_DrainOption = Annotated[_Drain, typer.Option("--drain", help="Let a swap wait for running requests, or abort them.")]
 _DrainTimeout = Annotated[
-    float, typer.Option("--drain-timeout", help="Seconds that a swap waits before it aborts them.")
+    float,
+    typer.Option(
+        "--drain-timeout", help="Longest time a swap waits for running requests before it aborts them, in seconds."
+    ),
 ]
-_HostCache = Annotated[str, typer.Option("--host-cache", help="Host memory for evaluated weights.")]
+_HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
 _BaseCopyOption = Annotated[
-    _BaseCopy, typer.Option("--base-copy", help="Where base weights are read from to swap back.")
+    _BaseCopy, typer.Option("--base-copy", help="Where to keep the base weights for swapping back.")
 ]
 _PrefixCacheOption = Annotated[
-    _PrefixCache, typer.Option("--prefix-cache", help="Reset vLLM's prefix cache at a swap, or salt it per variant.")
+    _PrefixCache,
+    typer.Option("--prefix-cache", help="Reset vLLM's prefix cache at each swap, or salt it per variant."),
 ]
 _Pin = Annotated[
     list[str] | None, typer.Option("--pin", help="Keep this variant's weights in host memory. Can be repeated.")
@@ -75,20 +81,24 @@ _Preload = Annotated[
     list[str] | None, typer.Option("--preload", help="Evaluate this variant at startup. Can be repeated.")
 ]
 _MaxWait = Annotated[
-    float, typer.Option("--max-wait", help="Seconds that a request waits before its variant is swapped in next.")
+    float,
+    typer.Option("--max-wait", help="Longest time a request waits before its variant is swapped in, in seconds."),
 ]
 _MinDwell = Annotated[
-    float, typer.Option("--min-dwell", help="Minimum seconds between swaps while the active variant has requests.")
+    float,
+    typer.Option(
+        "--min-dwell", help="Shortest time between swaps while the active variant has requests, in seconds."
+    ),
 ]
-_MaxQueue = Annotated[int, typer.Option("--max-queue", help="Maximum number of requests that wait for a swap.")]
+_MaxQueue = Annotated[int, typer.Option("--max-queue", help="Maximum number of requests waiting for a swap.")]
 _AdminPort = Annotated[
-    int | None, typer.Option("--admin-port", help="Port of the admin API. Its key is read from PEANUT_ADMIN_KEY.")
+    int | None, typer.Option("--admin-port", help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY.")
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
 _State = Annotated[
-    Path | None, typer.Option("--state", help="Folder for what survives a restart: names, versions, pins.")
+    Path | None, typer.Option("--state", help="Folder for the state that survives a restart: names, versions, pins.")
 ]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the adapters and vLLM's options.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the adapters and vLLM's options, and exit.")]
 
 
 def _serve(
@@ -127,7 +137,7 @@ def _serve(
 
 
 def main() -> NoReturn:
-    """Entry point of `peanut-serve`: a refusal is one line on stderr and exit code 1."""
+    """Entry point of `peanut-serve`: an error is one line on stderr and exit code 1."""
     if sys.argv[1:2] == ["ctl"]:
         from peanut_serve.cli.ctl_command import main as ctl
 
@@ -141,11 +151,11 @@ def main() -> NoReturn:
 
         run_vllm(["--help=all"])
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    passing = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(name="peanut-serve", help=HELP, context_settings=passing)(_serve)
+    pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(name="peanut-serve", help=HELP, context_settings=pass_through)(_serve)
     try:
         app(prog_name="peanut-serve")
     except (PeanutError, OSError) as error:
-        print(f"peanut-serve: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"peanut-serve: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

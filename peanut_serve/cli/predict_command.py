@@ -1,4 +1,4 @@
-"""The command `peanut-serve predict`: what an ONNX export says to images or texts."""
+"""The command `peanut-serve predict`: labels of images or texts, from an ONNX export."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from converters.cli.flags import in_flags
 from converters.cli.options import Json
 from converters.errors import OptionError, PeanutError
 
@@ -25,7 +26,7 @@ Examples:
 
   peanut-serve predict ./sentiment-onnx --text-file reviews.txt --json
 
-Of token classifiers it shows the parts of a text that have a label (another than O).
+For token classifiers, it shows the labelled parts of a text (labels other than O).
 """
 
 
@@ -34,13 +35,17 @@ class _Precision(str, Enum):
 
 
 def _predict(
-    folder: Annotated[Path, typer.Argument(help="An ONNX export.")],
-    inputs: Annotated[list[str] | None, typer.Argument(help="Image files; or texts, of a model of texts.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Which, where the folder has several.")] = None,
-    precision: Annotated[_Precision, typer.Option("--precision", help="Which graph.")] = _Precision.FP32,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels of an input to show, best first.")] = 5,
-    text_file: Annotated[Path | None, typer.Option("--text-file", help="A file with a text in each line.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="By default, all cores.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of an ONNX export.")],
+    inputs: Annotated[list[str] | None, typer.Argument(help="Image files, or texts for a text model.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Name of the task, if the folder has several.")] = None,
+    precision: Annotated[
+        _Precision, typer.Option("--precision", help="Precision of the graph to run.")
+    ] = _Precision.FP32,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Number of labels to show per input, best first.")] = 5,
+    text_file: Annotated[Path | None, typer.Option("--text-file", help="File with one text per line.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Number of threads (default: all cores).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     from peanut_serve.classify.engine import OnnxEngine
@@ -63,7 +68,7 @@ def _predict(
 
 
 def _print_table(given: Sequence[str], found: Sequence[Sequence[dict[str, Any]]], columns: Sequence[str]) -> None:
-    """A row for each prediction, under the input it is about."""
+    """Print one row per prediction, grouped by input."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -76,7 +81,7 @@ def _print_table(given: Sequence[str], found: Sequence[Sequence[dict[str, Any]]]
         for index, row in enumerate(rows):
             cells = [row[column] for column in columns]
             table.add_row("" if index else one, *cells, f"{row['score']:.4f}", end_section=index == len(rows) - 1)
-    width = None if console.out.is_terminal else 500  # a pipe has none to fold at
+    width = None if console.out.is_terminal else 500  # a pipe has no width to fold at
     Console(highlight=False, width=width).print(table, markup=False)
 
 
@@ -84,16 +89,16 @@ def _lines(file: Path) -> list[str]:
     try:
         return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
-        raise OptionError(f"{file}: not UTF-8 ({error}); wanted a text in each line") from None
+        raise OptionError(f"{file} is not UTF-8 ({error}); expected one text per line") from None
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Run `peanut-serve predict` with these arguments: a refusal is one line on stderr and exit code 1."""
+    """Run `peanut-serve predict` with these arguments: an error is one line on stderr and exit code 1."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name="predict", help=HELP)(_predict)
     try:
         app(argv, prog_name="peanut-serve predict")
     except (PeanutError, OSError) as error:
-        print(f"peanut-serve predict: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"peanut-serve predict: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

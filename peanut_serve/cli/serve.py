@@ -1,4 +1,4 @@
-"""From the options of `peanut-serve` to a running vLLM server."""
+"""Starts a vLLM server with the options of `peanut-serve`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def serve(options: ServeOptions) -> None:
         raise OptionError(f"VLLM_PLUGINS is {allowed}, without peanut_serve; add it, or unset the variable")
     if options.mode != "lora":
         check_endpoints()
-    os.environ.update(variables)  # the plugin reads them, in this process and in vLLM's others
+    os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
     run_vllm(arguments)
 
 
@@ -49,7 +49,7 @@ def _swap_variables(options: ServeOptions, roots: Sequence[str]) -> dict[str, st
 
 
 def _lora_variables(options: ServeOptions, roots: Sequence[str]) -> dict[str, str]:
-    # with --mode merged empty, whatever the environment has: no name may be found as LoRA as well
+    # empty with --mode merged, even if the environment sets it: no name may also be served as LoRA
     variables = {ADAPTERS: os.pathsep.join(roots) if options.mode != "merged" else ""}
     if options.cache is not None:
         variables[CACHE] = str(options.cache.expanduser().resolve())

@@ -1,4 +1,4 @@
-"""What vLLM finds through its entry points; see `register`."""
+"""The vLLM plugin; `register` is its entry point."""
 
 import logging
 import multiprocessing
@@ -12,20 +12,20 @@ _RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def register() -> None:
-    """`vllm.general_plugins`: vLLM calls this in the server, the engine and every worker, sometimes twice.
+    """Entry point in `vllm.general_plugins`, which the server, the engine and every worker call, sometimes twice.
 
-    Mends LoRA: on the CPU, and where an adapter is replaced. Where PEANUT_ADAPTERS is set, serves PEANuT adapters by
-    name.
+    Fixes two bugs of LoRA in vLLM: on the CPU, and when an adapter is replaced. If PEANUT_ADAPTERS is set, serves the
+    adapters in it by name.
     """
-    from peanut_serve.vllm_plugin.lora.identity import tell_versions_apart
+    from peanut_serve.vllm_plugin.lora.identity import distinguish_versions
 
-    tell_versions_apart()
-    _mend_cpu_lora()
+    distinguish_versions()
+    _fix_cpu_lora()
     if os.environ.get(ADAPTERS) and multiprocessing.parent_process() is None:
         _serve_adapters()
 
 
-def _mend_cpu_lora() -> None:
+def _fix_cpu_lora() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -50,7 +50,7 @@ def _serve_adapters() -> None:
 
 
 def _resolve_without_routes() -> None:
-    """Let vLLM ask resolvers, without the routes that load any path a client names."""
+    """Let vLLM call resolvers, without adding the routes that load any path that a client names."""
     from vllm.entrypoints.serve.lora import api_router
 
     os.environ[_RUNTIME_LORA] = "1"

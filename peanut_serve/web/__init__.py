@@ -1,1 +1,1 @@
-"""HTTP around the engine: the middleware in front of it and the admin API."""
+"""The HTTP layer: the middleware in front of the engine, and the admin API."""

@@ -1,6 +1,6 @@
-"""The admin API over HTTP: variants, and the engine that has the weights of one of them.
+"""The HTTP admin API: lists and changes the variants, and shows the state of the engine.
 
-It has a port and a key of its own: who may ask for completions may not thereby change what is served.
+It has its own port and key, so that a client that may request completions cannot change what is served.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ except ImportError as error:
         f"the admin API needs fastapi and uvicorn, which vLLM brings ({error}): pip install 'peanut-serve[vllm]'"
     ) from None
 
-# seconds that answers under way have when the server stops; a swap is not among what is worth waiting for
+# seconds that responses in progress get when the server stops; it does not wait longer for a swap
 _GRACE = 5
 
 
@@ -45,18 +45,20 @@ async def _control(request: Request) -> Control:
     return control
 
 
-# only says in the OpenAPI document that there is a key; `_KeyGuard` looks at it
-_BEARER = HTTPBearer(auto_error=False, scheme_name="adminKey", description="The admin key, not that of completions.")
+# only documents the key in the OpenAPI document; `_KeyGuard` checks it
+_BEARER = HTTPBearer(
+    auto_error=False, scheme_name="adminKey", description="The admin key, not the API key for completions."
+)
 _Controlled = Annotated[Control, Depends(_control)]
-_Drain = Annotated[bool, Query(description="Take no more of its requests, and wait for those there are.")]
+_Drain = Annotated[bool, Query(description="Stop accepting requests for it, and wait for running ones.")]
 
 _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
-    404: "No variant has the name, or no version the digest.",
-    409: "The name is taken or not allowed, or the variant in use.",
+    404: "There is no variant of this name, or no version with this digest.",
+    409: "The name is taken or not allowed, or the variant is in use.",
     422: "The request is malformed, or the variant cannot be evaluated.",
-    500: "The swap failed; the engine has the weights it had before.",
-    503: "The engine is down; see Retry-After.",
+    500: "The swap failed; the engine keeps the weights it had before.",
+    503: "The engine is not available; see Retry-After.",
 }
 
 
@@ -66,91 +68,91 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 _SWAPPING = _refusals(404, 422, 500, 503)
 
-# Handlers are coroutines, those that wait for nothing too: FastAPI would run functions in threads, beside the loop.
-# `:path` lets a name have a slash, as Hub ids do, sent as it is or as %2F; a verb is always the last segment.
+# All handlers are coroutines, even if they await nothing: FastAPI runs plain functions in threads, outside the loop.
+# `:path` allows slashes in a name, as in Hub ids, sent as they are or as %2F; a verb is always the last segment.
 _routes = APIRouter(
     prefix="/admin/v1",
     dependencies=[Security(_BEARER)],
-    responses={**_refusals(401), "default": {"model": ErrorAnswer, "description": "Any other refusal."}},
+    responses={**_refusals(401), "default": {"model": ErrorAnswer, "description": "Any other error."}},
 )
 
 
-@_routes.get("/variants", summary="All variants")
+@_routes.get("/variants", summary="List all variants")
 async def list_variants(control: _Controlled) -> list[VariantStatus]:
-    """Every variant as it is now, the base too."""
+    """The current state of every variant, including the base."""
     return control.variants()
 
 
 @_routes.post("/variants", summary="Add a variant", status_code=201, responses=_refusals(409, 422, 503))
 async def register_variant(control: _Controlled, registration: Registration) -> VariantStatus:
-    """Answers once it is evaluated, which can take minutes."""
+    """Returns when the variant has been evaluated, which can take minutes."""
     return await control.register(registration.name, registration.source)
 
 
-@_routes.get("/variants/{name:path}", summary="One variant", responses=_refusals(404))
+@_routes.get("/variants/{name:path}", summary="Show a variant", responses=_refusals(404))
 async def get_variant(control: _Controlled, name: str) -> VariantStatus:
-    """One variant as it is now."""
+    """The current state of one variant."""
     return control.variant(name)
 
 
 @_routes.delete("/variants/{name:path}", summary="Remove a variant", status_code=204, responses=_refusals(404, 409))
 async def unregister_variant(control: _Controlled, name: str, drain: _Drain = False) -> None:
-    """Its files are left as they are."""
+    """Its files are not deleted."""
     await control.unregister(name, drain)
 
 
 @_routes.post("/variants/{name:path}/activate", summary="Swap a variant in", responses=_SWAPPING)
 async def activate_variant(control: _Controlled, name: str) -> VariantStatus:
-    """Answers once the engine has its weights, which can take minutes."""
+    """Returns when the engine has its weights, which can take minutes."""
     return await control.activate(name)
 
 
-@_routes.post("/variants/{name:path}/reload", summary="Read a variant's source again", responses=_SWAPPING)
+@_routes.post("/variants/{name:path}/reload", summary="Reload a variant from its source", responses=_SWAPPING)
 async def reload_variant(control: _Controlled, name: str) -> VariantStatus:
-    """The version that was there is kept for a rollback. Can take minutes."""
+    """The previous version is kept for a rollback. This can take minutes."""
     return await control.reload(name)
 
 
-@_routes.post("/variants/{name:path}/rollback", summary="Go back to an earlier version", responses=_SWAPPING)
+@_routes.post("/variants/{name:path}/rollback", summary="Roll back to an earlier version", responses=_SWAPPING)
 async def rollback_variant(control: _Controlled, name: str, to: Rollback | None = None) -> VariantStatus:
-    """Without a body, to the version before."""
+    """Without a body, rolls back to the previous version."""
     return await control.rollback(name, to.digest if to else None)
 
 
-@_routes.post("/variants/{name:path}/pin", summary="Keep a variant's weights on the host", responses=_SWAPPING)
+@_routes.post("/variants/{name:path}/pin", summary="Pin a variant", responses=_SWAPPING)
 async def pin_variant(control: _Controlled, name: str) -> VariantStatus:
-    """They are no longer dropped for those of others."""
+    """Its weights stay in host memory: they are not evicted to make room for those of other variants."""
     return await control.pin(name, True)
 
 
-@_routes.post("/variants/{name:path}/unpin", summary="Pin a variant no longer", responses=_refusals(404))
+@_routes.post("/variants/{name:path}/unpin", summary="Unpin a variant", responses=_refusals(404))
 async def unpin_variant(control: _Controlled, name: str) -> VariantStatus:
-    """Its weights may be dropped from the host for those of others."""
+    """Its weights may be evicted from host memory to make room for those of other variants."""
     return await control.pin(name, False)
 
 
-@_routes.get("/engine", summary="The engine")
+@_routes.get("/engine", summary="Show the engine")
 async def get_engine(control: _Controlled) -> EngineStatus:
-    """What it does, and whose weights it has."""
+    """The state of the engine, and the variant whose weights it has."""
     return control.engine()
 
 
 async def healthz() -> dict[str, str]:
-    """That the admin API answers; of the engine it says nothing. Needs no key."""
+    """Reports that the admin API responds. It does not check the engine, and needs no key."""
     return {"status": "ok"}
 
 
 def admin_app(control: Control, key: str) -> FastAPI:
-    """The admin API. All but GET /healthz needs `Authorization: Bearer KEY`, the OpenAPI document too.
+    """Build the admin API. Everything but GET /healthz needs `Authorization: Bearer KEY`, even the OpenAPI document.
 
-    Raises `OptionError` for a key that no header can carry.
+    Raises `OptionError` if the key cannot be sent in a header.
     """
     app = FastAPI(
         title="peanut-serve admin API",
-        description="See, swap, add and remove the variants of a running `peanut-serve --mode merged`.",
+        description="List, swap, add and remove the variants of a running `peanut-serve --mode merged`.",
         version="1",
         openapi_url=f"{_routes.prefix}/openapi.json",
-        docs_url=None,  # a browser would ask for these without the key
+        docs_url=None,  # a browser would request these pages without the key
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -162,14 +164,14 @@ def admin_app(control: Control, key: str) -> FastAPI:
         },
     )
     app.state.control = control
-    app.add_api_route("/healthz", healthz, summary="Whether it answers")
+    app.add_api_route("/healthz", healthz, summary="Check that the admin API responds")
     app.include_router(_routes)
     app.add_middleware(_KeyGuard, key=checked_key(key, "the server's settings"))
     return app
 
 
 class _KeyGuard:
-    """Asks for the key before anything else is done: a dependency would run after the body was read and parsed."""
+    """Checks the key before anything else: a dependency would run only after the body was read and parsed."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -179,12 +181,12 @@ class _KeyGuard:
         if scope["type"] == "lifespan" or scope["path"] == "/healthz" or self._has_key(scope):
             await self._app(scope, receive, send)
             return
-        message = "the admin key is missing or wrong: Authorization: Bearer KEY"
+        message = "the admin key is missing or wrong; send it as Authorization: Bearer KEY"
         refusal = _refusal(401, "AuthenticationError", message, {"WWW-Authenticate": "Bearer"})
         await refusal(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        # bytes, as they came: compare_digest takes no str that is not ASCII
+        # compared as bytes: compare_digest accepts only ASCII in a str
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._key)
 
@@ -195,7 +197,7 @@ def _refusal(status: int, kind: str, message: str, headers: Mapping[str, str] | 
 
 
 async def _answer_refusal(_: Request, error: PeanutError) -> Response:
-    # what converters refuse is always what they were given
+    # an error of converters is always about its input
     status = error.status if isinstance(error, ServingError) else 422
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else None
     return _refusal(status, type(error).__name__, str(error), headers)
@@ -212,11 +214,11 @@ async def _answer_malformed(_: Request, error: RequestValidationError) -> Respon
 
 
 async def _answer_bug(_: Request, error: Exception) -> Response:
-    return _refusal(500, "InternalError", f"{type(error).__name__}, not meant to happen; see the server's log")
+    return _refusal(500, "InternalError", f"unexpected {type(error).__name__}; see the server's log")
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to vLLM, which stops what runs in its loop."""
+    """Leaves signals to vLLM, which stops the tasks in its loop."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -224,22 +226,24 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Listen, before the engine is started: that the port is taken is then known at once, to others as well.
+    """Listen before the engine starts, so that a port that is already in use is reported at once.
 
-    Raises `OptionError` where that is not possible.
+    Raises `OptionError` if the address cannot be used.
     """
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise OptionError(f"the admin API cannot listen on {host}:{port}: {error.strerror}; choose another") from None
-    # connections inherit it; asyncio would not set it, for this socket doesn't say that it is TCP: 40 ms an answer
+        raise OptionError(
+            f"the admin API cannot listen on {host}:{port}: {error.strerror}; choose another port or address"
+        ) from None
+    # inherited by connections; asyncio does not set it, as this socket does not name TCP: saves 40 ms per response
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 async def serve_on(app: FastAPI, listener: socket.socket) -> None:
-    """Serve in the running loop until cancelled."""
-    # no log_config: the loggers of uvicorn are set up by vLLM, for both servers
+    """Serve the app in the running loop until cancelled."""
+    # no log_config: vLLM configures uvicorn's loggers for both servers
     config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=_GRACE)
     server = _Server(config)
     try:

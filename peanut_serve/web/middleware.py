@@ -1,7 +1,7 @@
-"""Every request that reaches the model passes here: it waits for its variant's weights, and says whose it got.
+"""Middleware that every request to the model passes: it waits for the variant's weights, and names the variant.
 
-Plain ASGI, so that streams pass through as they are. It lies inside vLLM's check of API keys. A route is let through
-without weights only if it is known to need none; so one that a later vLLM adds cannot answer with the wrong ones.
+It is plain ASGI, so that streams pass unchanged, and runs after vLLM's check of API keys. A route skips the wait only
+if it is known to need no weights, so a route that a later vLLM adds cannot answer with the wrong weights.
 """
 
 import asyncio
@@ -24,24 +24,24 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Coroutine[Any, Any, None]]
 
-# POST, and no weights: text to tokens and back, control of requests and of the server
+# POST routes that need no weights: tokenization, control of requests and of the server
 _WITHOUT_WEIGHTS = (
     "/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel", "/ping",
     "/start_profile", "/stop_profile", "/load_lora_adapter", "/unload_lora_adapter",
-    # what VLLM_SERVER_DEV_MODE opens
+    # added by VLLM_SERVER_DEV_MODE
     "/collective_rpc", "/pause", "/resume", "/abort_requests", "/sleep", "/wake_up", "/reset_prefix_cache",
     "/reset_mm_cache", "/reset_encoder_cache",
 )  # fmt: skip
 
 
 class VariantMiddleware:
-    """Waits for weights before, and gives them back after a request.
+    """Holds the weights of the right variant for the duration of each request.
 
     Args:
-        app: what answers.
-        find_server: the server, once it is there.
-        admit: told of the request that is being handled, in its context; of None, for one that needs the
-            names, and no weights.
+        app: the application that handles requests.
+        find_server: returns the server, once it exists.
+        admit: called with the admitted request, in the context of that request; with None for a request that
+            needs the names, but no weights.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class VariantMiddleware:
         self._app, self._find_server, self._admit = app, find_server, admit
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Handle one ASGI connection."""
         if scope["type"] == "websocket":
             await send(
-                {"type": "websocket.close", "code": 1008, "reason": "no websockets where variants are swapped"}
+                {"type": "websocket.close", "code": 1008, "reason": "websockets are not supported with swapping"}
             )
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -66,7 +66,7 @@ class VariantMiddleware:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(
         self,
@@ -96,42 +96,44 @@ class _Exchange:
             outcome = await self._answer(name)
         except PeanutError as error:
             await self._refuse(error)
-            name, outcome = _known(self._server, self._body), "refused"
+            name, outcome = _metric_name(self._server, self._body), "refused"
         metrics.REQUESTS.labels(name, outcome).inc()
 
     async def _answer(self, name: str) -> str:
-        gone = asyncio.create_task(self._until_gone())
+        disconnect = asyncio.create_task(self._until_disconnect())
         try:
             async with AsyncExitStack() as stack:
                 entering = asyncio.create_task(stack.enter_async_context(self._server.serving(name, self._abort)))
-                await _first_of(entering, gone)
+                await _first_of(entering, disconnect)
                 if not entering.done():
                     await _cancel(entering)
                     return "disconnected"
                 self._admitted = entering.result()
-                await _cancel(gone)
-                if gone.done() and not gone.cancelled():
+                await _cancel(disconnect)
+                if disconnect.done() and not disconnect.cancelled():
                     return "disconnected"
                 self._admit(self._admitted)
                 self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
-                if self._is_aborted:  # before there was anything to cancel
+                if self._is_aborted:  # aborted before the task existed
                     self._answering.cancel()
                 await self._finish(self._answering)
                 if self._is_aborted:
                     return "aborted"
                 return str(self._status) if self._status else "disconnected"
         finally:
-            await _cancel(gone)
+            await _cancel(disconnect)
 
     async def _finish(self, answering: "asyncio.Task[None]") -> None:
-        """Wait for the answer. If a swap ends it, the client gets an error in its place, or at its end."""
+        """Wait for the response. If a swap aborts it, send an error in its place, or at the end of the stream."""
         try:
             await answering
         except asyncio.CancelledError:
             if not self._is_aborted:
                 await _cancel(answering)
                 raise
-            error = EngineDownError(f"the request ran for longer than a swap waits ({self._id}); ask again", 1)
+            error = EngineDownError(
+                f"the request ran longer than a swap waits, and was aborted ({self._id}); send it again", 1
+            )
             if not self._status:
                 await self._refuse(error)
             elif self._is_stream:
@@ -144,7 +146,7 @@ class _Exchange:
             self._answering.cancel()
 
     async def _read_body(self) -> bool:
-        """The request's body; no if the client went away."""
+        """Read the request's body. Returns whether it is complete: false if the client disconnected."""
         parts: list[bytes] = []
         while True:
             message = await self._receive()
@@ -155,7 +157,7 @@ class _Exchange:
                 self._body = b"".join(parts)
                 return True
 
-    async def _until_gone(self) -> None:
+    async def _until_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -191,25 +193,27 @@ class _Exchange:
 
 
 class RequestBodyError(ServingError):
-    """The body does not say which variant is wanted."""
+    """The body does not name a variant."""
 
     status = 400
 
 
 def _variant_of(body: bytes, server: VariantServer) -> str:
-    """What the request wants: `model` of the body, the base where there is none, as in vLLM."""
+    """The variant that the request names in `model`; the base if it names none, as in vLLM."""
     try:
         value = json.loads(body or b"{}")
     except (ValueError, RecursionError):
-        raise RequestBodyError("the body is no JSON, so it does not say which variant is wanted") from None
+        raise RequestBodyError(
+            "the body is not valid JSON, so the variant is unknown; send JSON with the variant's name in model"
+        ) from None
     name = value.get("model") if isinstance(value, dict) else None
     if name is not None and not isinstance(name, str):
-        raise RequestBodyError(f"model is a JSON {type(name).__name__}, wanted the name of a variant")
+        raise RequestBodyError(f"model is a JSON {type(name).__name__}; expected the name of a variant")
     return name or server.base_name
 
 
-def _known(server: VariantServer, body: bytes) -> str:
-    """The name for the metrics: never one that a client has made up."""
+def _metric_name(server: VariantServer, body: bytes) -> str:
+    """The variant's name for metrics; `unknown` for any other name, which would add a label per name."""
     with suppress(PeanutError):
         name = _variant_of(body, server)
         if name in server.names():
@@ -223,7 +227,7 @@ def _error_body(error: PeanutError, status: int) -> dict[str, Any]:
 
 
 def _request_id(scope: MutableMapping[str, Any]) -> str:
-    """The client's X-Request-Id, or a new one, which vLLM then takes over."""
+    """The client's X-Request-Id, or a new id that vLLM then uses as well."""
     for key, value in scope["headers"]:
         if key == b"x-request-id":
             return str(value.decode("latin-1"))
@@ -242,6 +246,6 @@ async def _first_of(*tasks: "asyncio.Task[Any]") -> None:
 
 
 async def _cancel(task: "asyncio.Task[Any]") -> None:
-    """Cancel a task and wait for its end, whatever it is."""
+    """Cancel a task and wait until it is done, with any outcome."""
     task.cancel()
     await asyncio.wait([task])

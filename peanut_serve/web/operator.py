@@ -1,4 +1,4 @@
-"""The operations of the admin API, on a `VariantServer`; see `schema.Control`."""
+"""Implements `schema.Control`, the operations of the admin API, on a `VariantServer`."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ class VariantControl:
 
     def __init__(self, server: VariantServer) -> None:
         self._server = server
-        self._preparing: Counter[str] = Counter()  # name -> operations under way
+        self._preparing: Counter[str] = Counter()  # name -> number of operations in progress
 
     def variants(self) -> list[VariantStatus]:
-        """Every variant, the base included."""
+        """The state of every variant, including the base."""
         return [self.variant(name) for name in self._server.names()]
 
     def variant(self, name: str) -> VariantStatus:
-        """One variant."""
+        """The state of one variant."""
         facts = self._server.facts(name)
         is_preparing = self._preparing[name] > 0
         return VariantStatus(
@@ -43,7 +43,7 @@ class VariantControl:
         )
 
     def engine(self) -> EngineStatus:
-        """The engine."""
+        """The state of the engine."""
         facts = self._server.engine_facts()
         return EngineStatus(
             state=facts.state,
@@ -57,35 +57,35 @@ class VariantControl:
         )
 
     async def register(self, name: str, source: str) -> VariantStatus:
-        """Add a variant and evaluate it. If that fails, nothing is added."""
+        """Add a variant and evaluate it. If the evaluation fails, nothing is added."""
         with self._shown_as_preparing(name):
             await self._server.register(name, source)
         return self.variant(name)
 
     async def unregister(self, name: str, drain: bool) -> None:
-        """Remove a variant, after its last request if `drain`."""
+        """Remove a variant; with `drain`, after its last request."""
         await self._server.unregister(name, drain)
 
     async def activate(self, name: str) -> VariantStatus:
-        """Swap to a variant, and remember it for the next start."""
+        """Swap a variant in, and record it so that the next start activates it."""
         await self._server.activate(name)
         self._server.remember_active(name)
         return self.variant(name)
 
     async def reload(self, name: str) -> VariantStatus:
-        """Read the source of a variant again."""
+        """Reload a variant from its source."""
         with self._shown_as_preparing(name):
             await self._server.reload(name)
         return self.variant(name)
 
     async def rollback(self, name: str, digest: str | None) -> VariantStatus:
-        """Go back to an earlier version."""
+        """Roll back to an earlier version."""
         with self._shown_as_preparing(name):
             await self._server.rollback(name, digest)
         return self.variant(name)
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:
-        """Keep the weights of a variant on the host, or allow dropping them."""
+        """Pin the weights of a variant in host memory, or unpin them."""
         with self._shown_as_preparing(name):
             await self._server.pin(name, pinned)
         return self.variant(name)

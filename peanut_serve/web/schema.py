@@ -1,4 +1,4 @@
-"""What the admin API and its client share: what they say, and the Protocol of what is controlled."""
+"""What the admin API and its client share: the JSON schemas, and the protocol of the server that is controlled."""
 
 from datetime import datetime
 from enum import Enum
@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class VariantState(str, Enum):
-    """How far a variant is."""
+    """State of a variant."""
 
-    REGISTERED = "registered"  # never evaluated yet
+    REGISTERED = "registered"  # not evaluated yet
     PREPARING = "preparing"
     READY = "ready"  # its weights are on the host
     ACTIVE = "active"  # its weights are in the engine
@@ -22,122 +22,123 @@ class _Answer(BaseModel):
 
 
 class VariantStatus(_Answer):
-    """A variant as it is now."""
+    """Current state of a variant."""
 
-    name: str = Field(description="What a request calls it in `model`.")
-    kind: Literal["base", "adapter", "checkpoint", "lora"] = Field(description="What it is made of.")
+    name: str = Field(description="Name that requests use in `model`.")
+    kind: Literal["base", "adapter", "checkpoint", "lora"] = Field(description="What the variant is built from.")
     state: VariantState = Field(
-        description="`registered` (never evaluated yet), `preparing`, `ready` (on the host), `active` or `failed`."
+        description="`registered` (not evaluated yet), `preparing`, `ready` (on the host), `active` or `failed`."
     )
-    digest: str | None = Field(description="Identity of its weights; null until they are known.")
-    previous: list[str] = Field(description="Earlier digests that a rollback can go to, newest first.")
-    source: str = Field(description="Entry of the folders of variants, or Hub id.")
-    host_bytes: int = Field(description="Size of its evaluated weights on the host.")
-    pinned: bool = Field(description="Whether its weights stay on the host.")
-    running: int = Field(description="Requests that the engine works on.")
-    waiting: int = Field(description="Requests that wait for its weights.")
-    requests: int = Field(description="Requests answered so far.")
-    last_used: datetime | None = Field(description="When a request last asked for it.")
-    swaps: int = Field(description="How often its weights went into the engine.")
-    last_swap_seconds: float | None = Field(description="What the last of these swaps took.")
+    digest: str | None = Field(description="Digest of its weights; null until they are known.")
+    previous: list[str] = Field(description="Digests of earlier versions that a rollback can restore, newest first.")
+    source: str = Field(description="Entry of a variants folder, or Hub id.")
+    host_bytes: int = Field(description="Size of its evaluated weights in host memory, in bytes.")
+    pinned: bool = Field(description="Whether its weights are pinned in host memory.")
+    running: int = Field(description="Number of running requests.")
+    waiting: int = Field(description="Number of requests that wait for its weights.")
+    requests: int = Field(description="Number of requests answered so far.")
+    last_used: datetime | None = Field(description="Time of the last request for it.")
+    swaps: int = Field(description="Number of times its weights were swapped in.")
+    last_swap_seconds: float | None = Field(description="Duration of the last of these swaps, in seconds.")
     error: str | None = Field(description="Why its last preparation or swap failed.")
 
 
 class EngineStatus(_Answer):
-    """The engine as it is now."""
+    """Current state of the engine."""
 
-    state: Literal["serving", "swapping", "restarting", "failed"] = Field(description="What it does.")
-    active: str = Field(description="Name of the variant whose weights it has.")
-    digest: str = Field(description="Identity of these weights.")
-    restarts: int = Field(description="How often it was started again.")
-    host_cache_bytes: int = Field(description="Size of all evaluated weights on the host.")
-    host_cache_limit: int = Field(description="What they may take together, in bytes.")
-    swap_seconds: dict[str, float] = Field(description="What each phase of the last swap took.")
-    detail: str | None = Field(description="What there is to know of the state.")
+    state: Literal["serving", "swapping", "restarting", "failed"] = Field(description="State of the engine.")
+    active: str = Field(description="Name of the variant whose weights the engine has.")
+    digest: str = Field(description="Digest of these weights.")
+    restarts: int = Field(description="Number of times the engine was restarted.")
+    host_cache_bytes: int = Field(description="Size of all evaluated weights in host memory, in bytes.")
+    host_cache_limit: int = Field(description="Limit of their size, in bytes.")
+    swap_seconds: dict[str, float] = Field(description="Duration of each phase of the last swap, in seconds.")
+    detail: str | None = Field(description="Details of the state.")
 
 
 class Registration(BaseModel):
     """A variant to add."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str = Field(description="What requests will call it.")
-    source: str = Field(description="Entry of the folders of variants, or allowed Hub id.")
+    name: str = Field(description="Name that requests will use.")
+    source: str = Field(description="Entry of a variants folder, or an allowed Hub id.")
 
 
 class Rollback(BaseModel):
-    """Where to go back to."""
+    """Version to roll back to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    digest: str | None = Field(default=None, description="One of `previous`; the newest of them if left out.")
+    digest: str | None = Field(default=None, description="One of `previous`; by default the newest.")
 
 
 class ErrorDetail(_Answer):
-    """Why a request was refused."""
+    """Why a request failed."""
 
     type: str = Field(description="Name of the error, for programs.")
-    message: str = Field(description="What was found, what was wanted and what to do, for people.")
+    message: str = Field(description="What was found, what was expected and what to do, for people.")
 
 
 class ErrorAnswer(_Answer):
-    """A refusal."""
+    """Body of an error response."""
 
     error: ErrorDetail
 
 
 class Control(Protocol):
-    """What the admin API controls. It is called in the server's event loop only.
+    """The server that the admin API controls. Methods are called in the server's event loop only.
 
     Every name, source and digest comes from the network: a name or digest is looked up, and never made into a path.
-    All raise `UnknownVariantError` for one that is not there; what needs the engine, `EngineDownError` without one.
+    All methods raise `UnknownVariantError` if the variant does not exist; those that need the engine raise
+    `EngineDownError` if it is not available.
     """
 
     def variants(self) -> list[VariantStatus]:
-        """Every variant, the base too."""
+        """The state of every variant, including the base."""
         ...
 
     def variant(self, name: str) -> VariantStatus:
-        """One of them."""
+        """The state of one variant."""
         ...
 
     def engine(self) -> EngineStatus:
-        """The engine."""
+        """The state of the engine."""
         ...
 
     async def register(self, name: str, source: str) -> VariantStatus:
-        """Give an entry of the folders of variants, or an allowed Hub id, a name, and evaluate it.
+        """Add an entry of a variants folder, or an allowed Hub id, under a name, and evaluate it.
 
-        Raises `VariantNameError`, or `VariantError` for a source that is none.
+        Raises `VariantNameError`, or `VariantError` if the source is not a variant.
         """
         ...
 
     async def unregister(self, name: str, drain: bool) -> None:
-        """Remove a variant: after the last of its requests if `drain`.
+        """Remove a variant; with `drain`, after its last request.
 
-        Raises `VariantInUseError`: it has requests and `drain` is not set, or it cannot be removed at all.
+        Raises `VariantInUseError` if it has requests and `drain` is not set, or if it cannot be removed at all.
         """
         ...
 
     async def activate(self, name: str) -> VariantStatus:
-        """Prepare a variant and swap its weights in; return once the engine has them.
+        """Prepare a variant and swap its weights in; returns when the engine has them.
 
         Raises `VariantError`, `SwapError`.
         """
         ...
 
     async def reload(self, name: str) -> VariantStatus:
-        """Read its source again; what was there is kept for a rollback.
+        """Read its source again; the previous version is kept for a rollback.
 
-        Raises `VariantError`: it cannot be served until its files are mended, or it is rolled back.
+        Raises `VariantError` if it cannot be served until its files are repaired or it is rolled back.
         """
         ...
 
     async def rollback(self, name: str, digest: str | None) -> VariantStatus:
-        """Go back to an earlier version, the last one if `digest` is None.
+        """Roll back to an earlier version, by default to the previous one.
 
-        Raises `VariantError`, `SwapError`; the variant stays what it was.
+        Raises `VariantError`, `SwapError`; the variant is then unchanged.
         """
         ...
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:
-        """Keep its weights on the host, or no longer."""
+        """Pin its weights in host memory, or unpin them."""
         ...

@@ -1,4 +1,4 @@
-"""Token classifiers: the parts of a text that have a label are those that transformers' pipeline finds."""
+"""Token classifiers find the same labelled parts of a text as the pipeline of transformers."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from converters.errors import CheckpointError, OptionError
 from peanut_serve.classify.engine import OnnxEngine
 from peanut_serve.classify.entities import find_entities
 
-SEED = 2  # of weights that give every label to some token
+SEED = 2  # for weights that give every label to some token
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC"]
 TEXTS = [
     "Angela Merkel met Antonín Dvořák's great-grandson in Saint Petersburg, not in St. Petersburg (Florida).",
@@ -34,7 +34,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def exported(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A small BERT of random weights, with the vocabulary of a real one; its export, and beside it the checkpoint."""
+    """A small BERT with random weights and a real vocabulary; its export, next to its merged checkpoint."""
     folder = tmp_path_factory.mktemp("entities")
     pair = Pair(folder / "base", folder / "adapter", folder / "onnx")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -75,7 +75,7 @@ def test_entities_are_those_of_transformers(exported: Pair) -> None:
 
 
 def logits_of(*labels: str) -> np.ndarray:
-    """Of probabilities 0.9 for these labels, and the same for all others."""
+    """Logits with probability 0.9 for these labels, and equal ones for all others."""
     probabilities = np.full((len(labels), len(LABELS)), 0.1 / (len(LABELS) - 1))
     probabilities[range(len(labels)), [LABELS.index(label) for label in labels]] = 0.9
     return np.log(probabilities).astype(np.float32)
@@ -87,8 +87,8 @@ def test_where_entities_begin_and_end() -> None:
     logits = logits_of("B-PER", "B-PER", "I-PER", "B-PER", "I-LOC", "O", "MISC", "MISC", "B-LOC", "B-LOC")
     found = find_entities(text, logits, spans, LABELS)  # its last row is padding
     assert [(one.text, one.label, one.start, one.end) for one in found] == [
-        ("a b", "PER", 0, 3),  # begins, and goes on; [CLS] before it is not of it
-        ("c", "PER", 4, 5),  # another begins
+        ("a b", "PER", 0, 3),  # begins and continues; [CLS] before it is not part of it
+        ("c", "PER", 4, 5),  # a new one begins
         ("d", "LOC", 6, 7),
         ("f g", "MISC", 10, 13),
     ]
@@ -96,14 +96,14 @@ def test_where_entities_begin_and_end() -> None:
     assert find_entities("", logits_of("O"), [None], LABELS) == []
 
 
-def test_a_text_that_the_model_does_not_take_whole(exported: Pair) -> None:
+def test_a_text_that_is_too_long(exported: Pair) -> None:
     engine = OnnxEngine(exported.output)
     engine.entities(["x " * 510])
     with pytest.raises(OptionError, match=r"^the text 'x x .* has 513 tokens, and the model takes 512; split it"):
         engine.entities(["x " * 511])
 
 
-def test_a_tokenizer_that_does_not_say_where_tokens_lie(exported: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_positions_of_tokens(exported: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = OnnxEngine(exported.output)
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
     with pytest.raises(CheckpointError, match="does not report the positions of tokens"):
@@ -115,5 +115,5 @@ def test_the_command(exported: Pair, run_here: Run) -> None:
     done = run_here("peanut-serve", "predict", exported.output, TEXTS[3], "--json")
     assert json.loads(done.stdout) == [{"input": TEXTS[3], "entities": [vars(one) for one in wanted]}]
     shown = run_here("peanut-serve", "predict", exported.output, TEXTS[3], "\t.").stdout
-    assert TEXTS[3] in shown  # and not taken for markup
+    assert TEXTS[3] in shown  # and not interpreted as markup
     assert all(f"{one.score:.4f}" in shown and one.text in shown for one in wanted)

@@ -1,4 +1,4 @@
-"""The ONNX engine and `peanut-serve predict` on exported folders: answers, swaps, and what they refuse."""
+"""The ONNX engine and `peanut-serve predict` on exported folders: predictions, swaps and errors."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ LABELS = {"digits5to9": ["5", "6", "7", "8", "9"], "oddeven": ["even", "odd"]}
 
 @pytest.fixture(scope="module")
 def digit_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Sixty pictures of the digits 5 to 9, their names begin with the digit."""
+    """Sixty images of the digits 5 to 9; file names begin with the digit."""
     folder = tmp_path_factory.mktemp("digits")
     digits = load_digits()
     chosen = [index for index in range(1500, 1797) if digits.target[index] >= 5][:60]
     files = [folder / f"{digits.target[index]}-{index}.png" for index in chosen]
     for index, file in zip(chosen, files, strict=True):
-        Image.fromarray(digits.images[index].astype(np.uint8)).save(file)  # 0 to 16, as its preprocessor wants
+        Image.fromarray(digits.images[index].astype(np.uint8)).save(file)  # 0 to 16, as its preprocessor expects
     return files
 
 
@@ -63,7 +63,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory, adapters: list[Path]) ->
 
 @pytest.fixture
 def folders(originals: dict[Form, Path], tmp_path: Path) -> dict[Form, Path]:
-    """Copies, to be damaged."""
+    """Copies that tests can damage."""
     return {form: shutil.copytree(folder, tmp_path / folder.name) for form, folder in originals.items()}
 
 
@@ -139,39 +139,39 @@ def test_several_labels_at_once(folders: dict[Form, Path], digit_files: list[Pat
     assert [one.score for one in found] == pytest.approx(wanted.tolist(), rel=1e-5)
 
 
-def test_a_model_of_tokens_has_no_single_label(make_pair: Callable[..., Pair]) -> None:
+def test_a_token_classifier_has_no_single_label(make_pair: Callable[..., Pair]) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     model = BertForTokenClassification(BertConfig(**sizes, vocab_size=96, num_labels=3))
     pair = make_pair(model, target_modules=["query"], modules_to_save=["classifier"])
     export_onnx(pair.base, pair.adapter, pair.output)
     engine = OnnxEngine(pair.output)
-    with pytest.raises(OptionError, match=r"does token-classification: .* use entities\(\) for token classifiers"):
+    with pytest.raises(OptionError, match=r"does token-classification, .* use entities\(\) for token classifiers"):
         engine.predict(["film"])
     ids = np.ones((2, 3), np.int64)
     inputs = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids * 0}
     assert engine.run(inputs).shape == (2, 3, 3)
 
 
-def test_a_model_of_images_has_no_entities(folders: dict[Form, Path]) -> None:
-    with pytest.raises(OptionError, match="does image-classification: it has no labels for parts of a text"):
+def test_an_image_classifier_has_no_entities(folders: dict[Form, Path]) -> None:
+    with pytest.raises(OptionError, match="does image-classification, which has no labels for parts of a text"):
         OnnxEngine(folders[Form.MERGED]).entities(["film"])
 
 
 def refused(
-    folder: Path, error: type[PeanutError], said: str, task: str | None = None, precision: str = "fp32"
+    folder: Path, error: type[PeanutError], message: str, task: str | None = None, precision: str = "fp32"
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         OnnxEngine(folder, precision=precision).run({"pixel_values": np.zeros((1, 1, 16, 16), np.float32)}, task)
 
 
-def test_names_that_are_not_there(folders: dict[Form, Path], tmp_path: Path) -> None:
-    refused(folders[Form.SHARED], OptionError, "has no task cars; it has digits5to9, oddeven", "cars")
-    refused(folders[Form.SHARED], OptionError, "several tasks; say which: --task digits5to9, oddeven")
+def test_unknown_names(folders: dict[Form, Path], tmp_path: Path) -> None:
+    refused(folders[Form.SHARED], OptionError, "has no task cars; available: digits5to9, oddeven", "cars")
+    refused(folders[Form.SHARED], OptionError, "several tasks; choose one: digits5to9, oddeven")
     refused(folders[Form.MERGED], OptionError, "in fp32, int8, not in fp16", precision="fp16")
-    refused(tmp_path, CheckpointError, "no ONNX export in it")
+    refused(tmp_path, CheckpointError, "contains no ONNX export")
 
 
-def test_files_that_are_others(folders: dict[Form, Path]) -> None:
+def test_replaced_files(folders: dict[Form, Path]) -> None:
     swappable, shared = folders[Form.SWAPPABLE], folders[Form.SHARED]
     shutil.copy(swappable / "oddeven.onnx_adapter", swappable / "digits5to9.onnx_adapter")
     refused(swappable, VerificationError, r"digits5to9\.onnx_adapter is not the file that was written", "digits5to9")
@@ -184,16 +184,18 @@ def test_files_that_are_others(folders: dict[Form, Path]) -> None:
 
 
 def set_own(folder: Path, task: str, **changes: object) -> None:
-    """Change what a task's config says of its files."""
+    """Change the `peanut` section of a task's config."""
     file = folder / f"{task}.config.json"
     edit_json(file, peanut={**json.loads(file.read_text())["peanut"], **changes})
 
 
 def test_another_base(folders: dict[Form, Path]) -> None:
-    """Whoever copies a task into the folder of another base."""
+    """A task that was copied into a folder for another base."""
     swappable = folders[Form.SWAPPABLE]
     set_own(swappable, "oddeven", base="another")
-    refused(swappable, BaseMismatchError, "oddeven was trained on the base another, the graph holds", "oddeven")
+    refused(
+        swappable, BaseMismatchError, "oddeven was trained on the base another, but the graph contains", "oddeven"
+    )
     original = json.loads((swappable / "digits5to9.config.json").read_text())["peanut"]["base"]
     write_adapter_file(swappable / "oddeven.onnx_adapter", {"classifier.bias": torch.zeros(2)}, "another")
     set_own(swappable, "oddeven", base=original, files={})
@@ -208,8 +210,10 @@ def test_an_adapter_of_another_graph(folders: dict[Form, Path]) -> None:
     refused(swappable, CheckpointError, r"the graph has no input vit\.elsewhere", "oddeven")
 
 
-def test_a_task_of_another_export_is_welcome(folders: dict[Form, Path], adapters: list[Path], tmp_path: Path) -> None:
-    """Of the same base, its modules among those of the graph."""
+def test_a_task_of_another_export_can_be_added(
+    folders: dict[Form, Path], adapters: list[Path], tmp_path: Path
+) -> None:
+    """If it has the same base, and the graph has its modules."""
     export_onnx(VIT / "base", adapters[0], tmp_path / "later", options=ExportOptions(form=Form.SWAPPABLE))
     swappable = folders[Form.SWAPPABLE]
     for name in ("onnx_adapter", "config.json"):
@@ -222,7 +226,7 @@ def test_a_task_of_another_export_is_welcome(folders: dict[Form, Path], adapters
 
 
 @pytest.mark.parametrize("name", ["../merged/model.onnx", "/etc/passwd", "link.onnx"])
-def test_no_way_out_of_the_folder(folders: dict[Form, Path], name: str) -> None:
+def test_files_outside_of_the_folder(folders: dict[Form, Path], name: str) -> None:
     (folders[Form.SHARED] / "link.onnx").symlink_to(folders[Form.MERGED] / "model.onnx")
     set_own(folders[Form.SHARED], "oddeven", models={"fp32": name}, files={})
     refused(folders[Form.SHARED], CheckpointError, "which is not in the folder", "oddeven")
@@ -230,16 +234,16 @@ def test_no_way_out_of_the_folder(folders: dict[Form, Path], name: str) -> None:
 
 def test_a_damaged_config(folders: dict[Form, Path]) -> None:
     set_own(folders[Form.SHARED], "oddeven", models=None)
-    refused(folders[Form.SHARED], CheckpointError, "its part 'peanut' is damaged")
+    refused(folders[Form.SHARED], CheckpointError, "its section 'peanut' is damaged")
 
 
-def test_logits_that_are_no_answer(folders: dict[Form, Path], digit_files: list[Path]) -> None:
+def test_invalid_logits(folders: dict[Form, Path], digit_files: list[Path]) -> None:
     """A graph without its adapter, and a config with other labels."""
     set_own(folders[Form.SWAPPABLE], "oddeven", form="merged", adapter=None, files={})
-    with pytest.raises(VerificationError, match="oddeven: the graph answers NaN"):
+    with pytest.raises(VerificationError, match="oddeven: the graph returned NaN"):
         OnnxEngine(folders[Form.SWAPPABLE]).predict(digit_files[:1], "oddeven")
     edit_json(folders[Form.SHARED] / "oddeven.config.json", id2label={"0": "a", "1": "b", "2": "c"})
-    with pytest.raises(VerificationError, match="gives 2 logits, the config has 3 labels"):
+    with pytest.raises(VerificationError, match="returned 2 logits, but the config has 3 labels"):
         OnnxEngine(folders[Form.SHARED]).predict(digit_files[:1], "oddeven")
 
 
@@ -252,7 +256,7 @@ def test_a_graph_that_does_not_load(folders: dict[Form, Path]) -> None:
     refused(folders[Form.SHARED], CheckpointError, "cannot be loaded by ONNX Runtime", "oddeven")
 
 
-def test_without_onnx_runtime_the_extra_is_named(originals: dict[Form, Path]) -> None:
+def test_a_missing_onnx_runtime_names_the_extra(originals: dict[Form, Path]) -> None:
     hidden = "import sys; sys.modules['onnxruntime'] = None"
     code = f"{hidden}; from peanut_serve.cli.predict_command import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, originals[Form.MERGED], "a.png"]

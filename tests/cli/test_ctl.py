@@ -19,9 +19,9 @@ Ctl = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def ctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
-    """Run it; its exit code, and what it printed."""
+    """Runs the command; returns its exit code and what it printed."""
     monkeypatch.setenv("PEANUT_ADMIN_KEY", KEY)
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # which a server on this machine is not asked through
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not used for a server on this machine
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -48,7 +48,7 @@ def control(served: tuple[FastAPI, str], monkeypatch: pytest.MonkeyPatch) -> Fak
 
 
 def refused(done: tuple[int, str, str]) -> str:
-    """The one line of a refusal."""
+    """The single line of the error."""
     code, out, err = done
     assert (code, out, err.count("\n")) == (1, "", 1), done
     assert err.startswith("peanut-serve ctl: ")
@@ -106,27 +106,27 @@ def test_changes(ctl: Ctl, control: FakeControl) -> None:
 @pytest.mark.parametrize(
     "name", ["..", ".", "../engine", "a?drain=true", "a#b", "50%", "%2E%2E", "é", "a b", "/", "a//b"]
 )
-def test_names_arrive_as_they_are(ctl: Ctl, control: FakeControl, name: str) -> None:
+def test_names_are_sent_unchanged(ctl: Ctl, control: FakeControl, name: str) -> None:
     assert refused(ctl("activate", name)) == f"there is no variant {name!r}"
     assert refused(ctl("unregister", name)) == f"there is no variant {name!r}"
     assert control.calls == [("activate", name), ("unregister", name, False)]
 
 
-def test_refusals_of_the_server(ctl: Ctl, control: FakeControl) -> None:
+def test_errors_of_the_server(ctl: Ctl, control: FakeControl) -> None:
     assert refused(ctl("activate", "in-use")) == "in-use has 3 requests"
     assert refused(ctl("activate", "swap")) == "out of memory rolled back"
     assert refused(ctl("activate", "down")) == "the engine restarts; try again in 20 s"
-    assert refused(ctl("activate", "bug")) == "KeyError, not meant to happen; see the server's log"
+    assert refused(ctl("activate", "bug")) == "unexpected KeyError; see the server's log"
     assert refused(ctl("register", "base", "x")) == "base is taken"
 
 
 def test_the_key(ctl: Ctl, control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
-    wrong = "the server refused the key; PEANUT_ADMIN_KEY or --key-file must have the one it was started with"
+    wrong = "the server rejected the key; PEANUT_ADMIN_KEY or --key-file must contain the one it was started with"
     monkeypatch.setenv("PEANUT_ADMIN_KEY", "wrong")
     assert refused(ctl("list")) == wrong
-    assert ctl("--key-file", str(file), "list")[0] == 0  # what is said here wins
+    assert ctl("--key-file", str(file), "list")[0] == 0  # the option has precedence
     file.write_bytes(b"\xff\xfe\x7a")
     assert refused(ctl("--key-file", str(file), "list")) == wrong
     file.write_text(f"{KEY}\n{KEY}\n")
@@ -135,32 +135,30 @@ def test_the_key(ctl: Ctl, control: FakeControl, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PEANUT_ADMIN_KEY", "")
     assert refused(ctl("list")) == "the admin key in PEANUT_ADMIN_KEY is empty"
     monkeypatch.delenv("PEANUT_ADMIN_KEY")
-    assert refused(ctl("list")) == "there is no admin key; set PEANUT_ADMIN_KEY, or give --key-file"
+    assert refused(ctl("list")) == "there is no admin key; set PEANUT_ADMIN_KEY, or use --key-file"
 
 
-def test_nothing_there(ctl: Ctl) -> None:
+def test_a_server_that_is_not_running(ctl: Ctl) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         message = refused(ctl("--url", url, "list"))
     assert message.startswith(f"cannot reach {url} (")
-    assert message.endswith(
-        "is `peanut-serve --mode merged` running, and its admin API there? --url is where to look"
-    )
+    assert message.endswith("; check --url, and that `peanut-serve --mode merged --admin-port` is running")
     assert "cannot reach http://no.such.host.invalid" in refused(ctl("--url", "http://no.such.host.invalid", "list"))
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "localhost:8001", "ftp://localhost", "http://", "x y"])
-def test_what_is_no_url(ctl: Ctl, url: str) -> None:
-    assert refused(ctl("--url", url, "list")) == f"{url} is no URL; expected one like http://127.0.0.1:8001"
+def test_invalid_urls(ctl: Ctl, url: str) -> None:
+    assert refused(ctl("--url", url, "list")) == f"{url} is not a valid URL; expected one like http://127.0.0.1:8001"
 
 
-def test_something_else_there(ctl: Ctl) -> None:
+def test_another_server_at_the_url(ctl: Ctl) -> None:
     other = FastAPI()
     other.add_api_route("/admin/v1/engine", lambda: {"error": "Unauthorized"})
     with serving_app(other) as url:
         for command, status in (("list", 404), ("engine", 200)):
-            assert f"{url} answered {status}, not as the admin API" in refused(ctl("--url", url, command))
+            assert f"{url} answered {status}, but not like the admin API" in refused(ctl("--url", url, command))
 
 
 def test_a_server_that_dies(ctl: Ctl) -> None:
@@ -174,15 +172,15 @@ def test_a_server_that_dies(ctl: Ctl) -> None:
         thread.start()
         message = refused(ctl("--url", f"http://127.0.0.1:{listener.getsockname()[1]}", "activate", "base"))
         thread.join()
-    assert "did not answer to the end (" in message
+    assert "did not complete its response (" in message
 
 
-def test_a_wait_that_is_given_up(ctl: Ctl, control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupting_the_wait(ctl: Ctl, control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(httpx.Client, "request", interrupt)
-    message = "no longer waiting; the server goes on, see: peanut-serve ctl list"
+    message = "stopped waiting, but the server continues; see peanut-serve ctl list"
     assert refused(ctl("activate", "base")) == message
 
 

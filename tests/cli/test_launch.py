@@ -1,4 +1,4 @@
-"""What `peanut-serve` tells vLLM."""
+"""The command line and environment with which `peanut-serve` starts vLLM."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_ranks_and_slots_are_those_of_the_adapters(pair: Pair, tasks: Path) -> N
     assert arguments.served_model_name == ["base"]
 
 
-def test_what_is_given_wins(pair: Pair, tasks: Path) -> None:
+def test_given_options_have_precedence(pair: Pair, tasks: Path) -> None:
     given = [
         "--max-lora-rank=128",
         "--host",
@@ -60,11 +60,11 @@ def test_what_is_given_wins(pair: Pair, tasks: Path) -> None:
     ]
     arguments = parsed(vllm_options(str(pair.base), "lora", find_adapters(AdapterRoots([tasks])), given))
     assert (arguments.max_lora_rank, arguments.host, arguments.max_loras, arguments.port) == (128, "0.0.0.0", 5, 1)
-    assert arguments.max_cpu_loras is None  # vLLM's own: as many as max_loras
+    assert arguments.max_cpu_loras is None  # vLLM's default: as many as max_loras
     assert arguments.served_model_name == ["mine"]
 
 
-def test_no_adapters_yet_and_those_of_lm_head() -> None:
+def test_no_adapters_yet_and_adapters_of_lm_head() -> None:
     arguments = parsed(vllm_options("org/base", "lora", Found({}, frozenset(), {}), []))
     assert (arguments.model_tag, arguments.max_lora_rank, arguments.max_loras) == ("org/base", 16, 1)
     assert arguments.lora_target_modules is None
@@ -88,9 +88,11 @@ def test_an_adapter_that_cannot_be_lora(tasks: Path, monkeypatch: pytest.MonkeyP
     """Some methods have no exact low-rank factors: such an adapter has no rank, and can only be merged."""
     monkeypatch.setattr(Adapter, "rank", lambda adapter, module: None if adapter.name == "large" else 4)
     found = find_adapters(AdapterRoots([tasks]))
-    assert (found.ranks, found.not_lora, found.kinds) == ({"small": 4}, ("large",), {"q_proj", "v_proj"})
+    assert (found.ranks, found.not_lora, found.kinds) == ({"small": 4}, {"large": "peanut"}, {"q_proj", "v_proj"})
     assert (found.names("lora"), found.names("auto")) == (["small"], ["large", "small"])
-    note = "large will not be served: it cannot be expressed as LoRA; --mode merged or auto serves it"
+    note = (
+        "large will not be served: its update (peanut) cannot be expressed as LoRA; --mode merged or auto serves it"
+    )
     assert note in list(found.notes("lora"))
     assert note not in [*found.notes("auto"), *found.notes("merged")]
 
@@ -102,7 +104,7 @@ def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     assert (done.returncode, "none, and it is not a valid Hub id; check the path" in done.stderr) == (1, True)
     command = ("peanut-serve", "--base", pair.base, "--adapters", tasks)
     done = run_here(*command, "--cache-size", "many")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 2)  # and the note of the broken adapter
+    assert (done.returncode, done.stderr.count("\n")) == (1, 2)  # and the note on the broken adapter
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     done = run_here(*command)
     assert "VLLM_PLUGINS is other, without peanut_serve; add it" in done.stderr
@@ -110,7 +112,7 @@ def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
 
 
 def test_one_api_server(pair: Pair, tasks: Path, run_here: Run) -> None:
-    """Also where vLLM would start one for each data-parallel rank: adapters are resolved in one of them."""
+    """Also where vLLM would start one per data-parallel rank: adapters are resolved in only one of them."""
     found = find_adapters(AdapterRoots([tasks]))
     assert parsed(vllm_options(str(pair.base), "lora", found, ["--data-parallel-size", "2"])).api_server_count == 1
     assert parsed(vllm_options(str(pair.base), "lora", found, ["--headless"])).api_server_count is None
@@ -119,7 +121,7 @@ def test_one_api_server(pair: Pair, tasks: Path, run_here: Run) -> None:
 
 
 def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What vLLM and its processes are told, and what does not go with one set of weights."""
+    """The options and environment of vLLM's processes, and the options that are not supported with swapping."""
     merge(pair.base, pair.adapter, tasks / "whole")
     found = find_adapters(AdapterRoots([tasks]))
     assert (set(found.ranks), found.merged) == ({"large", "small"}, ("whole",))
@@ -154,8 +156,8 @@ def test_an_adapter_on_the_hub(pair: Pair) -> None:
 
 
 @pytest.mark.slow  # vLLM is imported twice
-def test_vllm_finds_the_plugin_and_its_routes_stay_shut(tasks: Path, tmp_path: Path) -> None:
-    """As in `PEANUT_ADAPTERS=... vllm serve`: what vLLM's own start does before it builds the server."""
+def test_vllm_finds_the_plugin_and_its_lora_routes_stay_closed(tasks: Path, tmp_path: Path) -> None:
+    """With `PEANUT_ADAPTERS=... vllm serve`, after the steps that vLLM runs before it builds the server."""
     script = """
 import json, os
 from vllm.plugins import load_general_plugins
@@ -174,4 +176,4 @@ print(json.dumps([sorted(LoRAResolverRegistry.get_supported_resolvers()), routes
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
         resolvers, routes = json.loads(done.stdout.splitlines()[-1])
         assert "peanut" in resolvers
-        assert bool(routes) == expected  # who asks vLLM for them gets them
+        assert bool(routes) == expected  # they are there if the user enabled them in vLLM

@@ -1,4 +1,4 @@
-"""The ONNX engine on graphs written by hand: what files are looked at, who waits for whom, what scores are."""
+"""The ONNX engine on handwritten graphs: which files are checked, locking, and scores."""
 
 import json
 import threading
@@ -30,7 +30,7 @@ PIXELS = {"pixel_values": np.random.default_rng(1).standard_normal((2, 3, 6, 8),
 
 
 def write_graph(file: Path, swappable: bool = False) -> None:
-    """pixel_values (batch, 3, 6, 8) -> logits (batch, 3): x (W + A B) + head, NaN until an adapter has one."""
+    """pixel_values (batch, 3, 6, 8) -> logits (batch, 3): x (W + A B) + head, which is NaN without an adapter."""
     tensors = {"W": WEIGHT}
     if swappable:
         tensors |= {"A": WEIGHT[:, :0], "B": WEIGHT[:0], "head": np.full(3, np.nan, np.float32)}
@@ -61,7 +61,7 @@ def write_config(file: Path, files: tuple[str, ...], changes: dict[str, object] 
 
 @pytest.fixture
 def merged(tmp_path: Path) -> Path:
-    """One task, in float32 and what stands for int8."""
+    """One task, in float32 and a stand-in for int8."""
     folder = image_model(tmp_path / "pets")
     models = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}
     for name in models.values():
@@ -87,9 +87,9 @@ def swappable(tmp_path: Path) -> Path:
 
 
 def refused(
-    error: type[PeanutError], said: str, folder: Path, arrays: object = PIXELS, task: str | None = None
+    error: type[PeanutError], message: str, folder: Path, arrays: object = PIXELS, task: str | None = None
 ) -> None:
-    with pytest.raises(error, match=said) as found:
+    with pytest.raises(error, match=message) as found:
         OnnxEngine(folder).run(arrays, task)
     assert "\n" not in str(found.value)
 
@@ -102,7 +102,7 @@ def test_the_numbers(merged: Path, swappable: Path) -> None:
         np.testing.assert_allclose(engine.run(PIXELS, task), wanted + number, rtol=1e-4, atol=1e-4)
 
 
-def test_a_precision_needs_its_own_files_alone(merged: Path) -> None:
+def test_a_precision_needs_only_its_own_files(merged: Path) -> None:
     (merged / "model.onnx").unlink()
     assert OnnxEngine(merged, precision="int8").run(PIXELS).shape == (2, 3)
     refused(CheckpointError, r"model\.onnx of pets is missing", merged)
@@ -125,14 +125,14 @@ def test_a_shared_file_is_hashed_once(swappable: Path, monkeypatch: pytest.Monke
     assert sorted(hashed) == ["cars.onnx_adapter", "model.onnx", "pets.onnx_adapter"]
 
 
-def test_a_swappable_graph_is_held_against_the_manifest(swappable: Path) -> None:
+def test_a_swappable_graph_is_checked_against_the_manifest(swappable: Path) -> None:
     content = bytearray((swappable / "model.onnx").read_bytes())
     content[content.find(WEIGHT.tobytes()) + 2] ^= 1
     (swappable / "model.onnx").write_bytes(content)
     refused(VerificationError, r"model\.onnx is not the file that was written for cars", swappable, task="cars")
 
 
-def test_nobody_waits_for_another_tasks_files(swappable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ready_task_does_not_wait_for_others(swappable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = OnnxEngine(swappable)
     engine.run(PIXELS, "cars")
     began, go_on = threading.Event(), threading.Event()
@@ -169,36 +169,38 @@ def test_one_session_for_two_tasks(swappable: Path, monkeypatch: pytest.MonkeyPa
     assert len(opened) == 1
 
 
-def test_inputs_that_do_not_fit(merged: Path) -> None:
-    refused(OptionError, "pets takes pixel_values; pixel_values was not given", merged, {})
+def test_invalid_inputs(merged: Path) -> None:
+    refused(OptionError, "pets needs the inputs pixel_values; pixel_values is missing", merged, {})
     small = {"pixel_values": np.zeros((1, 3, 4, 4), np.float32)}
     refused(
-        OptionError, r"pets cannot be run on pixel_values float32\(1, 3, 4, 4\): .*invalid dimensions", merged, small
+        OptionError, r"pets cannot run on pixel_values float32\(1, 3, 4, 4\): .*invalid dimensions", merged, small
     )
     doubles = {"pixel_values": PIXELS["pixel_values"].astype(np.float64)}
-    refused(OptionError, r"pets cannot be run on pixel_values float64.*data type", merged, doubles)
+    refused(OptionError, r"pets cannot run on pixel_values float64.*data type", merged, doubles)
 
 
 def test_run_checks_its_output_too(merged: Path, swappable: Path) -> None:
     write_config(merged / "config.json", (), {"id2label": {"0": "a", "1": "b"}}, models={"fp32": "model.onnx"})
-    refused(VerificationError, "gives 3 logits, the config has 2 labels", merged)
+    refused(VerificationError, "returned 3 logits, but the config has 2 labels", merged)
     write_adapter_file(swappable / "cars.onnx_adapter", {"A": torch.zeros(SIZE, 1), "B": torch.zeros(1, 3)}, BASE)
     rest = {"form": "swappable", "models": {"fp32": "model.onnx"}, "adapter": "cars.onnx_adapter"}
     write_config(swappable / "cars.config.json", (), **rest)
-    refused(VerificationError, "cars: the graph answers NaN", swappable, task="cars")
+    refused(VerificationError, "cars: the graph returned NaN", swappable, task="cars")
 
 
 @pytest.mark.parametrize("own", [{"form": "later"}, {"form": "swappable"}, {"adapter": "x.onnx_adapter"}])
-def test_a_form_that_is_none(merged: Path, own: dict[str, str]) -> None:
+def test_an_unknown_form(merged: Path, own: dict[str, str]) -> None:
     write_config(merged / "config.json", (), models={"fp32": "model.onnx"}, **own)
-    refused(CheckpointError, "expected one of merged, shared, self-merging, swappable, and an adapter with", merged)
+    refused(
+        CheckpointError, "expected one of merged, shared, self-merging, swappable, and an adapter only with", merged
+    )
 
 
-def test_configs_of_others(merged: Path, swappable: Path) -> None:
+def test_foreign_configs(merged: Path, swappable: Path) -> None:
     (swappable / "other.config.json").write_text('{"model_type": "vit"}')
     assert list(OnnxEngine(swappable).tasks) == ["cars", "pets"]
     write_config(merged / "config.json", (), models={"fp32": "a\0b"})
-    refused(CheckpointError, r"pets asks for 'a\\x00b', no file name", merged)
+    refused(CheckpointError, r"pets refers to 'a\\x00b', which is not a valid file name", merged)
 
 
 def test_scores() -> None:
@@ -215,7 +217,7 @@ def test_scores() -> None:
 
 
 def test_the_table_in_a_pipe(merged: Path, tmp_path: Path, run_here: Run) -> None:
-    """Whole names, a line for each label, nothing taken for markup."""
+    """Full names, one line per label, and nothing interpreted as markup."""
     file = tmp_path / ("[bold]" + "long-" * 30 + ".png")
     Image.new("RGB", (8, 6)).save(file)
     done = run_here("peanut-serve", "predict", merged, file, "--top-k", "2")
@@ -229,7 +231,7 @@ def test_the_table_in_a_pipe(merged: Path, tmp_path: Path, run_here: Run) -> Non
 
 
 def test_lines_of_a_text_file(merged: Path, tmp_path: Path, run_here: Run) -> None:
-    """A byte order mark is no word; a line ends at its end and nowhere else."""
+    """A byte order mark is ignored; only a newline ends a line."""
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "sequence"])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1])

@@ -1,4 +1,4 @@
-"""The CPU operators for LoRA, row by row beside the formula; and that vLLM's own are as wrong as we say."""
+"""The CPU operators for LoRA, compared with the formula row by row; and the bug in vLLM's own operators."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from peanut_serve.vllm_plugin.lora.cpu_operators import GroupedPunicaWrapperCPU, group_rows, is_affected
 
 SLOTS, RANK, WIDTH, OUT = 4, 3, 10, (6, 5)
-NONE = 0  # LoRAMapping's word for a request without an adapter
+NONE = 0  # LoRAMapping's id for a request without an adapter
 MIXES = {
     "base alone": [NONE] * 5,
     "one adapter": [7] * 5,
@@ -21,7 +21,7 @@ def wrapper(kind: type[PunicaWrapperCPU], mix: list[int], prefill: bool) -> Puni
     made = kind(256, 256, torch.device("cpu"))
     mapping = LoRAMapping(tuple(mix), tuple(mix), is_prefill=prefill)
     slots = [11, 7, None, 9]  # the adapter in each
-    made.update_metadata(mapping, slots, SLOTS + 1, 100)  # one more: so does vLLM's model_manager.py
+    made.update_metadata(mapping, slots, SLOTS + 1, 100)  # one more, as in vLLM's model_manager.py
     return made
 
 
@@ -71,7 +71,7 @@ def test_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["base alone", "runs", "scattered"])
 def test_this_vllm_is_affected(name: str) -> None:
-    """If this fails, vLLM was mended, and the plugin's operators are only the faster ones."""
+    """If this fails, vLLM has fixed the bug, and the plugin's operators are only faster."""
     assert is_affected()
     mix, (a, b) = MIXES[name], factors()
     x, y = torch.randn(len(mix), WIDTH), torch.randn(len(mix), sum(OUT))
@@ -81,7 +81,7 @@ def test_this_vllm_is_affected(name: str) -> None:
     assert not torch.equal(found[without], y[without])
 
 
-def test_vllm_takes_ours() -> None:
+def test_vllm_uses_the_plugins_operators() -> None:
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 

@@ -1,4 +1,4 @@
-"""bfloat16: vLLM with the LoRA is as near to the float32 truth as bfloat16 lets anybody be."""
+"""In bfloat16, vLLM with the LoRA is as close to the float32 reference as bfloat16 allows."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from converters import merge
 
 ADAPTERS = ROOT / "examples" / "adapters"
 
-# vLLM starts processes of its own, which would import a test module again
+# vLLM starts processes, which would import a test module again
 SCRIPT = """
 import json, sys
 if __name__ == "__main__":
@@ -36,14 +36,14 @@ if __name__ == "__main__":
 
 
 def logprobs(model: PreTrainedModel | PeftModel, tokens: list[int]) -> torch.Tensor:
-    """Of every token but the first, given those before."""
+    """The logprob of every token but the first, given the previous ones."""
     with torch.no_grad():
         logits = model.eval()(torch.tensor([tokens])).logits[0].float()
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
 
 
 @pytest.mark.vllm
-def test_the_noise_is_that_of_bfloat16(smollm2: Path, tmp_path: Path) -> None:
+def test_the_error_is_that_of_bfloat16(smollm2: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     texts, truth, noise = [], [], []
     for adapter in sorted(ADAPTERS.iterdir()):

@@ -64,9 +64,9 @@ def expected(folder: Path, name: str) -> list[str]:
 
 
 def test_every_method_answers_as_peft_does(server: Server, folder: Path) -> None:
-    """To and fro, so that each comes after another one's weights; the base last."""
+    """In several orders, so that each follows the weights of another; the base last."""
     wanted = {name: expected(folder, name) for name in ("base", *CONFIGS)}
-    assert len({tuple(tokens) for tokens in wanted.values()}) == len(wanted)  # an answer shows its variant
+    assert len({tuple(tokens) for tokens in wanted.values()}) == len(wanted)  # an answer identifies its variant
     for name in ("dora", "ia3", "base", "ia3", "dora", "base"):
         found = server.client.completions.create(
             model=name, prompt=PROMPT, temperature=0, max_tokens=COUNT, logprobs=0,

@@ -1,4 +1,4 @@
-"""`peanut-serve` with the real vLLM and the real adapters on SmolLM2: alone, mixed, and while everything changes."""
+"""`peanut-serve` with the real vLLM and real adapters on SmolLM2: alone, mixed, and while adapters change."""
 
 import asyncio
 import json
@@ -98,14 +98,14 @@ def test_all_at_once_evaluates_each_adapter_once(server: Server, expected: dict[
 def test_each_alone(server: Server, expected: dict[tuple[str, str], list[int]]) -> None:
     for pair, tokens in expected.items():
         assert asyncio.run(tokens_of(server.async_client, *pair)) == tokens, pair
-    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)  # an answer betrays its task
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)  # an answer identifies its task
 
 
 def test_what_is_listed(server: Server) -> None:
     assert {model.id for model in server.client.models.list()} >= {BASE, *TASKS}
 
 
-def test_everything_of_vllm_stays(server: Server) -> None:
+def test_the_rest_of_vllm_is_unchanged(server: Server) -> None:
     chunks = server.client.chat.completions.create(
         model="smollm2-json",
         messages=[{"role": "user", "content": QUESTIONS[1]}],
@@ -116,7 +116,7 @@ def test_everything_of_vllm_stays(server: Server) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).startswith('{"answer"')
     with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
         assert b"vllm:lora_requests_info" in metrics.read()
-    # prompt_logprobs with lm_head among the LoRA modules would end the engine
+    # prompt_logprobs with lm_head among the LoRA modules would crash the engine
     assert answer(server.client, "smollm2-json", QUESTIONS[1], extra_body={"prompt_logprobs": 1})
 
 
@@ -130,8 +130,8 @@ def test_nothing_loads_a_path_that_a_client_names(server: Server, roots: Path) -
             answer(server.client, name, QUESTIONS[0])
 
 
-def test_a_replaced_adapter_answers_at_once_and_anew(server: Server, roots: Path) -> None:
-    """The same name and the same prompt: neither old weights nor old KV cache."""
+def test_a_replaced_adapter_is_used_at_once(server: Server, roots: Path) -> None:
+    """With the same name and prompt, neither old weights nor the old KV cache are used."""
     shutil.copytree(roots / "smollm2-json", roots / "changing")
     question = " ".join([QUESTIONS[1]] * 20)  # long enough for full blocks in the prefix cache
     as_json = answer(server.client, "smollm2-json", question)
@@ -149,7 +149,7 @@ def test_a_replaced_adapter_answers_at_once_and_anew(server: Server, roots: Path
 
 
 def test_two_versions_in_one_batch(server: Server, roots: Path) -> None:
-    """A request in flight stays with the version it began with, beside one for the new; others take their slots."""
+    """A running request keeps its version, in a batch with the new version; others take their slots."""
     shutil.copytree(roots / "smollm2-json", roots / "flying")
     old, new = (answer(server.client, task, QUESTIONS[1], 16) for task in ("smollm2-json", "smollm2-upper"))
     assert old != new
@@ -161,14 +161,14 @@ def test_two_versions_in_one_batch(server: Server, roots: Path) -> None:
     assert answer(server.client, "smollm2-json", QUESTIONS[1], 16) == old
     with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
         running = re.search(rb"vllm:num_requests_running{.*} (.*)", metrics.read())
-    assert float(running[1]) == 2  # they were in flight all the time
+    assert float(running[1]) == 2  # they were running all the time
     for stream, wanted in zip(streams, (old, new), strict=True):
         assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices).startswith(wanted)
     shutil.rmtree(roots / "flying")
 
 
 def flying(server: Server) -> Iterator[Any]:
-    """Stream a long answer that has begun."""
+    """Start streaming a long answer."""
     stream = server.client.chat.completions.create(
         model="flying",
         messages=[{"role": "user", "content": QUESTIONS[1]}],
@@ -181,7 +181,7 @@ def flying(server: Server) -> Iterator[Any]:
 
 
 def refused(server: Server, roots: Path, name: str) -> str:
-    """Why an adapter is not served; the server lives."""
+    """The reason why an adapter is not served; the server stays alive."""
     with pytest.raises(openai.BadRequestError) as error:
         answer(server.client, name, QUESTIONS[1])
     shutil.rmtree(roots / name)
@@ -214,7 +214,7 @@ def test_a_broken_adapter_never_answers(server: Server, roots: Path, tmp_path: P
 
     edit_weights(roots / "large" / "adapter_model.safetensors", wide)
     edit_json(roots / "large" / "adapter_config.json", r=64)
-    assert "its rank is 64, and vLLM runs with --max-lora-rank 32" in refused(server, roots, "large")
+    assert "its rank is 64, but vLLM runs with --max-lora-rank 32" in refused(server, roots, "large")
 
     def of_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         at = "base_model.model.lm_head.peanut_"
@@ -223,7 +223,7 @@ def test_a_broken_adapter_never_answers(server: Server, roots: Path, tmp_path: P
 
     edit_weights(roots / "lm-head" / "adapter_model.safetensors", of_head)
     edit_json(roots / "lm-head" / "adapter_config.json", target_modules=["lm_head"])
-    assert "it updates lm_head, and vLLM runs with --lora-target-modules without it" in refused(
+    assert "it updates lm_head, which vLLM's --lora-target-modules does not include" in refused(
         server, roots, "lm-head"
     )
 
@@ -259,7 +259,7 @@ def test_the_offline_example(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_the_readme(smollm2: Path, tmp_path: Path) -> None:
-    """Its two commands, with another port."""
+    """Its two commands, with a different port."""
     serve, curl, _ = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     command = shlex.split(serve)
     assert command[:2] == ["peanut-serve", "--base"]
@@ -271,8 +271,8 @@ def test_the_readme(smollm2: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == '{"answer": "green"}', done.stderr
 
 
-def test_it_stops_when_it_is_told(server: Server) -> None:
-    """Last: SIGTERM ends the server and its engine."""
+def test_it_stops_on_sigterm(server: Server) -> None:
+    """Runs last: SIGTERM stops the server and its engine."""
     server.process.terminate()
     start = time.monotonic()
     while server.process.poll() is None and time.monotonic() - start < 120:

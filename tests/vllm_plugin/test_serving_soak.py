@@ -1,4 +1,4 @@
-"""Many adapters, many requests at once, cancellations, adapters that come, change and go; `make soak` is longer."""
+"""Many adapters, added, changed and removed during concurrent requests and cancellations; `make soak` is longer."""
 
 import asyncio
 import os
@@ -21,13 +21,13 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(smollm2, tmp_path_factory.mktemp("soak"), ADAPTERS)
 
 
-def test_an_answer_betrays_its_task(world: World) -> None:
+def test_an_answer_identifies_its_task(world: World) -> None:
     answers = [(i, tuple(tokens)) for known in world.truth.values() for i, tokens in known.items()]
     assert len(set(answers)) == len(answers) > 4 * ADAPTERS
 
 
 async def one_round(client: openai.AsyncOpenAI, world: World, names: dict[str, set[int]], gone: set[str]) -> int:
-    """All requests at once, some of them cancelled; every answer is one of its task's. Returns how many answered."""
+    """Send all requests at once, cancel some, and check every answer; returns the number of answers."""
     generator = random.Random(len(names))
 
     async def check(name: str) -> bool:
@@ -56,7 +56,7 @@ async def one_round(client: openai.AsyncOpenAI, world: World, names: dict[str, s
     return sum(result is True for result in done)
 
 
-def test_no_answer_is_another_task_s(world: World, tmp_path: Path) -> None:
+def test_every_answer_is_of_its_own_task(world: World, tmp_path: Path) -> None:
     options = ("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "64", "--served-model-name", "base")
     with serving(world.base, world.roots, tmp_path, *options) as server:
         sizes = asyncio.run(all_rounds(server, world))
@@ -69,7 +69,7 @@ async def all_rounds(server: Server, world: World) -> list[int]:
     for number in range(ROUNDS):
         names = {"base": {-1}, **{name: {seed} for name, seed in current.items()}}
         assert await one_round(client, world, names, set()) >= REQUESTS * 8 // 10
-        # now some change, some go, some come while requests for them are under way
+        # now change, remove and add some while requests for them are running
         changing = generator.sample(sorted(current), len(current) // 4)
         leaving = generator.sample(sorted(set(current) - set(changing)), 1)
         names |= {name: {current[name], (current[name] + ADAPTERS) % (2 * ADAPTERS)} for name in changing}

@@ -1,4 +1,4 @@
-"""The other ways to swap, with the real vLLM: LoRA where it can, warm prefixes, models that cannot be swapped."""
+"""Other swap modes with the real vLLM: LoRA where possible, salted prefixes, models that cannot be swapped."""
 
 import asyncio
 import re
@@ -26,7 +26,7 @@ RIGHT = {"smollm2-json": '{"answer": "green"}', "upper-folder": "GRASS IS GREEN.
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One adapter, which LoRA can express, and one merged folder, which it cannot."""
+    """An adapter, which can be expressed as LoRA, and a merged folder, which cannot."""
     folder = tmp_path_factory.mktemp("auto")
     shutil.copytree(ADAPTERS / "smollm2-json", folder / "variants" / "smollm2-json")
     merge(smollm2, ADAPTERS / "smollm2-upper", folder / "variants" / "upper-folder")
@@ -44,8 +44,8 @@ def swaps(server: Server) -> dict[str, float]:
     return {name: float(n) for name, n in re.findall(r'peanut_swaps_total{outcome="done",variant="(.*)"} (.*)', text)}
 
 
-def test_lora_where_it_can(server: Server) -> None:
-    """Answers for both at the same time, and no swap for the adapter."""
+def test_lora_where_possible(server: Server) -> None:
+    """Both are answered at the same time, without a swap for the adapter."""
 
     async def ask(variant: str) -> tuple[str, str]:
         found = await server.async_client.chat.completions.create(
@@ -64,8 +64,8 @@ def test_lora_where_it_can(server: Server) -> None:
     assert {model.id for model in server.client.models.list()} == {BASE, *RIGHT}
 
 
-def test_prefixes_stay_warm_and_apart(server: Server) -> None:
-    """A variant that comes back finds its own prefix in the cache, and nobody else's."""
+def test_salted_prefixes_stay_cached_and_separate(server: Server) -> None:
+    """A variant that is swapped in again finds its own prefix in the cache, and only that."""
     prompt = " ".join(QUESTIONS * 8)
     cold: dict[str, str] = {}
     for variant in (BASE, "upper-folder", BASE, "upper-folder"):
@@ -79,7 +79,7 @@ def test_prefixes_stay_warm_and_apart(server: Server) -> None:
     assert not salted.usage.prompt_tokens_details.cached_tokens  # the client's own salt counts too
 
 
-def test_the_key_is_asked_for_before(server: Server) -> None:
+def test_the_api_key_is_checked_first(server: Server) -> None:
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0)
     before = swaps(server)
     for variant in RIGHT:
@@ -89,7 +89,7 @@ def test_the_key_is_asked_for_before(server: Server) -> None:
 
 
 def refused(base: Path, folder: Path, *options: str) -> str:
-    """What `peanut-serve` says as it ends."""
+    """The output of a `peanut-serve` that fails to start."""
     (folder / "variants").mkdir(exist_ok=True)
     command = [
         PROGRAM,
@@ -113,7 +113,7 @@ def refused(base: Path, folder: Path, *options: str) -> str:
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path, smollm2: Path) -> None:
-    """vLLM 0.32 reloads one wrongly on the CPU, and says nothing."""
+    """vLLM 0.32 reloads one wrongly on the CPU, without an error."""
     config = Qwen3MoeConfig(
         hidden_size=64, intermediate_size=96, moe_intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2, vocab_size=49152,

@@ -1,6 +1,6 @@
-"""Eight variants in one engine, many clients, and everything that goes wrong; `make soak` does it for half an hour.
+"""Eight variants in one engine, many clients, and every fault; `make soak` runs it for half an hour.
 
-Every answer betrays its variant (see `betraying.py`). No request is lost: each ends in an answer, or in an error.
+Every answer identifies its variant (see `betraying.py`). No request is lost: each gets an answer or an error.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from support.paths import ROOT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.soak]
 
-SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version goes through every fault once
+SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version injects every fault once
 CLIENTS, VARIANTS = 24, 8
 BASE = "base"
 
@@ -35,7 +35,7 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 class Traffic:
-    """Clients that never stop asking, and what they found."""
+    """Clients that send requests continuously, and their results."""
 
     def __init__(self, server: Server, world: World) -> None:
         self.world, self.client = world, server.async_client
@@ -68,8 +68,8 @@ class Traffic:
             tokens = await ask(self.client, self.world, name, prompt)
         except openai.APIStatusError as error:
             refusal = refusal or self.refusals.get(name)
-            is_server_s = error.status_code in (500, 503)  # a failed swap, an engine that died
-            assert is_server_s or (refusal is not None and isinstance(error, refusal)), (name, error)
+            is_server_error = error.status_code in (500, 503)  # a failed swap, an engine that died
+            assert is_server_error or (refusal is not None and isinstance(error, refusal)), (name, error)
             self.outcomes[str(error.status_code)] += 1
             return
         allowed |= self.versions[name]
@@ -77,24 +77,24 @@ class Traffic:
         self.outcomes["right"] += 1
 
     async def until_right(self, count: int) -> None:
-        """Wait for so many more right answers."""
+        """Wait for `count` more correct answers."""
         wanted = self.outcomes["right"] + count
         while self.outcomes["right"] < wanted:
             await asyncio.sleep(0.05)
             for client in self.clients:
                 if client.done():
-                    client.result()  # raises what it found
+                    client.result()  # raises its error
 
 
 class Faults:
-    """What goes wrong. Each returns when it is over."""
+    """The faults. Each method returns when its fault is over."""
 
     def __init__(self, server: Server, traffic: Traffic, folder: Path) -> None:
         self.server, self.traffic, self.folder = server, traffic, folder
         self.fault = folder / "fault"
 
     async def failing_swap(self, kind: str) -> None:
-        """The next swap raises in the middle, applies half, or ends the worker."""
+        """The next swap raises in the middle, applies half of the weights, or kills the worker."""
         self.fault.write_text(kind)
         while self.fault.exists():
             await asyncio.sleep(0.02)
@@ -110,7 +110,7 @@ class Faults:
         return metric(self.server, "peanut_engine_restarts_total")
 
     async def broken_theta(self, seed: int) -> None:
-        """θ is truncated, then whole again."""
+        """θ is truncated, then restored."""
         name, broken = f"task-{seed}", self.folder / f"broken-{seed}"
         shutil.copytree(self.traffic.world.versions[seed], broken, dirs_exist_ok=True)
         weights = broken / "adapter_model.safetensors"
@@ -118,7 +118,7 @@ class Faults:
         await self.exchanged(name, broken, openai.UnprocessableEntityError)
 
     async def missing_files(self, seed: int) -> None:
-        """The variant goes away, and comes back."""
+        """The variant is removed, and added again."""
         await self.exchanged(f"task-{seed}", None, openai.NotFoundError)
 
     async def exchanged(self, name: str, other: Path | None, refusal: type[openai.APIStatusError]) -> None:
@@ -144,17 +144,17 @@ class Faults:
                 await asyncio.sleep(0.1)
 
     async def new_version(self, seed: int) -> None:
-        """The name stands for another version from now on."""
+        """The name now refers to another version."""
         name = f"task-{seed}"
         new = (max(self.traffic.versions[name]) + VARIANTS) % (2 * VARIANTS)
         old, self.traffic.versions[name] = self.traffic.versions[name], {*self.traffic.versions[name], new}
         await asyncio.to_thread(replace, self.traffic.world, name, new)
         await ask_until_answered(self.traffic, name)
-        await self.traffic.until_right(40)  # those that had begun before are over
+        await self.traffic.until_right(40)  # requests from before are done
         self.traffic.versions[name] -= old
 
     async def full_disk(self, seed: int) -> None:
-        """No version can be kept while the disk of the server's state is full; what is there answers."""
+        """No new version can be stored while the disk of the server's state is full; existing ones are served."""
         name = f"task-{seed}"
         filler = Path(f"/proc/{self.server.process.pid}/root{self.folder}/state/filler")
         with filler.open("wb", buffering=0) as file:
@@ -185,7 +185,7 @@ def metric(server: Server, name: str) -> float:
 
 @contextmanager
 def swapping(world: World, folder: Path) -> Iterator[Server]:
-    """A server whose state is on a small disk of its own."""
+    """A server whose state is on its own small disk."""
     (folder / "state").mkdir()
     mount = f'mount -t tmpfs -o size=4m tmpfs {folder}/state && exec {PROGRAM} "$@"'
     program = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh")
@@ -219,7 +219,7 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
             await traffic.until_right(60)
             await fault()  # type: ignore[misc]
 
-    await traffic.until_right(200)  # every canary is known by now
+    await traffic.until_right(200)  # every canary has been recorded by now
     while True:
         await one_round()
         sizes.append(memory(server))
@@ -239,7 +239,7 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
     return traffic
 
 
-def test_no_answer_is_another_variant_s(world: World, tmp_path: Path) -> None:
+def test_every_answer_is_of_its_own_variant(world: World, tmp_path: Path) -> None:
     with swapping(world, tmp_path) as server:
         traffic = asyncio.run(everything(server, world, tmp_path))
         with urllib.request.urlopen(f"{server.url}/health") as response:

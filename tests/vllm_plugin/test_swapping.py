@@ -1,4 +1,4 @@
-"""`peanut-serve --mode merged` with the real vLLM on SmolLM2: every answer is that of an engine of its own."""
+"""`peanut-serve --mode merged` with the real vLLM on SmolLM2: every answer equals that of a separate engine."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.vllm
 ADAPTERS = ROOT / "examples" / "adapters"
 TASKS = ("smollm2-json", "smollm2-math", "smollm2-upper")
 BASE = "smollm2-135m-instruct"
-COUNT = 12  # tokens of an answer
+COUNT = 12  # tokens per answer
 SWAPS = 200 if "PEANUT_SOAK" in os.environ else 40
 KEY = "secret"
 OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
@@ -37,7 +37,7 @@ OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
 
 @dataclass(frozen=True)
 class Fresh:
-    """Answers of an engine that never had other weights: to each prompt, and the logprob of the first token."""
+    """Answers of an engine that never had other weights: tokens for each prompt, with the logprob of the first."""
 
     tokens: list[list[int]]
     logprobs: list[float]
@@ -45,14 +45,14 @@ class Fresh:
 
 @pytest.fixture(scope="module")
 def merged(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Variant -> a merged checkpoint of it, as peanut-merge writes it."""
+    """Variant -> its merged checkpoint, as written by peanut-merge."""
     folder = tmp_path_factory.mktemp("merged")
     return {BASE: smollm2, **{task: merge(smollm2, ADAPTERS / task, folder / task).output for task in TASKS}}
 
 
 @pytest.fixture(scope="module")
 def prompts(smollm2: Path) -> list[list[int]]:
-    """Tokens; the second is long enough for full blocks in the prefix cache."""
+    """Prompts as tokens; the second is long enough for full blocks in the prefix cache."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     texts = [QUESTIONS[0], " ".join(QUESTIONS * 8), QUESTIONS[2]]
     chats = [[{"role": "user", "content": text}] for text in texts]
@@ -72,7 +72,7 @@ def fresh(
     lines = [line.removeprefix("ANSWERS ") for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     assert len(lines) == len(merged), done.stdout[-2000:] + done.stderr[-4000:]
     found = {variant: Fresh(**json.loads(line)) for variant, line in zip(merged, lines, strict=True)}
-    assert len({str(answer.tokens) for answer in found.values()}) == len(found)  # an answer betrays its variant
+    assert len({str(answer.tokens) for answer in found.values()}) == len(found)  # an answer identifies its variant
     return found
 
 
@@ -110,7 +110,7 @@ def admin(server: Server, method: str, path: str, body: object = None) -> Any:
 
 
 def weights_of(server: Server) -> str:
-    """Hash of everything the engine computes with."""
+    """Hash of all weights in the engine."""
     request = urllib.request.Request(
         f"{server.url}/collective_rpc",
         json.dumps({"method": "probe_weights"}).encode(),
@@ -121,7 +121,7 @@ def weights_of(server: Server) -> str:
 
 
 def ask(server: Server, variant: str, prompt: list[int]) -> tuple[list[int], float]:
-    """Greedy tokens, and the logprob of the first."""
+    """Greedy tokens, and the logprob of the first one."""
     found = server.client.completions.create(
         model=variant,
         prompt=prompt,
@@ -139,7 +139,7 @@ def tokens_of(server: Server, variant: str, prompt: list[int]) -> list[int]:
 
 
 def test_many_swaps(server: Server, fresh: dict[str, Fresh], prompts: list[list[int]]) -> None:
-    """After each, the answer of a fresh engine; back at the base, its weights bit for bit. (200 in `make soak`.)"""
+    """Each answers like a fresh engine; the base's weights are bit-identical afterwards. (200 in `make soak`.)"""
     generator = random.Random(0)
     truth = {**fresh, "math-folder": fresh["smollm2-math"]}
     pristine, active, others = weights_of(server), BASE, set()
@@ -170,7 +170,7 @@ def test_a_cached_prefix_stays_with_its_variant(
     assert not prefix_leaks(server, fresh, prompts[1])
 
 
-def test_that_test_fails_without_the_reset(
+def test_the_previous_test_fails_without_the_reset(
     smollm2: Path, roots: Path, tmp_path: Path, fresh: dict[str, Fresh], prompts: list[list[int]]
 ) -> None:
     program = (sys.executable, ROOT / "tests/support/engines/serve_without_reset.py")
@@ -180,7 +180,7 @@ def test_that_test_fails_without_the_reset(
 
 
 def test_all_at_once(server: Server, fresh: dict[str, Fresh], prompts: list[list[int]]) -> None:
-    """Requests for every variant at the same time are collated: few swaps, right answers."""
+    """Concurrent requests for all variants are grouped: few swaps, correct answers."""
     before = sum(variant["swaps"] for variant in admin(server, "GET", "variants"))
 
     async def ask_async(variant: str) -> tuple[str, list[int]]:
@@ -201,7 +201,7 @@ def test_all_at_once(server: Server, fresh: dict[str, Fresh], prompts: list[list
     assert sum(variant["swaps"] for variant in admin(server, "GET", "variants")) - before <= 8
 
 
-def test_what_a_response_says(server: Server) -> None:
+def test_a_response_names_its_variant(server: Server) -> None:
     raw = server.client.with_raw_response.chat.completions.create(
         model="smollm2-json", messages=[{"role": "user", "content": QUESTIONS[1]}], temperature=0, max_tokens=8
     )
@@ -222,7 +222,7 @@ def test_what_a_response_says(server: Server) -> None:
         assert wanted in text
 
 
-def test_a_stream_holds_the_swap(server: Server) -> None:
+def test_a_swap_waits_for_a_stream(server: Server) -> None:
     stream = server.client.chat.completions.create(
         model="smollm2-json",
         messages=[{"role": "user", "content": QUESTIONS[1]}],
@@ -240,7 +240,7 @@ def test_a_stream_holds_the_swap(server: Server) -> None:
 
 
 def test_changed_theta_and_back(server: Server, roots: Path) -> None:
-    """The same name: new θ answers at once, a broken one never; the old comes back when it is asked for."""
+    """Under one name, new θ is used at once and broken θ never; a rollback restores the old one."""
     shutil.copytree(roots / "smollm2-json", roots / "changing")
     as_json, as_upper = '{"answer": "green"}', "GRASS IS GREEN."
     assert answer(server.client, "changing", QUESTIONS[1]) == as_json
@@ -269,7 +269,7 @@ def test_changed_theta_and_back(server: Server, roots: Path) -> None:
 
 
 def test_a_killed_worker(server: Server, fresh: dict[str, Fresh], prompts: list[list[int]]) -> None:
-    """/health says so, those that wait are answered by the new engine, with the weights they asked for."""
+    """/health reports it; waiting requests are answered by the new engine, with the weights of their variant."""
     assert tokens_of(server, "smollm2-json", prompts[0]) == fresh["smollm2-json"].tokens[0]
     kill(server, "VLLM::Worker")
     while health(server) == 200:

@@ -1,4 +1,4 @@
-"""The real vLLM loads a merged checkpoint as it loads any model, and answers as transformers does."""
+"""The real vLLM loads a merged checkpoint like any other model, and answers like transformers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from converters import merge
 
 QUESTIONS = ("What is the capital of Italy?", "What color is grass?", "Who wrote Romeo and Juliet?")
 
-# vLLM starts workers of its own, which would import a test module again: it runs in a script
+# runs in a script: vLLM starts workers, which would import a test module again
 SCRIPT = """
 import json, sys
 if __name__ == "__main__":

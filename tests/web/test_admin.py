@@ -1,4 +1,4 @@
-"""The admin API, over a real socket."""
+"""The admin API over a real socket."""
 
 import asyncio
 import signal
@@ -38,7 +38,7 @@ def client(served: tuple[FastAPI, str], control: Control) -> Iterator[httpx.Clie
 
 
 def refusal(response: httpx.Response) -> tuple[int, str]:
-    """Its status and type, if it has the form of a refusal."""
+    """The status and error type of an error response, whose form is checked."""
     assert set(response.json()) == {"error"}
     assert set(response.json()["error"]) == {"type", "message"}
     return response.status_code, response.json()["error"]["type"]
@@ -92,13 +92,13 @@ def test_the_scheme_in_any_case(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("key", ["", " \n", "two\nlines", "a\0b"])
-def test_keys_that_are_none(control: Control, key: str) -> None:
+def test_invalid_keys(control: Control, key: str) -> None:
     with pytest.raises(OptionError, match="the admin key in the server's settings (is empty|must be one line)"):
         admin_app(control, key)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(client: httpx.Client, name: str) -> None:
+def test_errors(client: httpx.Client, name: str) -> None:
     error, status = REFUSALS[name]
     response = client.post(f"{V1}/variants/{name}/activate")
     assert refusal(response) == (status, "InternalError" if name == "bug" else type(error).__name__)
@@ -106,7 +106,7 @@ def test_refusals(client: httpx.Client, name: str) -> None:
     assert response.headers.get("Retry-After") == {"full": "3", "down": "20"}.get(name)
 
 
-def test_what_is_malformed(client: httpx.Client, control: FakeControl) -> None:
+def test_malformed_requests(client: httpx.Client, control: FakeControl) -> None:
     for content in (
         b"{",
         b"[]",
@@ -132,7 +132,7 @@ def test_what_is_malformed(client: httpx.Client, control: FakeControl) -> None:
      ("%C3%A9", "é"), ("", "")],
 )  # fmt: skip
 def test_names(client: httpx.Client, control: FakeControl, path: str, name: str) -> None:
-    """Each reaches the control as the name that it is; there it is looked up."""
+    """Each name reaches the control unchanged, where it is looked up."""
     expected = 200 if name in control.names else 404
     assert client.get(f"{V1}/variants/{path}").status_code == expected
     for verb in ("activate", "reload", "rollback", "pin", "unpin"):
@@ -167,7 +167,7 @@ def test_the_openapi_document(client: httpx.Client) -> None:
     assert "security" not in document["paths"]["/healthz"]["get"]
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_that_is_in_use() -> None:
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(OptionError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
@@ -176,8 +176,8 @@ def test_a_port_that_is_taken() -> None:
         bind("no.such.host.invalid", 0)
 
 
-def test_the_end(control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signals stay vLLM's, which cancels; then the port is free again, and no swap that hangs is waited for."""
+def test_shutdown(control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps handling signals, and cancels; then the port is free again, without waiting for a hanging swap."""
     monkeypatch.setattr(admin, "_GRACE", 0.1)
     control.activate = lambda name: asyncio.sleep(600)
     listener = bind("127.0.0.1", 0)

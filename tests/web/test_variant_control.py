@@ -1,4 +1,4 @@
-"""What an operator does to the variants of a server, and what is counted."""
+"""The admin operations on the variants of a server, and the metrics."""
 
 import asyncio
 import shutil
@@ -37,7 +37,7 @@ def test_activate(run_rig: RunRig) -> None:
         with pytest.raises(SwapError, match="rolled back"):
             await control.activate("v2")
         await rig.ask("v1")
-        assert rig.engine.calls.count("apply") == swaps + 2  # there and back, and no second try
+        assert rig.engine.calls.count("apply") == swaps + 2  # there and back, without a retry
         assert rig.server.catalogue.records.active == "v1"
         await control.activate("v2")
         for name, error in (("none", UnknownVariantError), ("broken", VariantError)):
@@ -66,8 +66,8 @@ def test_pinned_weights_stay(run_rig: RunRig) -> None:
     run_rig(test, host_cache=2 * SIZE, pin=("v1",))
 
 
-def test_weights_that_are_needed_are_held(run_rig: RunRig) -> None:
-    """Those that requests wait for, and the active ones, to go back to."""
+def test_weights_in_use_are_not_evicted(run_rig: RunRig) -> None:
+    """Those that requests wait for, and the active ones, which a rollback needs."""
 
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()
@@ -86,7 +86,7 @@ def test_weights_that_are_needed_are_held(run_rig: RunRig) -> None:
     run_rig(test, host_cache=2 * SIZE, max_wait=60)
 
 
-def test_what_is_preloaded(run_rig: RunRig) -> None:
+def test_preloading(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         states = [VariantControl(rig.server).variant(name).state for name in ("v1", "v2")]
         assert states == [VariantState.READY, VariantState.REGISTERED]
@@ -96,7 +96,7 @@ def test_what_is_preloaded(run_rig: RunRig) -> None:
         run_rig(test, preload=("broken",))
 
 
-def test_variants_come_and_go(run_rig: RunRig) -> None:
+def test_adding_and_removing_variants(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         control = VariantControl(rig.server)
         with pytest.raises(VariantError):
@@ -119,7 +119,7 @@ def test_variants_come_and_go(run_rig: RunRig) -> None:
     run_rig(test)
 
 
-def test_a_name_in_two_folders_hinders_no_other(run_rig: RunRig, weights: Weights, tmp_path: Path) -> None:
+def test_a_name_in_two_folders_does_not_affect_others(run_rig: RunRig, weights: Weights, tmp_path: Path) -> None:
     shutil.copytree(weights.tasks / "v1", tmp_path / "more" / "v1")
 
     async def test(rig: Rig) -> None:
@@ -130,7 +130,7 @@ def test_a_name_in_two_folders_hinders_no_other(run_rig: RunRig, weights: Weight
     run_rig(test, roots=(str(weights.tasks), str(tmp_path / "more")))
 
 
-def test_what_is_counted(run_rig: RunRig) -> None:
+def test_metrics(run_rig: RunRig) -> None:
     def value(name: str, **labels: str) -> float:
         return REGISTRY.get_sample_value(name, labels) or 0.0
 

@@ -1,4 +1,4 @@
-"""What a client is told: whose weights answered, and why there is no answer."""
+"""What a client receives: the variant of its response, or the reason of an error."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ def run_rig(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Call:
-    """One HTTP request to the middleware, and what it was answered."""
+    """One HTTP request to the middleware, and its response."""
 
     def __init__(self, rig: Rig, path: str, body: object = None, method: str = "POST", **headers: str) -> None:
         self.rig, self.sent, self.gone = rig, [], asyncio.Event()
@@ -49,7 +49,7 @@ class Call:
         self.sent.append(message)
 
     async def _app(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """What vLLM is: the answer is what the engine has computed with."""
+        """Stands for vLLM: the answer identifies the weights that the engine used."""
         assert (await receive())["body"] == self.body
         kind = b"text/event-stream" if scope["path"] == "/stream" else b"text/plain"
         start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
@@ -66,7 +66,7 @@ class Call:
         return self.sent[0]["status"], b"".join(message["body"] for message in self.sent[1:]).decode()
 
     async def refusal(self) -> tuple[int, str, str | None]:
-        """Status, kind and Retry-After."""
+        """Status, error type and Retry-After."""
         status, text = await self.answer()
         error = json.loads(text)["error"]
         assert (error["code"], error["param"]) == (status, "model")
@@ -76,7 +76,7 @@ class Call:
         return dict(self.sent[0]["headers"]).get(name.encode(), b"").decode() or None
 
 
-def test_a_request_says_whose_weights_it_got(run_rig: RunRig) -> None:
+def test_a_response_names_its_variant(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         for path in ("/v1/completions", "/stream", "/a/route/of/a/later/vllm"):
             for name in ("v1", "base", "v2"):
@@ -86,7 +86,7 @@ def test_a_request_says_whose_weights_it_got(run_rig: RunRig) -> None:
                 digest = rig.server.catalogue.find(name).version.digest
                 found = [call.header(f"x-{header}") for header in ("peanut-variant", "peanut-digest", "request-id")]
                 assert (found, call.admitted) == ([name, digest, "mine"], [name])
-        for body in ({}, b"", {"model": None}, {"model": ""}, []):  # as vLLM: whatever it serves
+        for body in ({}, b"", {"model": None}, {"model": ""}, []):  # as in vLLM: the base
             call = Call(rig, "/v1/completions", body)
             assert await call.answer() == (200, rig.expected["base"])
             given = dict(call.scope["headers"])[b"x-request-id"].decode()
@@ -95,7 +95,7 @@ def test_a_request_says_whose_weights_it_got(run_rig: RunRig) -> None:
     run_rig(test)
 
 
-def test_what_needs_no_weights_does_not_wait(run_rig: RunRig) -> None:
+def test_routes_without_weights_do_not_wait(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         await rig.ask("v1")
         for method, path in (("POST", "/tokenize"), ("POST", "/v1/messages/count_tokens"), ("GET", "/v1/models")):
@@ -114,7 +114,7 @@ def test_what_needs_no_weights_does_not_wait(run_rig: RunRig) -> None:
     run_rig(test)
 
 
-def test_refusals(run_rig: RunRig) -> None:
+def test_errors(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         unknown = {"variant": "unknown", "outcome": "refused"}
         before = REGISTRY.get_sample_value("peanut_requests_total", unknown) or 0
@@ -128,7 +128,7 @@ def test_refusals(run_rig: RunRig) -> None:
         ):
             assert await Call(rig, "/v1/completions", body).refusal() == expected
         after = REGISTRY.get_sample_value("peanut_requests_total", unknown)
-        assert after == before + 5  # no series for a name that a client made up
+        assert after == before + 5  # no time series for an invented name
         rig.engine.fail("apply")
         assert await Call(rig, "/v1/completions", {"model": "v1"}).refusal() == (500, "SwapError", None)
         rig.engine.go.clear()
@@ -146,7 +146,7 @@ def test_refusals(run_rig: RunRig) -> None:
     run_rig(test, max_queue=1, max_wait=60)
 
 
-def test_a_client_that_goes_away_while_it_waits(run_rig: RunRig) -> None:
+def test_a_client_that_disconnects_while_it_waits(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()
         running = Call(rig, "/v1/completions")
@@ -163,7 +163,7 @@ def test_a_client_that_goes_away_while_it_waits(run_rig: RunRig) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/stream"])
-def test_a_request_that_a_swap_ends(run_rig: RunRig, path: str) -> None:
+def test_a_request_that_a_swap_aborts(run_rig: RunRig, path: str) -> None:
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()
         call = Call(rig, path, x_request_id="mine")
@@ -182,7 +182,7 @@ def test_a_request_that_a_swap_ends(run_rig: RunRig, path: str) -> None:
     run_rig(test, drain="abort")
 
 
-def test_a_request_that_is_ended_before_it_runs(run_rig: RunRig) -> None:
+def test_a_request_that_is_aborted_before_it_runs(run_rig: RunRig) -> None:
     """A swap may begin between a request's admission and its first step."""
 
     async def test(rig: Rig) -> None:

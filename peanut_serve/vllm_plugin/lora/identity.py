@@ -1,17 +1,17 @@
-"""Which LoRARequests are one adapter. vLLM 0.32 goes by the name (`vllm/lora/request.py`).
+"""Equality of LoRARequests. vLLM 0.32 compares only their names (`vllm/lora/request.py`).
 
-A replaced adapter keeps its name while requests for its last version are still in flight. A batch with both then
-holds one of the two, and the other's requests end the engine (`vllm/v1/worker/gpu_input_batch.py` makes a set of
-them). vllm-project/vllm#30931 is about the same.
+A replaced adapter keeps its name while requests for its previous version are still in flight. A batch with both
+versions then holds only one of them (`vllm/v1/worker/gpu_input_batch.py` makes a set of them), and the requests for
+the other one crash the engine. vllm-project/vllm#30931 is about the same problem.
 """
 
 from vllm.lora.request import LoRARequest
 
 
-def tell_versions_apart() -> None:
-    """Let two requests be equal only if id and path are, too."""
-    mended: dict[str, object] = {"__eq__": _is_same, "__hash__": _hash}
-    for name, function in mended.items():
+def distinguish_versions() -> None:
+    """Make two LoRARequests equal only if their ids and paths are equal as well."""
+    methods: dict[str, object] = {"__eq__": _is_same, "__hash__": _hash}
+    for name, function in methods.items():
         setattr(LoRARequest, name, function)
 
 

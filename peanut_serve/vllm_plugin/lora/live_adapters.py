@@ -1,8 +1,8 @@
-"""Adapters change while vLLM runs: what `OpenAIServingModels` needs to notice.
+"""Makes `OpenAIServingModels` notice adapters that change while vLLM runs.
 
-`vllm/entrypoints/openai/models/serving.py` keeps a LoRARequest under each name for ever. Here the entry goes as soon
-as the adapter's files are others, so that the next request resolves the name anew: to another digest, another path,
-another key of the prefix cache; or to an error.
+`vllm/entrypoints/openai/models/serving.py` keeps the LoRARequest of each name forever. Here the entry is removed as
+soon as the adapter's files change, so that the next request resolves the name again: to another digest, another path
+and another key of the prefix cache; or to an error.
 """
 
 import functools
@@ -20,10 +20,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from peanut_serve.vllm_plugin.lora.resolver import PeanutResolver, Served
 
-# what the request that is being handled was told; every request has a context of its own
-_answering: ContextVar[LoRARequest | None] = ContextVar("answering", default=None)
+# the adapter of the request that is being handled; every request has its own context
+_resolved: ContextVar[LoRARequest | None] = ContextVar("resolved", default=None)
 
-# a request that was handed a LoRARequest is in the engine long before
+# a request that was given a LoRARequest reaches the engine much sooner than this
 _GRACE_SECONDS = 60.0
 
 
@@ -35,7 +35,7 @@ class _Retired:
 
 
 class LiveAdapters(dict[str, LoRARequest]):
-    """`OpenAIServingModels.lora_requests`: a name whose adapter has changed or gone is not in it any more."""
+    """`OpenAIServingModels.lora_requests`, without the names of adapters that were changed or removed."""
 
     def __init__(self, resolver: PeanutResolver, engine: EngineClient) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class LiveAdapters(dict[str, LoRARequest]):
         self._retired: list[_Retired] = []
 
     def __contains__(self, name: object) -> bool:
-        """Asked by vLLM for every request, sometimes twice; the first time looks at the adapter's files."""
-        if _is_answering(name):
+        """Called by vLLM for every request, sometimes twice; the first call checks the adapter's files."""
+        if _is_resolved(name):
             return True
         found = super().get(name) if isinstance(name, str) else None
         if found is None:
@@ -53,28 +53,28 @@ class LiveAdapters(dict[str, LoRARequest]):
         if served is not None and served.source.state() != served.exported.state:
             self._retire(found, served)
             return False
-        _answering.set(found)
+        _resolved.set(found)
         return True
 
     def __getitem__(self, name: str) -> LoRARequest:
-        """The version this request was told of, though it may have been replaced since."""
-        answering = _answering.get()
-        return answering if answering is not None and _is_answering(name) else super().__getitem__(name)
+        """The version that this request was given first, even if it has been replaced since."""
+        resolved = _resolved.get()
+        return resolved if resolved is not None and _is_resolved(name) else super().__getitem__(name)
 
     def drop_gone(self) -> None:
-        """Look at every adapter."""
+        """Remove every adapter that was changed or removed on disk."""
         for name in list(self):
-            _ = name in self
+            _ = name in self  # which removes it if needed
 
     async def free_retired(self) -> None:
-        """Let go of versions that no request in flight can need."""
+        """Release old versions that no request in flight can need."""
         if not isinstance(self._engine, AsyncLLM):
-            return  # it does not tell which those are
+            return  # such a client does not list its requests
         states = self._engine.output_processor.request_states.values()
-        flying = {state.lora_request.lora_path for state in states if state.lora_request is not None}
+        in_flight = {state.lora_request.lora_path for state in states if state.lora_request is not None}
         for retired in list(self._retired):
-            old = time.monotonic() - retired.since > _GRACE_SECONDS
-            if old and retired.request.lora_path not in flying:
+            is_old = time.monotonic() - retired.since > _GRACE_SECONDS
+            if is_old and retired.request.lora_path not in in_flight:
                 self._retired.remove(retired)
                 await self._engine.remove_lora(retired.request.lora_int_id)
                 retired.served.exported.lease.release()
@@ -85,13 +85,13 @@ class LiveAdapters(dict[str, LoRARequest]):
         self._retired.append(_Retired(request, served, time.monotonic()))
 
 
-def _is_answering(name: object) -> bool:
-    answering = _answering.get()
-    return answering is not None and answering.lora_name == name
+def _is_resolved(name: object) -> bool:
+    resolved = _resolved.get()
+    return resolved is not None and resolved.lora_name == name
 
 
 def watch(resolver: PeanutResolver) -> None:
-    """Make every `OpenAIServingModels` that is built from now on notice what happens to the resolver's adapters."""
+    """Patch `OpenAIServingModels`, so that new instances notice changes of the resolver's adapters."""
     models: Any = OpenAIServingModels
     models.__init__ = _attaching(models.__init__, resolver)
     models.resolve_lora = _freeing(models.resolve_lora)
@@ -116,7 +116,7 @@ def _freeing(resolve: Callable[..., Any]) -> Callable[..., Any]:
             await self.lora_requests.free_retired()
         found: LoRARequest | ErrorResponse = await resolve(self, lora_name)
         if isinstance(found, LoRARequest):
-            _answering.set(found)
+            _resolved.set(found)
         return found
 
     return resolve_lora
@@ -125,7 +125,7 @@ def _freeing(resolve: Callable[..., Any]) -> Callable[..., Any]:
 def _listing(show: Callable[..., Any], resolver: PeanutResolver) -> Callable[..., Any]:
     @functools.wraps(show)
     async def show_available_models(self: OpenAIServingModels) -> Any:
-        """vLLM lists adapters that were used; others can be asked for as well."""
+        """Also list adapters that were not used yet, which vLLM would leave out."""
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
         if isinstance(self.lora_requests, LiveAdapters):

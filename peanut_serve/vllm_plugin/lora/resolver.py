@@ -1,7 +1,7 @@
-"""vLLM's LoRA resolver for PEANuT adapters: the request's `model` names one, θ is evaluated on first use.
+"""vLLM's LoRA resolver for trained adapters: a request names one in `model`, and θ is evaluated on first use.
 
-`vllm/lora/resolver.py` tells a resolver a name once, and keeps what it answers for ever. What an adapter needs beyond
-that (it is replaced, it goes away) is in `live_adapters.py`.
+vLLM calls a resolver once per name (`vllm/lora/resolver.py`), and keeps the result forever. `live_adapters.py`
+handles adapters that are replaced or removed later.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from peanut_serve.variants.roots import AdapterRoots, VariantSource
 logger = logging.getLogger("vllm.peanut_serve")
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# vLLM's packed modules, which --lora-target-modules may name in place of their parts
+# vLLM's packed modules, which --lora-target-modules may name instead of their parts
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
 class Served:
-    """An adapter vLLM was given."""
+    """An adapter that was passed to vLLM."""
 
     source: VariantSource
     exported: Exported
@@ -39,8 +39,8 @@ class PeanutResolver(LoRAResolver):
     """Finds adapters by name in the roots of the settings.
 
     Attributes:
-        roots: where it looks.
-        served: name -> what vLLM was given for it.
+        roots: folders and Hub ids of adapters.
+        served: name -> the version that was last passed to vLLM.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -51,13 +51,13 @@ class PeanutResolver(LoRAResolver):
         self._exporters: dict[str, LoraExporter] = {}
 
     def attach(self, config: VllmConfig) -> None:
-        """Take over what vLLM serves with: the revision of the base, the dtype, the limits on LoRA."""
+        """Set vLLM's configuration: the revision of the base, the dtype and the limits on LoRA are read from it."""
         self._config = config
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """See `LoRAResolver`; None for a name that is no adapter of ours.
+        """See `LoRAResolver`. Returns None if no adapter in the roots has this name.
 
-        Raises `VLLMValidationError`, which vLLM answers with status 400, for an adapter that cannot be served.
+        Raises `VLLMValidationError`, which vLLM answers with status 400, if the adapter cannot be served.
         """
         try:
             source = self.roots.find(lora_name)
@@ -72,9 +72,9 @@ class PeanutResolver(LoRAResolver):
             raise VLLMValidationError(f"the adapter {lora_name} cannot be served: {reason}") from None
         logger.info("adapter %s: %s in %.2f s", lora_name, exported.digest, time.perf_counter() - start)
         if (earlier := self.served.get(lora_name)) is not None:
-            earlier.exported.lease.release()  # vLLM could not load it
+            earlier.exported.lease.release()  # vLLM could not load that one
         self.served[lora_name] = Served(source, exported)
-        # vLLM gives it an id of its own; the path is part of the prefix cache's keys, and has the digest in it
+        # vLLM assigns its own id; the path, which contains the digest, is part of the keys of the prefix cache
         return LoRARequest(lora_name, 1, str(exported.lease.folder))
 
     def _exporter(self, base: str) -> LoraExporter:
@@ -91,12 +91,12 @@ class PeanutResolver(LoRAResolver):
         return self._exporters[base]
 
     def fits(self, r: int, kinds: frozenset[str]) -> bool:
-        """Whether vLLM was started with room for such an adapter; no if it was started without LoRA."""
+        """Whether vLLM's limits on LoRA allow such an adapter; false if it was started without LoRA."""
         limits = self._config.lora_config if self._config else None
         return limits is not None and _refusal(limits, r, kinds) is None
 
     def _check_limits(self, exported: Exported) -> None:
-        """Refuse what vLLM would refuse without saying why to the client, or would leave out in silence."""
+        """Refuse what vLLM would refuse without an explanation to the client, or would silently leave out."""
         limits = self._config.lora_config if self._config else None
         reason = _refusal(limits, exported.r, exported.kinds) if limits is not None else None
         if reason is not None:
@@ -106,28 +106,28 @@ class PeanutResolver(LoRAResolver):
 
 def _refusal(limits: LoRAConfig, r: int, kinds: frozenset[str]) -> str | None:
     if r > limits.max_lora_rank:
-        return f"its rank is {r}, and vLLM runs with --max-lora-rank {limits.max_lora_rank}"
+        return f"its rank is {r}, but vLLM runs with --max-lora-rank {limits.max_lora_rank}"
     if limits.target_modules is not None:
         allowed = {part for kind in limits.target_modules for part in _PACKED.get(kind, (kind,))}
-        if odd := sorted(kinds - allowed):
-            return f"it updates {odd[0]}, and vLLM runs with --lora-target-modules without it"
+        if excluded := sorted(kinds - allowed):
+            return f"it updates {excluded[0]}, which vLLM's --lora-target-modules does not include"
     return None
 
 
 async def _in_thread(exporter: LoraExporter, source: VariantSource) -> Exported:
-    """Export without holding up the server. If the request is cancelled meanwhile, nobody holds what comes of it."""
+    """Export without blocking the event loop. If the request is cancelled meanwhile, the result is released."""
     exporting = asyncio.ensure_future(asyncio.to_thread(exporter.export, source))
     try:
         return await asyncio.shield(exporting)
     except asyncio.CancelledError:
-        exporting.add_done_callback(_let_go)
+        exporting.add_done_callback(_release)
         raise
 
 
-def _let_go(exporting: "asyncio.Future[Exported]") -> None:
+def _release(exporting: "asyncio.Future[Exported]") -> None:
     if not exporting.cancelled() and exporting.exception() is None:
         exporting.result().lease.release()
 
 
 class RefusedByLimitsError(PeanutError):
-    """vLLM was started with options under which the adapter cannot be served."""
+    """The adapter exceeds the limits on LoRA that vLLM was started with."""

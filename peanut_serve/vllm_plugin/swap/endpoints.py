@@ -1,6 +1,6 @@
-"""What vLLM finds as `vllm.endpoint_plugins`: one engine serves many variants, swapped in and out.
+"""The endpoint plugin for vLLM (`vllm.endpoint_plugins`), which serves many variants with one engine by swapping.
 
-vLLM loads it only where VLLM_PLUGINS names it, which `peanut-serve --mode merged` sees to.
+vLLM loads it only if VLLM_PLUGINS names it; `peanut-serve --mode merged` sets that.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class VariantEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put ourselves between vLLM's routes and its check of API keys; replace /health, add /ready."""
+        """Add the middleware between vLLM's routes and its check of API keys; replace /health and add /ready."""
         if SwapSettings.read() is None:
             return
 
@@ -62,8 +62,8 @@ class VariantEndpoints:
 
         app.add_middleware(VariantMiddleware, find_server=server, admit=admit)  # type: ignore[arg-type]
 
-        @app.get("/health", summary="Whether the engine lives and has whole weights")
-        @app.get("/ready", summary="Whether requests can be answered, now or after a swap")
+        @app.get("/health", summary="Check that the engine is alive and has complete weights")
+        @app.get("/ready", summary="Check that requests can be answered, now or after a swap")
         async def ready() -> JSONResponse:
             one = server()
             engine = one.engine_facts()
@@ -73,12 +73,12 @@ class VariantEndpoints:
             return JSONResponse(answer, 503, headers={"Retry-After": "5"})
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Try the engine out, and begin to swap. Raises `PeanutError`: the server does not start."""
+        """Test the engine and start swapping. Raises `PeanutError` if that fails: the server then does not start."""
         settings = SwapSettings.read()
         if settings is None:
             return
         if not isinstance(engine_client, AsyncLLM):
-            raise OptionError(f"variants cannot be swapped in a {type(engine_client).__name__} of vLLM")
+            raise OptionError(f"swapping needs an AsyncLLM of vLLM, but found {type(engine_client).__name__}")
         server = await _build(settings, engine_client, args)
         state.peanut_variants = server
         _stop_with(server, engine_client)
@@ -112,7 +112,7 @@ def _fits_lora(settings: SwapSettings) -> FitsLora | None:
 
 
 def _list_variants(server: VariantServer, models: OpenAIServingModels, request: Admitted | None) -> None:
-    """Let vLLM know a request's name, or all; but not those that it finds itself, as LoRA."""
+    """Add the names of variants to vLLM's list of models, without those that vLLM itself serves as LoRA."""
     path = models.base_model_paths[0].model_path
     known = {base.name for base in models.base_model_paths}
     if request is not None and (request.name in known) != (request.version.kind is VariantKind.LORA):
@@ -122,7 +122,7 @@ def _list_variants(server: VariantServer, models: OpenAIServingModels, request: 
 
 
 def _stop_with(server: VariantServer, client: AsyncLLM) -> None:
-    """Stop admitting requests when vLLM is told to stop, which it does by shutting its client down, in a thread."""
+    """Stop admitting requests when vLLM stops, which calls `shutdown` of its client in a thread."""
     shutdown, loop = client.shutdown, asyncio.get_running_loop()
 
     def stopping(timeout: float | None = None) -> None:
@@ -137,4 +137,4 @@ async def _activate_again(server: VariantServer, name: str) -> None:
     try:
         await server.activate(name)
     except Exception as error:
-        logger.error("variant=%s was active before, and cannot be now: %s", name, error)
+        logger.error("variant=%s was active before the restart and cannot be activated: %s", name, error)

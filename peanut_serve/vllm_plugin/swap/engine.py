@@ -1,4 +1,4 @@
-"""vLLM's engine, as a swap needs it; and how it is started anew in a server that stays up."""
+"""vLLM's engine behind the interface of a swap, and its restart in a running server."""
 
 import asyncio
 import logging
@@ -24,19 +24,19 @@ logger = logging.getLogger("vllm.peanut_serve")
 
 T = TypeVar("T")
 
-# an engine that does not answer for so long hangs; loading a large model from a slow disk takes minutes
-_PATIENCE_SECONDS = 600.0
-_LOOK_SECONDS = 0.2
+# an engine that does not answer for this long hangs; loading a large model from a slow disk takes minutes
+_TIMEOUT_SECONDS = 600.0
+_POLL_SECONDS = 0.2
 _CANARY_TOKENS, _CANARY_PROMPT = 1, 24
-_MOST_LOGPROBS = 20
+_MAX_LOGPROBS = 20
 
 
 class SwapEngine:
-    """See `peanut_serve.swap.Engine`.
+    """Implements `peanut_serve.swapping.transaction.Engine`.
 
     Args:
-        client: vLLM's.
-        keeps_prefixes: the prefix cache is kept apart by salts, and needs no reset.
+        client: vLLM's engine client.
+        keeps_prefixes: salts separate variants in the prefix cache, so that it needs no reset.
     """
 
     def __init__(self, client: AsyncLLM, keeps_prefixes: bool) -> None:
@@ -44,16 +44,16 @@ class SwapEngine:
 
     @property
     def is_dead(self) -> bool:
-        """Whether vLLM says so."""
+        """Whether vLLM reports that the engine has died."""
         return bool(self._client.errored)
 
     async def pause(self) -> None:
-        """Nothing is scheduled from now on; what runs has finished. The caches stay, see `invalidate`."""
-        # not by pause_generation, which sleeps for 20 ms so that clients get their last outputs before it returns
+        """Stop scheduling, after running requests have finished. The caches are kept; see `invalidate`."""
+        # not pause_generation, which sleeps for 20 ms so that clients get their last outputs before it returns
         await self._within(self._client.engine_core.pause_scheduler_async(mode="wait", clear_cache=False))
 
     async def resume(self) -> None:
-        """Schedule again."""
+        """Resume scheduling."""
         await self._within(self._client.resume_generation())
 
     async def apply(self, places: Sequence[TensorInfo]) -> None:
@@ -61,19 +61,19 @@ class SwapEngine:
         await self._within(self._client.collective_rpc("peanut_apply", args=(encode_places(places),)))
 
     async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:
-        """See `VariantWorker.peanut_learn`; of all workers, each of which may have some of the layers."""
+        """See `VariantWorker.peanut_learn`; collected from all workers, which may each have some of the layers."""
         found = await self._within(self._client.collective_rpc("peanut_learn", args=(encode_places(places),)))
         return [group for groups in found for group in groups]
 
     async def invalidate(self) -> None:
-        """Empty the prefix cache, unless salts keep variants apart in it, and the caches of encoders."""
+        """Reset the prefix cache, unless salts separate variants in it, and the caches of encoders."""
         if not self._keeps_prefixes and not await self._within(self._client.reset_prefix_cache(reset_connector=True)):
-            raise EngineDownError("vLLM did not reset its prefix cache: something still runs")
+            raise EngineDownError("vLLM did not reset its prefix cache, because requests are still running")
         await self._within(self._client.reset_mm_cache())
         await self._within(self._client.reset_encoder_cache())
 
     async def ask_canary(self) -> Canary:
-        """Greedy tokens and the logprobs of the likeliest, for a prompt that is in no cache."""
+        """Generate greedy tokens with the highest logprobs, for a prompt that is not in a cache."""
         size = self._client.model_config.get_vocab_size()
         prompt = tokens_input(
             [(7919 * i + 104729) % size for i in range(_CANARY_PROMPT)], cache_salt=f"canary-{uuid4()}"
@@ -83,7 +83,7 @@ class SwapEngine:
             max_tokens=_CANARY_TOKENS,
             ignore_eos=True,
             detokenize=False,
-            logprobs=min(_MOST_LOGPROBS, max(1, self._client.model_config.max_logprobs)),
+            logprobs=min(_MAX_LOGPROBS, max(1, self._client.model_config.max_logprobs)),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         return await self._within(self._canary(prompt, params))
@@ -95,7 +95,7 @@ class SwapEngine:
         return Canary(tuple(answer.token_ids), logprobs)
 
     async def restart(self) -> None:
-        """Start new engine processes with the same options, under the client that everything in the server has."""
+        """Start new engine processes with the same options, for the existing client, which the server refers to."""
         client, old = self._client, self._client.engine_core
         logger.warning("restarting the engine")
         await asyncio.to_thread(old.shutdown)
@@ -114,15 +114,15 @@ class SwapEngine:
         client._run_output_handler()  # type: ignore[no-untyped-call]
 
     async def _within(self, call: Awaitable[T]) -> T:
-        """What a call returns. vLLM leaves one for ever without an answer when the engine dies meanwhile."""
-        task, deadline = asyncio.ensure_future(call), time.monotonic() + _PATIENCE_SECONDS
+        """Await a call, with a timeout: in vLLM a call never returns if the engine dies during it."""
+        task, deadline = asyncio.ensure_future(call), time.monotonic() + _TIMEOUT_SECONDS
         try:
-            while not (await asyncio.wait([task], timeout=_LOOK_SECONDS))[0]:
+            while not (await asyncio.wait([task], timeout=_POLL_SECONDS))[0]:
                 if self.is_dead:
                     raise EngineDownError("the engine has died")
                 if time.monotonic() > deadline:
                     await asyncio.to_thread(self._client.engine_core.shutdown)
-                    raise EngineDownError(f"the engine did not answer for {_PATIENCE_SECONDS:.0f} s")
+                    raise EngineDownError(f"the engine did not answer for {_TIMEOUT_SECONDS:.0f} s")
             return task.result()
         finally:
             task.cancel()

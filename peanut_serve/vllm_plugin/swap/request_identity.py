@@ -1,4 +1,4 @@
-"""Whose weights a response is from: in its `model`, its `system_fingerprint`, the token metrics, the prefix cache."""
+"""Identifies the variant of a request in the response, the token metrics and the prefix cache."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,12 +15,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.server import Admitted
 
-# the request that is being handled; every request has a context of its own
+# the request that is being handled; every request has its own context
 admitted: ContextVar[Admitted | None] = ContextVar("admitted", default=None)
 
 
 def name_variants_in_responses() -> None:
-    """Make vLLM's responses tell the variant that was asked for, and its digest."""
+    """Set `model` of vLLM's responses to the requested variant, and add its digest to `system_fingerprint`."""
     models: Any = OpenAIServingModels
     own_name = models.model_name
 
@@ -51,7 +51,7 @@ def count_tokens(client: AsyncLLM) -> None:
         async with aclosing(generate(*args, **kwargs)) as outputs:
             async for output in outputs:
                 for one in output.outputs:
-                    # cumulative or not, as the client's `stream` asks for; either way the last is counted once
+                    # cumulative or not, depending on the client's `stream`; either way, the last one is counted once
                     total[one.index] = total.get(one.index, 0) + len(one.token_ids)
                 if output.finished and request is not None:
                     _count(request.name, output, sum(total.values()))
@@ -66,7 +66,7 @@ def _count(name: str, output: RequestOutput, generated: int) -> None:
 
 
 class PrefixSalts:
-    """Keeps the variants' prefixes apart in vLLM's prefix cache."""
+    """Separates the prefixes of variants in vLLM's prefix cache by a salt."""
 
     def __init__(self, client: AsyncLLM) -> None:
         self._active = ""
@@ -74,10 +74,10 @@ class PrefixSalts:
         client.input_processor.assign_request_id = self._assign_salted  # type: ignore[method-assign]
 
     def activate(self, digest: str) -> None:
-        """The engine has these weights from now on; no request for others is in it."""
+        """Use this digest as the salt: the engine now has these weights, and no request for others."""
         self._active = digest
 
     def _assign_salted(self, request: EngineCoreRequest) -> None:
-        """`InputProcessor.assign_request_id`, which every request passes; with the client's salt, if it gave one."""
+        """Replaces `InputProcessor.assign_request_id`, which every request passes; keeps the client's own salt."""
         request.cache_salt = f"{self._active}:{request.cache_salt or ''}"
         self._assign(request)

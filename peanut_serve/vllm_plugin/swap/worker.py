@@ -1,8 +1,8 @@
-"""What runs in every vLLM worker to swap weights: `--worker-extension-cls` mixes `VariantWorker` into it.
+"""Swaps weights in every vLLM worker: `--worker-extension-cls` mixes `VariantWorker` into the worker.
 
-Weights come as places in files, since tensors cannot be sent over vLLM's `collective_rpc`. They go in by vLLM's own
-layerwise reload (`vllm/model_executor/model_loader/reload`), under their names in the checkpoint: so what vLLM fuses,
-shards, pads and repacks stays right.
+Weights are passed as places in files, because vLLM's `collective_rpc` cannot send tensors. They are loaded by vLLM's
+own layerwise reload (`vllm/model_executor/model_loader/reload`), under their names in the checkpoint, so that vLLM
+fuses, shards, pads and repacks them as usual.
 """
 
 import json
@@ -30,22 +30,22 @@ _READ_ONLY_REGISTERED = 8  # cudaHostRegisterReadOnly
 
 
 class ReloadError(PeanutError):
-    """vLLM did not take over what it was given."""
+    """vLLM did not load all tensors."""
 
 
 class VariantWorker:
-    """RPC methods; vLLM's worker is `self`."""
+    """RPC methods; `self` is vLLM's worker."""
 
     model_runner: Any
     reload_weights: Callable[..., None]
 
     def peanut_apply(self, places: str) -> float:
-        """Load tensors into the model; returns seconds. A failure leaves the model unusable until all are loaded.
+        """Load tensors into the model; returns the seconds taken. After a failure, all tensors must be loaded again.
 
         Args:
-            places: see `encode_places`. Every layer that is touched is there whole.
+            places: see `encode_places`. All tensors of every changed layer must be included.
 
-        Raises `ReloadError` when vLLM did not take them all over.
+        Raises `ReloadError` if vLLM did not load all of them.
         """
         start = time.perf_counter()
         infos, taken = decode_places(places), 0
@@ -61,13 +61,15 @@ class VariantWorker:
             self.reload_weights(weights_iterator=weights())
         missing = [name for name, parameter in self.model_runner.get_model().named_parameters() if parameter.is_meta]
         if taken != len(infos) or missing:
-            raise ReloadError(f"vLLM took {taken} of {len(infos)} tensors, and left {missing[:3]} without values")
+            raise ReloadError(
+                f"vLLM loaded {taken} of {len(infos)} tensors; parameters without values: {missing[:3]}"
+            )
         return time.perf_counter() - start
 
     def peanut_learn(self, places: str) -> list[list[str]]:
-        """Load the whole model; returns which tensors of the checkpoint have to be loaded together.
+        """Load the whole model; returns groups of tensors in the checkpoint that must be loaded together.
 
-        Those of a layer, fused or not, are in one group; a tensor that vLLM does not load is in none.
+        The tensors of a layer, fused or not, are in one group; a tensor that vLLM does not load is in no group.
         """
         layers: dict[str, set[int]] = {}
         current: dict[int, str] = {}
@@ -86,12 +88,12 @@ class VariantWorker:
 
 
 def encode_places(infos: Sequence[TensorInfo]) -> str:
-    """Tensors as `VariantWorker` takes them."""
+    """Encode tensors for `VariantWorker`, as JSON."""
     return json.dumps([[i.name, i.dtype, i.shape, str(i.file), i.offset, i.nbytes] for i in infos])
 
 
 def decode_places(places: str) -> list[TensorInfo]:
-    """The reverse of `encode_places`."""
+    """Decode the result of `encode_places`."""
     return [
         TensorInfo(name, dtype, tuple(shape), Path(file), offset, nbytes)
         for name, dtype, shape, file, offset, nbytes in json.loads(places)
@@ -99,7 +101,7 @@ def decode_places(places: str) -> list[TensorInfo]:
 
 
 def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
-    """Tensors that share a layer, directly or through others."""
+    """Group tensors that share a layer, directly or through other tensors."""
     group_of: dict[int, list[str]] = {}
     for name, own in layers.items():
         merged = [name]
@@ -113,13 +115,13 @@ def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
 
 
 class _Maps:
-    """Files in host memory that this worker has mapped: what stays mapped costs the next swap no page faults."""
+    """Files in host memory that this worker has mapped. Keeping them mapped saves the next swap page faults."""
 
     def __init__(self) -> None:
-        self._maps: dict[tuple[str, int], Tensor] = {}  # by path and inode: a path of /proc is used again
+        self._maps: dict[tuple[str, int], Tensor] = {}  # by path and inode: paths in /proc are reused
 
     def refresh(self) -> None:
-        """Unmap what the server has closed, so that its memory is given back."""
+        """Unmap files that the server has closed, so that their memory is freed."""
         for path, inode in [key for key in self._maps if _inode(key[0]) != key[1]]:
             _unpin(self._maps.pop((path, inode)))
 
@@ -136,10 +138,10 @@ _maps = _Maps()
 
 
 def _map(descriptor: int) -> Tensor:
-    """The bytes of a file; page-locked where there is a GPU that can copy from them by itself."""
+    """Map the bytes of a file, page-locked if there is a GPU, which can then copy from them directly."""
     mapped = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not writable is the point
+        warnings.simplefilter("ignore")  # about the tensor being read-only, which is intended
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
     if torch.cuda.is_available():
         code = _cuda_runtime().cudaHostRegister(whole.data_ptr(), whole.nbytes, _READ_ONLY_REGISTERED)
@@ -149,9 +151,9 @@ def _map(descriptor: int) -> Tensor:
 
 
 def _unpin(whole: Tensor) -> None:
-    """Before a file is unmapped."""
+    """Undo the page lock of a file, before it is unmapped."""
     if torch.cuda.is_available():
-        _cuda_runtime().cudaHostUnregister(whole.data_ptr())  # an error if it could not be pinned, which is no harm
+        _cuda_runtime().cudaHostUnregister(whole.data_ptr())  # harmless error if it was not pinned
 
 
 def _cuda_runtime() -> Any:
@@ -167,7 +169,7 @@ def _inode(path: str) -> int | None:
 
 @contextmanager
 def _source(infos: Sequence[TensorInfo]) -> Iterator[Callable[[TensorInfo], Tensor]]:
-    """What reads tensors: without a copy where they are in the server's memory, else from the disk."""
+    """Yield a function that reads a tensor: without a copy if it is in the server's memory, otherwise from disk."""
     _maps.refresh()
     mapped = {file: _maps.whole(file) for file in {info.file for info in infos} if file.is_relative_to("/proc")}
     with TensorReader() as reader:
@@ -183,10 +185,10 @@ def _source(infos: Sequence[TensorInfo]) -> Iterator[Callable[[TensorInfo], Tens
 
 @contextmanager
 def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator[None]:
-    """Note in `layers` which layer takes which tensor; `current` knows those that are under way by their storage.
+    """Record in `layers` which layers load which tensor; `current` maps storages to the names of tensors in progress.
 
-    Every loader that vLLM wraps for a reload is wrapped once more. Where a model loads a changed copy of a tensor, it
-    is the one that was handed out last.
+    Every loader that vLLM wraps for a reload is wrapped once more. If a model loads a modified copy of a tensor, the
+    copy is attributed to the last tensor that was yielded.
     """
     reload: Any = layerwise
     make, is_over = reload.make_online_process_loader, False
@@ -194,10 +196,10 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
     def make_recording(layer: torch.nn.Module, parameter: str) -> Callable[..., Any]:
         load = make(layer, parameter)
 
-        @wraps(load)  # with its name, by which vLLM knows that a loader is wrapped
+        @wraps(load)  # keeps its name, by which vLLM recognizes a wrapped loader
         def recording(*args: Any, **kwargs: Any) -> Any:
             if is_over:
-                return load(*args, **kwargs)  # vLLM keeps the loaders
+                return load(*args, **kwargs)  # vLLM keeps the wrapped loaders
             tensors = [
                 value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta
             ]
@@ -218,7 +220,7 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without vLLM's warning for each layer that is not loaded: that is most of them, on purpose."""
+    """Suppress vLLM's warning for each layer that is not loaded: most are left out on purpose."""
     loggers = [
         logging.getLogger(f"vllm.model_executor.model_loader.reload.{name}") for name in ("layerwise", "inplace")
     ]
