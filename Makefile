@@ -19,8 +19,9 @@ test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
 
 # no engine of vLLM, no killing, no soak, no real model: minutes, and no need of the bases
+# bytecode is written, whatever the environment says: else both workers and every command they start compile anew
 test-fast: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
 
 test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m gpu

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # graphs that tests trace stay out of the cache of whoever runs them, and workers of pytest-xdist share theirs; it is
@@ -19,20 +20,20 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import hypothesis
 import pytest
-import torch
 from hypothesis import HealthCheck
 from support.commands import Run, built
 from support.paths import MINILM, SMOLLM2, VIT_SMALL
-from support.tiny_models import Pair, save_adapter, tiny_llama
-from transformers import PreTrainedModel
 
-import peanut_serve.cli
-from converters.cli import main as cli
+# the fixtures import torch, transformers and peft: the process that only hands tests to pytest-xdist's workers needs
+# none of them, and workers start six seconds earlier
+if TYPE_CHECKING:
+    from support.tiny_models import Pair
+    from transformers import PreTrainedModel
 
 # `make soak` takes the longer one
 _SOAK = hypothesis.settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 hypothesis.settings.register_profile("soak", _SOAK)
-hypothesis.settings.register_profile("test", _SOAK, max_examples=150, derandomize=True)
+hypothesis.settings.register_profile("test", _SOAK, max_examples=100, derandomize=True)
 hypothesis.settings.load_profile("test")
 
 
@@ -48,10 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def make_pair(tmp_path: Path) -> Callable[..., Pair]:
-    """Save a model as a base and an adapter for it; by default a tiny Llama."""
+def make_pair(tmp_path: Path) -> Callable[..., "Pair"]:
+    """Save a model as a base and an adapter for it; by default a tiny Llama in float32."""
+    import torch
+    from support.tiny_models import Pair, save_adapter, tiny_llama
 
-    def make(model: PreTrainedModel | None = None, dtype: torch.dtype = torch.float32, **settings: object) -> Pair:
+    def make(model: "PreTrainedModel | None" = None, dtype: torch.dtype = torch.float32, **settings: object) -> Pair:
         torch.manual_seed(0)
         model = (model or tiny_llama()).to(dtype)
         pair = Pair(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
@@ -63,13 +66,16 @@ def make_pair(tmp_path: Path) -> Callable[..., Pair]:
 
 
 @pytest.fixture
-def pair(make_pair: Callable[..., Pair]) -> Pair:
+def pair(make_pair: Callable[..., "Pair"]) -> "Pair":
     return make_pair()
 
 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`run` in this process: all but the start of the interpreter and the imports, which take seconds."""
+    import peanut_serve.cli
+    from converters.cli import main as cli
+
     mains = {
         "peanut-merge": cli.merge_main,
         "peanut-inspect": cli.inspect_main,
