@@ -65,9 +65,7 @@ def test_base_self_from_a_pickle_with_a_config_beside_it(tmp_path: Path) -> None
 
 def test_base_self_without_a_base(tmp_path: Path) -> None:
     shutil.copy(CASE.adapter, tmp_path / "pets.bin")
-    with pytest.raises(
-        CheckpointError, match=r"base='self': no config.json next to .*pets.bin; copy the base's"
-    ):
+    with pytest.raises(CheckpointError, match=r"base='self': no config.json next to .*pets.bin; copy the base's"):
         prepare_merge("self", tmp_path / "pets.bin")
     with pytest.raises(OptionError, match=r"theta.bin contains θ only and no base weights; give the base"):
         prepare_merge("self", CASE.folder / "theta.bin")

@@ -60,9 +60,7 @@ def test_a_recorded_base_is_enforced(pair: Pair) -> None:
     assert path == pair.adapter / "peanut_base.json"
     prepare_merge(pair.base, pair.adapter)
     resave(pair.base, lambda w: w["lm_head.weight"].add_(1))
-    with pytest.raises(
-        BaseMismatchError, match=r"on a base with fingerprint sampled-sha256:.*force_base=True"
-    ):
+    with pytest.raises(BaseMismatchError, match=r"on a base with fingerprint sampled-sha256:.*force_base=True"):
         prepare_merge(pair.base, pair.adapter)
     notes = prepare_merge(pair.base, pair.adapter, force_base=True).notes
     assert any(note.startswith("forced: the adapter was recorded on") for note in notes)
