@@ -1,13 +1,17 @@
 """A pool of workers that run jobs in order and read ahead; the first failure stops all."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from converters.evaluation.worker import StoppedError, Worker
 from converters.files.header import TensorInfo
+
+_SYSTEM_THREAD_SECONDS = 5.0  # at most; it takes milliseconds
 
 
 class Job(Protocol):
@@ -53,6 +57,7 @@ class Pipeline:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+                    _wait_for_system_thread(thread)
             for worker in self._workers:
                 worker.close()  # the files it read may be removed next
             self._stop.clear()
@@ -84,3 +89,15 @@ class Pipeline:
         except BaseException as error:
             failures.append(error)
             self._stop.set()
+
+
+def _wait_for_system_thread(thread: threading.Thread) -> None:
+    """Wait until the operating system's thread is gone, which is a little after Python's has ended.
+
+    PyTorch has objects of its own in every thread. A process that exits while they are destroyed is aborted by the
+    C++ runtime: that happened to one stopped merge in eight.
+    """
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    deadline = time.monotonic() + _SYSTEM_THREAD_SECONDS
+    while task.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)

@@ -32,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_an_existing_folder_is_refused_and_untouched(pair: Pair) -> None:
     merge(pair.base, pair.adapter, pair.output)
     before = content(pair.output)
-    with pytest.raises(OutputExistsError, match="merged exists; choose another -o, or replace it with --overwrite"):
+    with pytest.raises(OutputExistsError, match="exists; choose another output, or replace it with overwrite=True"):
         merge(pair.base, pair.adapter, pair.output)
     assert content(pair.output) == before
 

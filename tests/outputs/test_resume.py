@@ -119,7 +119,7 @@ def test_what_is_finished_stays(pair: Pair, run_here: Run) -> None:
     ) as file:  # no longer whole: an existing folder like any other
         file.seek(20_000)
         file.write(bytes(64))
-    with pytest.raises(OutputExistsError, match="exists; choose another -o"):
+    with pytest.raises(OutputExistsError, match="exists; choose another output"):
         merge(pair.base, pair.adapter, pair.output, resume=True)
 
 

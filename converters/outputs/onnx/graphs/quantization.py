@@ -68,7 +68,7 @@ def quantize(model: Path, output: Path, precision: str) -> Quantized:
         quantized = _linear_types(proto.graph).count(wanted)
         if quantized < _ENOUGH * linears:
             raise ConversionError(
-                f"{model.name}: only {quantized} of {linears} linear layers became {precision}, wanted "
+                f"{model.name}: only {quantized} of {linears} linear layers became {precision}, expected "
                 f"{_ENOUGH:.0%} of them"
             )
         return Quantized(linears, quantized, _save(_headed(proto, header), scratch, output))
