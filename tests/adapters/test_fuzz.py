@@ -20,6 +20,8 @@ from converters import load_adapter, merge, save_adapter
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
 from converters.errors import PeanutError
 
+pytestmark = pytest.mark.slow  # a hundred damaged adapters for each property
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -26,6 +26,8 @@ from converters.inference.adapter_file import write_adapter_file
 from converters.outputs.onnx.plan import ExportOptions, Form
 from peanut_serve.classify.engine import OnnxEngine
 
+pytestmark = pytest.mark.slow  # runs exports in every form
+
 VIT = DATA / "vit-tiny"
 TASKS = ("digits5to9", "oddeven")
 LABELS = {"digits5to9": ["5", "6", "7", "8", "9"], "oddeven": ["even", "odd"]}

@@ -21,6 +21,8 @@ from support.tiny_models import Pair
 
 from peanut_serve.web.admin import admin_app
 
+pytestmark = pytest.mark.slow  # runs every command of the documents
+
 PREDICT, CTL = "peanut-serve predict ", "peanut-serve ctl "
 
 

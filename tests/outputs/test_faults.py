@@ -21,6 +21,8 @@ from converters.errors import CheckpointError, OutputError, PeanutError, ThetaEr
 from converters.files.reader import TensorReader
 from converters.files.writer import ShardWriter
 
+pytestmark = pytest.mark.slow  # a process for each fault
+
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}

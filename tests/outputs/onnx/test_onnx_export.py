@@ -21,6 +21,8 @@ from converters.inference.session import LoadedAdapter, Session
 from converters.outputs.onnx.graphs import model_file, template_cache
 from converters.outputs.onnx.plan import ExportOptions, Form
 
+pytestmark = pytest.mark.slow  # traces a model in every form
+
 BASE = DATA / "vit-tiny" / "base"
 TASKS = ("digits5to9", "oddeven", "authors-digits5to9")
 FOLDERS = [DATA / "vit-tiny" / task for task in TASKS]

@@ -22,6 +22,8 @@ from converters.inference.session import Session
 from converters.outputs.onnx.graphs import quantization
 from converters.outputs.onnx.graphs.quantization import quantize
 
+pytestmark = pytest.mark.slow  # traces and quantizes models
+
 
 def linear_modules(folder: Path) -> dict[str, torch.nn.Linear]:
     config = tf.AutoConfig.from_pretrained(folder)

@@ -12,6 +12,8 @@ from support.onnx_models import IMAGES, LABELS, PRECISIONS, Graphs, cosine, text
 from converters.inference.session import Session
 from converters.outputs.onnx.graphs.quantization import quantize
 
+pytestmark = pytest.mark.slow  # traces and quantizes models
+
 
 def strictly(model: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """With every result rounded, as on a GPU; on a CPU ONNX Runtime computes most of fp16 in float32."""
