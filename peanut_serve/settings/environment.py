@@ -18,7 +18,7 @@ ADAPTERS, CACHE, CACHE_SIZE, DEVICE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the plugin in `lora` mode; see the README.
+    """Settings of the plugin in `lora` mode; see peanut_serve/README.md.
 
     Attributes:
         roots: PEANUT_ADAPTERS, folders of adapters or Hub ids, separated by `:`; if it is not set, the plugin is

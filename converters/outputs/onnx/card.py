@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 from converters.files.names import MANIFEST_NAME
 from converters.inference.kinds import find_kind
-from converters.outputs.model_card import adapter_rows, base_id_of
+from converters.outputs.model_card import adapter_rows, base_id_of, formulas_of
 from converters.outputs.onnx.checks import TaskCheck
 from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
 
 _HOW = {
-    Form.MERGED: "The weights of the adapter are merged: `W = W0 + f(W0; θ)`.",
+    Form.MERGED: "The weights of the adapter are merged.",
     Form.SHARED: "Each task has a graph, and a file of the weights it changes; `base.onnx_data` has what they share.",
     Form.SWAPPABLE: "One graph for all tasks: each is an `.onnx_adapter`, to be passed to a run (LoraAdapter of ONNX "
     "Runtime, not by I/O binding). Without one, the logits are NaN.",
-    Form.SELF_MERGING: "Each graph holds θ and computes `W0 + f(W0; θ)` when it is loaded; `base.onnx_data` has W0.",
+    Form.SELF_MERGING: "Each graph holds θ and merges itself into W0 when it is loaded; `base.onnx_data` has W0.",
 }
 
 
@@ -31,11 +31,12 @@ def build_onnx_card(
     if base_id is not None:
         head = [f"base_model: {json.dumps(base_id)}", "base_model_relation: finetune", *head]
     head.append(f"pipeline_tag: {find_kind(plans[0].config).task}")
+    formulas = "; ".join(dict.fromkeys(formula for plan in plans for formula in formulas_of(plan)))
     lines = [
         f"# {base.name} with {', '.join(plan.name for plan in plans)}, as ONNX",
         "",
-        f"{base_id or base.name} adapted by PEANuT ([arXiv 2410.01870](https://arxiv.org/abs/2410.01870)), as ONNX "
-        f"graphs (opset {options.opset}) for ONNX Runtime. {_HOW[options.form]}",
+        f"{base_id or base.name} with trained adapters, as ONNX graphs (opset {options.opset}) for ONNX Runtime: "
+        f"{formulas}. {_HOW[options.form]}",
     ]
     for plan, written, check in zip(plans, files, checks, strict=True):
         lines += ["", f"## {written.task}", "", "| | |", "|---|---|"]

@@ -77,7 +77,9 @@ def _export_options(request: OutputRequest) -> ExportOptions:
     }
     forms = [form for form, is_wanted in wanted.items() if is_wanted]
     if len(forms) > 1:
-        raise OptionError("share=, swappable= and self_merging= are different forms; choose one: see the README")
+        raise OptionError(
+            "share=, swappable= and self_merging= are different forms; choose one (converters/README.md)"
+        )
     return ExportOptions(
         form=forms[0] if forms else Form.MERGED,
         opset=own.get("opset", DEFAULT_OPSET),

@@ -1,0 +1,55 @@
+"""DoRA and (IA)³ in the forms of an ONNX export that need no low rank, against HF PEFT's unmerged model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
+from support.paths import DATA
+from support.peft_methods import train
+from transformers import ViTForImageClassification
+
+from converters.api.exporting import export_onnx
+from converters.errors import ConversionError
+from converters.inference.session import Session
+from converters.outputs.onnx.plan import ExportOptions, Form
+
+BASE = DATA / "vit-tiny" / "base"
+PIXELS = np.random.default_rng(2).standard_normal((3, 1, 16, 16), np.float32)
+METHODS: dict[str, tuple[PeftConfig, str]] = {
+    "dora": (LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj"]), "‖W0 + s·BA‖"),
+    "ia3": (IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]), "l ⊙ W0"),
+}
+
+
+def model() -> ViTForImageClassification:
+    return ViTForImageClassification.from_pretrained(BASE, dtype=torch.float32)
+
+
+def logits(found: torch.nn.Module) -> np.ndarray:
+    with torch.inference_mode():
+        return found.eval()(torch.from_numpy(PIXELS)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_form_answers_as_peft(name: str, tmp_path: Path) -> None:
+    config, formula = METHODS[name]
+    base, adapter = tmp_path / "base", tmp_path / name
+    train(model(), config, base, adapter)
+    fresh = ViTForImageClassification.from_pretrained(base, dtype=torch.float32)
+    before = logits(fresh)
+    wanted = logits(PeftModel.from_pretrained(fresh, adapter))
+    assert np.abs(wanted - before).max() > 1e-3 * np.abs(wanted).max()  # else the adapter does nothing
+    for form in (Form.MERGED, Form.SHARED, Form.SELF_MERGING):
+        folder = tmp_path / form.value
+        export_onnx(base, adapter, folder, options=ExportOptions(form=form))
+        graph = folder / ("model.onnx" if form is Form.MERGED else f"{name}.onnx")
+        found = Session(graph).run({"pixel_values": PIXELS})
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=form.value)
+        card = (folder / "README.md").read_text()
+        assert formula in card
+        assert "PEANuT" not in card
+    with pytest.raises(ConversionError, match="not of low rank"):
+        export_onnx(base, adapter, tmp_path / "swapped", options=ExportOptions(form=Form.SWAPPABLE))
+    assert not (tmp_path / "swapped").exists()
