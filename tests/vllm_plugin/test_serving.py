@@ -200,7 +200,7 @@ def test_a_broken_adapter_never_answers(server: Server, roots: Path, tmp_path: P
         next(iter(state.values()))[0, 0] = float("nan")
 
     edit_weights(roots / "nan" / "adapter_model.safetensors", first_nan)
-    assert "holds 1 NaN or Inf" in refused(server, roots, "nan")
+    assert "contains 1 NaN or Inf" in refused(server, roots, "nan")
     edit_json(roots / "mixed" / "adapter_config.json", r=16)
     assert "peanut_A has shape (8, 576), expected (16, 576)" in refused(server, roots, "mixed")
     other = tmp_path / "other"
