@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from setuptools.config.pyprojecttoml import read_configuration
 from support.paths import ROOT
 from support.project.rooms import ORDER
 from support.project.source_tree import (
@@ -184,8 +185,7 @@ def test_the_exceptions_exist() -> None:
 
 
 def test_setuptools_finds_every_package() -> None:
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    options = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]["packages"]["find"]
     folders = {file.parent.relative_to(ROOT) for wing in WINGS for file in (ROOT / wing).rglob("*.py")}
     found = setuptools.find_packages(str(ROOT), **options)
     assert {Path(*name.split(".")) for name in found} == folders

@@ -23,7 +23,7 @@ def claims(source: AdapterSource) -> str | None:
     if source.peft_type in PEFT_METHODS:
         return f"{ADAPTER_CONFIG} says peft_type {source.peft_type}"
     marks = [f".{name}" for _, form in PEFT_METHODS.values() for name in form.parameters]
-    if source.config is None and any(f"{key}.".find(f"{mark}.") >= 0 for key in source.keys for mark in marks):
+    if source.config is None and any(f"{mark}." in f"{key}." for key in source.keys for mark in marks):
         raise LayoutError(
             f"{source.weights} contains θ of HF PEFT, but there is no {ADAPTER_CONFIG} next to it, which states the "
             "method; copy it from where the adapter was trained"
