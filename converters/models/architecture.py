@@ -94,7 +94,7 @@ def build_architecture(
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
             f"transformers {transformers.__version__} cannot build {class_name or model_type} from the base's "
-            f"config ({type(error).__name__}: {cause})"
+            f"config ({type(error).__name__}: {cause}){_other_base(transformers, model_type, class_name)}"
         ) from None
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -117,6 +117,18 @@ def build_architecture(
         vocab_size=getattr(native.get_text_config(), "vocab_size", None),
         _rename=rename,
         _optional=tuple(ignored),
+    )
+
+
+def _other_base(transformers: Any, model_type: str, class_name: str | None) -> str:
+    """The end of a message, if `class_name` is a class for another type of model."""
+    config_class = getattr(getattr(transformers, class_name or "", None), "config_class", None)
+    meant = getattr(config_class, "model_type", model_type)
+    if meant == model_type:
+        return ""
+    return (
+        f": the adapter is for the model type {meant!r}, the base has {model_type!r}; "
+        "is this the base it was trained on?"
     )
 
 
