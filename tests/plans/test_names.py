@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from support.paths import DATA
 from support.tiny_models import Pair, save_adapter, tiny_llama
 from support.zoo import ENCODER, IDS, VISION, image, llava, output_of
 
@@ -209,9 +210,9 @@ def test_a_base_that_transformers_cannot_build(tmp_path: Path) -> None:
     edit_json(tmp_path / "base" / "config.json", hidden_size="wide")
     with pytest.raises(TargetError, match="cannot build ViTForImageClassification from the base's config"):
         prepare_merge(tmp_path / "base", tmp_path / "adapter")
-    edit_json(tmp_path / "base" / "config.json", hidden_size=32, model_type="llama")
+    tiny_llama().save_pretrained(tmp_path / "llama")
     with pytest.raises(TargetError, match="is for the model type 'vit', the base has 'llama'; is this the base"):
-        prepare_merge(tmp_path / "base", tmp_path / "adapter")
+        prepare_merge(tmp_path / "llama", DATA / "vit-tiny" / "oddeven")
     edit_json(tmp_path / "base" / "config.json", model_type="my_model", auto_map={"AutoModel": "m.Model"})
     with pytest.raises(TargetError, match="does not know the model type 'my_model' .* remote code are not run"):
         prepare_merge(tmp_path / "base", tmp_path / "adapter")
