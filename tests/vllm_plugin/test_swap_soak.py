@@ -14,18 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
-from support.engines.betraying import World, ask, make_world, memory, replace
+from support.engines.betraying import World, ask, make_world, memory, replace, switch
 from support.engines.probing_worker import FAULT
 from support.engines.serving import PROGRAM, Server, kill, serving
 from support.paths import ROOT
 
-pytestmark = [pytest.mark.vllm, pytest.mark.soak]
-
 SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version injects every fault once
 CLIENTS, VARIANTS = 24, 8
+WAIT = 240.0  # for anything that has to happen: several times what it takes on a loaded machine
+pytestmark = [pytest.mark.vllm, pytest.mark.soak, pytest.mark.timeout(SECONDS + 1200)]
 BASE = "base"
 
 
@@ -51,13 +52,17 @@ class Traffic:
         while not self.is_over:
             name = generator.choice(sorted(self.versions))
             asking = asyncio.create_task(self.ask_once(name, generator))
-            if generator.random() < 0.1:
-                await asyncio.sleep(generator.random() * 0.3)
-                asking.cancel()
             try:
-                await asking
-            except asyncio.CancelledError:
+                if generator.random() < 0.1:
+                    await asyncio.sleep(generator.random() * 0.3)
+                    asking.cancel()
+                await asyncio.wait([asking])  # unlike `await asking`, raises only if this client is cancelled
+            finally:
+                asking.cancel()
+            if asking.cancelled():
                 self.outcomes["cancelled"] += 1
+            else:
+                asking.result()
 
     async def ask_once(self, name: str, generator: random.Random) -> None:
         allowed = set(self.versions[name])
@@ -76,14 +81,34 @@ class Traffic:
         assert tokens in [self.world.truth[seed][prompt] for seed in allowed], (name, prompt, tokens)
         self.outcomes["right"] += 1
 
-    async def until_right(self, count: int) -> None:
-        """Wait for `count` more correct answers."""
-        wanted = self.outcomes["right"] + count
-        while self.outcomes["right"] < wanted:
+    async def until(self, what: str, is_so: Callable[[], bool]) -> None:
+        """Wait until something is so; what a client has found wrong, and a wait that takes too long, end the test."""
+        deadline = time.monotonic() + WAIT
+        while not is_so():
             await asyncio.sleep(0.05)
             for client in self.clients:
                 if client.done():
                     client.result()  # raises its error
+            assert time.monotonic() < deadline, f"not within {WAIT:.0f} s: {what} ({dict(self.outcomes)})"
+
+    async def until_right(self, count: int) -> None:
+        """Wait for `count` more correct answers."""
+        wanted = self.outcomes["right"] + count
+        await self.until(f"{count} right answers", lambda: self.outcomes["right"] >= wanted)
+
+    async def until_asked(self, name: str, ends: Callable[[openai.APIStatusError | None], bool]) -> None:
+        """Ask a variant until `ends` is true of the error, or of None for an answer."""
+        deadline = time.monotonic() + WAIT
+        while True:
+            error: openai.APIStatusError | None = None
+            try:
+                await ask(self.client, self.world, name, 0)
+            except openai.APIStatusError as caught:
+                error = caught
+            if ends(error):
+                return
+            assert time.monotonic() < deadline, f"{name} still answers with {error!r}"
+            await asyncio.sleep(0.1)
 
 
 class Faults:
@@ -96,15 +121,16 @@ class Faults:
     async def failing_swap(self, kind: str) -> None:
         """The next swap raises in the middle, applies half of the weights, or kills the worker."""
         self.fault.write_text(kind)
-        while self.fault.exists():
-            await asyncio.sleep(0.02)
+        await self.traffic.until(f"a swap with the fault {kind}", lambda: not self.fault.exists())
 
     async def killed(self, process: str) -> None:
         """SIGKILL the worker, or the engine."""
         before = self.restarts()
         kill(self.server, process)
-        while self.restarts() == before:
-            await asyncio.sleep(0.1)
+        await self.until_restarted(before)
+
+    async def until_restarted(self, before: float) -> None:
+        await self.traffic.until("a restart of the engine", lambda: self.restarts() > before)
 
     def restarts(self) -> float:
         return metric(self.server, "peanut_engine_restarts_total")
@@ -122,26 +148,14 @@ class Faults:
         await self.exchanged(f"task-{seed}", None, openai.NotFoundError)
 
     async def exchanged(self, name: str, other: Path | None, refusal: type[openai.APIStatusError]) -> None:
-        link = self.traffic.world.roots / name
-        whole = link.readlink()
+        whole = (self.traffic.world.roots / name).readlink()
         self.traffic.refusals[name] = refusal
-        link.unlink()
-        if other is not None:
-            link.symlink_to(other)
-        await self.until_refused(name)
-        link.unlink(missing_ok=True)
-        link.symlink_to(whole)
+        switch(self.traffic.world, name, other)
+        await self.traffic.until_asked(name, lambda error: isinstance(error, refusal))
+        switch(self.traffic.world, name, whole)
+        await self.traffic.until_asked(name, lambda error: error is None)
         await self.traffic.until_right(20)
         del self.traffic.refusals[name]
-
-    async def until_refused(self, name: str) -> None:
-        while True:
-            try:
-                await ask(self.traffic.client, self.traffic.world, name, 0)
-            except self.traffic.refusals[name]:
-                return
-            except openai.APIStatusError:
-                await asyncio.sleep(0.1)
 
     async def new_version(self, seed: int) -> None:
         """The name now refers to another version."""
@@ -149,7 +163,7 @@ class Faults:
         new = (max(self.traffic.versions[name]) + VARIANTS) % (2 * VARIANTS)
         old, self.traffic.versions[name] = self.traffic.versions[name], {*self.traffic.versions[name], new}
         await asyncio.to_thread(replace, self.traffic.world, name, new)
-        await ask_until_answered(self.traffic, name)
+        await self.traffic.until_asked(name, lambda error: error is None)
         await self.traffic.until_right(40)  # requests from before are done
         self.traffic.versions[name] -= old
 
@@ -168,17 +182,8 @@ class Faults:
         filler.unlink()
 
 
-async def ask_until_answered(traffic: Traffic, name: str) -> None:
-    while True:
-        try:
-            await ask(traffic.client, traffic.world, name, 0)
-            return
-        except openai.APIStatusError:
-            await asyncio.sleep(0.1)
-
-
 def metric(server: Server, name: str) -> float:
-    with urllib.request.urlopen(f"{server.url}/metrics") as response:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
         found = re.findall(rf"^{name}(?:{{.*}})? (.*)$", response.read().decode(), re.MULTILINE)
     return sum(map(float, found))
 
@@ -228,11 +233,10 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
     if SECONDS:
         before = faults.restarts()
         await faults.failing_swap("exit")
-        while faults.restarts() == before:
-            await asyncio.sleep(0.1)
+        await faults.until_restarted(before)
     await traffic.until_right(100)
     traffic.is_over = True
-    await asyncio.gather(*traffic.clients)
+    await asyncio.wait_for(asyncio.gather(*traffic.clients), WAIT)
     print(f"{dict(traffic.outcomes)}, memory in MiB {[size >> 20 for size in sizes]}")
     if len(sizes) > 4:
         assert sizes[-1] <= max(sizes[:3]) * 1.15
@@ -242,10 +246,30 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
 def test_every_answer_is_of_its_own_variant(world: World, tmp_path: Path) -> None:
     with swapping(world, tmp_path) as server:
         traffic = asyncio.run(everything(server, world, tmp_path))
-        with urllib.request.urlopen(f"{server.url}/health") as response:
+        with urllib.request.urlopen(f"{server.url}/health", timeout=60) as response:
             assert response.status == 200
         rolled_back = metric(server, "peanut_rollbacks_total")
         restarts = metric(server, "peanut_engine_restarts_total")
     assert rolled_back >= 2
     assert restarts >= 1
     assert traffic.outcomes["right"] > 5 * traffic.outcomes["500"]
+
+
+@pytest.mark.timeout(60)
+def test_what_a_client_finds_ends_the_soak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled clients end, although they cancel requests of their own."""
+    wrong = iter([AssertionError("a wrong answer")])
+
+    async def find(self: Traffic, name: str, generator: random.Random) -> None:
+        await asyncio.sleep(0.01)
+        if generator.random() < 0.05 and (error := next(wrong, None)):
+            raise error
+
+    async def soak() -> None:
+        traffic = Traffic(SimpleNamespace(async_client=None), SimpleNamespace())  # type: ignore[arg-type]
+        traffic.clients = [asyncio.create_task(traffic.ask_for_ever(number)) for number in range(CLIENTS)]
+        await traffic.until("nothing", lambda: False)
+
+    monkeypatch.setattr(Traffic, "ask_once", find)
+    with pytest.raises(AssertionError, match="a wrong answer"):
+        asyncio.run(soak())

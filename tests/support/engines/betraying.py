@@ -75,9 +75,17 @@ def make_world(smollm2: Path, folder: Path, adapters: int) -> World:
 
 
 def replace(world: World, name: str, seed: int) -> None:
-    """In one step, as a deployment does it."""
+    """Let a name refer to another version."""
+    switch(world, name, world.versions[seed])
+
+
+def switch(world: World, name: str, to: Path | None) -> None:
+    """Let a name refer to another folder, in one step, as a deployment does it; None removes it."""
+    if to is None:
+        (world.roots / name).unlink()
+        return
     new = world.roots / f".new-{name}"
-    new.symlink_to(world.versions[seed])
+    new.symlink_to(to)
     new.rename(world.roots / name)
 
 
