@@ -6,11 +6,26 @@ from typing import Any
 
 from converters.errors import CheckpointError, PeanutError
 
+# the index of a model with a hundred thousand tensors has 10 MiB; a larger file would only fill the memory
+_MOST_BYTES = 64 << 20
+
+
+def parse_json(path: Path) -> Any:
+    """Read JSON. Raises `OSError`, and `ValueError` if the file is not JSON, is too large or too deeply nested."""
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is too deeply nested") from None
+
 
 def read_json(path: Path, what: str, error_class: type[PeanutError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object. Raises `error_class`, naming `what`, if the file cannot be read or is not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path)
     except (OSError, ValueError) as error:
         raise error_class(f"{path}: cannot read the {what} ({error})") from None
     if not isinstance(value, dict):

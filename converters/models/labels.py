@@ -1,10 +1,9 @@
 """Reading class labels from disk."""
 
-import json
 from pathlib import Path
 
 from converters.errors import AdapterConfigError, OptionError, PeanutError
-from converters.files.json_files import read_json
+from converters.files.json_files import parse_json, read_json
 from converters.models import config as model_config
 
 
@@ -14,7 +13,7 @@ def read_labels(path: Path, error_class: type[PeanutError] = OptionError) -> lis
     Raises `error_class` for anything else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path)
         if isinstance(value, dict):
             value = value.get("id2label", value)
             value = [value[str(i)] for i in range(len(value))]
