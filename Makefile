@@ -12,16 +12,19 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/peanut-merge --base $(BASE) --adapter examples/adapters/smollm2-json -o build/smollm2-json
 	$(VENV)/bin/python examples/side_by_side.py $(BASE) build/smollm2-json
 
+# bytecode is written, whatever the environment says: else both workers and every command they start compile anew
+FAST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
+
 test: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	$(VENV)/bin/python examples/make_vit_small.py build/bases/vit-small
 	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
-	$(VENV)/bin/python -m pytest
+	$(FAST)
+	$(VENV)/bin/python -m pytest -m '(vllm or kills or soak or slow) and not gpu'
 
 # no engine of vLLM, no killing, no soak, no real model: minutes, and no need of the bases
-# bytecode is written, whatever the environment says: else both workers and every command they start compile anew
 test-fast: $(VENV)/.test
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
+	$(FAST)
 
 test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m gpu
@@ -54,7 +57,7 @@ bench-onnx: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak --timeout 0
-	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/vllm_plugin/test_serving_soak.py tests/vllm_plugin/test_swapping.py tests/vllm_plugin/test_swap_soak.py --timeout 0
+	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/vllm_plugin/test_serving_soak.py tests/vllm_plugin/test_swapping.py tests/vllm_plugin/test_swap_soak.py tests/vllm_plugin/test_processes.py --timeout 0
 
 clean:
 	rm -rf build $(VENV)
