@@ -8,6 +8,7 @@ PeanutError (see converters.errors)
 │   ├── VariantError            422: it cannot be evaluated, or does not fit the running model
 │   ├── SwapError               500: the swap failed; the previous weights were restored
 │   └── TryLaterError           the response has a Retry-After header
+│       ├── BeingWrittenError   503: its files are still being written
 │       ├── EngineDownError     503: the engine is restarting, or cannot be started
 │       └── QueueFullError      429: too many requests are waiting
 └── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
@@ -16,6 +17,14 @@ PeanutError (see converters.errors)
 from typing import ClassVar
 
 from converters.errors import PeanutError
+
+_SHOWN = 80  # characters of what a client sent
+
+
+def shown(text: str) -> str:
+    """What a client sent, for messages and logs: on one line, without control characters, and cut."""
+    cut = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return cut if cut.isprintable() else ascii(cut)
 
 
 class ServingError(PeanutError):
@@ -73,6 +82,10 @@ class TryLaterError(ServingError):
 
 class EngineDownError(TryLaterError):
     """The engine is restarting, or cannot be started."""
+
+
+class BeingWrittenError(TryLaterError):
+    """The files of a variant are still being written."""
 
 
 class QueueFullError(TryLaterError):

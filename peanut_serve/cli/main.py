@@ -96,7 +96,25 @@ _AdminPort = Annotated[
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
 _State = Annotated[
-    Path | None, typer.Option("--state", help="Folder for the state that survives a restart: names, versions, pins.")
+    Path | None,
+    typer.Option(
+        "--state", envvar="PEANUT_STATE", help="Folder for the state that survives a restart: names, versions, pins."
+    ),
+]
+_MaxEvaluations = Annotated[
+    int, typer.Option("--max-evaluations", help="Maximum number of adapters that wait to be evaluated.")
+]
+_MaxBody = Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")]
+_Stall = Annotated[
+    float,
+    typer.Option("--stall-timeout", help="Longest time a client may read nothing of its response, in seconds."),
+]
+_Settle = Annotated[
+    float,
+    typer.Option("--settle", help="Time that files must not have changed for before they are served, in seconds."),
+]
+_AllowUntested = Annotated[
+    bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the adapters and vLLM's options, and exit.")]
 
@@ -118,22 +136,39 @@ def _serve(
     max_wait: _MaxWait = 10.0,
     min_dwell: _MinDwell = 0.5,
     max_queue: _MaxQueue = 1024,
+    max_evaluations: _MaxEvaluations = 64,
+    max_body: _MaxBody = "64MiB",
+    stall_timeout: _Stall = 30.0,
+    settle: _Settle = 1.0,
     admin_port: _AdminPort = None,
     admin_host: _AdminHost = "127.0.0.1",
     state: _State = None,
+    allow_untested_vllm: _AllowUntested = False,
     dry_run: _DryRun = False,
     version: Version = False,
 ) -> None:
     from peanut_serve.cli.serve import serve
     from peanut_serve.settings.serving import ServeOptions
 
-    swapping = {
+    serving = {
         "state": state, "drain": drain.value, "drain_timeout": drain_timeout, "host_cache": host_cache,
         "base_copy": base_copy.value, "prefix_cache": prefix_cache.value, "pin": pin or (), "preload": preload or (),
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
-        "admin_host": admin_host,
+        "admin_host": admin_host, "max_evaluations": max_evaluations, "max_body": max_body,
+        "stall_seconds": stall_timeout, "settle": settle,
     }  # fmt: skip
-    serve(ServeOptions(base, tuple(adapters), mode.value, cache, cache_size, swapping, dry_run, tuple(context.args)))
+    options = ServeOptions(
+        base,
+        tuple(adapters),
+        mode.value,
+        cache,
+        cache_size,
+        serving,
+        dry_run,
+        tuple(context.args),
+        allow_untested_vllm,
+    )
+    serve(options)
 
 
 def main() -> NoReturn:

@@ -46,7 +46,20 @@ class LoraCache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
+        self._verified: dict[str, tuple[int, ...]] = {}  # key -> state of the files when the hash was right
         folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, key: str) -> Lease | None:
+        """The entry of a key, if there is one that is complete and unchanged."""
+        folder = self.folder / key
+        lease = _lease(folder)
+        if lease is None:
+            return None
+        if not self._is_whole(key):
+            lease.release()
+            return None
+        os.utime(folder)  # the time of its last use
+        return lease
 
     def get(self, key: str, write: Callable[[Path], object]) -> Lease:
         """The entry of a key. If it is missing or damaged, `write` creates it, in one process at a time.
@@ -59,14 +72,12 @@ class LoraCache:
         """
         folder = self.folder / key
         while True:
-            lease = _lease(folder)
-            if lease is not None and _is_whole(folder):
-                os.utime(folder)  # the time of its last use
+            if (lease := self.find(key)) is not None:
                 return lease
-            if lease is not None:
-                lease.release()
-                if not self._remove(folder):
-                    raise CheckpointError(f"{folder} is damaged and in use; stop its users, then remove it")
+            if folder.exists() and not self._remove(folder):
+                if (lease := self.find(key)) is not None:
+                    return lease
+                raise CheckpointError(f"{folder} is damaged and in use; stop its users, then remove it")
             try:
                 write(folder)
             except OutputBusyError:
@@ -87,6 +98,22 @@ class LoraCache:
             if self._remove(entry):
                 total -= size
 
+    def _is_whole(self, key: str) -> bool:
+        """Whether an entry is complete and unchanged; its hash is computed when its files have changed."""
+        folder = self.folder / key
+        try:
+            stats = [(folder / name).stat() for name in (PEFT_WEIGHTS[0], MANIFEST_NAME)]
+            state = tuple(n for s in stats for n in (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+            if self._verified.get(key) == state:
+                return True
+            expected = read_json(folder / MANIFEST_NAME, "manifest")["weights"]["xxh3_128"]
+            is_whole = bool(expected == hash_file(folder / PEFT_WEIGHTS[0]))
+        except (CheckpointError, OSError, KeyError):
+            return False
+        if is_whole:
+            self._verified[key] = state
+        return is_whole
+
     def _entries(self) -> Iterator[Path]:
         for path in self.folder.iterdir():
             if path.name.startswith(".trash-"):
@@ -102,18 +129,10 @@ class LoraCache:
         trash = entry.with_name(f".trash-{entry.name}-{os.getpid()}")
         with suppress(OSError):
             entry.rename(trash)
+            self._verified.pop(entry.name, None)
             shutil.rmtree(trash, ignore_errors=True)
         os.close(lock)
         return True
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether an entry is complete and unchanged."""
-    try:
-        expected = read_json(folder / MANIFEST_NAME, "manifest")["weights"]["xxh3_128"]
-        return bool(expected == hash_file(folder / PEFT_WEIGHTS[0]))
-    except (CheckpointError, OSError, KeyError):
-        return False
 
 
 def _lease(folder: Path) -> Lease | None:

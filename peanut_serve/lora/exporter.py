@@ -1,28 +1,15 @@
-"""Exports PEANuT adapters as LoRA adapters of one base, when they are first requested."""
+"""Exports adapters as LoRA adapters of one base, when they are first requested: for vLLM's offline `LLM`."""
 
-import hashlib
-import json
-import logging
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters import Adapter, Checkpoint, Weighted, __version__, load_adapter, open_checkpoint
+from converters import Checkpoint, load_adapter, open_checkpoint
 from converters.errors import AdapterError, MissingScalingError
-from converters.serving import (
-    ADAPTER_CONFIG,
-    check_base,
-    find_base,
-    plan_lora_adapter,
-    plan_merge,
-    read_json,
-    write_lora_adapter,
-)
+from converters.serving import ADAPTER_CONFIG, check_base, find_base, read_json
 from peanut_serve.lora.cache import Lease, LoraCache
+from peanut_serve.variants.lora_export import lora_export
 from peanut_serve.variants.roots import State, VariantSource
-
-logger = logging.getLogger("vllm.peanut_serve")
 
 _TRIES = 3
 
@@ -93,18 +80,11 @@ class LoraExporter:
         base = self._open_base()
         check_base(base, adapter, force=False)  # also if the factors are cached
 
-        def write(folder: Path) -> None:
-            start = time.perf_counter()
-            plan = plan_merge(base, [Weighted(adapter)], dtype=self._dtype)
-            check = write_lora_adapter(plan_lora_adapter(plan, folder), device=self._device)
-            took = time.perf_counter() - start
-            logger.info("evaluated %s in %.2f s, error %.1e", source.name, took, check.max_error)
-
-        digest = self._digest(adapter, base)
-        lease = self._cache.get(digest, write)
+        export = lora_export(source.name, adapter, base, self._dtype, self._device)
+        lease = self._cache.get(export.key, export.write)
         config = read_json(lease.folder / ADAPTER_CONFIG, "adapter config")
         kinds = frozenset(module.rsplit(".", 1)[-1] for module in config["target_modules"])
-        return Exported(state, digest, max([config["r"], *config["rank_pattern"].values()]), kinds, lease)
+        return Exported(state, export.key, max([config["r"], *config["rank_pattern"].values()]), kinds, lease)
 
     def _open_base(self) -> Checkpoint:
         with self._lock:
@@ -114,7 +94,3 @@ class LoraExporter:
                 self._base = open_checkpoint(found.folder, found.repo_id, found.revision)
             self._base.check_unchanged()
             return self._base
-
-    def _digest(self, adapter: Adapter, base: Checkpoint) -> str:
-        facts = [__version__, adapter.digest, base.fingerprint, self._dtype]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]

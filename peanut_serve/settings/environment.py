@@ -8,17 +8,20 @@ from pathlib import Path
 from converters.errors import OptionError
 from converters.serving import parse_size
 
-ADAPTERS, CACHE, CACHE_SIZE, DEVICE = (
+ADAPTERS, CACHE, CACHE_SIZE, DEVICE, STATE = (
     "PEANUT_ADAPTERS",
     "PEANUT_CACHE",
     "PEANUT_CACHE_SIZE",
     "PEANUT_DEVICE",
+    "PEANUT_STATE",
 )
+
+ALLOW_UNTESTED = "PEANUT_ALLOW_UNTESTED_VLLM"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the plugin in `lora` mode; see peanut_serve/README.md.
+    """Settings of the plugin without `peanut-serve`, and of offline use; see peanut_serve/README.md.
 
     Attributes:
         roots: PEANUT_ADAPTERS, folders of adapters or Hub ids, separated by `:`; if it is not set, the plugin is

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # LoRA on top of the base's weights; merged weights, swapped for each variant; LoRA if an adapter is exactly LoRA
 Mode = Literal["lora", "merged", "auto"]
@@ -19,9 +19,10 @@ class ServeOptions:
         mode: how variants are served.
         cache: folder for evaluated LoRA adapters; None for the default.
         cache_size: its size limit, for example `20GB`; None for the default.
-        swapping: options of `swap_settings`, checked only if weights are swapped.
+        serving: the other options of `server_settings`.
         dry_run: print the vLLM command instead of starting it.
         vllm: options that are passed to vLLM.
+        allow_untested_vllm: start although the installed vLLM was not tested.
     """
 
     base: str
@@ -29,6 +30,7 @@ class ServeOptions:
     mode: Mode = "lora"
     cache: Path | None = None
     cache_size: str | None = None
-    swapping: Mapping[str, object] = field(default_factory=dict)
+    serving: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     vllm: tuple[str, ...] = ()
+    allow_untested_vllm: bool = False

@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from converters import Checkpoint
-from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.lora.folders import Load
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.self_test import LearningEngine
 from peanut_serve.swapping.server import VariantServer
-from peanut_serve.swapping.swappable import make_swappable
+from peanut_serve.swapping.swappable import keep_base_weights, make_swappable
 from peanut_serve.variants.catalogue import Catalogue
-from peanut_serve.variants.opening import FitsLora, VersionOpener
+from peanut_serve.variants.lora_export import LoraLimits
+from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
 
@@ -21,18 +23,20 @@ class Host:
     Attributes:
         base: the checkpoint that the engine was started from.
         base_names: names of the base; the first is used if a request names no variant.
-        fits_lora: see `VersionOpener`.
+        load_lora: loads a LoRA adapter into the engine.
+        lora: what the engine allows as LoRA; see `VersionOpener`.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
     """
 
     base: Checkpoint
     base_names: Sequence[str]
-    fits_lora: FitsLora | None = None
+    load_lora: Load
+    lora: LoraLimits | None = None
     on_active: Callable[[str], None] = lambda digest: None
 
 
-async def assemble_server(settings: SwapSettings, engine: LearningEngine, host: Host) -> VariantServer:
-    """Run the engine's self-test, and build a server around it; call its `start` to serve.
+async def assemble_server(settings: ServerSettings, engine: LearningEngine, host: Host) -> VariantServer:
+    """Build a server around an engine, after its self-test if weights are swapped; call its `start` to serve.
 
     Args:
         settings: the operator's choices.
@@ -43,8 +47,12 @@ async def assemble_server(settings: SwapSettings, engine: LearningEngine, host: 
         SelfTestError: the engine does not swap the weights of this model correctly.
         OptionError: the roots or the state folder cannot be used.
     """
-    swappable = await make_swappable(engine, host.base, base_on_host=settings.base_copy == "host")
-    opener = VersionOpener(swappable.model, settings.device, host.fits_lora)
+    merges = settings.mode != "lora"
+    if merges:
+        swappable = await make_swappable(engine, host.base, base_on_host=settings.base_copy == "host")
+    else:
+        swappable = await keep_base_weights(engine, host.base)
+    opener = VersionOpener(swappable.model, settings.device, host.lora, merges)
     roots, store = AdapterRoots(settings.roots), VariantStore(settings.state)
-    catalogue = Catalogue(host.base_names, roots, store, opener)
-    return VariantServer(settings, swappable, catalogue, host.on_active)
+    catalogue = Catalogue(host.base_names, roots, store, opener, settings.settle)
+    return VariantServer(settings, swappable, catalogue, host.load_lora, host.on_active)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peanut_serve.errors import EngineDownError, SwapError
-from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.gate import Gate
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant
@@ -67,7 +67,7 @@ class SwapDriver:
         swappable: SwappableEngine,
         gate: Gate,
         cache: HostCache,
-        settings: SwapSettings,
+        settings: ServerSettings,
         name_of: Callable[[str], str | None],
         on_active: Callable[[str], None],
     ) -> None:

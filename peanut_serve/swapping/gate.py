@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from dataclasses import dataclass, field
 
 from peanut_serve.errors import QueueFullError
 from peanut_serve.swapping.policy import Queue
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+ABORT_SECONDS = 10.0  # for aborted requests to tell their clients, and to end
 
 
 @dataclass(eq=False)
@@ -82,14 +87,27 @@ class Gate:
         return len(self._queues.get(digest, ()))
 
     async def drain(self, seconds: float) -> None:
-        """Admit no requests, and return when none is running; those still running after `seconds` are aborted."""
+        """Admit no requests, and return when none is running; those still running after `seconds` are aborted.
+
+        A request that has not ended `ABORT_SECONDS` after that no longer counts as running: nothing that it still
+        does may use the engine.
+        """
         self._is_open = False
-        try:
-            await asyncio.wait_for(self._idle.wait(), seconds if seconds > 0 else 0.001)
-        except asyncio.TimeoutError:
+        if await self._is_idle_within(seconds):
+            return
+        for ticket in list(self.running):
+            ticket.abort()
+        if not await self._is_idle_within(ABORT_SECONDS):
+            logger.error("%d aborted requests have not ended, and are left behind", len(self.running))
             for ticket in list(self.running):
-                ticket.abort()
-            await self._idle.wait()
+                self.leave(ticket)
+
+    async def _is_idle_within(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._idle.wait(), max(seconds, 0.001))
+        except asyncio.TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         """Admit no more requests."""

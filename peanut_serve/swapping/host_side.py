@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.swappable import SwappableEngine
+from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.host_cache import HostCache
 from peanut_serve.variants.version import Version
 
@@ -17,14 +18,15 @@ class HostSide:
 
     Args:
         limit: of evaluated weights, in bytes.
+        evaluations: bounds the evaluations.
         swappable: the engine whose model is served.
 
     Attributes:
         cache: the evaluated weights.
     """
 
-    def __init__(self, limit: int, swappable: SwappableEngine) -> None:
-        self.cache = HostCache(limit)
+    def __init__(self, limit: int, evaluations: Evaluations, swappable: SwappableEngine) -> None:
+        self.cache = HostCache(limit, evaluations)
         self._model, self._base_weights = swappable.model, swappable.base_weights
         self._pinned: dict[str, str] = {}  # name -> digest
 

@@ -1,7 +1,7 @@
 """Prometheus metrics of hot-swapping, served with vLLM's own under /metrics.
 
-The label `variant` is a name from the catalogue, never an arbitrary one from a client, so the number of series is
-bounded.
+The label `variant` is a name from the catalogue, never an arbitrary one from a client, and the series of a name end
+with it, so their number is bounded.
 """
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -22,3 +22,19 @@ HOST_CACHE = Gauge("peanut_host_cache_bytes", "Size of the evaluated weights in 
 BASE_COPY = Gauge("peanut_base_copy_bytes", "Size of the base's weights in host memory.")
 READY = Gauge("peanut_ready", "1 while requests can be answered.")
 WAITING = Gauge("peanut_waiting_requests", "Requests waiting for a swap.")
+
+_BY_VARIANT = {
+    REQUESTS: ("variant", "outcome"),
+    TOKENS: ("variant", "kind"),
+    QUEUE_SECONDS: ("variant",),
+    SWAPS: ("variant", "outcome"),
+}
+
+
+def forget(variant: str) -> None:
+    """Remove the series of a variant that is no longer served."""
+    for metric, names in _BY_VARIANT.items():
+        samples = [sample for family in metric.collect() for sample in family.samples]
+        for labels in {tuple(sample.labels[name] for name in names) for sample in samples}:
+            if labels[0] == variant:
+                metric.remove(*labels)

@@ -46,7 +46,7 @@ async def run_self_test(engine: LearningEngine, base: Checkpoint) -> tuple[Loade
     Raises `SelfTestError` if an answer of the engine is not the expected one.
     """
     start = time.perf_counter()
-    canary = await _measure_canary(engine)
+    canary = await measure_canary(engine)
     groups = await _load(engine, engine.learn, [info for info in base.tensors.values() if info.is_float])
     model = LoadedModel(base, groups)
     await _expect(engine, canary, "after its own weights were loaded again")
@@ -68,7 +68,7 @@ async def run_self_test(engine: LearningEngine, base: Checkpoint) -> tuple[Loade
 _ADVICE = "this vLLM cannot swap the weights of this model; use --mode lora, or serve each merged folder separately"
 
 
-async def _measure_canary(engine: Engine) -> Canary:
+async def measure_canary(engine: Engine) -> Canary:
     """The canary's answer, with a tolerance measured by repeating it."""
     answers = [await engine.ask_canary() for _ in range(_REPEATS)]
     loose = replace(answers[0], tolerance=float("inf"))

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from converters.errors import PeanutError
 from peanut_serve.errors import EngineDownError, VariantInUseError
-from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.lora.cache import LoraCache
+from peanut_serve.lora.folders import Load, LoraFolder, LoraFolders
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.driver import SwapDriver, SwapUsage
 from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
@@ -18,24 +20,29 @@ from peanut_serve.swapping.gate import Gate, Places, Ticket
 from peanut_serve.swapping.host_side import HostSide
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
-from peanut_serve.variants.version import VariantKind, Version
+from peanut_serve.variants.evaluations import Evaluations
+from peanut_serve.variants.version import Version
 
 logger = logging.getLogger("vllm.peanut_serve")
 
 _POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Admitted:
     """A request that may run.
 
     Attributes:
         name: of the variant.
         version: the weights that answer it.
+        is_running: whether it still may; afterwards, the engine may have other weights.
+        lora: the LoRA adapter that it uses on top of the base's weights, if it does.
     """
 
     name: str
     version: Version
+    is_running: Callable[[], bool]
+    lora: LoraFolder | None = None
 
 
 @dataclass
@@ -53,29 +60,36 @@ class VariantServer:
         settings: the operator's choices.
         swappable: the engine; it has the base's weights.
         catalogue: the variants.
+        load_lora: loads a LoRA adapter into the engine.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
     """
 
     def __init__(
         self,
-        settings: SwapSettings,
+        settings: ServerSettings,
         swappable: SwappableEngine,
         catalogue: Catalogue,
+        load_lora: Load,
         on_active: Callable[[str], None],
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
         self.in_flight: Counter[str] = Counter()  # name -> waiting and running requests
-        self._host = HostSide(settings.host_cache, swappable)
+        evaluations = Evaluations(settings.max_evaluations)
+        self._host = HostSide(settings.host_cache, evaluations, swappable)
+        cache = LoraCache(settings.cache, settings.cache_bytes)
+        self._lora = LoraFolders(cache, evaluations, load_lora, lambda: self.swapper.restarts)
         self.cache = self._host.cache
         self.places = Places(settings.max_queue)
         self.gate = Gate(catalogue.base.digest)
         self.driver = SwapDriver(swappable, self.gate, self.cache, settings, catalogue.name_of, on_active)
+        self._listed: set[str] = set()
         self._driving: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     async def start(self) -> None:
         """Evaluate the preloaded and pinned variants, and start serving. Raises `PeanutError` if that fails."""
+        await self.names()  # a message about an unknown name lists those that are known
         requested = [*self.settings.preload, *self.settings.pin]
         remembered = [name for name, record in self.catalogue.records.variants.items() if record.pinned]
         for name in dict.fromkeys([*requested, *remembered]):
@@ -113,14 +127,25 @@ class VariantServer:
         """The variant that an operator activated last, possibly before a restart."""
         return self.catalogue.records.active
 
-    def names(self) -> list[str]:
-        """Every name that a request can use, the base's first."""
-        return self.catalogue.names()
+    async def names(self, missing: bool = False) -> list[str]:
+        """Every name that a request can use, the base's first; see `Catalogue.names`."""
+        found = await self.catalogue.names(missing)
+        if not missing:
+            gone, self._listed = self._listed - set(found), set(found)
+            for name in gone:
+                if self.in_flight[name] == 0:
+                    self._forget(name)
+        return found
 
-    def is_lora(self, name: str) -> bool:
-        """Whether a variant is known to be served as LoRA on top of the base."""
-        version = self.catalogue.find(name).version
-        return version is not None and version.kind is VariantKind.LORA
+    def _forget(self, name: str) -> None:
+        """Remove what was counted for a name that is no longer served."""
+        metrics.forget(name)
+        self.usage.pop(name, None)
+        self.in_flight.pop(name, None)
+
+    def has(self, name: str) -> bool:
+        """Whether a request can use a name."""
+        return self.catalogue.has(name)
 
     async def prepare(self, name: str) -> Version:
         """The current version of a variant, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
@@ -153,7 +178,8 @@ class VariantServer:
                 waiting.close()
                 try:
                     self._record_use(name, arrival)
-                    yield Admitted(name, version)
+                    lora = await self._lora.load(name, version) if version.lora is not None else None
+                    yield Admitted(name, version, lambda: ticket in self.gate.running, lora)
                 finally:
                     self.gate.leave(ticket)
             finally:
@@ -161,17 +187,20 @@ class VariantServer:
 
     async def _current(self, name: str, holds: ExitStack) -> Version:
         """The current version of a variant, prepared; its weights are held in host memory until `holds` is closed."""
-        variant, version = await self.catalogue.current(name, self._preparing(holds))
+        variant, version = await self.catalogue.current(name, self._preparing(name, holds))
         self._update_pin(variant, version)
         return version
 
-    def _preparing(self, holds: ExitStack) -> Prepare:
-        """A function that prepares a version, and holds its weights in host memory until `holds` is closed."""
+    def _preparing(self, name: str, holds: ExitStack) -> Prepare:
+        """A function that prepares a version, and holds what a request for it needs until `holds` is closed."""
 
         async def prepare(version: Version) -> None:
+            """Evaluate its weights, or its LoRA adapter."""
             if version.has_own_weights:
                 await self._host.prepare(version, holds)
                 self.driver.add_version(version)
+            elif version.lora is not None:
+                await self._lora.prepare(name, version, holds)
 
         return prepare
 
@@ -233,14 +262,14 @@ class VariantServer:
         self.catalogue.unregister(name)  # new requests no longer find it
         while self.in_flight[name]:
             await asyncio.sleep(_POLL_SECONDS)
-        self.usage.pop(name, None)
+        self._forget(name)
         if digest is not None and self.catalogue.name_of(digest) is None:
             self.cache.drop(digest)
 
     async def reload(self, name: str) -> None:
         """Read the files of a variant again, and retry a failed swap. Raises the same errors as `prepare`."""
         with ExitStack() as holds:
-            variant = await self.catalogue.reload(name, self._preparing(holds))
+            variant = await self.catalogue.reload(name, self._preparing(name, holds))
             if variant.version is not None:
                 self.driver.clear_failure(variant.version.digest)
             self._update_pin(variant, variant.version)
@@ -248,7 +277,7 @@ class VariantServer:
     async def rollback(self, name: str, digest: str | None) -> None:
         """Roll back to an earlier version; see `Catalogue.rollback`."""
         with ExitStack() as holds:
-            variant = await self.catalogue.rollback(name, digest, self._preparing(holds))
+            variant = await self.catalogue.rollback(name, digest, self._preparing(name, holds))
             self._update_pin(variant, variant.version)
 
     async def pin(self, name: str, pinned: bool) -> None:

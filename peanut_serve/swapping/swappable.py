@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from converters import Checkpoint
-from peanut_serve.swapping.self_test import LearningEngine, run_self_test
+from peanut_serve.swapping.self_test import LearningEngine, measure_canary, run_self_test
 from peanut_serve.swapping.transaction import Engine, Swapper
 from peanut_serve.variants.host_cache import BaseWeights
 from peanut_serve.variants.version import LoadedModel, base_version
@@ -11,7 +11,7 @@ from peanut_serve.variants.version import LoadedModel, base_version
 
 @dataclass(frozen=True, eq=False)
 class SwappableEngine:
-    """An engine that has passed the self-test.
+    """An engine that has passed the self-test, or whose weights stay the base's.
 
     Attributes:
         engine: the engine; it starts with the base's weights.
@@ -40,3 +40,10 @@ async def make_swappable(engine: LearningEngine, base: Checkpoint, base_on_host:
     base_weights = BaseWeights(base, on_host=base_on_host)
     swapper = Swapper(engine, model, base_weights.tensors, base_version(base), canary)
     return SwappableEngine(engine, model, swapper, base_weights)
+
+
+async def keep_base_weights(engine: Engine, base: Checkpoint) -> SwappableEngine:
+    """Set up an engine whose weights stay the base's: every variant is LoRA on top of them. It can be restarted."""
+    model, base_weights = LoadedModel(base, ()), BaseWeights(base, on_host=False)
+    canary = await measure_canary(engine)
+    return SwappableEngine(engine, model, Swapper(engine, model, {}, base_version(base), canary), base_weights)

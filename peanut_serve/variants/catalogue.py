@@ -2,13 +2,22 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import OptionError, PeanutError
 from converters.serving import find_adapter
-from peanut_serve.errors import TryLaterError, UnknownVariantError, VariantError, VariantNameError
+from peanut_serve.errors import (
+    BeingWrittenError,
+    TryLaterError,
+    UnknownVariantError,
+    VariantError,
+    VariantNameError,
+    shown,
+)
+from peanut_serve.variants.listing import Listing
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.roots import AdapterRoots, State, VariantSource, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
@@ -17,6 +26,7 @@ from peanut_serve.variants.version import VariantKind, Version, base_version
 logger = logging.getLogger("vllm.peanut_serve")
 
 _TRIES = 3
+_SHOWN = 10  # names in a message
 _PREVIOUS = 5  # earlier versions that are kept for rollback
 
 
@@ -50,12 +60,19 @@ class Catalogue:
         roots: where variants are looked up.
         store: the state folder.
         opener: opens versions of the variants.
+        settle: seconds that files must not have changed for before a new version is taken from them.
     """
 
     def __init__(
-        self, base_names: Iterable[str], roots: AdapterRoots, store: VariantStore, opener: VersionOpener
+        self,
+        base_names: Iterable[str],
+        roots: AdapterRoots,
+        store: VariantStore,
+        opener: VersionOpener,
+        settle: float = 1.0,
     ) -> None:
-        self._roots, self._store, self._opener = roots, store, opener
+        self._roots, self._store, self._opener, self._settle = roots, store, opener, settle
+        self._listing = Listing(roots)
         checkpoint = opener.model.base
         self.base = base_version(checkpoint)
         self.bases = {name: Variant(name, Record(source=str(checkpoint.folder)), self.base) for name in base_names}
@@ -65,11 +82,20 @@ class Catalogue:
             name: Variant(name, record) for name, record in self.records.variants.items()
         }
 
-    def names(self) -> list[str]:
-        """Every name that a request can use, the base's first."""
-        known = {name for name, variant in self._variants.items() if not variant.record.hidden}
-        hidden = set(self._variants) - known
-        return [*self.bases, *sorted((known | set(self._roots.names())) - hidden - set(self.bases))]
+    async def names(self, missing: bool = False) -> list[str]:
+        """Every name that a request can use, the base's first. The folders are read at most once a second.
+
+        Args:
+            missing: also names in the records whose files were removed.
+        """
+        return self._with_names(await self._listing.names(), missing)
+
+    def _with_names(self, in_roots: Iterable[str], missing: bool = False) -> list[str]:
+        found = set(in_roots)
+        records = {name: variant.record for name, variant in self._variants.items()}
+        hidden = {name for name, record in records.items() if record.hidden}
+        known = {name for name, record in records.items() if missing or record.source in found}
+        return [*self.bases, *sorted((known | found) - hidden - set(self.bases))]
 
     def find(self, name: str) -> Variant:
         """Find a variant without reading its files. Raises `UnknownVariantError`."""
@@ -79,9 +105,19 @@ class Catalogue:
         if variant is None and self._roots.exists(name):
             variant = self._variants[name] = Variant(name, Record(source=name))
         if variant is None or variant.record.hidden:
-            available = ", ".join(self.names())
-            raise UnknownVariantError(f"there is no variant {name}; the available variants are {available}")
+            available = self._with_names(self._listing.latest)
+            more = f" and {len(available) - _SHOWN} more" if len(available) > _SHOWN else ""
+            some = ", ".join(available[:_SHOWN]) + more
+            raise UnknownVariantError(f"there is no variant {shown(name)}; the available variants are {some}")
         return variant
+
+    def has(self, name: str) -> bool:
+        """Whether a request can use a name. Reads no files but those of this name."""
+        try:
+            self.find(name)
+        except UnknownVariantError:
+            return False
+        return True
 
     def name_of(self, digest: str) -> str | None:
         """A name that refers to a version, if there is one."""
@@ -160,13 +196,13 @@ class Catalogue:
         is_hidden = name in self._variants and self._variants[name].record.hidden
         taken = name in self.bases or (name in self._variants and not is_hidden)
         if taken or (self._roots.find(name) is not None and not (is_hidden and name == source)):
-            raise VariantNameError(f"there is already a variant {name}; choose another name")
+            raise VariantNameError(f"there is already a variant {shown(name)}; choose another name")
         if not self._roots.is_name(name):
             raise VariantNameError(
-                f"{name!r} is not a valid name; use letters, digits, '.', '_' and '-', at most 128"
+                f"{shown(name)} is not a valid name; use letters, digits, '.', '_' and '-', at most 128"
             )
         if self._roots.find(source) is None:
-            raise VariantError(f"{source} is neither in the folders of variants nor an allowed Hub id")
+            raise VariantError(f"{shown(source)} is neither in the folders of variants nor an allowed Hub id")
         variant = Variant(name, Record(source=source))
         self._save({name: variant.record})
         self._variants[name] = variant
@@ -217,6 +253,8 @@ class Catalogue:
             version = None
             if variant.record.digest is not None and state == variant.record.seen:  # unchanged since a restart
                 version = await asyncio.to_thread(self._reopen, variant, source, variant.record.digest)
+            if version is None:
+                state = await self._settled(variant, source, state)
             for _ in range(_TRIES):
                 if version is not None:
                     break
@@ -224,15 +262,36 @@ class Catalogue:
                 before, state = state, await asyncio.to_thread(source.state)
                 version = opened if state == before else None
             if version is None:
-                raise VariantError(f"the files of {variant.name} are being written; try again when they are complete")
+                raise BeingWrittenError(
+                    f"the files of {variant.name} are being written; try again when they are complete"
+                )
             await self._move(variant, version, state, prepare)
             return version
+        except TryLaterError:
+            raise  # nothing is wrong with it
         except (PeanutError, OSError) as error:
             variant.error = " ".join(str(error).split())
             variant.version = None
-            if isinstance(error, UnknownVariantError | TryLaterError):
+            if isinstance(error, UnknownVariantError):
                 raise
             raise VariantError(f"the variant {variant.name} cannot be served: {variant.error}") from error
+
+    async def _settled(self, variant: Variant, source: VariantSource, state: State) -> State:
+        """Wait until the files have rested; the state that they have then.
+
+        Raises `BeingWrittenError` if that takes longer than a request should wait.
+        """
+        left = await asyncio.to_thread(source.unsettled_seconds, self._settle)
+        if left > self._settle:
+            raise BeingWrittenError(
+                f"the files of {variant.name} end in zeros and have just changed, so they may be incomplete; try "
+                f"again in {math.ceil(left)} s",
+                math.ceil(left),
+            )
+        if left == 0:
+            return state
+        await asyncio.sleep(left)
+        return await asyncio.to_thread(source.state)
 
     async def _move(self, variant: Variant, version: Version, state: State, prepare: Prepare) -> None:
         await prepare(version)

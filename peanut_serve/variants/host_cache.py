@@ -7,27 +7,33 @@ from contextlib import contextmanager
 
 from converters import Checkpoint
 from converters.serving import TensorInfo, TensorReader, TensorSpec
+from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
 from peanut_serve.variants.version import Version
 
 
 class HostCache:
-    """Weights by digest. For one event loop; evaluation runs in threads, one at a time.
+    """Weights by digest. For one event loop; evaluation runs in threads.
 
     Held and pinned weights are kept. Of the others, the least recently used are dropped to make room.
 
     Args:
         limit: size limit, in bytes.
+        evaluations: bounds the evaluations.
         evaluate: evaluates the weights of a version.
     """
 
-    def __init__(self, limit: int, evaluate: Callable[[Version], HostWeights] = Version.evaluate) -> None:
+    def __init__(
+        self,
+        limit: int,
+        evaluations: Evaluations,
+        evaluate: Callable[[Version], HostWeights] = Version.evaluate,
+    ) -> None:
         self.limit = limit
-        self._evaluate = evaluate
+        self._evaluations, self._evaluate = evaluations, evaluate
         self._weights: dict[str, HostWeights] = {}  # the least recently used first
         self._holds: Counter[str] = Counter()
         self._pins: set[str] = set()
-        self._evaluating = asyncio.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -41,12 +47,13 @@ class HostCache:
     async def load(self, version: Version) -> HostWeights:
         """The weights of a version, evaluated if they are not cached. Unless held, they may be dropped at any time.
 
-        Raises `HostMemoryError` if they do not fit with the held and pinned weights, and what evaluation raises.
+        Raises `HostMemoryError` if they do not fit with the held and pinned weights, `QueueFullError`, and what
+        evaluation raises.
         """
         if (weights := self._used(version.digest)) is not None:
             return weights  # without waiting for a running evaluation
         # a thread cannot be cancelled: if the caller is, the evaluated weights are kept anyway
-        return await asyncio.shield(self._load(version))
+        return await self._evaluations.run(version.digest, lambda: self._load(version))
 
     def _used(self, digest: str) -> HostWeights | None:
         weights = self._weights.pop(digest, None)
@@ -55,12 +62,11 @@ class HostCache:
         return weights
 
     async def _load(self, version: Version) -> HostWeights:
-        async with self._evaluating:
-            weights = self._used(version.digest)
-            if weights is None:
-                self._make_room(version)
-                weights = self._weights[version.digest] = await asyncio.to_thread(self._evaluate, version)
-            return weights
+        weights = self._used(version.digest)
+        if weights is None:
+            self._make_room(version)
+            weights = self._weights[version.digest] = await asyncio.to_thread(self._evaluate, version)
+        return weights
 
     @contextmanager
     def holding(self, digest: str) -> Iterator[None]:

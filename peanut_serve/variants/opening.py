@@ -1,7 +1,8 @@
 """Opening versions: an adapter or a merged checkpoint, checked against the base and the running model."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from converters import Plan, Weighted, load_adapter, open_checkpoint
 from converters.errors import ConversionError, MissingScalingError, PeanutError
 from converters.serving import (
+    VLLM_RANKS,
     Pipeline,
     TensorInfo,
     TensorPlan,
@@ -28,14 +30,16 @@ from converters.serving import (
 )
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.lora_export import LoraLimits, lora_export
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.variants.version import LoadedModel, VariantKind, Version, digest_of
 
+logger = logging.getLogger("vllm.peanut_serve")
+
+_USE_MERGED = "serve it with --mode merged or auto"
+
 # keys of config.json that do not change what the model computes
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
-
-# whether vLLM can serve a LoRA adapter of this rank, on modules whose names end in these
-FitsLora = Callable[[int, frozenset[str]], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +49,23 @@ class VersionOpener:
     Attributes:
         model: the running model.
         device: where f is evaluated.
-        fits_lora: whether vLLM can serve an adapter that is exactly LoRA as LoRA; None if adapters are always merged.
+        lora: what vLLM allows as LoRA; None if adapters are always merged.
+        merges: whether weights can be merged into the engine; if not, everything has to be LoRA.
     """
 
     model: LoadedModel
     device: str
-    fits_lora: FitsLora | None = None
+    lora: LoraLimits | None = None
+    merges: bool = True
 
     def adapter(self, name: str, source: Path | str) -> Version:
         """Open a version of an adapter; see `adapter_version`."""
-        return adapter_version(name, source, self.model, self.device, self.fits_lora)
+        return adapter_version(name, source, self)
 
     def checkpoint(self, name: str, folder: Path) -> Version:
         """Open a version of a merged checkpoint; see `checkpoint_version`."""
+        if not self.merges:
+            raise VariantError(f"{name} is a merged model, which --mode lora does not serve; {_USE_MERGED}")
         return checkpoint_version(name, folder, self.model)
 
     def keep_adapter(self, name: str, source: Path, store: VariantStore) -> Version:
@@ -71,17 +79,29 @@ class VersionOpener:
         except BaseException:
             store.discard(copy)
             raise
-        is_new = store.keep(copy, version.digest)
+        if (earlier := self.reopen_adapter(name, version.digest, store)) is not None:
+            store.discard(copy)  # it has the same θ for another name, perhaps in another layout, with other keys
+            return earlier
+        store.keep(copy, version.digest)
         kept = store.theta(version.digest)
         if kept is None:
             raise VariantError(f"the copy of {name} was removed while it was opened; try again")
-        # the store may already have the same θ in another layout, with other keys
-        return version if is_new and theta.move_to(kept) else self.adapter(name, kept)
+        return version if theta.move_to(kept) else self.adapter(name, kept)
 
     def reopen_adapter(self, name: str, digest: str, store: VariantStore) -> Version | None:
-        """Open the version that a store keeps under a digest, if there is one."""
+        """Open the version that a store keeps under a digest. None if there is none, or if it is damaged."""
         kept = store.theta(digest)
-        return None if kept is None else self.adapter(name, kept)
+        if kept is None:
+            return None
+        try:
+            version = self.adapter(name, kept)
+        except (PeanutError, OSError) as error:
+            logger.warning("the kept copy of %s cannot be used: %s", name, error)
+            return None
+        if version.digest != digest:
+            logger.warning("the kept copy of %s is damaged: its digest is %s", name, version.digest[:12])
+            return None
+        return version
 
 
 class _MovableTheta:
@@ -138,22 +158,18 @@ class _EvaluateJob:
             self.into.put(self.tensor.name, block)
 
 
-def adapter_version(
-    name: str, source: Path | str, model: LoadedModel, device: str, fits_lora: FitsLora | None
-) -> Version:
+def adapter_version(name: str, source: Path | str, opener: VersionOpener) -> Version:
     """Open a version of an adapter. Reads θ, but only the headers of the base.
 
     Args:
         name: of the variant, for messages.
         source: folder, weights file or Hub id.
-        model: the running model.
-        device: where f is evaluated.
-        fits_lora: see `VersionOpener`.
+        opener: the running model, and how it serves adapters.
 
-    Raises `PeanutError` if the adapter is damaged, was trained on another base, or changes tensors that the running
-    model does not have.
+    Raises `PeanutError` if the adapter is damaged, was trained on another base, changes tensors that the running
+    model does not have, or is neither LoRA nor may be merged.
     """
-    return _open_adapter(name, source, VersionOpener(model, device, fits_lora))[0]
+    return _open_adapter(name, source, opener)[0]
 
 
 def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple[Version, _MovableTheta]:
@@ -167,8 +183,14 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
     adapter = replace(adapter, store=theta)
     check_base(base, adapter, force=False)
     plan = plan_merge(base, [Weighted(adapter)])
-    if opener.fits_lora is not None and _is_lora(plan, opener.fits_lora):
-        return Version(digest_of("lora", adapter.digest, base.fingerprint), VariantKind.LORA), theta
+    if opener.lora is not None:
+        refusal = _lora_refusal(plan, opener.lora)
+        if refusal is None:
+            export = lora_export(name, adapter, base, opener.lora.dtype, opener.device)
+            digest = digest_of("lora", adapter.digest, base.fingerprint)
+            return Version(digest, VariantKind.LORA, lora=export), theta
+        if not opener.merges:
+            raise VariantError(f"{name}: {refusal}; {_USE_MERGED}")
     changed = [tensor for tensor in plan.tensors if not tensor.is_untouched]
     opener.model.check(name, [tensor.spec for tensor in changed])
 
@@ -182,13 +204,16 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
     return Version(digest, VariantKind.ADAPTER, tuple(tensor.spec for tensor in changed), write), theta
 
 
-def _is_lora(plan: Plan, fits: FitsLora) -> bool:
+def _lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
+    """Why vLLM cannot serve a planned merge as LoRA; None if it can."""
     try:
         converted = as_lora(plan, plan.base.folder)
-    except ConversionError:
-        return False
+    except ConversionError as error:
+        return str(error)
     kinds = frozenset(module.rsplit(".", 1)[-1] for module in converted.modules)
-    return converted.max_lora_rank is not None and fits(converted.r, kinds)
+    if converted.max_lora_rank is None:
+        return f"its rank is {converted.r}, vLLM serves up to {VLLM_RANKS[-1]}"
+    return limits.refusal(converted.r, kinds)
 
 
 def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:

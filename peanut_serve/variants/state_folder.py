@@ -1,24 +1,31 @@
 """The state that is kept across restarts: the names, the version each refers to, and copies of θ.
 
-    FOLDER/variants.json      the records
-    FOLDER/theta/DIGEST/      θ of the version with this digest, so that a name can be rolled back to it
-    FOLDER/lock               locked by the server that uses the folder
+    FOLDER/variants.json           the records
+    FOLDER/variants-BASE.json      records that were set aside, because the server was started with another base
+    FOLDER/theta/DIGEST/           θ of the version with this digest, so that a name can be rolled back to it
+    FOLDER/lock                    locked by the server that uses the folder
 
 θ is small; merged checkpoints are not copied.
 """
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from converters.errors import OptionError
 from peanut_serve.variants.roots import State
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+SCHEMA = 1  # of variants.json; raised when an older server would misread it
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -49,6 +56,7 @@ class Records(BaseModel):
     """The contents of variants.json.
 
     Attributes:
+        schema_version: of the file.
         base: fingerprint of the base that the digests depend on.
         active: name of the variant that an operator activated last.
         variants: name -> record.
@@ -56,6 +64,7 @@ class Records(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    schema_version: int = SCHEMA
     base: str
     active: str | None = None
     variants: dict[str, Record] = {}
@@ -82,20 +91,32 @@ class VariantStore:
                 f"another server uses {folder}; stop it, or start this one with another --state folder"
             ) from None
 
-    def load(self, fingerprint: str) -> Records:
-        """Read the records; they are empty if there are none, or if those found belong to another base.
+    def close(self) -> None:
+        """Let another process use the folder."""
+        os.close(self._lock)
 
-        Raises `OptionError` if they are damaged.
+    def load(self, fingerprint: str) -> Records:
+        """Read the records of a base; they are empty if there are none. Those of another base are set aside.
+
+        Raises `OptionError` if they are damaged, or were written by a newer version of this package.
         """
         path = self.folder / "variants.json"
-        if not path.exists():
+        found = _read(path)
+        if found is not None and found.base == fingerprint:
+            return found
+        if found is not None:
+            aside = self._aside(found.base)
+            path.replace(aside)
+            logger.warning("%s holds the records of another base; they are kept as %s", path, aside.name)
+        earlier = self._aside(fingerprint)
+        if (restored := _read(earlier)) is None:
             return Records(base=fingerprint)
-        try:
-            records = Records.model_validate_json(path.read_bytes())
-        except (ValidationError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise OptionError(f"{path} is damaged ({reason}); remove it to start without records") from None
-        return records if records.base == fingerprint else Records(base=fingerprint)
+        logger.warning("the records of this base were set aside as %s, and are used again", earlier.name)
+        earlier.replace(path)
+        return restored
+
+    def _aside(self, fingerprint: str) -> Path:
+        return self.folder / f"variants-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
 
     def save(self, records: Records) -> None:
         """Replace the records atomically."""
@@ -106,6 +127,7 @@ class VariantStore:
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).replace(self.folder / "variants.json")
+            _sync(self.folder)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -124,19 +146,24 @@ class VariantStore:
             self.discard(into)
             raise
 
-    def keep(self, copy: Path, digest: str) -> bool:
-        """Keep a copy as the θ of a version. If the store already has one, discard the copy and return False."""
+    def keep(self, copy: Path, digest: str) -> None:
+        """Keep a copy as the θ of a version, in place of one that the store has. Returns when it is on the disk."""
         temporary = copy if copy.is_dir() else copy.parent
         kept = self.folder / "theta" / digest
         try:
-            temporary.rename(kept)
-        except OSError:
-            if not kept.is_dir():
-                raise
-            # the store has it for another name, or from an earlier version
-            shutil.rmtree(temporary, ignore_errors=True)
-            return False
-        return True
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+            if kept.exists():
+                damaged = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".old-"))
+                kept.rename(damaged / "theta")
+                temporary.rename(kept)
+                shutil.rmtree(damaged, ignore_errors=True)
+            else:
+                temporary.rename(kept)
+            _sync(kept.parent)
+        except BaseException:
+            self.discard(copy)
+            raise
 
     def discard(self, copy: Path) -> None:
         """Remove a copy."""
@@ -156,11 +183,47 @@ class VariantStore:
             shutil.rmtree(self.folder / "theta" / digest, ignore_errors=True)
 
     def keep_only(self, digests: Iterable[str]) -> None:
-        """Remove every other θ, and the temporary copies of a killed process. Called at start-up."""
+        """Remove every other θ, and the temporary copies of a killed process. Called at start-up.
+
+        What records that were set aside refer to is kept as well.
+        """
         kept = set(digests)
+        for aside in self.folder.glob("variants-*.json"):
+            if (records := _read(aside)) is not None:
+                kept |= all_digests(records.variants)
         for path in (self.folder / "theta").iterdir():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(path: Path) -> Records | None:
+    """The records in a file; None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+        if (
+            isinstance(value, dict)
+            and isinstance(version := value.get("schema_version", 0), int)
+            and version > SCHEMA
+        ):
+            raise OptionError(
+                f"{path} has schema version {version}, expected at most {SCHEMA}: it was written by a newer "
+                "peanut-serve; use that one, or another --state folder"
+            )
+        return Records.model_validate(value)
+    except (ValueError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"{path} is damaged ({reason}); remove it to start without records") from None
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def all_digests(variants: Mapping[str, Record]) -> set[str]:

@@ -10,6 +10,7 @@ from converters import Checkpoint, __version__
 from converters.serving import TensorInfo, TensorSpec
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.lora_export import LoraExport
 
 
 class VariantKind(str, Enum):
@@ -30,12 +31,14 @@ class Version:
         kind: where the weights come from.
         specs: the tensors that differ from the base's.
         write: writes those tensors to host memory. Raises `PeanutError` on failure.
+        lora: how to write it as a LoRA adapter, if it is served as one.
     """
 
     digest: str
     kind: VariantKind
     specs: tuple[TensorSpec, ...] = ()
     write: Callable[[HostWeights], None] = lambda into: None
+    lora: LoraExport | None = None
 
     @property
     def nbytes(self) -> int:

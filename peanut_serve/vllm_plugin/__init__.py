@@ -4,24 +4,25 @@ import logging
 import multiprocessing
 import os
 
-from peanut_serve.settings.environment import ADAPTERS, Settings
+from peanut_serve.settings.environment import ADAPTERS, ALLOW_UNTESTED
+from peanut_serve.settings.server import VARIABLE
 
 logger = logging.getLogger("vllm.peanut_serve")
-
-_RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def register() -> None:
     """Entry point in `vllm.general_plugins`, which the server, the engine and every worker call, sometimes twice.
 
-    Fixes two bugs of LoRA in vLLM: on the CPU, and when an adapter is replaced. If PEANUT_ADAPTERS is set, serves the
-    adapters in it by name.
+    Ends the process with its parent. Fixes two bugs of LoRA in vLLM: on the CPU, and when an adapter is replaced. If
+    PEANUT_ADAPTERS is set, serves the adapters in it by name, as `peanut-serve --mode lora` does.
     """
     from peanut_serve.vllm_plugin.lora.identity import distinguish_versions
+    from peanut_serve.vllm_plugin.processes import end_with_parent
 
+    end_with_parent()
     distinguish_versions()
     _fix_cpu_lora()
-    if os.environ.get(ADAPTERS) and multiprocessing.parent_process() is None:
+    if multiprocessing.parent_process() is None and os.environ.get(ADAPTERS) and not os.environ.get(VARIABLE):
         _serve_adapters()
 
 
@@ -35,23 +36,12 @@ def _fix_cpu_lora() -> None:
 
 
 def _serve_adapters() -> None:
-    from vllm.lora.resolver import LoRAResolverRegistry
+    """Set up `vllm serve` as peanut-serve does before it starts vLLM."""
+    from peanut_serve.settings.launching import variables_of_environment
+    from peanut_serve.vllm_plugin.contract import check_vllm
+    from peanut_serve.vllm_plugin.processes import own_everything
 
-    if "peanut" in LoRAResolverRegistry.get_supported_resolvers():
-        return
-    from peanut_serve.vllm_plugin.lora.live_adapters import watch
-    from peanut_serve.vllm_plugin.lora.resolver import PeanutResolver
-
-    resolver = PeanutResolver(Settings.read())
-    LoRAResolverRegistry.register_resolver("peanut", resolver)
-    watch(resolver)
-    if _RUNTIME_LORA not in os.environ:
-        _resolve_without_routes()
-
-
-def _resolve_without_routes() -> None:
-    """Let vLLM call resolvers, without adding the routes that load any path that a client names."""
-    from vllm.entrypoints.serve.lora import api_router
-
-    os.environ[_RUNTIME_LORA] = "1"
-    api_router.attach_router = lambda app: None
+    for change in check_vllm(allow_untested=os.environ.get(ALLOW_UNTESTED) == "1"):
+        logger.warning("untested vLLM: %s", change)
+    own_everything()
+    os.environ.update(variables_of_environment())

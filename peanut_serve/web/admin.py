@@ -30,7 +30,7 @@ try:
     from fastapi.responses import JSONResponse, Response
     from fastapi.security import HTTPBearer
     from starlette.exceptions import HTTPException
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
     raise MissingDependencyError(
         f"the admin API needs fastapi and uvicorn, which vLLM brings ({error}): pip install 'peanut-serve[vllm]'"
@@ -38,6 +38,7 @@ except ImportError as error:
 
 # seconds that responses in progress get when the server stops; it does not wait longer for a swap
 _GRACE = 5
+_MOST_BYTES = 64 << 10  # of a body
 
 
 async def _control(request: Request) -> Control:
@@ -80,7 +81,7 @@ _routes = APIRouter(
 @_routes.get("/variants", summary="List all variants")
 async def list_variants(control: _Controlled) -> list[VariantStatus]:
     """The current state of every variant, including the base."""
-    return control.variants()
+    return await control.variants()
 
 
 @_routes.post("/variants", summary="Add a variant", status_code=201, responses=_refusals(409, 422, 503))
@@ -179,7 +180,7 @@ class _KeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] == "/healthz" or self._has_key(scope):
-            await self._app(scope, receive, send)
+            await self._app(scope, _limited(receive), send)
             return
         message = "the admin key is missing or wrong; send it as Authorization: Bearer KEY"
         refusal = _refusal(401, "AuthenticationError", message, {"WWW-Authenticate": "Bearer"})
@@ -189,6 +190,21 @@ class _KeyGuard:
         # compared as bytes: compare_digest accepts only ASCII in a str
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._key)
+
+
+def _limited(receive: Receive) -> Receive:
+    """Refuse a body that is larger than any that the API needs, before it is in memory."""
+    size = 0
+
+    async def limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > _MOST_BYTES:
+            raise HTTPException(413, f"the body is larger than {_MOST_BYTES >> 10} KiB")
+        return message
+
+    return limited
 
 
 def _refusal(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -16,9 +16,9 @@ class VariantControl:
         self._server = server
         self._preparing: Counter[str] = Counter()  # name -> number of operations in progress
 
-    def variants(self) -> list[VariantStatus]:
+    async def variants(self) -> list[VariantStatus]:
         """The state of every variant, including the base."""
-        return [self.variant(name) for name in self._server.names()]
+        return [self.variant(name) for name in await self._server.names(missing=True) if self._server.has(name)]
 
     def variant(self, name: str) -> VariantStatus:
         """The state of one variant."""

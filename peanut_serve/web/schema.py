@@ -92,7 +92,7 @@ class Control(Protocol):
     `EngineDownError` if it is not available.
     """
 
-    def variants(self) -> list[VariantStatus]:
+    async def variants(self) -> list[VariantStatus]:
         """The state of every variant, including the base."""
         ...
 

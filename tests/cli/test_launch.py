@@ -1,6 +1,5 @@
 """The command line and environment with which `peanut-serve` starts vLLM."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,9 +14,9 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from converters import Adapter, merge
-from converters.errors import AdapterError
-from peanut_serve.cli.launch import Found, find_adapters, swap_variables, vllm_options
-from peanut_serve.settings.swapping import SwapSettings, swap_settings
+from converters.errors import AdapterError, OptionError
+from peanut_serve.cli.launch import Found, base_names, find_adapters, server_variables, vllm_options
+from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.variants.roots import AdapterRoots
 
 
@@ -132,14 +131,18 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     assert merged.worker_extension_cls.endswith(".VariantWorker")
     auto = parsed(vllm_options(str(pair.base), "auto", Found({"a": 4, "b": 513}, frozenset({"q_proj"}), {}), []))
     assert (auto.enable_lora, auto.max_lora_rank) == (True, 16)  # b will be swapped
-    settings = swap_settings(str(pair.base), host_cache="2GiB", state=tmp_path, mode="merged", roots=["org/one"])
-    variables = swap_variables(settings, {})
+    settings = server_settings(
+        str(pair.base), host_cache="2GiB", state=tmp_path, mode="merged", roots=["org/one"], cache=tmp_path
+    )
+    variables = server_variables(settings, {})
     assert {"peanut_serve", "peanut_serve_variants"} <= set(variables["VLLM_PLUGINS"].split(","))
-    assert swap_variables(settings, {"VLLM_PLUGINS": "mine"})["VLLM_PLUGINS"] == "mine,peanut_serve_variants"
-    assert SwapSettings.read(variables) == settings
+    assert server_variables(settings, {"VLLM_PLUGINS": "mine"})["VLLM_PLUGINS"] == "mine,peanut_serve_variants"
+    assert ServerSettings.read(variables) == settings
     monkeypatch.delenv("PEANUT_ADMIN_KEY", raising=False)
     for options, refusal in (
         (["--data-parallel-size", "2"], "--data-parallel-size cannot be used with --mode merged"),
+        (["--lora-modules", "mine=/tmp"], "--lora-modules cannot be used with --mode merged: --adapters decides"),
+        (["--max-body", "much"], "'much' is not a valid size"),
         (["--host-cache", "much"], "'much' is not a valid size"),
         (["--max-wait", "-1"], "--max-wait is -1.0: input should be greater than or equal to 0"),
         (["--admin-port", "8001"], "--admin-port needs a key: set PEANUT_ADMIN_KEY"),
@@ -155,25 +158,54 @@ def test_an_adapter_on_the_hub(pair: Pair) -> None:
     assert "variants: me/style" in done.stdout, done.stderr
 
 
-@pytest.mark.slow  # vLLM is imported twice
-def test_vllm_finds_the_plugin_and_its_lora_routes_stay_closed(tasks: Path, tmp_path: Path) -> None:
-    """With `PEANUT_ADAPTERS=... vllm serve`, after the steps that vLLM runs before it builds the server."""
+def test_the_settings_in_a_config_file_of_vllm(pair: Pair, tasks: Path, tmp_path: Path) -> None:
+    """vLLM puts them behind the command line's, where the last one counts: ours are left out if they are in it."""
+    found = find_adapters(AdapterRoots([tasks]))
+    config = tmp_path / "vllm.yaml"
+    config.write_text("max_loras: 2\nhost: 0.0.0.0\n")
+    for given in (["--config", str(config)], [f"--config={config}"]):
+        options = vllm_options(str(pair.base), "lora", found, given)
+        assert {"--max-loras", "--host"} & set(options) == set()
+    config.write_text("lora-modules: []")
+    with pytest.raises(OptionError, match="--lora-modules cannot be used with --mode lora"):
+        vllm_options(str(pair.base), "lora", found, ["--config", str(config)])
+    config.write_text("model: other")
+    with pytest.raises(OptionError, match=r"sets model, which is --base"):
+        vllm_options(str(pair.base), "lora", found, ["--config", str(config)])
+    with pytest.raises(OptionError, match=r"--config .*none.yaml cannot be read"):
+        vllm_options(str(pair.base), "lora", found, ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_an_adapter_with_the_name_of_the_base(pair: Pair, tasks: Path, run_here: Run) -> None:
+    command = (
+        "peanut-serve",
+        "--base",
+        pair.base,
+        "--adapters",
+        tasks,
+        "--dry-run",
+        "--served-model-name",
+        "a",
+        "small",
+    )
+    assert "note: small will not be served: the base has this name" in run_here(*command).stderr
+    assert base_names(str(pair.base), ["--served-model-name=one", "--port", "1"]) == ["one"]
+    assert base_names(str(pair.base), ["--port", "1"]) == [pair.base.name]
+
+
+@pytest.mark.slow  # vLLM is imported
+def test_vllm_without_peanut_serve(tasks: Path, tmp_path: Path) -> None:
+    """`PEANUT_ADAPTERS=... vllm serve`: the plugin sets up what `peanut-serve --mode lora` would."""
     script = """
-import json, os
-from vllm.plugins import load_general_plugins
-from vllm.lora.resolver import LoRAResolverRegistry
+import os
+from vllm.plugins import load_endpoint_plugins, load_general_plugins
 load_general_plugins()
-from fastapi import FastAPI
-from vllm.entrypoints.serve.lora import api_router
-app = FastAPI()
-api_router.attach_router(app)
-routes = [route.path for route in app.routes if "lora" in route.path]
-print(json.dumps([sorted(LoRAResolverRegistry.get_supported_resolvers()), routes]))
+from peanut_serve.settings.server import ServerSettings
+settings = ServerSettings.read()
+print(settings.mode, settings.roots[0], [plugin.name for plugin in load_endpoint_plugins(("generate",))])
 """
-    for allowed, expected in ((None, False), ("1", True)):
-        environment = {**os.environ, "PEANUT_ADAPTERS": str(tasks), "PEANUT_CACHE": str(tmp_path / "cache")}
-        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": allowed} if allowed else {}
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-        resolvers, routes = json.loads(done.stdout.splitlines()[-1])
-        assert "peanut" in resolvers
-        assert bool(routes) == expected  # they are there if the user enabled them in vLLM
+    environment = {**os.environ, "PEANUT_ADAPTERS": str(tasks), "PEANUT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == f"lora {tasks} ['peanut_serve_variants']", done.stderr

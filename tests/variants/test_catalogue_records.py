@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from support.server.catalogue_site import Site
 from support.tiny_models import Pair, edit_json, edit_weights
 
 from converters.errors import OptionError
-from peanut_serve.errors import UnknownVariantError, VariantError
+from peanut_serve.errors import BeingWrittenError, UnknownVariantError, VariantError
 from peanut_serve.variants.catalogue import Catalogue
 from peanut_serve.variants.state_folder import VariantStore
 
@@ -73,15 +74,111 @@ def test_records_of_another_base(site: Site) -> None:
     assert site.digest() != first
 
 
+def test_records_of_another_base_are_set_aside(site: Site) -> None:
+    """A start with a wrong base loses nothing: not even that a name was removed."""
+    first = site.digest()
+    shutil.copytree(site.tasks / "v1", site.tasks / "v2")
+    site.digest("v2")
+    site.catalogue.register("alias-of-v1", "v1")
+    site.catalogue.pin("v1", True)
+    site.catalogue.unregister("v2")
+    right = (site.pair.base / "model.safetensors").read_bytes()
+    edit_weights(site.pair.base / "model.safetensors", lambda weights: {k: v * 2 for k, v in weights.items()})
+    site.start()
+    assert "v2" in site.names()
+    assert site.digest("v2") != first
+    (site.pair.base / "model.safetensors").write_bytes(right)
+    site.start()
+    assert site.names() == ["base", "alias", "alias-of-v1", "org/allowed", "v1"]
+    assert site.catalogue.find("v1").record.pinned
+    shutil.rmtree(site.tasks / "v1")  # the kept copy of this base is still there
+    shutil.copytree(site.tasks / "v2", site.tasks / "v1")
+    assert site.digest() == first
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing file"])
+def test_a_damaged_copy_is_made_anew(site: Site, damage: str) -> None:
+    """Whether the copy is read after a restart, or is found under the digest of files that are read again."""
+    first = site.digest()
+    for restarted in (True, False):
+        kept = site.state / "theta" / first / "adapter_model.safetensors"
+        whole = kept.read_bytes()
+        if damage == "flipped":
+            at = len(whole) - 5
+            kept.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+        elif damage == "truncated":
+            kept.write_bytes(whole[: len(whole) // 2])
+        elif damage == "empty":
+            kept.write_bytes(b"")
+        else:
+            kept.unlink()
+        if restarted:
+            site.start()
+        else:
+            asyncio.run(site.catalogue.reload("v1", site.preparing))
+        assert site.digest() == first
+        assert (site.state / "theta" / first / "adapter_model.safetensors").read_bytes() == whole
+    site.change()
+    site.digest()
+    (site.state / "theta" / first / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(VariantError, match="is no longer available"):
+        asyncio.run(site.catalogue.rollback("v1", first, site.preparing))
+
+
+def test_records_of_a_newer_version(site: Site) -> None:
+    site.digest()
+    text = (site.state / "variants.json").read_text()
+    edit_json(site.state / "variants.json", schema_version=2)
+    with pytest.raises(OptionError, match="schema version 2, expected at most 1: it was written by a newer"):
+        site.start()
+    for garbled in ("", "[" * 100_000, "[]", text[:-20], text.replace('"source"', '"sauce"')):
+        (site.state / "variants.json").write_text(garbled)
+        with pytest.raises(OptionError, match="is damaged .*; remove it to start without records"):
+            site.start()
+
+
+def test_files_that_have_just_changed(site: Site) -> None:
+    """A version is taken from files that have rested, and those that may be incomplete have to rest longer."""
+    site.settle = 0.3
+    site.start()
+    site.change()
+    start = time.monotonic()
+    first = site.digest()
+    assert time.monotonic() - start > 0.2
+    weights = site.tasks / "v1" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # as if preallocated
+    with pytest.raises(BeingWrittenError, match="end in zeros and have just changed") as error:
+        site.digest()
+    assert 1 <= error.value.retry_after <= 9
+    weights.write_bytes(whole)
+    assert site.digest() == first
+
+
+def test_a_root_that_is_a_link_to_the_current_release(site: Site, tmp_path: Path) -> None:
+    first = site.digest()
+    releases = tmp_path / "releases"
+    releases.mkdir()
+    site.tasks.rename(releases / "1")
+    site.tasks.symlink_to(releases / "1")
+    site.start()
+    assert site.digest() == first
+    shutil.copytree(releases / "1", releases / "2")
+    site.tasks.unlink()
+    site.tasks.symlink_to(releases / "2")
+    site.change()
+    assert site.digest() != first
+
+
 def test_files_that_are_being_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Catalogue._open
     monkeypatch.setattr(Catalogue, "_open", lambda *args: (opened(*args), site.change())[0])
-    with pytest.raises(VariantError, match="the files of v1 are being written"):
+    with pytest.raises(BeingWrittenError, match="the files of v1 are being written"):
         site.digest()
 
 
 def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, names = site.digest(), site.catalogue.names()
+    first, names = site.digest(), site.names()
     before, records = site.saved(), site.catalogue.records.model_dump()
     edit_json(site.tasks / "v1" / "adapter_config.json", scaling=0.25)
 
@@ -103,7 +200,7 @@ def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch
         for change in changes:
             with pytest.raises((OSError, VariantError), match="No space left"):
                 change()
-    assert (site.saved(), site.catalogue.records.model_dump(), site.catalogue.names()) == (before, records, names)
+    assert (site.saved(), site.catalogue.records.model_dump(), site.names()) == (before, records, names)
     assert [path.name for path in site.state.glob(".*")] == []
     assert first in site.thetas()
     assert site.digest() != first

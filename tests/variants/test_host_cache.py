@@ -15,9 +15,10 @@ from converters.errors import CheckpointError
 from converters.files.header import TensorSpec
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from peanut_serve.variants import host_cache, host_weights
+from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.host_cache import BaseWeights, HostCache
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
-from peanut_serve.variants.opening import adapter_version
+from peanut_serve.variants.opening import VersionOpener, adapter_version
 from peanut_serve.variants.version import LoadedModel, VariantKind, Version
 
 MIB = 1 << 20
@@ -28,7 +29,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-class Evaluations:
+class Counted:
     """Versions that count their evaluations, and can be made to wait or fail."""
 
     def __init__(self) -> None:
@@ -55,15 +56,15 @@ class Evaluations:
 
 
 @pytest.fixture
-def evaluations() -> Evaluations:
-    return Evaluations()
+def evaluations() -> Counted:
+    return Counted()
 
 
 def run(test: Callable[[HostCache], Awaitable[None]], limit: int = 3 * MIB) -> None:
     """Run a test on a cache; check that only the weights in it have open descriptors."""
 
     async def call() -> None:
-        before, cache = open_files(), HostCache(limit)
+        before, cache = open_files(), HostCache(limit, Evaluations(64))
         await test(cache)
         assert open_files() == before + len(held(cache))
         cache.close()
@@ -76,7 +77,7 @@ def held(cache: HostCache) -> set[str]:
     return {name for name in SIZES if cache.get(name) is not None}
 
 
-def test_concurrent_loads_share_one_evaluation(evaluations: Evaluations) -> None:
+def test_concurrent_loads_share_one_evaluation(evaluations: Counted) -> None:
     async def test(cache: HostCache) -> None:
         wanted = [evaluations.version(name) for name in "aabab"]
         found = await asyncio.gather(*map(cache.load, wanted))
@@ -88,7 +89,7 @@ def test_concurrent_loads_share_one_evaluation(evaluations: Evaluations) -> None
     run(test)
 
 
-def test_cached_weights_do_not_wait_for_an_evaluation(evaluations: Evaluations) -> None:
+def test_cached_weights_do_not_wait_for_an_evaluation(evaluations: Counted) -> None:
     async def test(cache: HostCache) -> None:
         ready = await cache.load(evaluations.version("a"))
         evaluations.may_end.clear()
@@ -103,7 +104,7 @@ def test_cached_weights_do_not_wait_for_an_evaluation(evaluations: Evaluations) 
     run(test)
 
 
-def test_the_least_recently_used_is_dropped_first(evaluations: Evaluations) -> None:
+def test_the_least_recently_used_is_dropped_first(evaluations: Counted) -> None:
     async def test(cache: HostCache) -> None:
         for name in "abcad":
             await cache.load(evaluations.version(name))
@@ -117,7 +118,7 @@ def test_the_least_recently_used_is_dropped_first(evaluations: Evaluations) -> N
     run(test)
 
 
-def test_held_and_pinned_weights_are_kept(evaluations: Evaluations) -> None:
+def test_held_and_pinned_weights_are_kept(evaluations: Counted) -> None:
     async def test(cache: HostCache) -> None:
         for name in "abc":
             await cache.load(evaluations.version(name))
@@ -140,7 +141,7 @@ def test_held_and_pinned_weights_are_kept(evaluations: Evaluations) -> None:
     run(test)
 
 
-def test_weights_larger_than_the_cache(evaluations: Evaluations) -> None:
+def test_weights_larger_than_the_cache(evaluations: Counted) -> None:
     async def test(cache: HostCache) -> None:
         with pytest.raises(HostMemoryError, match="take 3 MiB, but --host-cache is 2 MiB"):
             await cache.load(evaluations.version("large"))
@@ -149,7 +150,7 @@ def test_weights_larger_than_the_cache(evaluations: Evaluations) -> None:
     run(test, limit=2 * MIB)
 
 
-def test_a_failure_leaves_nothing(evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing(evaluations: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(cache: HostCache) -> None:
         evaluations.fails.add("a")
         for _ in range(3):
@@ -167,7 +168,7 @@ def test_a_failure_leaves_nothing(evaluations: Evaluations, monkeypatch: pytest.
     run(test)
 
 
-def test_a_load_can_be_cancelled_during_evaluation(evaluations: Evaluations) -> None:
+def test_a_load_can_be_cancelled_during_evaluation(evaluations: Counted) -> None:
     """The thread cannot be cancelled: its weights are kept, and no other evaluation runs at the same time."""
 
     async def test(cache: HostCache) -> None:
@@ -191,7 +192,7 @@ def test_a_load_can_be_cancelled_during_evaluation(evaluations: Evaluations) -> 
 def test_real_weights(pair: Pair) -> None:
     base = open_checkpoint(pair.base)
     model = LoadedModel(base, [[name] for name in base.tensors])
-    version = replace(adapter_version("v", pair.adapter, model, "cpu", None), digest="a")
+    version = replace(adapter_version("v", pair.adapter, VersionOpener(model, "cpu")), digest="a")
 
     async def test(cache: HostCache) -> None:
         weights = await cache.load(version)

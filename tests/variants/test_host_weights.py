@@ -20,7 +20,7 @@ from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants import host_weights
 from peanut_serve.variants.host_cache import host_copy
 from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
-from peanut_serve.variants.opening import adapter_version, checkpoint_version
+from peanut_serve.variants.opening import VersionOpener, adapter_version, checkpoint_version
 from peanut_serve.variants.version import LoadedModel, Version
 
 MakePair = Callable[..., Pair]
@@ -41,7 +41,7 @@ def model_of(pair: Pair) -> LoadedModel:
 
 
 def version_of(pair: Pair) -> Version:
-    return adapter_version("adapter", pair.adapter, model_of(pair), "cpu", None)
+    return adapter_version("adapter", pair.adapter, VersionOpener(model_of(pair), "cpu"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from support.engines.serving import QUESTIONS, Server, answer, environment, serving
+from support.engines.serving import QUESTIONS, Server, answer, environment, kill, serving, stalled_reader
 from support.paths import ROOT
 from support.tiny_models import edit_json, edit_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,6 +105,17 @@ def test_what_is_listed(server: Server) -> None:
     assert {model.id for model in server.client.models.list()} >= {BASE, *TASKS}
 
 
+def test_a_response_names_its_variant(server: Server) -> None:
+    raw = server.client.with_raw_response.chat.completions.create(
+        model="smollm2-json", messages=[{"role": "user", "content": QUESTIONS[1]}], temperature=0, max_tokens=8
+    )
+    digest = raw.headers["x-peanut-digest"]
+    assert (raw.headers["x-peanut-variant"], raw.parse().model) == ("smollm2-json", "smollm2-json")
+    assert raw.parse().system_fingerprint.endswith(digest[:16])
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as metrics:
+        assert b'peanut_tokens_total{kind="generated",variant="smollm2-json"}' in metrics.read()
+
+
 def test_the_rest_of_vllm_is_unchanged(server: Server) -> None:
     chunks = server.client.chat.completions.create(
         model="smollm2-json",
@@ -182,7 +193,7 @@ def flying(server: Server) -> Iterator[Any]:
 
 def refused(server: Server, roots: Path, name: str) -> str:
     """The reason why an adapter is not served; the server stays alive."""
-    with pytest.raises(openai.BadRequestError) as error:
+    with pytest.raises(openai.UnprocessableEntityError) as error:
         answer(server.client, name, QUESTIONS[1])
     shutil.rmtree(roots / name)
     assert answer(server.client, "smollm2-json", QUESTIONS[1]).startswith('{"answer"')
@@ -210,7 +221,7 @@ def test_a_broken_adapter_never_answers(server: Server, roots: Path, tmp_path: P
     assert "was recorded on a base with fingerprint" in refused(server, roots, "other-base")
 
     def wide(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: torch.zeros(*(64 if size == 8 else size for size in v.shape)) for k, v in state.items()}
+        return {k: torch.ones(*(64 if size == 8 else size for size in v.shape)) for k, v in state.items()}
 
     edit_weights(roots / "large" / "adapter_model.safetensors", wide)
     edit_json(roots / "large" / "adapter_config.json", r=64)
@@ -271,10 +282,27 @@ def test_the_readme(smollm2: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == '{"answer": "green"}', done.stderr
 
 
+def test_an_engine_that_is_killed_is_restarted(server: Server) -> None:
+    """The server goes on, and the new engine gets the adapters again."""
+    before = answer(server.client, "smollm2-json", QUESTIONS[1])
+    kill(server, "VLLM::EngineCore")
+    deadline = time.monotonic() + 200
+    while True:
+        try:
+            assert answer(server.client, "smollm2-json", QUESTIONS[1]) == before
+            break
+        except openai.InternalServerError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as metrics:
+        assert b"peanut_engine_restarts_total 1.0" in metrics.read()
+
+
 def test_it_stops_on_sigterm(server: Server) -> None:
-    """Runs last: SIGTERM stops the server and its engine."""
-    server.process.terminate()
-    start = time.monotonic()
-    while server.process.poll() is None and time.monotonic() - start < 120:
-        time.sleep(0.2)
-    assert server.process.poll() is not None
+    """Runs last. A client that does not read its response gets half a minute, as all running requests do."""
+    body = json.dumps({"model": "smollm2-json", "prompt": QUESTIONS[1], "max_tokens": 900, "stream": True, "n": 8,
+                       "ignore_eos": True, "logprobs": 5}).encode()  # fmt: skip
+    with stalled_reader(server, "/v1/completions", body) as stalled:
+        assert stalled.recv(20).startswith(b"HTTP/1.1 200")
+        server.process.terminate()
+        assert server.process.wait(90) == 0

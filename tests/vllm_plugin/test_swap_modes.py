@@ -1,21 +1,38 @@
 """Other swap modes with the real vLLM: LoRA where possible, salted prefixes, models that cannot be swapped."""
 
 import asyncio
+import fcntl
+import json
 import re
 import shutil
+import socket
+import struct
 import subprocess
+import termios
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
-from support.engines.serving import PROGRAM, QUESTIONS, Server, answer, environment, free_port, serving
+from support.engines.serving import (
+    PROGRAM,
+    QUESTIONS,
+    Server,
+    answer,
+    environment,
+    free_port,
+    serving,
+    stalled_reader,
+)
 from support.paths import ROOT
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from converters import merge
+from peanut_serve.web.routes import Access, access_to, is_known
 
 pytestmark = pytest.mark.vllm
 
@@ -30,12 +47,31 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("auto")
     shutil.copytree(ADAPTERS / "smollm2-json", folder / "variants" / "smollm2-json")
     merge(smollm2, ADAPTERS / "smollm2-upper", folder / "variants" / "upper-folder")
+    port = str(free_port())
+    (folder / "admin-port").write_text(port)
     options = (
         "--mode", "auto", "--prefix-cache", "salted", "--state", str(folder / "state"), "--api-key", "none",
+        "--admin-port", port, "--drain-timeout", "5",
         "--enable-prompt-tokens-details", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
     )  # fmt: skip
-    with serving(smollm2, folder / "variants", folder, *options) as running:
+    variables = {"PEANUT_ADMIN_KEY": "secret", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    with serving(smollm2, folder / "variants", folder, *options, **variables) as running:
         yield running
+
+
+def admin(server: Server, method: str, path: str, body: object = None) -> httpx.Response:
+    port = (server.log.parent / "admin-port").read_text()
+    url = f"http://127.0.0.1:{port}/admin/v1/variants{path}"
+    return httpx.request(method, url, json=body, headers={"Authorization": "Bearer secret"}, timeout=120)
+
+
+def say(server: Server, variant: str) -> tuple[str, str]:
+    """The answer to a question, and the digest of the weights that gave it."""
+    raw = server.client.with_raw_response.chat.completions.create(
+        model=variant, messages=[{"role": "user", "content": QUESTIONS[1]}], temperature=0, max_tokens=16
+    )
+    assert raw.headers["x-peanut-variant"] == variant
+    return str(raw.parse().choices[0].message.content), raw.headers["x-peanut-digest"]
 
 
 def swaps(server: Server) -> dict[str, float]:
@@ -86,6 +122,103 @@ def test_the_api_key_is_checked_first(server: Server) -> None:
         with pytest.raises(openai.AuthenticationError):
             answer(stranger, variant, QUESTIONS[1])
     assert swaps(server) == before
+
+
+def test_what_a_name_means_if_it_is_served_as_lora(server: Server) -> None:
+    """Versions, rollback, aliases and removal: the catalogue decides, and vLLM asks nobody else."""
+    roots = server.log.parent / "variants"
+    shutil.copytree(ADAPTERS / "smollm2-json", roots / "task")
+    old = say(server, "task")
+    assert old[0] == RIGHT["smollm2-json"]
+    shutil.copytree(ADAPTERS / "smollm2-upper", roots / ".new")
+    (roots / "task").rename(roots / ".old")
+    (roots / ".new").rename(roots / "task")
+    new = say(server, "task")
+    assert new[0] == RIGHT["upper-folder"]
+    assert new[1] != old[1]
+    assert admin(server, "POST", "/task/rollback").json()["digest"] == old[1]
+    assert say(server, "task") == old
+    assert admin(server, "POST", "", {"name": "alias", "source": "smollm2-json"}).status_code == 201
+    assert say(server, "alias") == old  # the same θ
+    assert admin(server, "DELETE", "/task").status_code == 204
+    with pytest.raises(openai.NotFoundError):
+        say(server, "task")
+    assert {model.id for model in server.client.models.list()} == {BASE, *RIGHT, "alias"}
+    assert admin(server, "DELETE", "/alias").status_code == 204
+
+
+@pytest.mark.parametrize("variant", RIGHT)
+def test_invocations_answers_with_the_variant_that_is_named(server: Server, variant: str) -> None:
+    body = {"messages": [{"role": "user", "content": QUESTIONS[1]}], "temperature": 0, "max_tokens": 16}
+    header = {"X-Amzn-SageMaker-Adapter-Identifier": variant}
+    key = {"Authorization": "Bearer none"}
+    for named, headers in (({"model": variant}, key), ({}, {**key, **header})):
+        found = httpx.post(f"{server.url}/invocations", json={**body, **named}, headers=headers, timeout=120)
+        assert found.json()["choices"][0]["message"]["content"] == RIGHT[variant]
+        assert (found.json()["model"], found.headers["x-peanut-variant"]) == (variant, variant)
+    other = next(name for name in RIGHT if name != variant)
+    found = httpx.post(f"{server.url}/invocations", json={**body, "model": other}, headers={**key, **header})
+    assert found.status_code == 400
+
+
+def test_work_does_not_outlive_its_request(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="background is set"):
+        server.client.responses.create(model="smollm2-json", input=QUESTIONS[1], background=True)
+    found = server.client.responses.create(model="smollm2-json", input=QUESTIONS[1], temperature=0)
+    assert found.output_text.startswith(RIGHT["smollm2-json"])
+
+
+def test_every_route_of_the_running_app_needs_the_key(server: Server) -> None:
+    """But those that are open; and none of them is a route that is not known."""
+    described = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    assert len(described) > 20
+    for path, methods in described.items():
+        assert is_known(path), path
+        for method in methods:
+            found = httpx.request(method, f"{server.url}{path.replace('{response_id}', 'x')}", json={}, timeout=60)
+            is_open = access_to(path) is Access.OPEN
+            assert (found.status_code == 401) != is_open, (method, path, found.status_code)
+
+
+def test_a_client_that_does_not_read_holds_up_no_swap(server: Server) -> None:
+    body = json.dumps(
+        {"model": "upper-folder", "prompt": QUESTIONS[1], "max_tokens": 900, "stream": True, "n": 8, "temperature": 1,
+         "ignore_eos": True, "logprobs": 20}
+    ).encode()  # fmt: skip
+    with stalled_reader(server, "/v1/completions", body) as stalled:
+        assert stalled.recv(20).startswith(b"HTTP/1.1 200")
+        until_full(stalled)
+        found = server.client.with_options(timeout=60).completions.create(
+            model=BASE, prompt=QUESTIONS[1], temperature=0, max_tokens=8
+        )
+        assert found.model == BASE
+        with urllib.request.urlopen(f"{server.url}/ready", timeout=30) as ready:
+            assert json.loads(ready.read())["state"] == "serving"
+
+
+def until_full(reader: socket.socket) -> None:
+    """Wait until nothing more arrives in the socket, which the client does not read."""
+    before = -1
+    while (waiting := struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, b"    "))[0]) != before:
+        before = waiting
+        time.sleep(2)
+
+
+def test_routes_that_need_no_weights_know_the_names(server: Server) -> None:
+    before = swaps(server)
+    for name, status in ((BASE, 200), ("smollm2-json", 200), ("upper-folder", 200), ("none", 404)):
+        body = {"model": name, "messages": [{"role": "user", "content": QUESTIONS[1]}]}
+        found = httpx.post(f"{server.url}/tokenize", json=body, headers={"Authorization": "Bearer none"}, timeout=60)
+        assert found.status_code == status, found.text
+    assert swaps(server) == before
+
+
+def test_beam_search_runs_in_its_request(server: Server) -> None:
+    """It starts tasks of its own, which use the engine as the request may."""
+    found = server.client.completions.create(
+        model="smollm2-json", prompt=QUESTIONS[1], max_tokens=4, n=2, extra_body={"use_beam_search": True}
+    )
+    assert len(found.choices) == 2
 
 
 def refused(base: Path, folder: Path, *options: str) -> str:

@@ -2,11 +2,18 @@
 
 import asyncio
 import signal
+import socket
+import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
+import schemathesis
 from fastapi import FastAPI
+from hypothesis import given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance
 from support.server.admin import KEY, REFUSALS, FakeControl, serving_app
 
 from converters.errors import OptionError
@@ -15,6 +22,7 @@ from peanut_serve.web.admin import admin_app, bind, serve_on
 from peanut_serve.web.schema import Control
 
 V1 = "/admin/v1"
+KEY_IN_ASCII = "secret"
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +206,49 @@ def test_shutdown(control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None
         bind("127.0.0.1", port).close()
 
     asyncio.run(asyncio.wait_for(serve(), 10))
+
+
+def test_clients_that_do_nothing_disturb_nobody(control: FakeControl) -> None:
+    """Connections without a request, with half a request or half a body; the server answers others, and stops."""
+    head = f"POST {V1}/variants HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n"
+    idle: list[socket.socket] = []
+    with serving_app(admin_app(control, KEY)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for sent in ("", "GET ", head, f"{head}\r\n{{"):
+            for _ in range(20):
+                idle.append(socket.create_connection((host, int(port)), timeout=10))
+                idle[-1].sendall(sent.encode())
+        headers = {b"Authorization": b"Bearer " + KEY.encode()}
+        assert httpx.get(f"{url}{V1}/variants", headers=headers, timeout=10).status_code == 200
+        start = time.monotonic()
+    assert time.monotonic() - start < 25  # `serving_app` waits for its thread for 30 s
+    for one in idle:
+        one.close()
+
+
+def test_a_large_body_is_refused(client: httpx.Client, control: FakeControl) -> None:
+    for content in (b"x" * 10_000_000, iter([b"x" * 100_000] * 100)):
+        found = client.post(f"{V1}/variants", content=content, headers={"Content-Type": "application/json"})
+        assert found.status_code in (400, 413)
+        assert refusal(found)[1] == "RequestError"
+    assert control.calls == []
+
+
+def test_whatever_the_schema_allows_and_does_not(control: FakeControl) -> None:
+    """Requests made from the OpenAPI document, valid and not: every answer is one that it describes."""
+    headers = {"Authorization": f"Bearer {KEY_IN_ASCII}"}
+    app = admin_app(control, KEY_IN_ASCII)
+    schema = schemathesis.openapi.from_asgi(f"{V1}/openapi.json", app, headers=headers)
+    for operation in schema.get_all_operations():
+        found = operation.ok()
+
+        @settings(max_examples=30)
+        @given(
+            case=found.as_strategy(generation_mode=GenerationMode.POSITIVE)
+            | found.as_strategy(generation_mode=GenerationMode.NEGATIVE)
+        )
+        def check(case: schemathesis.Case) -> None:
+            response = case.call(headers=headers)
+            case.validate_response(response, checks=[not_a_server_error, response_schema_conformance])
+
+        check()

@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
+from support.server.call import Call
 from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
 
@@ -23,62 +23,9 @@ def run_rig(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return rig_runner(weights, tmp_path, monkeypatch)
 
 
-class Call:
-    """One HTTP request to the middleware, and its response."""
-
-    def __init__(self, rig: Rig, path: str, body: object = None, method: str = "POST", **headers: str) -> None:
-        self.rig, self.sent, self.gone = rig, [], asyncio.Event()
-        self.body = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
-        self.scope = {"type": "http", "method": method, "path": path, "headers": []}
-        self.scope["headers"] += [(key.replace("_", "-").encode(), text.encode()) for key, text in headers.items()]
-        self.is_read = False
-        self.admitted: list[str | None] = []
-        middleware = VariantMiddleware(
-            self._app, lambda: rig.server, lambda one: self.admitted.append(one and one.name)
-        )
-        self.task = asyncio.create_task(middleware(self.scope, self._receive, self._send))
-
-    async def _receive(self) -> dict:
-        if self.is_read:
-            await self.gone.wait()
-            return {"type": "http.disconnect"}
-        self.is_read = True
-        return {"type": "http.request", "body": self.body}
-
-    async def _send(self, message: dict) -> None:
-        self.sent.append(message)
-
-    async def _app(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Stands for vLLM: the answer identifies the weights that the engine used."""
-        assert (await receive())["body"] == self.body
-        kind = b"text/event-stream" if scope["path"] == "/stream" else b"text/plain"
-        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
-        if scope["path"] == "/stream":
-            await send(start)
-            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
-        answer = await self.rig.engine.generate()
-        if scope["path"] != "/stream":
-            await send(start)
-        await send({"type": "http.response.body", "body": answer.encode()})
-
-    async def answer(self) -> tuple[int, str]:
-        await self.task
-        return self.sent[0]["status"], b"".join(message["body"] for message in self.sent[1:]).decode()
-
-    async def refusal(self) -> tuple[int, str, str | None]:
-        """Status, error type and Retry-After."""
-        status, text = await self.answer()
-        error = json.loads(text)["error"]
-        assert (error["code"], error["param"]) == (status, "model")
-        return status, error["type"], self.header("retry-after")
-
-    def header(self, name: str) -> str | None:
-        return dict(self.sent[0]["headers"]).get(name.encode(), b"").decode() or None
-
-
 def test_a_response_names_its_variant(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
-        for path in ("/v1/completions", "/stream", "/a/route/of/a/later/vllm"):
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
             for name in ("v1", "base", "v2"):
                 call = Call(rig, path, {"model": name, "n": 1}, x_request_id="mine")
                 status, text = await call.answer()
@@ -162,7 +109,7 @@ def test_a_client_that_disconnects_while_it_waits(run_rig: RunRig) -> None:
     run_rig(test)
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/stream"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_request_that_a_swap_aborts(run_rig: RunRig, path: str) -> None:
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()
@@ -170,7 +117,7 @@ def test_a_request_that_a_swap_aborts(run_rig: RunRig, path: str) -> None:
         await until(lambda: rig.engine.running == 1)
         swapping = Call(rig, "/v1/completions", {"model": "v1"})
         await call.task
-        if path == "/stream":
+        if path == "/v1/chat/completions":
             assert [message["more_body"] for message in call.sent[1:]] == [True, False]
             error = json.loads(call.sent[-1]["body"].removeprefix(b"data: "))["error"]
             assert (error["type"], error["code"], "(mine)" in error["message"]) == ("EngineDownError", 503, True)

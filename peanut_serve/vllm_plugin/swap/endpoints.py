@@ -1,6 +1,6 @@
-"""The endpoint plugin for vLLM (`vllm.endpoint_plugins`), which serves many variants with one engine by swapping.
+"""The endpoint plugin for vLLM (`vllm.endpoint_plugins`), which serves the variants of the catalogue in every mode.
 
-vLLM loads it only if VLLM_PLUGINS names it; `peanut-serve --mode merged` sets that.
+vLLM loads it only if VLLM_PLUGINS names it; `peanut-serve` sets that.
 """
 
 import asyncio
@@ -12,44 +12,43 @@ from dataclasses import replace
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
+from vllm import envs
+from vllm.config import LoRAConfig, ModelConfig
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from converters import open_checkpoint
 from converters.errors import OptionError
 from converters.serving import find_base
 from peanut_serve.settings.admin_key import KEY_VARIABLE
-from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.server import Admitted, VariantServer
-from peanut_serve.variants.opening import FitsLora
-from peanut_serve.variants.version import VariantKind
+from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
-from peanut_serve.vllm_plugin.swap.request_identity import (
-    PrefixSalts,
-    admitted,
-    count_tokens,
-    name_variants_in_responses,
-)
+from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
+from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.exchange import ClientLimits
 from peanut_serve.web.middleware import VariantMiddleware
 from peanut_serve.web.operator import VariantControl
 
 logger = logging.getLogger("vllm.peanut_serve")
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_LAST_WORDS = 5  # seconds that responses in progress get when the server stops and the engine is gone
 
 
 class VariantEndpoints:
     """See `vllm/plugins/endpoint_plugins/interface.py`."""
 
     name = "peanut_serve_variants"
-    required_tasks = ("generate",)
+    required_tasks = None  # for any model: vLLM would serve one without the plugin, and so without its checks
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the middleware between vLLM's routes and its check of API keys; replace /health and add /ready."""
-        if SwapSettings.read() is None:
+        settings = ServerSettings.read()
+        if settings is None:
             return
 
         def server() -> VariantServer:
@@ -58,9 +57,11 @@ class VariantEndpoints:
 
         def admit(request: Admitted | None) -> None:
             admitted.set(request)
-            _list_variants(server(), app.state.openai_serving_models, request)
 
-        app.add_middleware(VariantMiddleware, find_server=server, admit=admit)  # type: ignore[arg-type]
+        args: Namespace = app.state.args
+        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_seconds)
+        app.add_middleware(VariantMiddleware, find_server=server, admit=admit, keys=keys, limits=limits)  # type: ignore[arg-type]
 
         @app.get("/health", summary="Check that the engine is alive and has complete weights")
         @app.get("/ready", summary="Check that requests can be answered, now or after a swap")
@@ -73,17 +74,17 @@ class VariantEndpoints:
             return JSONResponse(answer, 503, headers={"Retry-After": "5"})
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Test the engine and start swapping. Raises `PeanutError` if that fails: the server then does not start."""
-        settings = SwapSettings.read()
+        """Test the engine and start serving. Raises `PeanutError` if that fails: the server then does not start."""
+        settings = ServerSettings.read()
         if settings is None:
             return
         if not isinstance(engine_client, AsyncLLM):
-            raise OptionError(f"swapping needs an AsyncLLM of vLLM, but found {type(engine_client).__name__}")
+            raise OptionError(f"serving variants needs an AsyncLLM of vLLM, but found {type(engine_client).__name__}")
         server = await _build(settings, engine_client, args)
         state.peanut_variants = server
-        _stop_with(server, engine_client)
+        _stop_with(server, engine_client, state)
         await server.start()
-        _list_variants(server, state.openai_serving_models, None)
+        serve_variants(state.openai_serving_models, server)
         if settings.admin_port is not None:
             app = admin_app(VariantControl(server), os.environ[KEY_VARIABLE])
             listener = bind(settings.admin_host, settings.admin_port)
@@ -92,40 +93,47 @@ class VariantEndpoints:
             state.peanut_activating = asyncio.create_task(_activate_again(server, name))
 
 
-async def _build(settings: SwapSettings, client: AsyncLLM, args: Namespace) -> VariantServer:
+async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) -> VariantServer:
+    generates = "generate" in await client.get_supported_tasks()
+    if settings.mode != "lora" and not generates:
+        raise OptionError(
+            f"--mode {settings.mode} needs a model that generates text, to check its weights after a swap; this one "
+            "does not: use --mode lora, or serve each merged folder with a vLLM server of its own"
+        )
     found = find_base(args.model, client.model_config.revision)
     base = open_checkpoint(found.folder, found.repo_id, found.revision)
-    name_variants_in_responses()
-    count_tokens(client)
+    add_digest_to_fingerprints()
+    guard(client)
     is_salted = settings.prefix_cache == "salted"
-    host = Host(base, args.served_model_name or [args.model], _fits_lora(settings))
+    engine = SwapEngine(client, keeps_prefixes=is_salted, generates=generates)
+    lora = None if settings.mode == "merged" else _limits(client.vllm_config.lora_config, client.model_config)
+    host = Host(base, args.served_model_name or [args.model], engine.load_lora, lora)
     if is_salted:
         host = replace(host, on_active=PrefixSalts(client).activate)
-    return await assemble_server(settings, SwapEngine(client, keeps_prefixes=is_salted), host)
+    return await assemble_server(settings, engine, host)
 
 
-def _fits_lora(settings: SwapSettings) -> FitsLora | None:
-    if settings.mode != "auto":
-        return None
-    fits: FitsLora = LoRAResolverRegistry.get_resolver("peanut").fits  # type: ignore[attr-defined]
-    return fits
+def _limits(lora: LoRAConfig | None, model: ModelConfig) -> LoraLimits:
+    """vLLM's limits on LoRA. Raises `OptionError` if it was started without LoRA."""
+    if lora is None:
+        raise OptionError("vLLM runs without LoRA; start it with --enable-lora, or use --mode merged")
+    targets = None if lora.target_modules is None else frozenset(lora.target_modules)
+    dtype = _DTYPES.get(str(model.dtype).removeprefix("torch."), "fp32")
+    return LoraLimits(lora.max_lora_rank, targets, dtype)
 
 
-def _list_variants(server: VariantServer, models: OpenAIServingModels, request: Admitted | None) -> None:
-    """Add the names of variants to vLLM's list of models, without those that vLLM itself serves as LoRA."""
-    path = models.base_model_paths[0].model_path
-    known = {base.name for base in models.base_model_paths}
-    if request is not None and (request.name in known) != (request.version.kind is VariantKind.LORA):
-        return
-    names = [name for name in server.names() if not server.is_lora(name)]
-    models.base_model_paths[:] = [BaseModelPath(name=name, model_path=path) for name in names]
+def _stop_with(server: VariantServer, client: AsyncLLM, state: State) -> None:
+    """Stop admitting requests when vLLM stops, which calls `shutdown` of its client in a thread.
 
-
-def _stop_with(server: VariantServer, client: AsyncLLM) -> None:
-    """Stop admitting requests when vLLM stops, which calls `shutdown` of its client in a thread."""
+    vLLM then waits for running requests, as --shutdown-timeout says, and stops the engine. After that it would wait
+    for every connection to be closed, however slowly its client reads: that gets a bound here.
+    """
     shutdown, loop = client.shutdown, asyncio.get_running_loop()
 
     def stopping(timeout: float | None = None) -> None:
+        """Replaces `AsyncLLM.shutdown`."""
+        if (http := getattr(state, "server", None)) is not None:
+            http.config.timeout_graceful_shutdown = _LAST_WORDS
         if not loop.is_closed():
             loop.call_soon_threadsafe(server.stop)
         shutdown(timeout=timeout)

@@ -17,7 +17,10 @@ from vllm.v1.executor import Executor
 
 from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError
+from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.canary import Canary
+from peanut_serve.vllm_plugin.swap.engine_door import is_own_request
+from peanut_serve.vllm_plugin.swap.models import lora_request
 from peanut_serve.vllm_plugin.swap.worker import encode_places
 
 logger = logging.getLogger("vllm.peanut_serve")
@@ -37,10 +40,11 @@ class SwapEngine:
     Args:
         client: vLLM's engine client.
         keeps_prefixes: salts separate variants in the prefix cache, so that it needs no reset.
+        generates: whether the model generates text; if not, there is no canary.
     """
 
-    def __init__(self, client: AsyncLLM, keeps_prefixes: bool) -> None:
-        self._client, self._keeps_prefixes = client, keeps_prefixes
+    def __init__(self, client: AsyncLLM, keeps_prefixes: bool, generates: bool = True) -> None:
+        self._client, self._keeps_prefixes, self._generates = client, keeps_prefixes, generates
 
     @property
     def is_dead(self) -> bool:
@@ -48,7 +52,13 @@ class SwapEngine:
         return bool(self._client.errored)
 
     async def pause(self) -> None:
-        """Stop scheduling, after running requests have finished. The caches are kept; see `invalidate`."""
+        """Stop scheduling. The caches are kept; see `invalidate`.
+
+        Every request has ended by now. What is left of one in the engine all the same is aborted.
+        """
+        if left := list(self._client.output_processor.request_states):
+            logger.warning("aborting %d requests that have outlived their clients", len(left))
+            await self._within(self._client.abort(left, internal=True))
         # not pause_generation, which sleeps for 20 ms so that clients get their last outputs before it returns
         await self._within(self._client.engine_core.pause_scheduler_async(mode="wait", clear_cache=False))
 
@@ -72,8 +82,19 @@ class SwapEngine:
         await self._within(self._client.reset_mm_cache())
         await self._within(self._client.reset_encoder_cache())
 
+    async def load_lora(self, name: str, folder: LoraFolder) -> None:
+        """Load a LoRA adapter. Raises vLLM's error if it cannot."""
+        try:
+            await self._within(self._client.add_lora(lora_request(name, folder)))
+        except Exception as error:
+            if self.is_dead:
+                raise EngineDownError(f"the engine died when it loaded {name}: {error}") from error
+            raise
+
     async def ask_canary(self) -> Canary:
         """Generate greedy tokens with the highest logprobs, for a prompt that is not in a cache."""
+        if not self._generates:
+            return Canary((), ({0: 0.0},))
         size = self._client.model_config.get_vocab_size()
         prompt = tokens_input(
             [(7919 * i + 104729) % size for i in range(_CANARY_PROMPT)], cache_salt=f"canary-{uuid4()}"
@@ -89,6 +110,7 @@ class SwapEngine:
         return await self._within(self._canary(prompt, params))
 
     async def _canary(self, prompt: TokensInput, params: SamplingParams) -> Canary:
+        is_own_request.set(True)  # `_within` runs this in a context of its own
         async with aclosing(self._client.generate(prompt, params, f"canary-{uuid4()}")) as outputs:
             answer = [output async for output in outputs][-1].outputs[0]
         logprobs = tuple({token: entry.logprob for token, entry in known.items()} for known in answer.logprobs or ())

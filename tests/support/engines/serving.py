@@ -45,7 +45,8 @@ class Server:
 
 def environment(folder: Path) -> dict[str, str]:
     """For processes with vLLM in them; what is evaluated goes to `folder`."""
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PEANUT_CACHE": str(folder / "evaluated")}
+    own = {"PEANUT_CACHE": str(folder / "evaluated"), "PEANUT_STATE": str(folder / "state")}
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **own}
 
 
 def free_port() -> int:
@@ -88,6 +89,17 @@ def serving(
             process.wait(60)
         finally:
             process.kill()
+
+
+@contextmanager
+def stalled_reader(server: Server, path: str, body: bytes) -> Iterator[socket.socket]:
+    """A client that has sent a request, with little room for a response that it does not read."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer none\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield client
 
 
 def kill(server: Server, name: str) -> None:

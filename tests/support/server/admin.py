@@ -42,7 +42,7 @@ class FakeControl:
         self.calls: list[tuple[object, ...]] = []
         self.names = ["base", "user/name", *REFUSALS]
 
-    def variants(self) -> list[VariantStatus]:
+    async def variants(self) -> list[VariantStatus]:
         asyncio.get_running_loop()  # raises in a thread
         return [self.variant(name) for name in self.names]
 

@@ -10,7 +10,8 @@ from support.tiny_models import Pair, edit_weights
 
 from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants.catalogue import Catalogue
-from peanut_serve.variants.opening import FitsLora, VersionOpener
+from peanut_serve.variants.lora_export import LoraLimits
+from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.variants.version import LoadedModel, Version
@@ -21,7 +22,8 @@ class Site:
 
     def __init__(self, pair: Pair, folder: Path) -> None:
         self.pair, self.tasks, self.state = pair, folder / "tasks", folder / "state"
-        self.fits_lora: FitsLora | None = None
+        self.lora: LoraLimits | None = None
+        self.merges, self.settle = True, 0.0
         self.prepared: list[str] = []
         self.prepare: Callable[[Version], None] = lambda version: None
         self.more = folder / "more"
@@ -37,7 +39,8 @@ class Site:
         base = open_checkpoint(self.pair.base)
         model = LoadedModel(base, [[name] for name in base.tensors])
         roots, store = AdapterRoots([self.tasks, self.more, "org/allowed"]), VariantStore(self.state)
-        self.catalogue = Catalogue(["base", "alias"], roots, store, VersionOpener(model, "cpu", self.fits_lora))
+        opener = VersionOpener(model, "cpu", self.lora, self.merges)
+        self.catalogue = Catalogue(["base", "alias"], roots, store, opener, self.settle)
         return self.catalogue
 
     async def preparing(self, version: Version) -> None:
@@ -47,6 +50,11 @@ class Site:
 
     async def current(self, name: str) -> Version:
         return (await self.catalogue.current(name, self.preparing))[1]
+
+    def names(self) -> list[str]:
+        """What is listed; the folders are read again."""
+        self.catalogue._listing.renew()
+        return asyncio.run(self.catalogue.names())
 
     def digest(self, name: str = "v1") -> str:
         return asyncio.run(self.current(name)).digest

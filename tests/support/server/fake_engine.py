@@ -10,10 +10,12 @@ import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from converters.files.header import TensorInfo
 from converters.files.reader import TensorReader
 from converters.models.checkpoint import Checkpoint
+from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.canary import Canary
 
 _FUSED = re.compile(r"\b([qkv]|gate|up)_proj")  # into one layer of vLLM's, with the others of its parent
@@ -40,6 +42,7 @@ class FakeEngine:
         weights: what it computes with.
         calls: what was called, in order; `applied`: the names that each `apply` was given.
         violations: where it was used against the rules.
+        loras: LoRA adapters that it has loaded, by number.
         running: requests that it works on; while `go` is not set, they do not end.
         reloads_wrongly: as vLLM 0.32 does mixtures of experts on a CPU.
     """
@@ -57,6 +60,7 @@ class FakeEngine:
     def _start(self) -> None:
         self.is_dead, self.weights = False, read(self._base.tensors.values())
         self._prefixes, self.resumed = dict[str, str](), asyncio.Event()
+        self.loras: dict[int, Path] = {}
         self.resumed.set()
 
     def fail(self, call: str, how: str = "raise", *nths: int) -> None:
@@ -108,6 +112,11 @@ class FakeEngine:
         words = [int(identity(self.weights)[i : i + 8], 16) for i in range(0, 64, 8)]
         noise = math.nan if fault == "nan" else self._random.uniform(-self._noise, self._noise)
         return Canary((words[0],), ({token: -word / 2**28 + noise for token, word in enumerate(words)},))
+
+    async def load_lora(self, name: str, folder: LoraFolder) -> None:
+        await self._begin("load_lora")
+        self._expect((folder.path / "adapter_model.safetensors").is_file(), "there is no adapter")
+        self.loras[folder.number] = folder.path
 
     async def restart(self) -> None:
         fault = await self._begin("restart")

@@ -10,10 +10,11 @@ import pytest
 from support.server.fake_engine import FakeEngine, identity
 from support.server.weights import Weights, weights_in
 
-from peanut_serve.settings.swapping import SwapSettings
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import driver as swap_driver
 from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.server import VariantServer
+from peanut_serve.variants.lora_export import LoraLimits
 
 NAMES = ("base", "v1", "v2", "v3")
 SIZE = 12288  # bytes of a variant on the host
@@ -74,10 +75,12 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def call(test: Callable[[Rig], Awaitable[None]], **options: object) -> None:
         async def run() -> None:
-            choices = {"roots": (str(weights.tasks),), "min_dwell": 0, "max_wait": 0, **options}
-            settings = SwapSettings(mode="merged", state=Path(mkdtemp(dir=tmp_path)), **choices)
+            folders = {"roots": (str(weights.tasks),), "cache": tmp_path / "evaluated"}
+            choices = {**folders, "min_dwell": 0, "max_wait": 0, "settle": 0, "mode": "merged", **options}
+            settings = ServerSettings(state=Path(mkdtemp(dir=tmp_path)), **choices)
             engine, actives = FakeEngine(weights.base), []
-            host = Host(weights.base, ["base"], on_active=actives.append)
+            lora = None if settings.mode == "merged" else LoraLimits(512)
+            host = Host(weights.base, ["base"], engine.load_lora, lora, actives.append)
             server = await assemble_server(settings, engine, host)
             await server.start()
             expected = {name: identity(found) for name, found in weights.expected.items()}

@@ -13,7 +13,7 @@ from converters import merge
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from peanut_serve.swapping.self_test import run_self_test
 from peanut_serve.swapping.transaction import Loaded
-from peanut_serve.variants.opening import adapter_version
+from peanut_serve.variants.opening import VersionOpener, adapter_version
 from peanut_serve.variants.version import base_version
 
 
@@ -48,7 +48,7 @@ def weights_in(folder: Path) -> Weights:
     model, _ = asyncio.run(run_self_test(FakeEngine(base), base))
     versions, expected = {"base": Loaded(base_version(base))}, {"base": read(base.tensors.values())}
     for name in ("v1", "v2", "v3"):
-        version = adapter_version(name, tasks / name, model, "cpu", None)
+        version = adapter_version(name, tasks / name, VersionOpener(model, "cpu"))
         versions[name] = Loaded(version, version.evaluate())
         merged = merge(folder / "base", tasks / name, folder / f"merged-{name}").output
         expected[name] = read(open_checkpoint(merged).tensors.values())

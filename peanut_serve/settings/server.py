@@ -1,4 +1,4 @@
-"""Settings of `peanut-serve --mode merged`, and how they are passed to vLLM's server process."""
+"""Settings of `peanut-serve`, and how they are passed to vLLM's server process."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 VARIABLE = "PEANUT_SWAP_SETTINGS"
 
 
-class SwapSettings(BaseModel):
+class ServerSettings(BaseModel):
     """See `peanut-serve --help`.
 
     Attributes:
-        mode: `merged`, or `auto`: LoRA if it represents an adapter exactly.
+        mode: `lora`, `merged`, or `auto`: LoRA if it represents an adapter exactly.
         roots: folders of variants, and allowed Hub ids.
         state: folder of the state that is kept across restarts.
         drain: whether a swap waits for running requests, or aborts them.
@@ -34,11 +34,17 @@ class SwapSettings(BaseModel):
         max_queue: maximum number of waiting requests.
         admin_host, admin_port: where the admin API listens; without a port, it is disabled.
         device: where f is evaluated.
+        cache: folder of evaluated LoRA adapters.
+        cache_bytes: its size limit.
+        settle: seconds that files must not have changed for before a new version is taken from them.
+        max_evaluations: maximum number of variants that are being evaluated, or wait for it.
+        max_body: size limit of a request's body, in bytes.
+        stall_seconds: for which a client may read nothing of its response.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mode: Literal["merged", "auto"]
+    mode: Literal["lora", "merged", "auto"]
     roots: tuple[str, ...]
     state: Path
     drain: Literal["wait", "abort"] = "wait"
@@ -54,9 +60,15 @@ class SwapSettings(BaseModel):
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(None, gt=0, lt=65536)
     device: str = "cpu"
+    cache: Path
+    cache_bytes: int = Field(20 * 10**9, gt=0)
+    settle: float = Field(1.0, ge=0)
+    max_evaluations: int = Field(64, gt=0)
+    max_body: int = Field(64 << 20, gt=0)
+    stall_seconds: float = Field(30.0, gt=0)
 
     @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> "SwapSettings | None":
+    def read(cls, environment: Mapping[str, str] = os.environ) -> "ServerSettings | None":
         """Read the settings that the launcher wrote to the environment; None if there are none."""
         text = environment.get(VARIABLE)
         return cls.model_validate_json(text) if text else None
@@ -67,22 +79,24 @@ class SwapSettings(BaseModel):
         return self.drain_timeout if self.drain == "wait" else 0.0
 
 
-def swap_settings(base: str, *, host_cache: str, state: Path | None, **options: Any) -> SwapSettings:
+def server_settings(
+    base: str, *, host_cache: str, state: Path | None, max_body: str = "64MiB", **options: Any
+) -> ServerSettings:
     """Check the options of the command, and return them as settings.
 
     Args:
         base: as given; the default `state` folder is derived from it.
         host_cache: a size like `8GiB`.
         state: folder of the state that is kept across restarts; by default in huggingface-hub's assets cache.
-        options: the other fields of `SwapSettings`.
+        max_body: a size like `64MiB`.
+        options: the other fields of `ServerSettings`.
 
     Raises `OptionError` for an invalid value, and for an admin port without a key.
     """
-    size = parse_size(host_cache)
-    if size is None:
-        raise OptionError(f"--host-cache is {host_cache}; expected a size like 8GiB")
+    sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
+    folder = (state or _state_of(base)).expanduser().resolve()
     try:
-        settings = SwapSettings(host_cache=size, state=(state or _state_of(base)).expanduser().resolve(), **options)
+        settings = ServerSettings.model_validate({**options, **sizes, "state": folder})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
@@ -94,9 +108,21 @@ def swap_settings(base: str, *, host_cache: str, state: Path | None, **options: 
     return settings
 
 
-def _state_of(base: str) -> Path:
-    from huggingface_hub import cached_assets_path
+def _size(option: str, text: str) -> int:
+    size = parse_size(text)
+    if size is None:
+        raise OptionError(f"{option} is {text}; expected a size like 8GiB")
+    return size
 
+
+def _state_of(base: str) -> Path:
     folder = Path(base).expanduser()
     identity = str(folder.resolve()) if folder.is_dir() else base
-    return cached_assets_path("peanut-serve", "variants", hashlib.sha256(identity.encode()).hexdigest()[:16])
+    return default_state(hashlib.sha256(identity.encode()).hexdigest())
+
+
+def default_state(identity: str) -> Path:
+    """Where the state of a server is kept by default; `identity` is a hexadecimal digest of what it serves."""
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path("peanut-serve", "variants", identity[:16])

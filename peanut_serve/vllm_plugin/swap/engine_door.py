@@ -1,0 +1,101 @@
+"""The one door to the engine: it lets in requests that were admitted and are still running, with their own adapter.
+
+All of vLLM's handlers call `AsyncLLM.generate` or `AsyncLLM.encode`. Work that goes on after its request has ended,
+or reaches the engine by a way that the middleware does not know, is refused here.
+"""
+
+import inspect
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.outputs import RequestOutput
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from peanut_serve.errors import ServingError
+from peanut_serve.swapping import metrics
+from peanut_serve.swapping.server import Admitted
+from peanut_serve.vllm_plugin.swap.models import admitted, lora_request
+
+# set while this package itself uses the engine, for a canary
+is_own_request: ContextVar[bool] = ContextVar("is_own_request", default=False)
+
+
+class NotAdmittedError(ServingError):
+    """A request reached the engine without the weights that it needs."""
+
+
+def guard(client: AsyncLLM) -> None:
+    """Check every request to the engine, and count its tokens by variant."""
+    client.generate = _guarded(client.generate)  # type: ignore[method-assign]
+    client.encode = _guarded(client.encode)  # type: ignore[method-assign]
+
+
+def _guarded(run: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    signature = inspect.signature(run)
+
+    async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """Check before every output: a request may end before its work does."""
+        if is_own_request.get():
+            async with aclosing(run(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        request = _checked(signature.bind(*args, **kwargs).arguments.get("lora_request"))
+        total: dict[int, int] = {}
+        async with aclosing(run(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                _check_running(request)
+                if isinstance(output, RequestOutput):
+                    _count(request.name, output, total)
+                yield output
+
+    return guarded
+
+
+def _checked(lora: object) -> Admitted:
+    """The admitted request, which must use this LoRA adapter. Raises `NotAdmittedError`."""
+    request = admitted.get()
+    if request is None:
+        raise NotAdmittedError("a request reached the engine that was not admitted; please report how it was sent")
+    _check_running(request)
+    expected = lora_request(request.name, request.lora) if request.lora is not None else None
+    if lora != expected:
+        raise NotAdmittedError(
+            f"a request for {request.name} reached the engine with another adapter; please report how it was sent"
+        )
+    return request
+
+
+def _check_running(request: Admitted) -> None:
+    if not request.is_running():
+        raise NotAdmittedError(f"the request for {request.name} has ended; the engine may have other weights now")
+
+
+def _count(name: str, output: RequestOutput, total: dict[int, int]) -> None:
+    for one in output.outputs:
+        # cumulative or not, depending on the client's `stream`; either way, the last one is counted once
+        total[one.index] = total.get(one.index, 0) + len(one.token_ids)
+    if output.finished:
+        metrics.TOKENS.labels(name, "prompt").inc(len(output.prompt_token_ids or ()))
+        metrics.TOKENS.labels(name, "generated").inc(sum(total.values()))
+
+
+class PrefixSalts:
+    """Separates the prefixes of variants in vLLM's prefix cache by a salt."""
+
+    def __init__(self, client: AsyncLLM) -> None:
+        self._active = ""
+        self._assign = client.input_processor.assign_request_id
+        client.input_processor.assign_request_id = self._assign_salted  # type: ignore[method-assign]
+
+    def activate(self, digest: str) -> None:
+        """Use this digest as the salt: the engine now has these weights, and no request for others."""
+        self._active = digest
+
+    def _assign_salted(self, request: EngineCoreRequest) -> None:
+        """Replaces `InputProcessor.assign_request_id`, which every request passes; keeps the client's own salt."""
+        request.cache_salt = f"{self._active}:{request.cache_salt or ''}"
+        self._assign(request)

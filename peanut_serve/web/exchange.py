@@ -1,0 +1,229 @@
+"""One request that needs the weights of a variant, and its response."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from converters.errors import PeanutError
+from peanut_serve.errors import EngineDownError, shown
+from peanut_serve.swapping import metrics
+from peanut_serve.swapping.server import Admitted, VariantServer
+from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
+from peanut_serve.web.request_body import (
+    RequestTimeoutError,
+    RequestTooLargeError,
+    Scope,
+    check_lifetime,
+    parse_body,
+    request_id,
+    variant_of,
+)
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+Admit = Callable[[Admitted | None], object]
+
+_FAREWELL_SECONDS = 2.0  # to tell a client that its request was aborted
+
+
+class _StalledError(Exception):
+    """The client does not read its response."""
+
+
+@dataclass(frozen=True)
+class ClientLimits:
+    """What one client may take.
+
+    Attributes:
+        body_bytes: size of a body.
+        body_seconds: until a body has arrived.
+        stall_seconds: for which a client may read nothing of its response.
+    """
+
+    body_bytes: int = 64 << 20
+    body_seconds: float = 60.0
+    stall_seconds: float = 30.0
+
+
+class Exchange:
+    """A request, from its body to the end of its response.
+
+    Args:
+        app: the application that handles requests.
+        server: admits the request when the engine has the weights.
+        admit: called with the admitted request, in the context in which the application handles it.
+        limits: of this client.
+    """
+
+    def __init__(self, app: App, server: VariantServer, admit: Admit, limits: ClientLimits) -> None:
+        self._app, self._server, self._admit, self._limits = app, server, admit, limits
+        self._body = b""
+        self._is_sent = False
+        self._status = 0
+        self._is_stream = False
+        self._admitted: Admitted | None = None
+        self._answering: asyncio.Task[None] | None = None
+        self._is_aborted = self._is_stalled = self._is_complete = False
+
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle the request."""
+        self._scope, self._receive, self._send_on = scope, receive, send
+        self._id = request_id(scope)
+        name = "unknown"
+        try:
+            if not await self._read_body():
+                return
+            value = parse_body(self._body)
+            name = variant_of(value, scope) or self._server.base_name
+            check_lifetime(value)
+            outcome = await self._answer(name)
+        except PeanutError as error:
+            outcome = "refused"
+            with suppress(_StalledError):
+                await self._refuse(error)
+        except Exception:
+            if not self._is_stalled:
+                raise
+            outcome = "stalled"  # the HTTP server closes a connection whose response is not complete
+            logger.info("request=%s: the client does not read its response", shown(self._id))
+        metrics.REQUESTS.labels(name if self._server.has(name) else "unknown", outcome).inc()
+
+    async def _answer(self, name: str) -> str:
+        disconnect = asyncio.create_task(self._until_disconnect())
+        try:
+            async with AsyncExitStack() as stack:
+                entering = asyncio.create_task(stack.enter_async_context(self._server.serving(name, self._abort)))
+                await _first_of(entering, disconnect)
+                if not entering.done():
+                    await _cancel(entering)
+                    return "disconnected"
+                self._admitted = entering.result()
+                await _cancel(disconnect)
+                if disconnect.done() and not disconnect.cancelled():
+                    return "disconnected"
+                self._admit(self._admitted)
+                self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
+                if self._is_aborted:  # aborted before the task existed
+                    self._answering.cancel()
+                await self._finish(self._answering)
+                if self._is_aborted:
+                    return "aborted"
+                return str(self._status) if self._status else "disconnected"
+        finally:
+            await _cancel(disconnect)
+
+    async def _finish(self, answering: "asyncio.Task[None]") -> None:
+        """Wait for the response. If a swap aborts it, send an error in its place, or at the end of the stream."""
+        try:
+            await answering
+        except asyncio.CancelledError:
+            if not self._is_aborted:
+                await _cancel(answering)
+                raise
+            error = EngineDownError(
+                f"the request ran longer than a swap waits, and was aborted ({self._id}); send it again", 1
+            )
+            with suppress(_StalledError):
+                await self._say_farewell(error)
+
+    async def _say_farewell(self, error: PeanutError) -> None:
+        # the swap waits for this, so a client that does not read gets little time
+        self._limits = ClientLimits(stall_seconds=min(_FAREWELL_SECONDS, self._limits.stall_seconds))
+        if not self._status:
+            await self._refuse(error)
+        elif self._is_stream and not self._is_complete:
+            data = b"data: " + json.dumps(error_body(error, 503)).encode() + b"\n\n"
+            await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def _abort(self) -> None:
+        self._is_aborted = True
+        if self._answering is not None:
+            self._answering.cancel()
+
+    async def _read_body(self) -> bool:
+        """Read the request's body. Returns whether it is complete: false if the client disconnected."""
+        try:
+            return await asyncio.wait_for(self._receive_body(), self._limits.body_seconds)
+        except asyncio.TimeoutError:
+            raise RequestTimeoutError(
+                f"the request's body did not arrive within {self._limits.body_seconds:.0f} s"
+            ) from None
+
+    async def _receive_body(self) -> bool:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return False
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._limits.body_bytes:
+                raise RequestTooLargeError(
+                    f"the request's body is larger than {self._limits.body_bytes >> 20} MiB; see --max-body"
+                )
+            if not message.get("more_body"):
+                self._body = b"".join(parts)
+                return True
+
+    async def _until_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _replay(self) -> Message:
+        if not self._is_sent:
+            self._is_sent = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        return await self._receive()
+
+    async def _reply(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            self._is_stream = any(key == b"content-type" and b"event-stream" in value for key, value in headers)
+            message = {**message, "headers": [*headers, *self._headers()]}
+        await self._send(message)
+
+    async def _send(self, message: Message) -> None:
+        """Send a part of the response. Raises `_StalledError` if the client has read nothing for too long."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+        try:
+            await asyncio.wait_for(self._send_on(message), self._limits.stall_seconds)
+        except asyncio.TimeoutError:
+            self._is_stalled = True
+            raise _StalledError from None
+        self._is_complete = message["type"] == "http.response.body" and not message.get("more_body")
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", self._id.encode("latin-1"))]
+        if self._admitted is not None:
+            headers.append((b"x-peanut-variant", self._admitted.name.encode()))
+            headers.append((b"x-peanut-digest", self._admitted.version.digest.encode()))
+        return headers
+
+    async def _refuse(self, error: PeanutError) -> None:
+        logger.info("request=%s status=%d error=%s", shown(self._id), status_of(error), error)
+        for message in refusal_messages(error, self._headers()):
+            await self._send(message)
+
+
+async def _first_of(*tasks: "asyncio.Task[Any]") -> None:
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        for task in tasks:
+            await _cancel(task)
+        raise
+
+
+async def _cancel(task: "asyncio.Task[Any]") -> None:
+    """Cancel a task and wait until it is done, with any outcome."""
+    task.cancel()
+    await asyncio.wait([task], timeout=_FAREWELL_SECONDS)

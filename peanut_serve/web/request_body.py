@@ -1,0 +1,82 @@
+"""What the middleware reads from a request: its id, its body, and the variant that it names."""
+
+import json
+from collections.abc import MutableMapping
+from typing import Any
+from uuid import uuid4
+
+from peanut_serve.errors import ServingError, shown
+
+Scope = MutableMapping[str, Any]
+
+_ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
+
+
+class RequestBodyError(ServingError):
+    """The body does not name a variant."""
+
+    status = 400
+
+
+class RequestTooLargeError(ServingError):
+    """The body is larger than the limit."""
+
+    status = 413
+
+
+class RequestTimeoutError(ServingError):
+    """The body did not arrive in time."""
+
+    status = 408
+
+
+def request_id(scope: Scope) -> str:
+    """The client's X-Request-Id, or a new id that vLLM then uses as well."""
+    for key, value in scope["headers"]:
+        if key == b"x-request-id":
+            return str(value.decode("latin-1"))
+    made = uuid4().hex
+    scope["headers"] = [*scope["headers"], (b"x-request-id", made.encode())]
+    return made
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; empty for other JSON. Raises `RequestBodyError` if it is not JSON."""
+    try:
+        value = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        raise RequestBodyError(
+            "the body is not valid JSON, so the variant is unknown; send JSON with the variant's name in model"
+        ) from None
+    return value if isinstance(value, dict) else {}
+
+
+def variant_of(value: dict[str, Any], scope: Scope) -> str | None:
+    """The variant that the request names in `model`; None if it names none.
+
+    On /invocations, vLLM takes the name from a header alone: the name that is found is put there.
+    """
+    name = value.get("model")
+    if name is not None and not isinstance(name, str):
+        raise RequestBodyError(f"model is a JSON {type(name).__name__}; expected the name of a variant")
+    if not scope["path"].endswith("/invocations"):
+        return name
+    given = next((header.decode("latin-1") for key, header in scope["headers"] if key == _ADAPTER_HEADER), None)
+    if name and given and name != given:
+        raise RequestBodyError(
+            f"model is {shown(name)}, but the header X-Amzn-SageMaker-Adapter-Identifier is {shown(given)}; "
+            "send the same name, or only one of them"
+        )
+    name = name or given
+    headers = [(key, header) for key, header in scope["headers"] if key != _ADAPTER_HEADER]
+    scope["headers"] = [*headers, (_ADAPTER_HEADER, name.encode())] if name else headers
+    return name
+
+
+def check_lifetime(value: dict[str, Any]) -> None:
+    """Refuse a request that would go on after its response: by then, the engine may have other weights."""
+    if value.get("background"):
+        raise RequestBodyError(
+            "background is set: a response that is generated in the background would outlive its request, and with "
+            "it the weights of its variant; send the request without background, or with stream"
+        )
