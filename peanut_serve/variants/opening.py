@@ -36,6 +36,7 @@ from peanut_serve.variants.version import LoadedModel, VariantKind, Version, dig
 
 logger = logging.getLogger("vllm.peanut_serve")
 
+_ROOM = 256 << 20  # for files beside θ, such as tokenizers
 _USE_MERGED = "serve it with --mode merged or auto"
 
 # keys of config.json that do not change what the model computes
@@ -73,6 +74,7 @@ class VersionOpener:
 
         Raises the same errors as `adapter_version`; nothing is kept then.
         """
+        self._check_size(name, source)
         copy = store.copy_theta(source)
         try:
             version, theta = _open_adapter(name, copy, self)
@@ -87,6 +89,17 @@ class VersionOpener:
         if kept is None:
             raise VariantError(f"the copy of {name} was removed while it was opened; try again")
         return version if theta.move_to(kept) else self.adapter(name, kept)
+
+    def _check_size(self, name: str, source: Path) -> None:
+        """Refuse files that cannot be θ: copying and hashing them would fill the disk, and hold up other variants."""
+        files = [path for path in source.iterdir() if path.is_file()] if source.is_dir() else [source]
+        size = sum(path.stat().st_size for path in files)
+        most = _ROOM + 2 * sum(info.nbytes for info in self.model.base.tensors.values())
+        if size > most:
+            raise VariantError(
+                f"the files of {name} have {size >> 20} MiB, expected at most {most >> 20} MiB for an adapter of the "
+                "base; remove what does not belong to it"
+            )
 
     def reopen_adapter(self, name: str, digest: str, store: VariantStore) -> Version | None:
         """Open the version that a store keeps under a digest. None if there is none, or if it is damaged."""

@@ -170,6 +170,14 @@ def test_a_root_that_is_a_link_to_the_current_release(site: Site, tmp_path: Path
     assert site.digest() != first
 
 
+def test_a_file_that_is_far_too_large_is_not_copied(site: Site) -> None:
+    with (site.tasks / "v1" / "optimizer.bin").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(VariantError, match=r"the files of v1 have 1048576 MiB, expected at most \d+ MiB"):
+        site.digest()
+    assert site.thetas() == set()
+
+
 def test_files_that_are_being_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Catalogue._open
     monkeypatch.setattr(Catalogue, "_open", lambda *args: (opened(*args), site.change())[0])
