@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.server.call import Call
 from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
@@ -133,10 +136,10 @@ def test_every_route_is_keyed_or_open(run_rig: RunRig) -> None:
         keys = ("one", "schlüssel")
         for path in [*_ACCESS, *_REASONS, "/a/route/of/a/later/vllm", "/v1/completions/", "//v1/completions", ""]:
             access = access_to(path)
-            for given in (None, "Bearer two", "Basic one", "Bearer", "Bearer one ones"):
-                headers = {"authorization": given} if given else {}
+            for offered in (None, "Bearer two", "Basic one", "Bearer", "Bearer one ones"):
+                headers = {"authorization": offered} if offered else {}
                 status = (await Call(rig, path, {"model": "base"}, keys=keys, **headers).answer())[0]
-                assert status == (200 if access is Access.OPEN else 401), (path, given)
+                assert status == (200 if access is Access.OPEN else 401), (path, offered)
             for method in ("POST", "GET", "DELETE"):
                 call = Call(rig, path, {"model": "base"}, method, keys=keys, authorization="bearer schlüssel")
                 status, text = await call.answer()
@@ -168,3 +171,42 @@ def test_a_name_in_an_error_is_escaped_and_cut(run_rig: RunRig) -> None:
             assert len(message) < 400
 
     run_rig(test)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(["base", "v1", "v2", "v3", "broken", "../v1", "v1/", ""]) | st.text(max_size=12) | JSON
+BODIES = (
+    st.fixed_dictionaries({"model": NAMES}, optional={"stream": JSON, "background": JSON, "prompt": JSON})
+    | JSON
+    | st.binary(max_size=30)
+)
+PATHS = st.sampled_from([STREAM, "/v1/completions", "/invocations", "/v1/responses", "/tokenize"])
+
+
+@pytest.mark.slow
+@settings(max_examples=10)
+@given(requests=st.lists(st.tuples(PATHS, BODIES, st.sampled_from(["v1", "nobody", ""]) | st.none()), min_size=40))
+def test_whatever_a_client_sends(weights: Weights, requests: list[tuple[str, object, str | None]]) -> None:
+    """It gets the weights that it names, or an error that says why; nothing is held afterwards."""
+
+    async def test(rig: Rig) -> None:
+        for path, body, header in requests:
+            call = Call(rig, path, body, **({HEADER: header} if header is not None else {}))
+            status, text = await call.answer()
+            assert status in (200, 400, 404, 422), (path, body, text)
+            if status != 200:
+                assert json.loads(text)["error"]["message"].isprintable()
+            elif access_to(path) is Access.ANSWER:
+                named = call.header("x-peanut-variant")
+                assert text.removeprefix("data: 1\n\n") == rig.expected[named]
+                wanted = body.get("model") if isinstance(body, dict) else None
+                wanted = wanted or (header if path == "/invocations" else None)
+                assert named == (wanted or "base")
+        assert (rig.server.places.taken, len(rig.server.gate.running), rig.waiting) == (0, 0, 0)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        rig_runner(weights, Path(folder), patch)(test)
