@@ -60,7 +60,7 @@ def test_holds_two_shards_at_most(hub: Hub, pair: Pair) -> None:
     assert len(names) > 10
     assert [hub.downloads[name] for name in names] == [1] * len(names)
     assert len(seen) == len(names)
-    assert max(map(len, seen)) == 1
+    assert max(map(len, seen)) <= 1
     assert shards(assets(pair)) == shards(pair.output.with_name("cache")) == []
     assert same_weights(pair, "--max-shard-size", "base")
 
