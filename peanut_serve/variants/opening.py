@@ -81,10 +81,11 @@ class VersionOpener:
         except BaseException:
             store.discard(copy)
             raise
-        if (earlier := self.reopen_adapter(name, version.digest, store)) is not None:
-            store.discard(copy)  # it has the same θ for another name, perhaps in another layout, with other keys
-            return earlier
-        store.keep(copy, version.digest)
+        with store.keeping:
+            if (earlier := self.reopen_adapter(name, version.digest, store)) is not None:
+                store.discard(copy)  # it has the same θ for another name, perhaps in another layout, with other keys
+                return earlier
+            store.keep(copy, version.digest)
         kept = store.theta(version.digest)
         if kept is None:
             raise VariantError(f"the copy of {name} was removed while it was opened; try again")

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -76,11 +77,14 @@ class VariantStore:
     Args:
         folder: created if it does not exist.
 
+    Attributes:
+        keeping: held by the thread that looks whether a θ is kept, and keeps it.
+
     Raises `OptionError` if another server uses it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.keeping = folder, threading.Lock()
         (folder / "theta").mkdir(parents=True, exist_ok=True)
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

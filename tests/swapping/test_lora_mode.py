@@ -2,8 +2,10 @@
 
 import asyncio
 import shutil
+import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -11,6 +13,7 @@ from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
 
 from peanut_serve.errors import QueueFullError, UnknownVariantError, VariantError
+from peanut_serve.lora.cache import Lease, LoraCache
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping import metrics
 from peanut_serve.variants.version import VariantKind
@@ -105,14 +108,23 @@ def test_adapters_are_leased_only_while_they_are_used(run_rig: RunRig, tmp_path:
     run_rig(test, cache_bytes=1)
 
 
-def test_many_cold_adapters_at_once(run_rig: RunRig, tmp_path: Path) -> None:
+def test_many_cold_adapters_at_once(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few wait for their evaluation, the others get a 429; requests for one version share an evaluation."""
+
+    may_end, get = threading.Event(), LoraCache.get
+
+    def slow(*arguments: Any) -> Lease:
+        assert may_end.wait(30)
+        return get(*arguments)
+
+    monkeypatch.setattr(LoraCache, "get", slow)
 
     async def test(rig: Rig) -> None:
         async def ask(name: str) -> LoraFolder | QueueFullError:
             try:
                 return await folder_of(rig, name)
             except QueueFullError as error:
+                may_end.set()
                 return error
 
         found = await asyncio.gather(*(ask(name) for name in ["v1", "v2", "v3"] * 5))

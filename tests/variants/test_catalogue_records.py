@@ -141,8 +141,8 @@ def test_files_that_have_just_changed(site: Site) -> None:
     """A version is taken from files that have rested, and those that may be incomplete have to rest longer."""
     site.settle = 0.3
     site.start()
-    site.change()
     start = time.monotonic()
+    site.change()
     first = site.digest()
     assert time.monotonic() - start > 0.2
     weights = site.tasks / "v1" / "adapter_model.safetensors"
