@@ -32,6 +32,8 @@ sleep 1
 rm -rf -- "$1" "$2"*
 """
 
+_cleaners: list["subprocess.Popen[bytes]"] = []  # kept, as their standard input has to stay open
+
 
 def own_everything() -> None:
     """Called in the server's process, before vLLM starts others: they put their sockets and memory where it is found.
@@ -48,13 +50,9 @@ def own_everything() -> None:
     _name_shared_memory(pid)
     # its standard input is a pipe that ends with this process; a terminal's signals do not reach a new session
     command = ["sh", "-c", _CLEANER, "peanut-serve-cleaner", folder, str(_SHARED_MEMORY / _segments(pid))]
-    subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
+    quiet = subprocess.DEVNULL
+    _cleaners.append(
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True, cwd="/")
     )
     atexit.register(_remove_remains, pid)
 

@@ -54,6 +54,8 @@ if __name__ == "__main__":
     process = context.Process(target=engine, args=(ready,))
     process.start()
     ready.wait()
+    import gc
+    gc.collect()
     print("READY", flush=True)
     time.sleep(float(sys.argv[1]))
     process.terminate()  # its workers get no signal
@@ -133,6 +135,8 @@ def test_a_start_removes_what_others_have_left(server_script: Path) -> None:
     first = start(server_script)
     assert first.stdout is not None
     assert first.stdout.readline() == "READY\n"
+    time.sleep(2)
+    assert any(path.startswith(tempfile.gettempdir()) for path in left_of(first.pid))  # it does not come too early
     cleaner = next(pid for pid in children_of(first.pid) if "peanut-serve-cleaner" in command_of(pid))
     os.kill(cleaner, signal.SIGKILL)
     first.kill()

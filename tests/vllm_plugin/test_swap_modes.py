@@ -12,6 +12,7 @@ import termios
 import time
 import urllib.request
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import httpx
@@ -257,3 +258,24 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path, smollm2: Path) -> None:
         if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
             shutil.copy(file, tmp_path / "base")
     assert "peanut-serve: the engine's answer differs" in refused(tmp_path / "base", tmp_path)
+
+
+def test_a_model_that_does_not_generate_is_refused(tmp_path: Path, smollm2: Path) -> None:
+    """There is no canary for it."""
+    message = "--mode merged needs a model that generates text"
+    assert message in refused(smollm2, tmp_path, "--runner", "pooling", "--convert", "embed")
+
+
+def test_embeddings_of_adapters(smollm2: Path, tmp_path: Path) -> None:
+    """LoRA mode needs no canary: each adapter gives its own embeddings, and the headers say whose they are."""
+    options = ("--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--max-model-len", "256")
+    with serving(smollm2, ADAPTERS, tmp_path, *options, "--enforce-eager") as server:
+        found = {}
+        for name in (BASE, "smollm2-json", "smollm2-upper", "smollm2-json"):
+            raw = server.client.embeddings.with_raw_response.create(
+                model=name, input=QUESTIONS[1], encoding_format="float"
+            )
+            assert raw.headers["x-peanut-variant"] == name
+            vector = raw.parse().data[0].embedding
+            assert found.setdefault(name, vector) == pytest.approx(vector, abs=1e-5)
+        assert all(found[a] != pytest.approx(found[b], abs=1e-3) for a, b in combinations(found, 2))
