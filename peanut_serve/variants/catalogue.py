@@ -298,9 +298,8 @@ class Catalogue:
         old = variant.record
         previous = [digest for digest in [old.digest, *old.previous] if digest not in (None, version.digest)]
         moved = old.model_copy(update={"digest": version.digest, "previous": previous[:_PREVIOUS], "seen": state})
-        if (
-            self._variants.get(variant.name) is variant
-        ):  # otherwise it was unregistered meanwhile, and serves one last request
+        is_listed = self._variants.get(variant.name) is variant  # if not, it was removed, and serves a last request
+        if is_listed and self.records.variants.get(variant.name) != moved:  # a full disk stops only what is new
             self._save({variant.name: moved})
         variant.record, variant.version, variant.error = moved, version, None
         logger.info("variant=%s digest=%s kind=%s", variant.name, version.digest[:12], version.kind.value)

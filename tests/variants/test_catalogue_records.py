@@ -185,6 +185,32 @@ def test_files_that_are_being_written(site: Site, monkeypatch: pytest.MonkeyPatc
         site.digest()
 
 
+def test_a_full_disk_stops_only_what_is_new(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name whose files are exchanged for new ones and back is served again."""
+
+    def switch(to: Path) -> None:
+        (site.tasks / ".new").symlink_to(to)
+        (site.tasks / ".new").rename(site.tasks / "v1")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    shutil.copytree(site.tasks / "v1", tmp_path / "new")
+    edit_json(tmp_path / "new" / "adapter_config.json", scaling=0.25)
+    (site.tasks / "v1").rename(tmp_path / "old")
+    switch(tmp_path / "old")
+    first = site.digest()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        switch(tmp_path / "new")
+        with pytest.raises(VariantError, match="No space left"):
+            site.digest()
+        switch(tmp_path / "old")
+        assert site.digest() == first
+    switch(tmp_path / "new")
+    assert site.digest() != first
+
+
 def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     first, names = site.digest(), site.names()
     before, records = site.saved(), site.catalogue.records.model_dump()
