@@ -71,6 +71,8 @@ class Exchange:
         self._admitted: Admitted | None = None
         self._answering: asyncio.Task[None] | None = None
         self._is_aborted = self._is_stalled = self._is_complete = False
+        self._sending_since: float | None = None  # a part of the response that the client has not read yet
+        self._watch: asyncio.TimerHandle | None = None
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle the request."""
@@ -110,6 +112,7 @@ class Exchange:
                     return "disconnected"
                 self._admit(self._admitted)
                 self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
+                self._look()
                 if self._is_aborted:  # aborted before the task existed
                     self._answering.cancel()
                 await self._finish(self._answering)
@@ -117,13 +120,30 @@ class Exchange:
                     return "aborted"
                 return str(self._status) if self._status else "disconnected"
         finally:
+            if self._watch is not None:
+                self._watch.cancel()
             await _cancel(disconnect)
 
+    def _look(self) -> None:
+        """Give up a response that its client has not read for too long; a timer, as a response has many parts."""
+        loop, most = asyncio.get_running_loop(), self._limits.stall_seconds
+        if self._sending_since is not None and loop.time() - self._sending_since >= most:
+            self._is_stalled = True
+            if self._answering is not None:
+                self._answering.cancel()
+            return
+        self._watch = loop.call_later(most / 4, self._look)
+
     async def _finish(self, answering: "asyncio.Task[None]") -> None:
-        """Wait for the response. If a swap aborts it, send an error in its place, or at the end of the stream."""
+        """Wait for the response. If a swap aborts it, send an error in its place, or at the end of the stream.
+
+        Raises `_StalledError` if the client does not read it.
+        """
         try:
             await answering
         except asyncio.CancelledError:
+            if self._is_stalled and not self._is_aborted:
+                raise _StalledError from None
             if not self._is_aborted:
                 await _cancel(answering)
                 raise
@@ -134,13 +154,11 @@ class Exchange:
                 await self._say_farewell(error)
 
     async def _say_farewell(self, error: PeanutError) -> None:
-        # the swap waits for this, so a client that does not read gets little time
-        self._limits = ClientLimits(stall_seconds=min(_FAREWELL_SECONDS, self._limits.stall_seconds))
         if not self._status:
             await self._refuse(error)
         elif self._is_stream and not self._is_complete:
             data = b"data: " + json.dumps(error_body(error, 503)).encode() + b"\n\n"
-            await self._send({"type": "http.response.body", "body": data, "more_body": False})
+            await self._send_soon({"type": "http.response.body", "body": data, "more_body": False})
 
     def _abort(self) -> None:
         self._is_aborted = True
@@ -191,15 +209,23 @@ class Exchange:
         await self._send(message)
 
     async def _send(self, message: Message) -> None:
-        """Send a part of the response. Raises `_StalledError` if the client has read nothing for too long."""
+        """Send a part of the response; `_look` gives it up if the client does not read."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
+        self._sending_since = asyncio.get_running_loop().time()
         try:
-            await asyncio.wait_for(self._send_on(message), self._limits.stall_seconds)
+            await self._send_on(message)
+        finally:
+            self._sending_since = None
+        self._is_complete = message["type"] == "http.response.body" and not message.get("more_body")
+
+    async def _send_soon(self, message: Message) -> None:
+        """Send an error. A swap may wait for this, so a client that does not read gets little time."""
+        try:
+            await asyncio.wait_for(self._send(message), min(_FAREWELL_SECONDS, self._limits.stall_seconds))
         except asyncio.TimeoutError:
             self._is_stalled = True
             raise _StalledError from None
-        self._is_complete = message["type"] == "http.response.body" and not message.get("more_body")
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-request-id", self._id.encode("latin-1"))]
@@ -211,7 +237,7 @@ class Exchange:
     async def _refuse(self, error: PeanutError) -> None:
         logger.info("request=%s status=%d error=%s", shown(self._id), status_of(error), error)
         for message in refusal_messages(error, self._headers()):
-            await self._send(message)
+            await self._send_soon(message)
 
 
 async def _first_of(*tasks: "asyncio.Task[Any]") -> None:
