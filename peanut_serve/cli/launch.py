@@ -135,6 +135,7 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
     if not folder.is_dir() and not is_hub_id(model):
         raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
+    given = _with_separate_config(given)
     own = {option.split("=", 1)[0].replace("_", "-") for option in given if option.startswith("-")}
     own |= _in_config_file(given)
     unsupported = _UNSUPPORTED if mode == "lora" else {**_UNSUPPORTED, **_UNSUPPORTED_BY_SWAPPING}
@@ -164,15 +165,28 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     ]
 
 
+def _with_separate_config(given: Sequence[str]) -> list[str]:
+    """Write `--config=FILE` as two arguments: vLLM silently does not read the file of one.
+
+    Raises `OptionError` for several files, of which vLLM reads none.
+    """
+    parts = [part for option in given for part in (option.split("=", 1) if _is_config(option) else [option])]
+    if parts.count("--config") > 1:
+        raise OptionError("there are several --config files, and vLLM reads only one; join them")
+    return parts
+
+
+def _is_config(option: str) -> bool:
+    return option.startswith("--config=")
+
+
 def _in_config_file(given: Sequence[str]) -> set[str]:
-    """Options that vLLM's --config file has: vLLM puts them behind those of the command line.
+    """Options that vLLM's --config file has. Those of the command line, and so our defaults, would override them.
 
     Raises `OptionError` if the file cannot be read, or sets the model.
     """
-    joined = [option.split("=", 1)[1] for option in given if option.startswith("--config=")]
-    pairs = [value for option, value in pairwise(given) if option == "--config"]
     found: set[str] = set()
-    for path in [*joined, *pairs]:
+    for path in [value for option, value in pairwise(given) if option == "--config"]:
         try:
             value = yaml.safe_load(Path(path).read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:

@@ -159,13 +159,17 @@ def test_an_adapter_on_the_hub(pair: Pair) -> None:
 
 
 def test_the_settings_in_a_config_file_of_vllm(pair: Pair, tasks: Path, tmp_path: Path) -> None:
-    """vLLM puts them behind the command line's, where the last one counts: ours are left out if they are in it."""
+    """They count: our defaults, which would override them as options of the command line, are left out."""
     found = find_adapters(AdapterRoots([tasks]))
     config = tmp_path / "vllm.yaml"
     config.write_text("max_loras: 2\nhost: 0.0.0.0\n")
     for given in (["--config", str(config)], [f"--config={config}"]):
         options = vllm_options(str(pair.base), "lora", found, given)
         assert {"--max-loras", "--host"} & set(options) == set()
+        arguments = parsed(options)
+        assert (arguments.max_loras, arguments.host) == (2, "0.0.0.0")
+    with pytest.raises(OptionError, match="there are several --config files"):
+        vllm_options(str(pair.base), "lora", found, ["--config", str(config), f"--config={config}"])
     config.write_text("lora-modules: []")
     with pytest.raises(OptionError, match="--lora-modules cannot be used with --mode lora"):
         vllm_options(str(pair.base), "lora", found, ["--config", str(config)])
