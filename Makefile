@@ -13,18 +13,18 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/side_by_side.py $(BASE) build/smollm2-json
 
 # bytecode is written, whatever the environment says: else both workers and every command they start compile anew
-FAST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not (vllm or kills or soak or slow or gpu)' --numprocesses 2 --dist loadfile --timeout 300
+IN_TWO := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	$(VENV)/bin/python examples/make_vit_small.py build/bases/vit-small
 	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
-	$(FAST)
-	$(VENV)/bin/python -m pytest -m '(vllm or kills or soak or slow) and not gpu'
+	$(IN_TWO) --timeout 600 -m 'not (vllm or gpu)'
+	$(VENV)/bin/python -m pytest -m 'vllm and not gpu'
 
 # no engine of vLLM, no killing, no soak, no real model: minutes, and no need of the bases
 test-fast: $(VENV)/.test
-	$(FAST)
+	$(IN_TWO) --timeout 300 -m 'not (vllm or kills or soak or slow or gpu)'
 
 test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m gpu
