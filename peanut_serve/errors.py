@@ -1,11 +1,17 @@
-"""Errors of a server that swaps variants, each with the HTTP status of its response.
+"""Errors of a server of variants, each with the HTTP status of its response.
 
 PeanutError (see converters.errors)
 ├── ServingError
+│   ├── RequestBodyError        400: the body does not name a variant, or asks for what cannot be served
+│   ├── UnauthorizedError       401: the API key is missing or wrong
+│   ├── RouteRefusedError       404: this route is not served
+│   ├── RequestTimeoutError     408: the body did not arrive in time
+│   ├── RequestTooLargeError    413: the body is larger than the limit
 │   ├── UnknownVariantError     404: no variant has this name, or no version has this digest
 │   ├── VariantInUseError       409: a variant with requests, or a pinned or active one, cannot be removed
 │   ├── VariantNameError        409: the name is already used, or not allowed
 │   ├── VariantError            422: it cannot be evaluated, or does not fit the running model
+│   ├── NotAdmittedError        500: a request reached the engine without the weights that it needs
 │   ├── SwapError               500: the swap failed; the previous weights were restored
 │   └── TryLaterError           the response has a Retry-After header
 │       ├── BeingWrittenError   503: its files are still being written
@@ -37,6 +43,36 @@ class ServingError(PeanutError):
     status: ClassVar[int] = 500
 
 
+class RequestBodyError(ServingError):
+    """The body does not name a variant, or asks for what cannot be served."""
+
+    status = 400
+
+
+class UnauthorizedError(ServingError):
+    """The API key is missing or wrong."""
+
+    status = 401
+
+
+class RouteRefusedError(ServingError):
+    """This route is not served."""
+
+    status = 404
+
+
+class RequestTimeoutError(ServingError):
+    """The body did not arrive in time."""
+
+    status = 408
+
+
+class RequestTooLargeError(ServingError):
+    """The body is larger than the limit."""
+
+    status = 413
+
+
 class UnknownVariantError(ServingError):
     """No variant has this name, or no version of it has this digest."""
 
@@ -59,6 +95,10 @@ class VariantError(ServingError):
     """The variant cannot be evaluated, or does not fit the running model."""
 
     status = 422
+
+
+class NotAdmittedError(ServingError):
+    """A request reached the engine without the weights that it needs."""
 
 
 class SwapError(ServingError):

@@ -116,6 +116,7 @@ class ShardStream:
         done: Future[None] = Future()
 
         def work() -> None:
+            """Download the file, and report the outcome to `done`."""
             try:
                 self._download(file)
             except BaseException as error:

@@ -43,9 +43,7 @@ class LoraFolders:
         starts: number of times the engine was started again.
     """
 
-    def __init__(
-        self, cache: LoraCache, evaluations: Evaluations, load: Load, starts: Callable[[], int] = lambda: 0
-    ) -> None:
+    def __init__(self, cache: LoraCache, evaluations: Evaluations, load: Load, starts: Callable[[], int]) -> None:
         self._cache, self._evaluations, self._load, self._starts = cache, evaluations, load, starts
         self._leases: dict[str, Lease] = {}
         self._holds: Counter[str] = Counter()

@@ -12,7 +12,7 @@ from converters.errors import OptionError
 from converters.serving import parse_size
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 
-VARIABLE = "PEANUT_SWAP_SETTINGS"
+VARIABLE = "PEANUT_SERVER_SETTINGS"
 
 
 class ServerSettings(BaseModel):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from converters import Checkpoint
-from peanut_serve.lora.folders import Load
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.self_test import LearningEngine
 from peanut_serve.swapping.server import VariantServer
@@ -23,14 +22,12 @@ class Host:
     Attributes:
         base: the checkpoint that the engine was started from.
         base_names: names of the base; the first is used if a request names no variant.
-        load_lora: loads a LoRA adapter into the engine.
         lora: what the engine allows as LoRA; see `VersionOpener`.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
     """
 
     base: Checkpoint
     base_names: Sequence[str]
-    load_lora: Load
     lora: LoraLimits | None = None
     on_active: Callable[[str], None] = lambda digest: None
 
@@ -55,4 +52,4 @@ async def assemble_server(settings: ServerSettings, engine: LearningEngine, host
     opener = VersionOpener(swappable.model, settings.device, host.lora, merges)
     roots, store = AdapterRoots(settings.roots), VariantStore(settings.state)
     catalogue = Catalogue(host.base_names, roots, store, opener, settings.settle)
-    return VariantServer(settings, swappable, catalogue, host.load_lora, host.on_active)
+    return VariantServer(settings, swappable, catalogue, host.on_active)

@@ -6,18 +6,18 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 
 from converters.errors import PeanutError
 from peanut_serve.errors import EngineDownError, VariantInUseError
 from peanut_serve.lora.cache import LoraCache
-from peanut_serve.lora.folders import Load, LoraFolder, LoraFolders
+from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.driver import SwapDriver, SwapUsage
 from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
 from peanut_serve.swapping.gate import Gate, Places, Ticket
 from peanut_serve.swapping.host_side import HostSide
+from peanut_serve.swapping.requests import Admitted, Usage
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
 from peanut_serve.variants.evaluations import Evaluations
@@ -28,31 +28,6 @@ logger = logging.getLogger("vllm.peanut_serve")
 _POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True, eq=False)
-class Admitted:
-    """A request that may run.
-
-    Attributes:
-        name: of the variant.
-        version: the weights that answer it.
-        is_running: whether it still may; afterwards, the engine may have other weights.
-        lora: the LoRA adapter that it uses on top of the base's weights, if it does.
-    """
-
-    name: str
-    version: Version
-    is_running: Callable[[], bool]
-    lora: LoraFolder | None = None
-
-
-@dataclass
-class Usage:
-    """Requests for a variant so far."""
-
-    requests: int = 0
-    last_used: float | None = None  # seconds since the epoch
-
-
 class VariantServer:
     """Serves requests with the weights of the variants they name. For one event loop; `assemble_server` builds it.
 
@@ -60,7 +35,6 @@ class VariantServer:
         settings: the operator's choices.
         swappable: the engine; it has the base's weights.
         catalogue: the variants.
-        load_lora: loads a LoRA adapter into the engine.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
     """
 
@@ -69,7 +43,6 @@ class VariantServer:
         settings: ServerSettings,
         swappable: SwappableEngine,
         catalogue: Catalogue,
-        load_lora: Load,
         on_active: Callable[[str], None],
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
@@ -78,7 +51,7 @@ class VariantServer:
         evaluations = Evaluations(settings.max_evaluations)
         self._host = HostSide(settings.host_cache, evaluations, swappable)
         cache = LoraCache(settings.cache, settings.cache_bytes)
-        self._lora = LoraFolders(cache, evaluations, load_lora, lambda: self.swapper.restarts)
+        self._lora = LoraFolders(cache, evaluations, swappable.engine.load_lora, lambda: self.swapper.restarts)
         self.cache = self._host.cache
         self.places = Places(settings.max_queue)
         self.gate = Gate(catalogue.base.digest)

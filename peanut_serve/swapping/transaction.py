@@ -22,6 +22,7 @@ from typing import NoReturn, Protocol
 
 from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError, SwapError
+from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.canary import Canary
 from peanut_serve.variants.host_weights import HostWeights
@@ -56,6 +57,9 @@ class Engine(Protocol):
 
     async def apply(self, places: Sequence[TensorInfo]) -> None:
         """Load tensors. After a failure, the weights are undefined."""
+
+    async def load_lora(self, name: str, folder: LoraFolder) -> None:
+        """Load a LoRA adapter, so that one that it cannot load is an error of one request."""
 
     async def invalidate(self) -> None:
         """Discard everything that was computed with other weights, such as the prefix cache."""

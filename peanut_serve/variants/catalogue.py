@@ -2,15 +2,12 @@
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import OptionError, PeanutError
-from converters.serving import find_adapter
 from peanut_serve.errors import (
-    BeingWrittenError,
     TryLaterError,
     UnknownVariantError,
     VariantError,
@@ -19,13 +16,13 @@ from peanut_serve.errors import (
 )
 from peanut_serve.variants.listing import Listing
 from peanut_serve.variants.opening import VersionOpener
+from peanut_serve.variants.reading import VersionReader
 from peanut_serve.variants.roots import AdapterRoots, State, VariantSource, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
 from peanut_serve.variants.version import VariantKind, Version, base_version
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-_TRIES = 3
 _SHOWN = 10  # names in a message
 _PREVIOUS = 5  # earlier versions that are kept for rollback
 
@@ -71,7 +68,8 @@ class Catalogue:
         opener: VersionOpener,
         settle: float = 1.0,
     ) -> None:
-        self._roots, self._store, self._opener, self._settle = roots, store, opener, settle
+        self._roots, self._store = roots, store
+        self._reader = VersionReader(roots, store, opener, settle)
         self._listing = Listing(roots)
         checkpoint = opener.model.base
         self.base = base_version(checkpoint)
@@ -148,7 +146,7 @@ class Catalogue:
         if name in self.bases and variant.version is not None:
             return variant, variant.version
         async with variant.lock:
-            source, state = await asyncio.to_thread(self._look, variant)
+            source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
             version = variant.version
             if version is None or state != variant.record.seen:
                 return variant, await self._renew(variant, source, state, prepare)
@@ -159,7 +157,7 @@ class Catalogue:
         """Read the files again, whether they have changed or not. Raises the same errors as `current`."""
         variant = self._own(name)
         async with variant.lock:
-            source, state = await asyncio.to_thread(self._look, variant)
+            source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
             variant.version = None
             variant.record.seen = ()
             await self._renew(variant, source, state, prepare)
@@ -184,8 +182,8 @@ class Catalogue:
             if not earlier:
                 listed = ", ".join(one[:12] for one in known) or "none"
                 raise VariantError(f"{name} has no such earlier version; its earlier versions are {listed}")
-            source, state = await asyncio.to_thread(self._look, variant)
-            version = await asyncio.to_thread(self._reopen, variant, source, earlier[0])
+            source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
+            version = await asyncio.to_thread(self._reader.reopen, name, source, earlier[0])
             if version is None:
                 raise VariantError(f"version {earlier[0][:12]} of {name} is no longer available")
             await self._move(variant, version, state, prepare)
@@ -237,34 +235,14 @@ class Catalogue:
             raise VariantNameError(f"{name} is the base model, which cannot be changed")
         return variant
 
-    def _look(self, variant: Variant) -> tuple[VariantSource, State]:
-        try:
-            source = self._roots.find(variant.record.source)
-        except OptionError as error:  # the name is in two folders
-            raise VariantError(str(error)) from None
-        state = source.state() if source is not None else ()
-        if source is None or not state:
-            raise UnknownVariantError(f"the files of {variant.name} were not found")
-        return source, state
-
     async def _renew(self, variant: Variant, source: VariantSource, state: State, prepare: Prepare) -> Version:
         """Open the version that is in the files now, and move the name to it."""
         try:
-            version = None
-            if variant.record.digest is not None and state == variant.record.seen:  # unchanged since a restart
-                version = await asyncio.to_thread(self._reopen, variant, source, variant.record.digest)
+            version, known = None, variant.record.digest
+            if known is not None and state == variant.record.seen:  # unchanged since a restart
+                version = await asyncio.to_thread(self._reader.reopen, variant.name, source, known)
             if version is None:
-                state = await self._settled(variant, source, state)
-            for _ in range(_TRIES):
-                if version is not None:
-                    break
-                opened = await asyncio.to_thread(self._open, variant.name, source)
-                before, state = state, await asyncio.to_thread(source.state)
-                version = opened if state == before else None
-            if version is None:
-                raise BeingWrittenError(
-                    f"the files of {variant.name} are being written; try again when they are complete"
-                )
+                version, state = await self._reader.read(variant.name, source, state)
             await self._move(variant, version, state, prepare)
             return version
         except TryLaterError:
@@ -276,23 +254,6 @@ class Catalogue:
                 raise
             raise VariantError(f"the variant {variant.name} cannot be served: {variant.error}") from error
 
-    async def _settled(self, variant: Variant, source: VariantSource, state: State) -> State:
-        """Wait until the files have rested; the state that they have then.
-
-        Raises `BeingWrittenError` if that takes longer than a request should wait.
-        """
-        left = await asyncio.to_thread(source.unsettled_seconds, self._settle)
-        if left > self._settle:
-            raise BeingWrittenError(
-                f"the files of {variant.name} end in zeros and have just changed, so they may be incomplete; try "
-                f"again in {math.ceil(left)} s",
-                math.ceil(left),
-            )
-        if left == 0:
-            return state
-        await asyncio.sleep(left)
-        return await asyncio.to_thread(source.state)
-
     async def _move(self, variant: Variant, version: Version, state: State, prepare: Prepare) -> None:
         await prepare(version)
         old = variant.record
@@ -303,20 +264,6 @@ class Catalogue:
             self._save({variant.name: moved})
         variant.record, variant.version, variant.error = moved, version, None
         logger.info("variant=%s digest=%s kind=%s", variant.name, version.digest[:12], version.kind.value)
-
-    def _open(self, name: str, source: VariantSource) -> Version:
-        spec = source.spec
-        if isinstance(spec, Path) and looks_merged(spec):
-            return self._opener.checkpoint(name, spec)
-        path = spec if isinstance(spec, Path) else find_adapter(spec).path
-        return self._opener.keep_adapter(name, path, self._store)
-
-    def _reopen(self, variant: Variant, source: VariantSource, digest: str) -> Version | None:
-        """Open an earlier version of a variant, if it is still available."""
-        version = self._opener.reopen_adapter(variant.name, digest, self._store)
-        if version is None and isinstance(source.spec, Path) and looks_merged(source.spec):
-            version = self._opener.checkpoint(variant.name, source.spec)
-        return version if version is not None and version.digest == digest else None
 
     def _save(self, changed: Mapping[str, Record | None], **others: str) -> None:
         """Save changed records; None removes one. Memory is updated only after the records are on disk."""

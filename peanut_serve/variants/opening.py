@@ -209,6 +209,7 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
     opener.model.check(name, [tensor.spec for tensor in changed])
 
     def write(into: HostWeights) -> None:
+        """Evaluate the tensors that the adapter changes."""
         base.check_unchanged()
         jobs = [_EvaluateJob(plan, tensor, into) for tensor in changed]
         Pipeline(find_devices(opener.device)).run(jobs)
@@ -253,6 +254,7 @@ def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:
     model.check(name, specs := tuple(TensorSpec(i.name, i.dtype, i.shape, i.nbytes) for i in changed))
 
     def write(into: HostWeights) -> None:
+        """Copy the tensors that differ from the base's."""
         merged.check_unchanged()
         with TensorReader() as reader:
             for info in changed:

@@ -4,7 +4,6 @@ It has its own port and key, so that a client that may request completions canno
 """
 
 import asyncio
-import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from peanut_serve.errors import ServingError, TryLaterError
 from peanut_serve.settings.admin_key import checked_key
+from peanut_serve.web.bearer import BearerKeys
 from peanut_serve.web.schema import (
     Control,
     EngineStatus,
@@ -175,21 +175,15 @@ class _KeyGuard:
     """Checks the key before anything else: a dependency would run only after the body was read and parsed."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app = app
-        self._key = key.encode()
+        self._app, self._keys = app, BearerKeys([key])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] == "/healthz" or self._has_key(scope):
+        if scope["type"] == "lifespan" or scope["path"] == "/healthz" or self._keys.include(scope):
             await self._app(scope, _limited(receive), send)
             return
         message = "the admin key is missing or wrong; send it as Authorization: Bearer KEY"
         refusal = _refusal(401, "AuthenticationError", message, {"WWW-Authenticate": "Bearer"})
         await refusal(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        # compared as bytes: compare_digest accepts only ASCII in a str
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._key)
 
 
 def _limited(receive: Receive) -> Receive:
@@ -197,6 +191,7 @@ def _limited(receive: Receive) -> Receive:
     size = 0
 
     async def limited() -> Message:
+        """Count the bytes of each part."""
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))

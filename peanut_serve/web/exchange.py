@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, shown
+from peanut_serve.errors import EngineDownError, RequestTimeoutError, RequestTooLargeError, shown
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.server import Admitted, VariantServer
+from peanut_serve.swapping.requests import Admitted
+from peanut_serve.swapping.server import VariantServer
 from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
-from peanut_serve.web.request_body import (
-    RequestTimeoutError,
-    RequestTooLargeError,
-    Scope,
-    check_lifetime,
-    parse_body,
-    request_id,
-    variant_of,
-)
+from peanut_serve.web.request_body import Scope, check_lifetime, parse_body, request_id, variant_of
 
 logger = logging.getLogger("vllm.peanut_serve")
 

@@ -4,28 +4,15 @@ It is plain ASGI, so that streams pass unchanged. It runs after vLLM's own check
 that do not begin with /v1, /v2, /inference or /cohere.
 """
 
-import hashlib
-import secrets
 from collections.abc import Callable, Sequence
 
-from peanut_serve.errors import ServingError, shown
+from peanut_serve.errors import RouteRefusedError, ServingError, UnauthorizedError, shown
 from peanut_serve.swapping.server import VariantServer
+from peanut_serve.web.bearer import BearerKeys
 from peanut_serve.web.exchange import Admit, App, ClientLimits, Exchange, Receive, Send
 from peanut_serve.web.refusals import refusal_messages
 from peanut_serve.web.request_body import Scope
 from peanut_serve.web.routes import Access, access_to, refusal_of
-
-
-class UnauthorizedError(ServingError):
-    """The API key is missing or wrong."""
-
-    status = 401
-
-
-class RouteRefusedError(ServingError):
-    """peanut-serve does not serve this route."""
-
-    status = 404
 
 
 class VariantMiddleware:
@@ -49,7 +36,7 @@ class VariantMiddleware:
         limits: ClientLimits = ClientLimits(),  # noqa: B008 - it is frozen
     ) -> None:
         self._app, self._find_server, self._admit, self._limits = app, find_server, admit, limits
-        self._keys = [_hash(key.encode()) for key in keys]
+        self._keys = BearerKeys(keys) if keys else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -70,22 +57,12 @@ class VariantMiddleware:
 
     def _refusal(self, scope: Scope) -> ServingError | None:
         path, access = _path(scope), _access(scope)
-        if access is not Access.OPEN and not self._has_key(scope):
+        if access is not Access.OPEN and self._keys is not None and not self._keys.include(scope):
             return UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
         if access is Access.REFUSED:
             reason = refusal_of(path) or "peanut-serve does not know this route"
             return RouteRefusedError(f"{scope['method']} {shown(path)} is not served: {reason}")
         return None
-
-    def _has_key(self, scope: Scope) -> bool:
-        if not self._keys:
-            return True
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        given = _hash(key.strip())
-        matches = [secrets.compare_digest(given, known) for known in self._keys]  # with every key, found or not
-        return any(matches)
 
 
 def _path(scope: Scope) -> str:
@@ -94,7 +71,3 @@ def _path(scope: Scope) -> str:
 
 def _access(scope: Scope) -> Access:
     return access_to(_path(scope))
-
-
-def _hash(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -5,8 +5,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from converters.errors import PeanutError
-from peanut_serve.errors import ServingError, TryLaterError
-from peanut_serve.web.request_body import RequestTimeoutError, RequestTooLargeError
+from peanut_serve.errors import RequestTimeoutError, RequestTooLargeError, ServingError, TryLaterError
 
 Message = MutableMapping[str, Any]
 

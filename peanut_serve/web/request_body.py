@@ -5,29 +5,11 @@ from collections.abc import MutableMapping
 from typing import Any
 from uuid import uuid4
 
-from peanut_serve.errors import ServingError, shown
+from peanut_serve.errors import RequestBodyError, shown
 
 Scope = MutableMapping[str, Any]
 
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
-
-
-class RequestBodyError(ServingError):
-    """The body does not name a variant."""
-
-    status = 400
-
-
-class RequestTooLargeError(ServingError):
-    """The body is larger than the limit."""
-
-    status = 413
-
-
-class RequestTimeoutError(ServingError):
-    """The body did not arrive in time."""
-
-    status = 408
 
 
 def request_id(scope: Scope) -> str:

@@ -13,7 +13,7 @@ from support.tiny_models import Pair, edit_json, edit_weights
 
 from converters.errors import OptionError
 from peanut_serve.errors import BeingWrittenError, UnknownVariantError, VariantError
-from peanut_serve.variants.catalogue import Catalogue
+from peanut_serve.variants.reading import VersionReader
 from peanut_serve.variants.state_folder import VariantStore
 
 
@@ -179,8 +179,8 @@ def test_a_file_that_is_far_too_large_is_not_copied(site: Site) -> None:
 
 
 def test_files_that_are_being_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Catalogue._open
-    monkeypatch.setattr(Catalogue, "_open", lambda *args: (opened(*args), site.change())[0])
+    opened = VersionReader._open
+    monkeypatch.setattr(VersionReader, "_open", lambda *args: (opened(*args), site.change())[0])
     with pytest.raises(BeingWrittenError, match="the files of v1 are being written"):
         site.digest()
 

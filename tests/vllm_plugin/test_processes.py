@@ -106,6 +106,14 @@ def start(script: Path, seconds: float = 100) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT)
 
 
+def started(script: Path) -> "subprocess.Popen[str]":
+    """A server whose processes all run."""
+    server = start(script)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "READY\n"
+    return server
+
+
 @pytest.mark.kills
 @pytest.mark.timeout(300)
 def test_many_kills(server_script: Path) -> None:
@@ -132,9 +140,7 @@ def test_many_kills(server_script: Path) -> None:
 @pytest.mark.timeout(120)
 def test_a_start_removes_what_others_have_left(server_script: Path) -> None:
     """If even the process that cleans up was killed. A server that ends by itself leaves nothing, at once."""
-    first = start(server_script)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "READY\n"
+    first = started(server_script)
     time.sleep(2)
     assert any(path.startswith(tempfile.gettempdir()) for path in left_of(first.pid))  # it does not come too early
     cleaner = next(pid for pid in children_of(first.pid) if "peanut-serve-cleaner" in command_of(pid))
@@ -152,9 +158,7 @@ def test_a_start_removes_what_others_have_left(server_script: Path) -> None:
 @pytest.mark.kills
 @pytest.mark.timeout(120)
 def test_an_engine_that_is_killed_takes_its_workers_along(server_script: Path) -> None:
-    server = start(server_script)
-    assert server.stdout is not None
-    assert server.stdout.readline() == "READY\n"
+    server = started(server_script)
     spawned = {pid for pid, command in processes(server.pid).items() if "spawn_main" in command}
     assert len(spawned) == 3
     engine = next(pid for pid in spawned if parent_of(pid) == server.pid)

@@ -63,6 +63,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
     variant = find_variant(source)
 
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
+        """θ of one module, after a look at the shapes of its factors."""
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
         if not len(a) == len(b) == 2 or a[0] != b[1]:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (out, r)")
@@ -100,6 +101,7 @@ def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
     rslora = boolean(where, "use_rslora", config.get("use_rslora") or False)
 
     def scaling(module: str, found: int) -> float:
+        """s of one module, whose factors have the rank `found`."""
         wanted = ranks.get(_pattern_of(ranks, module, source), r)
         if found != wanted:
             raise ThetaError(

@@ -23,7 +23,8 @@ from converters.serving import find_base
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.assembly import Host, assemble_server
-from peanut_serve.swapping.server import Admitted, VariantServer
+from peanut_serve.swapping.requests import Admitted
+from peanut_serve.swapping.server import VariantServer
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
@@ -66,6 +67,7 @@ class VariantEndpoints:
         @app.get("/health", summary="Check that the engine is alive and has complete weights")
         @app.get("/ready", summary="Check that requests can be answered, now or after a swap")
         async def ready() -> JSONResponse:
+            """200 or 503, with the state of the engine."""
             one = server()
             engine = one.engine_facts()
             answer = {"state": engine.state, "detail": engine.detail}
@@ -107,7 +109,7 @@ async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) ->
     is_salted = settings.prefix_cache == "salted"
     engine = SwapEngine(client, keeps_prefixes=is_salted, generates=generates)
     lora = None if settings.mode == "merged" else _limits(client.vllm_config.lora_config, client.model_config)
-    host = Host(base, args.served_model_name or [args.model], engine.load_lora, lora)
+    host = Host(base, args.served_model_name or [args.model], lora)
     if is_salted:
         host = replace(host, on_active=PrefixSalts(client).activate)
     return await assemble_server(settings, engine, host)

@@ -14,17 +14,13 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from peanut_serve.errors import ServingError
+from peanut_serve.errors import NotAdmittedError
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.server import Admitted
+from peanut_serve.swapping.requests import Admitted
 from peanut_serve.vllm_plugin.swap.models import admitted, lora_request
 
 # set while this package itself uses the engine, for a canary
 is_own_request: ContextVar[bool] = ContextVar("is_own_request", default=False)
-
-
-class NotAdmittedError(ServingError):
-    """A request reached the engine without the weights that it needs."""
 
 
 def guard(client: AsyncLLM) -> None:

@@ -14,7 +14,8 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 from vllm.lora.request import LoRARequest
 
 from peanut_serve.lora.folders import LoraFolder
-from peanut_serve.swapping.server import Admitted, VariantServer
+from peanut_serve.swapping.requests import Admitted
+from peanut_serve.swapping.server import VariantServer
 
 # the request that is being handled; every request has its own context
 admitted: ContextVar[Admitted | None] = ContextVar("admitted", default=None)
@@ -61,6 +62,7 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
         return request.name == name and request.lora is None
 
     async def show_available_models() -> ModelList:
+        """The variants of the catalogue, used or not."""
         length = models.model_config.max_model_len
         cards = [
             ModelCard(

@@ -194,10 +194,12 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
     make, is_over = reload.make_online_process_loader, False
 
     def make_recording(layer: torch.nn.Module, parameter: str) -> Callable[..., Any]:
+        """Replaces `make_online_process_loader`."""
         load = make(layer, parameter)
 
         @wraps(load)  # keeps its name, by which vLLM recognizes a wrapped loader
         def recording(*args: Any, **kwargs: Any) -> Any:
+            """Record which tensor the layer loads, and load it."""
             if is_over:
                 return load(*args, **kwargs)  # vLLM keeps the wrapped loaders
             tensors = [

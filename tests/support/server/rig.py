@@ -80,7 +80,7 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             settings = ServerSettings(state=Path(mkdtemp(dir=tmp_path)), **choices)
             engine, actives = FakeEngine(weights.base), []
             lora = None if settings.mode == "merged" else LoraLimits(512)
-            host = Host(weights.base, ["base"], engine.load_lora, lora, actives.append)
+            host = Host(weights.base, ["base"], lora, actives.append)
             server = await assemble_server(settings, engine, host)
             await server.start()
             expected = {name: identity(found) for name, found in weights.expected.items()}
