@@ -180,6 +180,19 @@ def test_the_settings_in_a_config_file_of_vllm(pair: Pair, tasks: Path, tmp_path
         vllm_options(str(pair.base), "lora", found, ["--config", str(tmp_path / "none.yaml")])
 
 
+def test_a_poisoned_folder_does_not_keep_the_others_from_being_served(tasks: Path) -> None:
+    for name, config in (("deep", "[" * 1_000_000), ("broken-text", "\udcff")):
+        shutil.copytree(tasks / "small", tasks / name)
+        (tasks / name / "adapter_config.json").write_text(config, errors="surrogateescape")
+    shutil.copytree(tasks / "small", tasks / "sparse")
+    with (tasks / "sparse" / "adapter_config.json").open("wb") as file:
+        file.truncate(2 << 30)
+    found = find_adapters(AdapterRoots([tasks]))
+    assert set(found.ranks) == {"large", "small"}
+    assert {"deep", "broken-text", "sparse"} < set(found.broken)
+    assert "larger than 64 MiB" in found.broken["sparse"]
+
+
 def test_an_adapter_with_the_name_of_the_base(pair: Pair, tasks: Path, run_here: Run) -> None:
     command = (
         "peanut-serve",

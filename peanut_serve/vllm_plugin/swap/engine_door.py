@@ -10,6 +10,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -17,7 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from peanut_serve.errors import NotAdmittedError
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.requests import Admitted
-from peanut_serve.vllm_plugin.swap.models import admitted, lora_request
+from peanut_serve.vllm_plugin.swap.models import admitted
 
 # set while this package itself uses the engine, for a canary
 is_own_request: ContextVar[bool] = ContextVar("is_own_request", default=False)
@@ -51,14 +52,15 @@ def _guarded(run: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Asy
     return guarded
 
 
-def _checked(lora: object) -> Admitted:
+def _checked(lora: LoRARequest | None) -> Admitted:
     """The admitted request, which must use this LoRA adapter. Raises `NotAdmittedError`."""
     request = admitted.get()
     if request is None:
         raise NotAdmittedError("a request reached the engine that was not admitted; please report how it was sent")
     _check_running(request)
-    expected = lora_request(request.name, request.lora) if request.lora is not None else None
-    if lora != expected:
+    # not by `==`: vLLM's own compares only the names
+    found = None if lora is None else (lora.lora_int_id, lora.lora_path)
+    if found != (None if request.lora is None else (request.lora.number, str(request.lora.path))):
         raise NotAdmittedError(
             f"a request for {request.name} reached the engine with another adapter; please report how it was sent"
         )

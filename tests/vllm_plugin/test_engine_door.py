@@ -1,0 +1,129 @@
+"""The door to vLLM's engine, with a client that stands for the engine: who is let in, and until when."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peanut_serve.errors import NotAdmittedError
+from peanut_serve.lora.folders import LoraFolder
+from peanut_serve.swapping.requests import Admitted
+from peanut_serve.variants.version import VariantKind, Version
+
+pytestmark = pytest.mark.slow  # vLLM is imported
+
+FOLDER = LoraFolder(3, Path("/adapters/one"))
+
+
+class Client:
+    """Stands for `AsyncLLM`: every request has three outputs."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+        self.output_processor = SimpleNamespace(request_states={})
+        self.calls: list[object] = []
+        self.engine_core = SimpleNamespace(pause_scheduler_async=self._pause)
+        self.errored = False
+
+    async def generate(self, prompt: str, params: object, request_id: str, *, lora_request: Any = None) -> Any:
+        try:
+            for number in range(3):
+                yield number
+        finally:
+            self.closed += 1
+
+    async def encode(self, prompt: str, params: object, request_id: str, lora_request: Any = None) -> Any:
+        async for output in self.generate(prompt, params, request_id, lora_request=lora_request):
+            yield output
+
+    async def abort(self, requests: list[str], internal: bool) -> None:
+        self.calls.append(("abort", *requests))
+
+    async def _pause(self, mode: str, clear_cache: bool) -> None:
+        self.calls.append(("pause", mode))
+
+
+def admission(name: str, is_running: Callable[[], bool] = lambda: True, lora: LoraFolder | None = None) -> Admitted:
+    return Admitted(name, Version("digest", VariantKind.BASE), is_running, lora)
+
+
+@pytest.fixture(params=["generate", "encode"])
+def ask(request: pytest.FixtureRequest) -> Callable[..., AsyncGenerator[int, None]]:
+    from peanut_serve.vllm_plugin.swap.engine_door import guard
+
+    client: Any = Client()
+    guard(client)
+    return lambda lora=None: getattr(client, request.param)("prompt", None, "id", lora_request=lora)
+
+
+async def outputs(ask: Callable[..., Any], request: Admitted | None, lora: object = None) -> list[int]:
+    from peanut_serve.vllm_plugin.swap.models import admitted
+
+    admitted.set(request)
+    return [output async for output in ask(lora)]
+
+
+def test_who_is_let_in(ask: Callable[..., Any]) -> None:
+    from peanut_serve.vllm_plugin.swap.models import lora_request
+
+    own, other = lora_request("task", FOLDER), lora_request("task", LoraFolder(4, Path("/adapters/two")))
+    assert asyncio.run(outputs(ask, admission("base"))) == [0, 1, 2]
+    assert asyncio.run(outputs(ask, admission("task", lora=FOLDER), own)) == [0, 1, 2]
+    for request, lora, reason in (
+        (None, None, "was not admitted"),
+        (admission("base"), own, "with another adapter"),
+        (admission("task", lora=FOLDER), None, "with another adapter"),
+        (admission("task", lora=FOLDER), other, "with another adapter"),
+        (admission("base", lambda: False), None, "has ended"),
+    ):
+        with pytest.raises(NotAdmittedError, match=reason):
+            asyncio.run(outputs(ask, request, lora))
+
+
+def test_work_that_outlives_its_request_stops(ask: Callable[..., Any]) -> None:
+    """A task that the request has started goes on after it: it gets no further output."""
+
+    async def test() -> None:
+        from peanut_serve.vllm_plugin.swap.models import admitted
+
+        running = True
+        admitted.set(admission("base", lambda: running))
+        found: list[int] = []
+
+        async def background() -> None:
+            async for output in ask():
+                found.append(output)
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(background())
+        await asyncio.sleep(0)
+        running = False
+        with pytest.raises(NotAdmittedError, match="has ended"):
+            await task
+        assert found == [0]
+
+    asyncio.run(test())
+
+
+def test_this_package_itself_is_let_in(ask: Callable[..., Any]) -> None:
+    async def test() -> list[int]:
+        from peanut_serve.vllm_plugin.swap.engine_door import is_own_request
+
+        is_own_request.set(True)
+        return await outputs(ask, None)
+
+    assert asyncio.run(test()) == [0, 1, 2]
+
+
+def test_a_pause_aborts_what_is_left_in_the_engine() -> None:
+    from peanut_serve.vllm_plugin.swap.engine import SwapEngine
+
+    client: Any = Client()
+    engine = SwapEngine(client, keeps_prefixes=False)
+    asyncio.run(engine.pause())
+    client.output_processor.request_states = {"left": object()}
+    asyncio.run(engine.pause())
+    assert client.calls == [("pause", "wait"), ("abort", "left"), ("pause", "wait")]
