@@ -39,7 +39,7 @@ class ServerSettings(BaseModel):
         settle: seconds that files must not have changed for before a new version is taken from them.
         max_evaluations: maximum number of variants that are being evaluated, or wait for it.
         max_body: size limit of a request's body, in bytes.
-        stall_seconds: for which a client may read nothing of its response.
+        stall_timeout: seconds for which a client may read nothing of its response.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,7 +65,7 @@ class ServerSettings(BaseModel):
     settle: float = Field(1.0, ge=0)
     max_evaluations: int = Field(64, gt=0)
     max_body: int = Field(64 << 20, gt=0)
-    stall_seconds: float = Field(30.0, gt=0)
+    stall_timeout: float = Field(30.0, gt=0)
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "ServerSettings | None":

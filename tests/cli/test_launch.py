@@ -180,6 +180,14 @@ def test_the_settings_in_a_config_file_of_vllm(pair: Pair, tasks: Path, tmp_path
         vllm_options(str(pair.base), "lora", found, ["--config", str(tmp_path / "none.yaml")])
 
 
+def test_a_setting_has_the_name_of_its_option(run_here: Run) -> None:
+    """A refusal names the option by the setting."""
+    shown = run_here("peanut-serve", "--help").stdout
+    elsewhere = {"mode", "roots", "cache", "cache_bytes", "device"}  # refused by their own messages
+    for name in set(ServerSettings.model_fields) - elsewhere:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
 def test_a_poisoned_folder_does_not_keep_the_others_from_being_served(tasks: Path) -> None:
     for name, config in (("deep", "[" * 1_000_000), ("broken-text", "\udcff")):
         shutil.copytree(tasks / "small", tasks / name)

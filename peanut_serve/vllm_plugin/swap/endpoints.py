@@ -61,7 +61,7 @@ class VariantEndpoints:
 
         args: Namespace = app.state.args
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-        limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_seconds)
+        limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_timeout)
         app.add_middleware(VariantMiddleware, find_server=server, admit=admit, keys=keys, limits=limits)  # type: ignore[arg-type]
 
         @app.get("/health", summary="Check that the engine is alive and has complete weights")
