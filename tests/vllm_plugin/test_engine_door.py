@@ -1,6 +1,7 @@
 """The door to vLLM's engine, with a client that stands for the engine: who is let in, and until when."""
 
 import asyncio
+from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from converters.errors import OptionError
 from peanut_serve.errors import NotAdmittedError
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.requests import Admitted
@@ -127,3 +129,16 @@ def test_a_pause_aborts_what_is_left_in_the_engine() -> None:
     client.output_processor.request_states = {"left": object()}
     asyncio.run(engine.pause())
     assert client.calls == [("pause", "wait"), ("abort", "left"), ("pause", "wait")]
+
+
+def test_a_model_that_does_not_generate_is_refused() -> None:
+    """There is no canary for it, so a swap could not be checked. (LoRA mode serves it: test_swap_modes.py.)"""
+    from peanut_serve.vllm_plugin.swap.endpoints import _build
+
+    async def tasks() -> tuple[str, ...]:
+        return ("embed",)
+
+    client: Any = SimpleNamespace(get_supported_tasks=tasks)
+    settings: Any = SimpleNamespace(mode="merged")
+    with pytest.raises(OptionError, match="--mode merged needs a model that generates text"):
+        asyncio.run(_build(settings, client, Namespace()))

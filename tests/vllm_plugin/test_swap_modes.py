@@ -241,6 +241,7 @@ def refused(base: Path, folder: Path, *options: str) -> str:
         capture_output=True,
         text=True,
         env=environment(folder),
+        timeout=300,
     )
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stderr.splitlines()[-1]
@@ -258,12 +259,6 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path, smollm2: Path) -> None:
         if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
             shutil.copy(file, tmp_path / "base")
     assert "peanut-serve: the engine's answer differs" in refused(tmp_path / "base", tmp_path)
-
-
-def test_a_model_that_does_not_generate_is_refused(tmp_path: Path, smollm2: Path) -> None:
-    """There is no canary for it."""
-    message = "--mode merged needs a model that generates text"
-    assert message in refused(smollm2, tmp_path, "--runner", "pooling", "--convert", "embed")
 
 
 def test_embeddings_of_adapters(smollm2: Path, tmp_path: Path) -> None:
