@@ -17,6 +17,7 @@ PeanutError (see converters.errors)
 │       ├── BeingWrittenError   503: its files are still being written
 │       ├── EngineDownError     503: the engine is restarting, or cannot be started
 │       └── QueueFullError      429: too many requests are waiting
+├── EngineStartError            the command `peanut-serve`: vLLM could not start its engine
 └── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
 """
 
@@ -132,6 +133,10 @@ class QueueFullError(TryLaterError):
     """Too many requests are waiting."""
 
     status = 429
+
+
+class EngineStartError(PeanutError):
+    """vLLM could not start its engine."""
 
 
 class AdminRequestError(PeanutError):

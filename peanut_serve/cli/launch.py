@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from converters import load_adapter, open_checkpoint
 from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
 from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
+from peanut_serve.errors import EngineStartError
 from peanut_serve.settings.launching import engine_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import Mode
@@ -256,6 +257,7 @@ def run_vllm(options: Sequence[str]) -> None:
     """Run vLLM's own server in this process until it is stopped, with the `options` of `vllm serve`.
 
     Raises:
+        EngineStartError: the engine did not start, or was interrupted.
         MissingDependencyError: vLLM is not installed.
         OptionError: `options` request several API servers.
     """
@@ -276,4 +278,9 @@ def run_vllm(options: Sequence[str]) -> None:
     own_everything()
     command = ServeSubcommand()
     command.validate(arguments)
-    command.cmd(arguments)
+    try:
+        command.cmd(arguments)
+    except RuntimeError as error:
+        if not str(error).startswith("Engine core initialization failed"):
+            raise
+        raise EngineStartError("vLLM's engine did not start; its messages above say why") from error

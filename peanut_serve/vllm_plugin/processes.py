@@ -54,7 +54,7 @@ def own_everything() -> None:
     _cleaners.append(
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True, cwd="/")
     )
-    atexit.register(_remove_remains, pid)
+    atexit.register(_remove_folders, pid)
 
 
 def end_with_parent() -> None:
@@ -81,11 +81,16 @@ def _segments(pid: int) -> str:
 
 
 def _remove_remains(pid: int) -> None:
-    """Remove the sockets and the shared memory of a server."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}{pid}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the sockets and the shared memory of a server that was killed."""
+    _remove_folders(pid)
     for segment in _SHARED_MEMORY.glob(f"{_segments(pid)}*"):
         segment.unlink(missing_ok=True)
+
+
+def _remove_folders(pid: int) -> None:
+    """Remove the sockets. Python's resource tracker removes the shared memory of a server that ends by itself."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}{pid}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _servers() -> Iterator[int]:
