@@ -9,6 +9,9 @@ from peanut_serve.settings.environment import STATE, Settings
 from peanut_serve.settings.server import VARIABLE, ServerSettings, default_state
 
 _ENDPOINTS = "peanut_serve_variants"
+# seconds; vLLM's own 5 are also those of OpenAI's client, so that now and then one of the two closes a connection
+# just when the other uses it. Reverse proxies keep theirs for 60
+_KEEP_ALIVE = "75"
 _PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 
 
@@ -21,6 +24,7 @@ def engine_variables(settings: ServerSettings, environment: Mapping[str, str] = 
         VARIABLE: settings.model_dump_json(),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, _ENDPOINTS])),
         "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": environment.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", _KEEP_ALIVE),
         # the engine may have to be restarted from a process with threads, which cannot fork safely
         "VLLM_WORKER_MULTIPROC_METHOD": environment.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
     }
