@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-serving bench-swapping bench-onnx soak clean
+.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	$(VENV)/bin/python examples/make_vit_small.py build/bases/vit-small
 	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
 	$(IN_TWO) --timeout 600 -m 'not (vllm or gpu)'
-	$(VENV)/bin/python -m pytest -m 'vllm and not gpu'
+	$(IN_TWO) -m 'vllm and not gpu'
 
 # no engine of vLLM, no killing, no soak, no real model: minutes, and no need of the bases
 test-fast: $(VENV)/.test
@@ -34,12 +34,15 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-serving bench-swapping bench-onnx
+bench: bench-merge bench-methods bench-serving bench-swapping bench-onnx
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	rm -f build/bench/results.jsonl
 	$(VENV)/bin/python benchmarks/merge.py
+
+bench-methods: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/methods.py
 
 bench-serving: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
