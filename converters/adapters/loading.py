@@ -10,20 +10,9 @@ from converters.adapters.layouts import native
 from converters.adapters.layouts.layout import Layout
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
 from converters.adapters.layouts.table import LAYOUTS
+from converters.adapters.refusals import refuse_others
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError
-from converters.methods.table import PEFT_METHODS
-
-# PEFT types that learn prompts, which cannot be merged (peft/utils/peft_types.py)
-_PROMPT_TYPES = {
-    "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "ADAPTION_PROMPT",
-    "CPT",
-    "CARTRIDGE",
-}
 
 
 def load_adapter(
@@ -58,7 +47,7 @@ def read_adapter(source: AdapterSource, layout: str | None = None, scaling: floa
         raise OptionError(f"layout '{layout}' is unknown; known are {', '.join(LAYOUT_SUMMARIES)}")
     if scaling is not None and not math.isfinite(scaling):
         raise OptionError(f"scaling='{scaling}': expected a finite number")
-    _refuse_others(source)
+    refuse_others(source)
     claims = _claims(source, layout)
     if not claims:
         raise _unclaimed(source, layout)
@@ -78,21 +67,6 @@ def _claims(source: AdapterSource, layout: str | None) -> list[tuple[Layout, str
         return [(native.LAYOUT, evidence)]  # its own config says so: the weights need not be looked at
     asked = [one for one in LAYOUTS if (one.name == layout if layout else not one.asked_only)]
     return [(one, evidence) for one in asked if (evidence := one.claims(source)) is not None]
-
-
-def _refuse_others(source: AdapterSource) -> None:
-    """Raise `LayoutError` for a PEFT type that is not supported."""
-    found = source.peft_type
-    if found in ("PEANUT", "LORA", None, *PEFT_METHODS):
-        return
-    if found in _PROMPT_TYPES:
-        raise LayoutError(
-            f"{source.path} says peft_type {found}: it learns prompts, which cannot be merged into weights"
-        )
-    known = ", ".join(["PEANUT", "LORA", *PEFT_METHODS])
-    raise LayoutError(
-        f"{source.path} says peft_type {found}; supported are {known}; merge it with PEFT's merge_and_unload"
-    )
 
 
 def _unclaimed(source: AdapterSource, layout: str | None) -> LayoutError:

@@ -171,7 +171,7 @@ def test_variants_are_refused_by_name(tmp_path: Path, case: str) -> None:
 CONFIGS = {
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base weights"),
     "olora": ({"init_lora_weights": "olora"}, "save it with PEFT's path_initial_model_for_weight_conversion"),
-    "alora": ({"alora_invocation_tokens": [1, 2]}, "'alora_invocation_tokens' .* may change the mathematics"),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, "an aLoRA, which tokens of the prompt switch on"),
     "qalora": ({"use_qalora": True}, "'use_qalora' = True is not a setting known"),
     "token": ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
     "bias": ({"bias": "some"}, "bias = 'some'; expected none, all or lora_only"),
@@ -192,15 +192,6 @@ def test_a_config_that_changes_the_mathematics_is_refused(tmp_path: Path, case: 
     save_lora(tiny_llama(), tmp_path)
     edit_json(tmp_path / "adapter" / "adapter_config.json", **settings)
     with pytest.raises((AdapterConfigError, ThetaError, LayoutError), match=message):
-        load_adapter(tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("peft_type", ["VERA", "LOHA", "BOFT", "PROMPT_TUNING"])
-def test_other_types_of_peft_are_refused_by_name(tmp_path: Path, peft_type: str) -> None:
-    save_lora(tiny_llama(), tmp_path)
-    edit_json(tmp_path / "adapter" / "adapter_config.json", peft_type=peft_type)
-    cure = "cannot be merged" if peft_type == "PROMPT_TUNING" else "merge it with PEFT's merge_and_unload"
-    with pytest.raises(LayoutError, match=f"says peft_type {peft_type}.*{cure}"):
         load_adapter(tmp_path / "adapter")
 
 

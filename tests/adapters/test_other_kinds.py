@@ -1,0 +1,58 @@
+"""Adapters of other kinds are refused by name, with the reason and what serves them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from peft.utils import PeftType
+from support.tiny_models import edit_json, save_adapter, tiny_llama
+
+from converters import load_adapter
+from converters.adapters.refusals import NOT_MERGEABLE, NOT_MERGEABLE_LORA
+from converters.errors import LayoutError
+from converters.methods.table import PEFT_METHODS
+
+# what PEFT's merge_and_unload merges, and this version does not
+NOT_READ = {
+    "ADAMSS", "BEFT", "DEFT", "FROD", "GLORA", "LN_TUNING", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA",
+    "TRAINABLE_TOKENS", "WAVEFT",
+}  # fmt: skip
+
+
+def adapter_of(folder: Path, **changes: object) -> Path:
+    save_adapter(tiny_llama(), folder)
+    edit_json(folder / "adapter_config.json", **changes)
+    return folder
+
+
+def test_every_type_of_peft_is_read_or_refused_with_a_reason() -> None:
+    assert {one.value for one in PeftType} == {"PEANUT", "LORA", *PEFT_METHODS, *NOT_MERGEABLE, *NOT_READ}
+    assert not NOT_READ & {*PEFT_METHODS, *NOT_MERGEABLE}
+
+
+@pytest.mark.parametrize("peft_type", sorted(NOT_MERGEABLE))
+def test_what_cannot_be_merged(tmp_path: Path, peft_type: str) -> None:
+    with pytest.raises(LayoutError, match=rf"says peft_type {peft_type}: it .* cannot be merged; serve it with PEFT"):
+        load_adapter(adapter_of(tmp_path, peft_type=peft_type))
+
+
+@pytest.mark.parametrize("peft_type", sorted(NOT_READ))
+def test_what_is_not_read(tmp_path: Path, peft_type: str) -> None:
+    with pytest.raises(LayoutError, match=rf"says peft_type {peft_type}; supported are .*merge_and_unload"):
+        load_adapter(adapter_of(tmp_path, peft_type=peft_type))
+
+
+@pytest.mark.parametrize("field", sorted(NOT_MERGEABLE_LORA))
+def test_variants_of_lora_that_cannot_be_merged(tmp_path: Path, field: str) -> None:
+    with pytest.raises(
+        LayoutError, match=rf"has {field}: it is an .* cannot be merged; serve it with PEFT's PeftModel"
+    ):
+        load_adapter(adapter_of(tmp_path, peft_type="LORA", **{field: [1]}))
+
+
+def test_bottleneck_adapters_of_another_library(tmp_path: Path) -> None:
+    adapter_of(tmp_path)
+    config = {"model_class": "BertModel", "config": {"bn_adapter": True, "reduction_factor": 16}, "version": "1.0"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match=r"AdapterHub.* cannot be merged; serve it with that library"):
+        load_adapter(tmp_path)
