@@ -1,6 +1,6 @@
 """What the benchmarks merge: random Llamas of 1.1B and 7B parameters, and random adapters.
 
-python benchmarks/make_inputs.py FOLDER [--7b]
+python benchmarks/make_inputs.py FOLDER [--7b | --only-1b]
 """
 
 import json
@@ -112,7 +112,8 @@ def main() -> None:
     """Make what is not there."""
     torch.manual_seed(0)
     folder = Path(sys.argv[1])
-    make_adapter(folder.parent / "bases" / "smollm2-135m-instruct", folder / "adapter-135m", 32)
+    if "--only-1b" not in sys.argv:
+        make_adapter(folder.parent / "bases" / "smollm2-135m-instruct", folder / "adapter-135m", 32)
     make_base(LLAMA_1B, folder / "llama-1.1b")
     make_adapter(folder / "llama-1.1b", folder / "adapter-1.1b", 32)
     if "--7b" in sys.argv:

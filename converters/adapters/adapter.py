@@ -169,15 +169,16 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
         ThetaError: shapes do not fit each other; a tensor is not floating-point, or contains NaN or Inf.
     """
     names = {key: f"saved {name}" for name, key in saved.items()}
-    facts = {}
+    facts, integers = {}, set()
     for module, theta in modules.items():
         names |= {key: f"{module} {part}" for part, key in theta.parts.items()}
+        integers |= {theta.parts[part] for part in theta.method.integers & theta.parts.keys()}
         facts[module] = [*_describe(store, module, theta).digest_facts, theta.fan_in_fan_out]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key in sorted(names, key=lambda key: names[key]):
         dtype, shape = store.dtypes[key], store.shapes[key]
-        if not dtype.is_floating_point:
-            raise ThetaError(f"{key} is {dtype}; expected floating-point θ")
+        if dtype.is_floating_point == (key in integers):
+            raise ThetaError(f"{key} is {dtype}; expected {'indices' if key in integers else 'floating-point θ'}")
         digest.update(json.dumps([names[key], str(dtype), list(shape)]).encode())
         bad = 0
         for block in store.blocks(key):

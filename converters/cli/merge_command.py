@@ -6,7 +6,7 @@ from converters.cli.options import LAYOUTS, given
 from converters.outputs.base import OutputRequest, WriteOptions
 from converters.outputs.table import find_format
 
-HELP = f"""Merge trained adapters (PEANuT, LoRA, DoRA, IA3) into their base model: W = W0 + f(W0; θ).
+HELP = f"""Merge trained adapters (PEANuT, LoRA, other methods of PEFT) into their base model: W = W0 + f(W0; θ).
 
 Writes a checkpoint that transformers and vLLM load like any other model. Everything that can be refused is
 refused before anything is written, and the output appears complete or not at all.

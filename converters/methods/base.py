@@ -24,11 +24,17 @@ class Method(WeightDelta):
         name: of the method.
         formula: what it computes, in Markdown, for model cards.
         peft: how HF PEFT saves θ; None for a method that is read by layouts of its own.
+        integers: parts of θ that are indices.
+        lora_rank: the rank of its exact LoRA form, as a formula; None where it never has one.
+        remark: what its users have to know, a sentence or two, for the documentation.
     """
 
     name: ClassVar[str]
     formula: ClassVar[str]
     peft: ClassVar[PeftForm | None] = None
+    integers: ClassVar[frozenset[str]] = frozenset()
+    lora_rank: ClassVar[str | None] = None
+    remark: ClassVar[str] = ""
 
     @classmethod
     @abstractmethod
@@ -73,7 +79,8 @@ class Method(WeightDelta):
     @classmethod
     def describe(cls, modules: Sequence["Method"]) -> dict[str, Any]:
         """The facts of several modules: a value, or a list where it is not the same for all."""
-        return {key: one_or_many(one.facts[key] for one in modules) for key in modules[0].facts}
+        keys = dict.fromkeys(key for one in modules for key in one.facts)
+        return {key: one_or_many(one.facts.get(key) for one in modules) for key in keys}
 
 
 def one_or_many(values: Iterable[Any]) -> Any:

@@ -59,6 +59,8 @@ class Tweaker(Method):
 
     name = "peanut"
     formula = "`W = W0 + f(W0; θ)` (PEANuT, [arXiv 2410.01870](https://arxiv.org/abs/2410.01870))"
+    lora_rank = "r"
+    remark = "PEANuT in every orientation; LoRA and its two ablations. With an activation on the output: no LoRA"
 
     orientation: Orientation
     a: Tensor

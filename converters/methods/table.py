@@ -1,20 +1,60 @@
 """The methods there are. To add one: its file in this folder, a row here, a test file in `tests/methods/`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from converters.methods.base import Method
-from converters.methods.dora import Dora
-from converters.methods.ia3 import Ia3
+from converters.methods.dense.c3a import C3a
+from converters.methods.dense.fourierft import FourierFt
+from converters.methods.dense.loha import LoHa
+from converters.methods.dense.lokr import LoKr
+from converters.methods.dense.randlora import RandLora
+from converters.methods.dense.shira import ShiRa
+from converters.methods.low_rank.adalora import AdaLora
+from converters.methods.low_rank.delora import DeLora
+from converters.methods.low_rank.gralora import GraLora
+from converters.methods.low_rank.miss import Miss
+from converters.methods.low_rank.unilora import UniLora
+from converters.methods.low_rank.vblora import VbLora
+from converters.methods.low_rank.vera import Pvera, Vera
+from converters.methods.multiplicative.boft import Boft
+from converters.methods.multiplicative.dora import Dora
+from converters.methods.multiplicative.hira import HiRa
+from converters.methods.multiplicative.hra import Hra
+from converters.methods.multiplicative.ia3 import Ia3
+from converters.methods.multiplicative.miss_bat import MissBat
+from converters.methods.multiplicative.oft import Oft
+from converters.methods.multiplicative.road import RoAd
 from converters.methods.peanut import Tweaker
 from converters.methods.peft_form import PeftForm
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Tweaker, Dora, Ia3)}
+_ALL: tuple[type[Method], ...] = (
+    Tweaker, Dora, Ia3,
+    AdaLora, Vera, Pvera, VbLora, UniLora, Miss, GraLora, DeLora,
+    HiRa, Hra, MissBat, Oft, Boft, RoAd,
+    LoHa, LoKr, FourierFt, C3a, ShiRa, RandLora,
+)  # fmt: skip
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 _FORMS = [(method, method.peft) for method in METHODS.values() if method.peft is not None]
 
-# peft_type -> the method it stands for, and how PEFT saves it
+# peft_type -> the method it stands for, and how PEFT saves it; and the variants that a config may turn on
 PEFT_METHODS: dict[str, tuple[type[Method], PeftForm]] = {
-    form.peft_type: (method, form) for method, form in _FORMS if form.flag is None
+    form.peft_type: (method, form) for method, form in _FORMS if form.flag is None and not form.when
 }
+PEFT_VARIANTS: tuple[tuple[type[Method], PeftForm], ...] = tuple(
+    (method, form) for method, form in _FORMS if form.when
+)
 # field of a LoraConfig -> the variant of LoRA that it turns on
 LORA_VARIANTS: dict[str, tuple[type[Method], PeftForm]] = {
     form.flag: (method, form) for method, form in _FORMS if form.flag is not None
 }
+
+
+def find_peft_method(config: Mapping[str, Any]) -> tuple[type[Method], PeftForm]:
+    """The method of an adapter_config.json with one of the types of `PEFT_METHODS`, and how PEFT saves it."""
+    peft_type = str(config["peft_type"])
+    for method, form in PEFT_VARIANTS:
+        if form.peft_type == peft_type and all(config.get(name) == value for name, value in form.when.items()):
+            return method, form
+    return PEFT_METHODS[peft_type]

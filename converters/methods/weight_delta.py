@@ -73,8 +73,11 @@ class WeightDelta(ABC):
         return self.with_parts(self.parts_on(device, dtype))
 
     def parts_on(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of θ by name, on `device` in `dtype`."""
-        return {name: part.to(device, dtype) for name, part in self.parts.items()}
+        """The tensors of θ by name, on `device` in `dtype`; indices keep theirs."""
+        return {
+            name: part.to(device, dtype if part.is_floating_point() else part.dtype)
+            for name, part in self.parts.items()
+        }
 
     def check_fits(self, shape: tuple[int, ...], name: str = "w0") -> None:
         """Raise `BaseMismatchError` unless θ was trained for a weight of this shape."""

@@ -11,7 +11,7 @@ from converters.cli.flags import in_flags
 from converters.cli.options import Version
 from converters.errors import PeanutError
 
-HELP = """Serve trained adapters (PEANuT, LoRA, DoRA, IA3) of one base by name, on vLLM's OpenAI server.
+HELP = """Serve trained adapters (PEANuT, LoRA, other methods of PEFT) of one base by name, on vLLM's OpenAI server.
 
 The field `model` of a request selects an adapter.
 
@@ -20,8 +20,8 @@ be added, replaced or removed while the server runs. Options that are not listed
 peanut-serve --vllm-help).
 
 --mode lora (the default) serves many adapters in one batch. --mode merged swaps whole weights in and out: it adds no
-cost per token, and serves what cannot be expressed as LoRA: heads, embeddings, DoRA, IA3, merged models. --mode auto
-uses LoRA where possible.
+cost per token, and serves what cannot be expressed as LoRA: heads, embeddings, DoRA, OFT and others, merged models.
+--mode auto uses LoRA where possible.
 
 Examples:
 

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.metrics import MetricWrapperBase
 from support.paths import ROOT
 from support.project.documents import ALL, CONTRIBUTING, CONVERTERS, README, SECURITY, SERVING, Document, rows
+from support.project.methods_table import methods_table
 from support.project.rooms import ORDER
 
 import converters
@@ -48,6 +49,11 @@ def test_every_layout_stands_in_the_table() -> None:
     told |= {"peanut": "peanut_config.json", "lora": "PEFT's LoRA"}
     for layout in LAYOUT_SUMMARIES:
         assert told.get(layout, layout) in table
+
+
+def test_the_table_of_methods_is_what_the_methods_say() -> None:
+    table = CONVERTERS.section("Adapter methods").split("\n\n")
+    assert "\n".join(methods_table()) in table
 
 
 def test_the_public_names_exist() -> None:

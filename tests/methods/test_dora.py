@@ -12,7 +12,7 @@ from support.tiny_models import edit_json, edit_weights
 
 from converters import Weighted, load_adapter, merge, record_base
 from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, ThetaError, VerificationError
-from converters.methods.dora import Dora, DoraUpdate
+from converters.methods.multiplicative.dora import Dora, DoraUpdate
 from converters.methods.update import WholeUpdate
 from converters.models.checkpoint import open_checkpoint
 

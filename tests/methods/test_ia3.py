@@ -12,7 +12,7 @@ from support.tiny_models import edit_weights
 
 from converters import Weighted, load_adapter, merge
 from converters.errors import LayoutError, OptionError, ThetaError, VerificationError
-from converters.methods.ia3 import Ia3, Ia3Update
+from converters.methods.multiplicative.ia3 import Ia3, Ia3Update
 
 TARGETS = {
     "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),

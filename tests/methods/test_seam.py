@@ -1,7 +1,7 @@
 """What every method promises (`converters/methods/base.py`), and that the least a method has to say is enough."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,47 +10,21 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from support.method_samples import IN, OUT, SAMPLES
 from support.peft_methods import MODELS, train
 from torch import Tensor
 
-from converters import Orientation, Tweaker, Weighted, load_adapter, merge, prepare_merge
+from converters import Weighted, load_adapter, merge, prepare_merge
 from converters.adapters.adapter import ModuleTheta
 from converters.errors import ConversionError, VerificationError
 from converters.methods.base import Method
-from converters.methods.dora import Dora
-from converters.methods.ia3 import Ia3
 from converters.methods.table import METHODS
 from converters.methods.update import WholeUpdate
 from converters.methods.weight_delta import Reads, WeightShape
 from converters.outputs.checkpoint.recheck import check_against
 from converters.outputs.lora import plan_lora_adapter
 
-OUT, IN, R = 10, 14, 3
 CPU = torch.device("cpu")
-
-
-def tweaker(orientation: Orientation, **settings: Any) -> Tweaker:
-    shapes = {Orientation.ROWS: ((R, IN), (IN, R)), Orientation.COLUMNS: ((R, OUT), (OUT, R))}
-    a, b = shapes.get(orientation, ((R, IN), (OUT, R)))
-    return Tweaker(orientation, torch.randn(a), torch.randn(b), **settings)
-
-
-def hidden(count: int) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(R, R) for _ in range(count))
-
-
-# every row of the table of methods stands here, in each of its forms
-SAMPLES: dict[str, Callable[[], Method]] = {
-    "peanut rows": lambda: tweaker(Orientation.ROWS, act_fn="tanh", scaling=0.5),
-    "peanut columns": lambda: tweaker(
-        Orientation.COLUMNS, encoders=hidden(2), decoders=hidden(2), act_fn="silu", scaling=0.5
-    ),
-    "peanut free": lambda: tweaker(Orientation.FREE, act_fn="linear", scaling=2.0),
-    "peanut output": lambda: tweaker(Orientation.ROWS, output_act_fn="tanh"),
-    "dora": lambda: Dora(torch.randn(R, IN), torch.randn(OUT, R), torch.rand(OUT) + 0.5, 0.7),
-    "ia3 outputs": lambda: Ia3(torch.randn(OUT, 1), "outputs"),
-    "ia3 inputs": lambda: Ia3(torch.randn(1, IN), "inputs"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +69,12 @@ def method(request: pytest.FixtureRequest) -> Method:
 def test_every_method_is_tried_here() -> None:
     assert {SAMPLES[name]().name for name in SAMPLES} == set(METHODS)
     assert all(method.name == name for name, method in METHODS.items())
+
+
+def test_what_the_documentation_says_of_ranks() -> None:
+    for name, method in METHODS.items():
+        ranks = [make().rank for make in SAMPLES.values() if make().name == name]
+        assert any(ranks) == (method.lora_rank is not None)
 
 
 def test_it_can_be_written_down_and_read_again(method: Method) -> None:

@@ -4,10 +4,21 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel
-from support.engines.serving import Server, serving
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    RoadConfig,
+    VeraConfig,
+)
+from support.engines.serving import Server, free_port, serving
 from support.peft_methods import train
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -15,13 +26,22 @@ pytestmark = pytest.mark.vllm
 
 PROMPT = list(range(100, 148))
 COUNT = 8
-CONFIGS = {
-    "dora": LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
-    # q, k and v are one fused layer in vLLM, with biases, which (IA)³ scales as well
+SOME = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+# q, k and v are one fused layer in vLLM, with biases, which (IA)³ and RoAd change as well
+MERGED: dict[str, PeftConfig] = {
+    "dora": LoraConfig(r=4, use_dora=True, **SOME),
     "ia3": IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     ),
+    "oft": OFTConfig(oft_block_size=8, **SOME),
+    "road": RoadConfig(group_size=8, **SOME),
 }
+AS_LORA: dict[str, PeftConfig] = {
+    "vera": VeraConfig(r=8, d_initial=1.0, **SOME),
+    "hra": HRAConfig(r=8, **SOME),
+    "lokr": LoKrConfig(r=2, decompose_both=True, decompose_factor=8, **SOME),
+}
+CONFIGS = {**MERGED, **AS_LORA}
 
 
 def tiny_qwen2() -> Qwen2ForCausalLM:
@@ -46,10 +66,27 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    options = ("--mode", "merged", "--state", str(folder / "state"), "--dtype", "float32", "--max-model-len", "128")
-    with serving(folder / "base", folder / "variants", folder, *options, "--enforce-eager") as running:
+def admin_port() -> str:
+    return str(free_port())
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, admin_port: str) -> Iterator[Server]:
+    """Those of `AS_LORA` are in every batch, the others are swapped."""
+    options = (
+        "--mode", "auto", "--state", str(folder / "state"), "--dtype", "float32", "--max-model-len", "128",
+        "--enforce-eager", "--admin-port", admin_port,
+    )  # fmt: skip
+    with serving(folder / "base", folder / "variants", folder, *options, PEANUT_ADMIN_KEY="secret") as running:
         yield running
+
+
+def kinds(port: str) -> dict[str, str]:
+    """How every variant is served."""
+    found = httpx.get(
+        f"http://127.0.0.1:{port}/admin/v1/variants", headers={"Authorization": "Bearer secret"}, timeout=60
+    )
+    return {variant["name"]: variant["kind"] for variant in found.json()}
 
 
 def expected(folder: Path, name: str) -> list[str]:
@@ -63,13 +100,15 @@ def expected(folder: Path, name: str) -> list[str]:
     return [f"token_id:{token}" for token in ids[0, len(PROMPT) :].tolist()]
 
 
-def test_every_method_answers_as_peft_does(server: Server, folder: Path) -> None:
+def test_every_method_answers_as_peft_does(server: Server, folder: Path, admin_port: str) -> None:
     """In several orders, so that each follows the weights of another; the base last."""
     wanted = {name: expected(folder, name) for name in ("base", *CONFIGS)}
     assert len({tuple(tokens) for tokens in wanted.values()}) == len(wanted)  # an answer identifies its variant
-    for name in ("dora", "ia3", "base", "ia3", "dora", "base"):
+    for name in ("dora", "vera", "ia3", "base", "oft", "hra", "ia3", "lokr", "road", "dora", "vera", "base"):
         found = server.client.completions.create(
             model=name, prompt=PROMPT, temperature=0, max_tokens=COUNT, logprobs=0,
             extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         assert found.choices[0].logprobs.tokens == wanted[name], name
+    wanted_kinds = {"base": "base"} | dict.fromkeys(MERGED, "adapter") | dict.fromkeys(AS_LORA, "lora")
+    assert kinds(admin_port) == wanted_kinds

@@ -6,7 +6,6 @@ left factor, is lora_B. No code writes it, so it is read only where the user ask
 """
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,10 +20,11 @@ from converters.adapters.layouts.lora_names import (
     read_modules,
     says,
 )
-from converters.adapters.layouts.peft_config import boolean, integer, number
+from converters.adapters.layouts.peft_config import boolean, integer, located, number
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peanut import Orientation, Tweaker
+from converters.methods.peft_form import first_match
 
 _MATH_FIELDS = ("r", "lora_alpha")
 _CHECKED_FIELDS = (
@@ -102,23 +102,14 @@ def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
 
     def scaling(module: str, found: int) -> float:
         """s of one module, whose factors have the rank `found`."""
-        wanted = ranks.get(_pattern_of(ranks, module, source), r)
+        with located(where):
+            wanted = ranks.get(first_match(ranks, module), r)
+            numerator = float(alphas.get(first_match(alphas, module), alpha))
         if found != wanted:
             raise ThetaError(
                 f"{module}: lora_A has {found} rows, the config says r = {wanted}; they disagree, or A and B are "
                 "swapped"
             )
-        numerator = float(alphas.get(_pattern_of(alphas, module, source), alpha))
         return numerator / (math.sqrt(wanted) if rslora else wanted)
 
     return scaling
-
-
-def _pattern_of(table: Mapping[str, Any], module: str, source: AdapterSource) -> str | None:
-    """The first pattern that names `module` (`peft/utils/other.py`, `get_pattern_key`)."""
-    try:
-        return next((pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", module)), None)
-    except re.error as error:
-        raise AdapterConfigError(
-            f"{source.config_path}: a pattern is not a valid regular expression ({error})"
-        ) from None

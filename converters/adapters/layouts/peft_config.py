@@ -1,13 +1,15 @@
 """What every adapter_config.json of PEFT and its forks has in common: how fields are checked, what they target."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from converters.adapters.adapter import ModuleTheta
 from converters.adapters.targeting import Targeting
 from converters.errors import AdapterConfigError, ThetaError
+from converters.methods.peft_form import as_boolean, as_integer, as_number
 
 TARGET_FIELDS = frozenset(
     {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
@@ -57,25 +59,41 @@ def check_fields(
             raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; expected a {kind.__name__} or null")
 
 
+@contextmanager
+def located(where: Path | None) -> Iterator[None]:
+    """Name the file in an `AdapterConfigError` that is raised inside."""
+    try:
+        yield
+    except AdapterConfigError as error:
+        raise AdapterConfigError(f"{where}: {error}") from None
+
+
 def integer(where: Path, name: str, value: Any, low: int) -> int:
     """`value` if it is an integer of at least `low`. Raises `AdapterConfigError`."""
-    if type(value) is not int or value < low:
-        raise AdapterConfigError(f"{where}: {name} = {value!r}; expected an integer of at least {low}")
-    return value
+    with located(where):
+        return as_integer(name, value, low)
 
 
 def number(where: Path, name: str, value: Any) -> float:
     """`value` if it is a finite number. Raises `AdapterConfigError`."""
-    if type(value) not in (int, float) or not abs(value) < float("inf"):
-        raise AdapterConfigError(f"{where}: {name} = {value!r}; expected a finite number")
-    return float(value)
+    with located(where):
+        return as_number(name, value)
 
 
 def boolean(where: Path, name: str, value: Any) -> bool:
     """`value` if it is true or false. Raises `AdapterConfigError`."""
-    if not isinstance(value, bool):
-        raise AdapterConfigError(f"{where}: {name} = {value!r}; expected true or false")
-    return value
+    with located(where):
+        return as_boolean(name, value)
+
+
+def trained_biases(where: Path, config: Mapping[str, Any]) -> str:
+    """Which biases were trained: `none`, `all`, or `lora_only`, those of the adapted modules, of whatever method."""
+    bias = config.get("bias") or "none"
+    if isinstance(bias, str) and bias.endswith("_only"):
+        return "lora_only"
+    if bias not in ("none", "all"):
+        raise AdapterConfigError(f"{where}: bias = {bias!r}; expected none, all, or <method>_only")
+    return str(bias)
 
 
 def provenance(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,16 +21,24 @@ class PeftKeys:
 
     Attributes:
         parts: adapted module -> part of θ (`A`, `encoders.0`, ...) -> key in the store.
+        shared: part of θ that all modules share -> key.
         saved: tensor that is replaced whole -> key.
         embedded: base tensor that was saved along -> key.
     """
 
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     embedded: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, bias: str = "none") -> PeftKeys:
+def sort_keys(
+    source: AdapterSource,
+    parameters: Mapping[str, str],
+    mark: str,
+    bias: str = "none",
+    shared: Mapping[str, str] | None = None,
+) -> PeftKeys:
     """Sort the keys of a state dict.
 
     Args:
@@ -38,16 +46,20 @@ def sort_keys(source: AdapterSource, parameters: Mapping[str, str], mark: str, b
         parameters: name of a parameter of θ in a state dict (`lora_A`) -> part of θ. A key has perhaps the adapter's
             name, a number (in a list of parameters) and `.weight` after it.
         mark: part of every key of θ; a key that contains it and does not match is refused.
-        bias: LoRA's `bias`: with `all` or `lora_only`, biases are trained and replace the base's.
+        bias: of the config: with `all`, or `lora_only` for those of the adapted modules, biases are trained and
+            replace the base's.
+        shared: name of a tensor that belongs to all modules (`vera_A`) -> part of θ.
 
     Raises:
         ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
     """
-    where, theta_key = source.weights, _theta_key(parameters)
+    where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
-        if match := theta_key.fullmatch(name):
+        if shared and (match := shared_key.fullmatch(name)):
+            found.shared[shared[match["parameter"]]] = key
+        elif match := theta_key.fullmatch(name):
             adapters.add(match["name"])
             part = parameters[match["parameter"]] + (f".{int(match['index'])}" if match["index"] else "")
             if part in found.parts.setdefault(match["module"], {}):
@@ -78,6 +90,12 @@ def _theta_key(parameters: Mapping[str, str]) -> re.Pattern[str]:
     names = "|".join(map(re.escape, parameters))
     adapter, index = r"(?:\.(?P<name>(?!weight$)[^.\d][^.]*))?", r"(?:\.(?P<index>\d+))?"
     return re.compile(rf"(?P<module>.+)\.(?P<parameter>{names}){adapter}{index}(?:\.weight)?")
+
+
+def _shared_key(shared: Mapping[str, str]) -> re.Pattern[str]:
+    """What matches the key of a tensor of the whole adapter."""
+    names = "|".join(map(re.escape, shared))
+    return re.compile(rf"(base_model\.)?(?P<parameter>{names})(\.[^.]+)?")
 
 
 def _refuse_several(where: Path, adapters: set[str | None]) -> None:

@@ -4,17 +4,30 @@ PEANuT and LoRA have files of their own. Keys are `base_model.model.<module>.<pa
 what their configs mean, is said by the methods (`converters/methods/table.py`).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout, build_adapter
-from converters.adapters.layouts.peft_config import boolean, check_fields, check_targeting, provenance, targeting_of
+from converters.adapters.layouts.peft_config import (
+    boolean,
+    check_fields,
+    check_targeting,
+    located,
+    provenance,
+    targeting_of,
+    trained_biases,
+)
 from converters.adapters.layouts.peft_keys import sort_keys
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
-from converters.methods.table import PEFT_METHODS
+from converters.methods.base import Method
+from converters.methods.peft_form import PeftForm
+from converters.methods.table import PEFT_METHODS, find_peft_method
 
+_LORA = ("lora_A", "lora_B")  # what plain LoRA has as well
+_INCOMPLETE = "the adapter is incomplete"
 _OFF: tuple[Any, ...] = (None, False, [], {})  # values of fields that are not in use
 
 
@@ -22,8 +35,8 @@ def claims(source: AdapterSource) -> str | None:
     """A config with one of the types. Raises `LayoutError` for θ of one of them without a config."""
     if source.peft_type in PEFT_METHODS:
         return f"{ADAPTER_CONFIG} says peft_type {source.peft_type}"
-    marks = [f".{name}" for _, form in PEFT_METHODS.values() for name in form.parameters]
-    if source.config is None and any(f"{mark}." in f"{key}." for key in source.keys for mark in marks):
+    marks = [f".{name}." for _, form in PEFT_METHODS.values() for name in form.parameters if name not in _LORA]
+    if source.config is None and any(mark in f"{key}." for key in source.keys for mark in marks):
         raise LayoutError(
             f"{source.weights} contains θ of HF PEFT, but there is no {ADAPTER_CONFIG} next to it, which states the "
             "method; copy it from where the adapter was trained"
@@ -40,21 +53,22 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         OptionError: `scaling` was given, and the method has none, or its config states it.
     """
     config, where = source.config or {}, source.config_path or source.path
-    method, form = PEFT_METHODS[str(source.peft_type)]
-    check_fields(where, config, form.fields, ("fan_in_fan_out", *form.inert), off=_OFF)
+    method, form = find_peft_method(config)
+    check_fields(where, config, form.fields, ("fan_in_fan_out", "bias", *form.inert), off=_OFF)
     if scaling is not None:
         raise OptionError(f"scaling={scaling:g}: {where} states all that {form.peft_type} needs; leave it out")
     transposed = boolean(where, "fan_in_fan_out", config.get("fan_in_fan_out") or False)
-    keys = sort_keys(source, form.parameters, form.mark)
-    modules = {}
-    for module, parts in sorted(keys.parts.items()):
-        if missing := [name for name, part in form.parameters.items() if part not in parts]:
-            raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
-        shapes = {part: source.store.shapes[key] for part, key in parts.items()}
-        modules[module] = ModuleTheta(method, parts, form.settings(config, module, shapes), transposed)
+    bias = trained_biases(where, config)
+    if form.missing and not any(f".{name}" in key for name in form.parameters for key in source.keys):
+        raise ThetaError(f"{source.weights}: {form.missing}")
+    keys = sort_keys(source, form.parameters, form.mark, bias, form.shared)
+    modules = {
+        module: _theta_of(source, method, form, module, parts | keys.shared, transposed)
+        for module, parts in sorted(keys.parts.items())
+    }
     targeting = targeting_of(where, config)
     if targeting is not None:
-        check_targeting(source.path, targeting, modules, keys.saved)
+        check_targeting(source.path, targeting, modules, keys.saved, bias)
     return build_adapter(
         source, "hf-peft", evidence, modules, keys.saved, embedded=keys.embedded, targeting=targeting,
         **provenance(config),
@@ -62,3 +76,24 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
 
 
 LAYOUT = Layout("hf-peft", claims, read)
+
+
+def _theta_of(
+    source: AdapterSource,
+    method: type[Method],
+    form: PeftForm,
+    module: str,
+    parts: Mapping[str, str],
+    transposed: bool,
+) -> ModuleTheta:
+    """θ of one module. Raises as `read` does."""
+    for name, part in {**form.parameters, **form.shared}.items():
+        if part not in parts and part not in form.optional:
+            raise ThetaError(f"{source.path}: {module}: {name} is missing; {form.missing or _INCOMPLETE}")
+    shapes = {part: source.store.shapes[key] for part, key in parts.items()}
+    try:
+        with located(source.config_path):
+            settings = form.settings(source.config or {}, module, shapes)
+    except IndexError:  # an axis that the settings look at
+        raise ThetaError(f"{module}: θ has shapes {shapes}, which are not those of {method.name}") from None
+    return ModuleTheta(method, parts, settings, transposed)

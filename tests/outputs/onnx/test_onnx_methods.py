@@ -1,4 +1,4 @@
-"""DoRA and (IA)³ in the forms of an ONNX export that need no low rank, against HF PEFT's unmerged model."""
+"""Every method in the forms of an ONNX export that it has, against HF PEFT's unmerged model."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
+from support.method_zoo import CASES
 from support.paths import DATA
 from support.peft_methods import train
 from transformers import ViTForImageClassification
@@ -53,3 +54,34 @@ def test_every_form_answers_as_peft(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="not of low rank"):
         export_onnx(base, adapter, tmp_path / "swapped", options=ExportOptions(form=Form.SWAPPABLE))
     assert not (tmp_path / "swapped").exists()
+
+
+# cases of the zoo whose formula ONNX has no operators for
+NO_OPERATORS = {"oft exact", "boft", "fourierft"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_merges_itself_or_says_why_not(name: str, tmp_path: Path) -> None:
+    case, base, adapter = CASES[name], tmp_path / "base", tmp_path / "task"
+    config = case.config(target_modules=["q_proj", "fc2"], **case.settings)
+    train(model(), config, base, adapter)
+    options = ExportOptions(form=Form.SELF_MERGING)
+    if name in NO_OPERATORS:
+        with pytest.raises(ConversionError, match="cannot merge a .* adapter by itself.*leave --self-merging out"):
+            export_onnx(base, adapter, tmp_path / "out", options=options)
+        assert not (tmp_path / "out").exists()
+        return
+    export_onnx(base, adapter, tmp_path / "out", options=options)
+    fresh = ViTForImageClassification.from_pretrained(base, dtype=torch.float32)
+    wanted = logits(PeftModel.from_pretrained(fresh, adapter))
+    found = Session(tmp_path / "out" / "task.onnx").run({"pixel_values": PIXELS})
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_what_has_a_low_rank_is_swapped(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "task"
+    train(
+        model(), CASES["gralora"].config(target_modules=["q_proj", "fc2"], **CASES["gralora"].settings), base, adapter
+    )
+    export_onnx(base, adapter, tmp_path / "out", options=ExportOptions(form=Form.SWAPPABLE))
+    assert (tmp_path / "out" / "task.onnx_adapter").exists()

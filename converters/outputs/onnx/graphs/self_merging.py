@@ -12,6 +12,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
+from converters.errors import ConversionError
 from converters.methods.weight_delta import WeightDelta
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.graphs.template import bind, trace_module
@@ -39,7 +40,8 @@ def write_self_merging(
             delta = task.plan.delta_of(term).to("cpu", torch.float32)
             kind = json.dumps([delta.kind, planned.shape, opset])
             if kind not in traced.updates:
-                traced.updates[kind] = _trace_update(delta, planned.shape, opset, kind)
+                method = task.plan.adapters[term.adapter].adapter.describe(term.module).name
+                traced.updates[kind] = _trace_update(delta, planned.shape, opset, kind, method)
             prefix = f"{name}/{index}/"
             theta = {prefix + part: tensor for part, tensor in delta.parts.items()}
             proto.graph.initializer.extend(inline(part, tensor) for part, tensor in theta.items())
@@ -69,12 +71,23 @@ class _Merge(torch.nn.Module):
         return total + delta.delta(w0)
 
 
-def _trace_update(delta: WeightDelta, shape: tuple[int, ...], opset: int, kind: str) -> GraphProto:
-    """The graph of one update: inputs `total`, `w0` and θ, one output."""
+def _trace_update(delta: WeightDelta, shape: tuple[int, ...], opset: int, kind: str, method: str) -> GraphProto:
+    """The graph of one update: inputs `total`, `w0` and θ, one output.
+
+    Raises `ConversionError` for a formula that ONNX has no operators for.
+    """
     total, w0 = torch.zeros(shape), torch.zeros(shape)  # one tensor as both would be traced as one input
     names = ["total", "w0", *delta.parts]
     inputs = (total, w0, *delta.parts.values())
-    return cached_graph({"merge": kind}, lambda: trace_module(_Merge(delta), inputs, names, ["merged"], opset)).graph
+    try:
+        return cached_graph(
+            {"merge": kind}, lambda: trace_module(_Merge(delta), inputs, names, ["merged"], opset)
+        ).graph
+    except ConversionError as error:
+        raise ConversionError(
+            f"a graph cannot merge a {method} adapter by itself, since ONNX lacks an operator for its formula; leave "
+            f"--self-merging out ({error})"
+        ) from None
 
 
 def _instance(

@@ -11,6 +11,14 @@ from torch import Tensor
 _PAGE, _SMALL_ALIGNMENT = 4096, 64
 _SMALL_BYTES = 64 << 10
 
+# of indices in θ
+_INDICES = {
+    torch.uint8: TensorProto.UINT8,
+    torch.int16: TensorProto.INT16,
+    torch.int32: TensorProto.INT32,
+    torch.int64: TensorProto.INT64,
+}
+
 
 class WeightsFile:
     """A new file of tensors, float32.
@@ -49,7 +57,6 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def inline(name: str, tensor: Tensor) -> TensorProto:
-    """An initializer that holds its numbers itself."""
-    return TensorProto(
-        name=name, dims=tensor.shape, data_type=TensorProto.FLOAT, raw_data=raw_bytes(tensor).tobytes()
-    )
+    """An initializer that holds its numbers itself: float32, or indices of any integer type."""
+    kind = TensorProto.FLOAT if tensor.is_floating_point() else _INDICES[tensor.dtype]
+    return TensorProto(name=name, dims=tensor.shape, data_type=kind, raw_data=raw_bytes(tensor).tobytes())

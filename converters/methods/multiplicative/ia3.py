@@ -42,6 +42,7 @@ class Ia3(Method):
 
     name = "ia3"
     formula = "`W = l ⊙ W0` ((IA)³, [arXiv 2205.05638](https://arxiv.org/abs/2205.05638))"
+    remark = "Biases, too, where it scales outputs"
     peft = PeftForm(
         peft_type="IA3",
         parameters={"ia3_l": "l"},

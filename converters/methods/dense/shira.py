@@ -1,0 +1,50 @@
+"""SHiRA: `W = W0 + S`, S sparse: trained numbers at places that are saved with them.
+
+Source: arXiv 2406.13175; HF PEFT's `peft/tuners/shira/layer.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from converters.methods.peft_form import PeftForm
+from converters.methods.shapes import Axes
+from converters.methods.stored import StoredMethod, check_indices
+from converters.methods.weight_delta import Reads
+
+
+@dataclass(frozen=True, eq=False)
+class ShiRa(StoredMethod):
+    """θ of one module: the numbers (n,), and their rows and columns (2, n)."""
+
+    name = "shira"
+    formula = "`W = W0 + S`, S sparse (SHiRA, [arXiv 2406.13175](https://arxiv.org/abs/2406.13175))"
+    axes: ClassVar[Mapping[str, Axes]] = {"weight": ("n",), "indices": (2, "n")}
+    integers = frozenset({"indices"})
+    peft = PeftForm(
+        peft_type="SHIRA",
+        parameters={"shira_weight": "weight", "shira_indices": "indices"},
+        mark="shira_",
+        inert=("r", "mask_type", "random_seed"),
+    )
+
+    @property
+    def reads(self) -> Reads:
+        """See `WeightDelta.reads`: its shape."""
+        return Reads.WHOLE
+
+    @property
+    def full_rank_reason(self) -> str:
+        """See `WeightDelta.full_rank_reason`."""
+        return "changes numbers here and there (SHiRA), so it is not of low rank"
+
+    def delta(self, w0: Tensor) -> Tensor:
+        """See `WeightDelta.delta`."""
+        rows, columns = self.theta["indices"].long()
+        check_indices("shira_indices", rows, w0.shape[0])
+        check_indices("shira_indices", columns, w0.shape[1])
+        numbers = self.theta["weight"] * self.weight
+        return torch.zeros_like(w0, dtype=numbers.dtype).index_put_((rows, columns), numbers)

@@ -1,0 +1,1 @@
+"""Methods whose delta depends on W0."""

@@ -1,0 +1,97 @@
+"""RoAd: the outputs are rotated and scaled in pairs: `W = R W0` and `b = R b0`.
+
+In every group of `group_size` outputs, output i of the first half and output i of the second are a pair:
+`y1' = α cos θ · y1 − α sin θ · y2` and `y2' = α sin θ · y1 + α cos θ · y2`. The variants differ in how many angles
+and scales a pair has: one of each, two, or four. Source: arXiv 2409.00119; HF PEFT's `peft/tuners/road/layer.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from converters.errors import AdapterConfigError, ThetaError
+from converters.methods.peft_form import PeftForm, Shapes, integer
+from converters.methods.shapes import Axes
+from converters.methods.stored import StoredMethod
+from converters.methods.weight_delta import Reads, WeightDelta, WeightShape
+
+_NUMBERS = {"road_1": 1, "road_2": 2, "road_4": 4}  # variant -> angles of a pair of outputs
+
+
+def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
+    if config["variant"] not in _NUMBERS:
+        raise AdapterConfigError(f"variant = {config['variant']!r}; known are {', '.join(_NUMBERS)}")
+    return {"variant": config["variant"], "group_size": integer(config, "group_size", low=2)}
+
+
+@dataclass(frozen=True, eq=False)
+class RoAd(StoredMethod):
+    """θ of one module: angles θ and scales α, (n · out / 2,) each, for n of them in a pair of outputs."""
+
+    name = "road"
+    formula = "`W = R·W0`, R rotating and scaling pairs of outputs (RoAd, [arXiv 2409.00119](https://arxiv.org/abs/2409.00119))"
+    remark = "Biases, too. All variants"
+    axes: ClassVar[Mapping[str, Axes]] = {"theta": ("numbers",), "alpha": ("numbers",)}
+    peft = PeftForm(
+        peft_type="ROAD",
+        parameters={"road_theta": "theta", "road_alpha": "alpha"},
+        mark="road_",
+        fields=("variant", "group_size"),
+        settings=_settings,
+    )
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """See `StoredMethod.check`."""
+        out = 2 * sizes["numbers"] // _NUMBERS[self.given["variant"]]
+        if self.given["group_size"] % 2 or out % self.given["group_size"]:
+            raise ThetaError(
+                f"θ has {sizes['numbers']} angles, which are no whole groups of {self.given['group_size']} outputs "
+                f"of {self.given['variant']}"
+            )
+
+    @property
+    def weight_shape(self) -> WeightShape:
+        """See `WeightDelta.weight_shape`."""
+        return 2 * self.sizes["numbers"] // _NUMBERS[self.given["variant"]], None
+
+    @property
+    def reads(self) -> Reads:
+        """See `WeightDelta.reads`: a pair of outputs may be far apart."""
+        return Reads.COLUMNS
+
+    @property
+    def full_rank_reason(self) -> str:
+        """See `WeightDelta.full_rank_reason`."""
+        return "rotates and scales all outputs (RoAd), so it is not of low rank"
+
+    @property
+    def bias(self) -> WeightDelta:
+        """See `Method.bias`: the outputs include it."""
+        return replace(self)
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """What an output keeps of itself, and what it takes of its partner, without the sign; (out, 1) each."""
+        half, variant = self.given["group_size"] // 2, self.given["variant"]
+        theta, alpha = self.theta["theta"], self.theta["alpha"]
+        if variant == "road_1":  # the same for both outputs of a pair
+            theta, alpha = (t.reshape(-1, 1, half).expand(-1, 2, -1).reshape(-1) for t in (theta, alpha))
+        if variant != "road_4":
+            return (alpha * theta.cos())[:, None], (alpha * theta.sin())[:, None]
+        (first, second), (scale, other) = (t.reshape(-1, 2, 2 * half).unbind(1) for t in (theta, alpha))
+        return (scale * first.cos()).reshape(-1, 1), (other * second.sin()).reshape(-1, 1)
+
+    def delta(self, w0: Tensor) -> Tensor:
+        """See `WeightDelta.delta`."""
+        keep, take = self.columns
+        first, second = w0.reshape(-1, 2, self.given["group_size"] // 2, w0.shape[1]).unbind(1)
+        partner = torch.stack([-second, first], dim=1).reshape(w0.shape)
+        return ((keep - 1) * w0 + take * partner) * self.weight
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`: `w0` has whole columns."""
+        found = self.delta(w0)[rows]
+        return found, found.abs()

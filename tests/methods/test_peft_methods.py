@@ -1,0 +1,87 @@
+"""Every method of HF PEFT that is read, against PEFT: its unmerged forward pass, and its own merge in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from support.method_zoo import CASES
+from support.peft_methods import MODELS, close, logits, reloaded, train
+
+from converters import load_adapter, merge, prepare_merge
+from converters.errors import ConversionError
+from converters.methods.table import LORA_VARIANTS, METHODS, PEFT_METHODS, PEFT_VARIANTS
+from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
+
+# on the first model of its kind, and on the others, which only `make test` has
+ON_MODELS = [
+    pytest.param(name, model, marks=() if model == case.models[0] else pytest.mark.slow)
+    for name, case in CASES.items()
+    for model in case.models
+]
+
+
+def trained(name: str, model: str, tmp_path: Path) -> tuple[Path, Path]:
+    train(MODELS[model](), CASES[name].on(model), tmp_path / "base", tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter"
+
+
+def test_every_method_of_the_table_is_here() -> None:
+    tried = {str(case.config.__name__.removesuffix("Config")).upper() for case in CASES.values()}
+    assert tried | {"IA3"} == {name.upper() for name in PEFT_METHODS}
+    assert len(METHODS) == len(PEFT_METHODS) + len(PEFT_VARIANTS) + len(LORA_VARIANTS) + 1  # and PEANuT, LoRA's, too
+
+
+@pytest.mark.parametrize(("name", "model"), ON_MODELS)
+def test_merged_logits_are_those_of_peft(name: str, model: str, tmp_path: Path) -> None:
+    base, adapter = trained(name, model, tmp_path)
+    plain = MODELS[model]()
+    wanted = logits(reloaded(plain, base, adapter))
+    result = merge(base, adapter, tmp_path / "merged")
+    assert result.verification is not None
+    assert result.verification.recomputed > 0
+    found = logits(type(plain).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval())
+    assert close(found, wanted)
+    assert not close(logits(type(plain).from_pretrained(base, dtype=torch.float32).eval()), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_those_of_peft_in_float64(name: str, tmp_path: Path) -> None:
+    model = CASES[name].models[0]
+    base, adapter = trained(name, model, tmp_path)
+    plain = type(MODELS[model]()).from_pretrained(base, dtype=torch.float64)
+    before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+    after = PeftModel.from_pretrained(plain, adapter).double().merge_and_unload().state_dict()
+    opened = load_adapter(adapter)
+    for module, theta in opened.modules.items():
+        w0, wanted = (tensors[f"{module}.weight"] for tensors in (before, after))
+        method = opened.method(module)
+        oriented = method.transposed() if theta.fan_in_fan_out else method
+        found = w0 + oriented.to("cpu", torch.float64).delta(w0)
+        largest = (wanted - w0).abs().max()
+        assert largest > 0
+        assert (found - wanted).abs().max() <= CASES[name].float64 * largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rank])
+def test_exact_lora_has_the_logits_of_peft(name: str, tmp_path: Path) -> None:
+    """Written as LoRA, and loaded by PEFT as LoRA: the same logits, at the rank that is promised."""
+    model = CASES[name].models[0]
+    base, adapter = trained(name, model, tmp_path)
+    wanted = logits(reloaded(MODELS[model](), base, adapter))
+    opened = load_adapter(adapter)
+    assert max(opened.rank(module) or 0 for module in opened.modules) == CASES[name].rank
+    planned = plan_lora_adapter(prepare_merge(base, opened), tmp_path / "lora")
+    check = write_lora_adapter(planned)
+    assert check.recomputed > 0
+    assert close(logits(reloaded(MODELS[model](), base, tmp_path / "lora")), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.rank])
+def test_full_rank_is_refused_as_lora(name: str, tmp_path: Path) -> None:
+    base, adapter = trained(name, "llama", tmp_path)
+    with pytest.raises(ConversionError, match=r"^the update of .*: it cannot be expressed as LoRA; merge it$"):
+        plan_lora_adapter(prepare_merge(base, load_adapter(adapter)), tmp_path / "lora")

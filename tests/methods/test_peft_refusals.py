@@ -1,0 +1,182 @@
+"""Adapters of PEFT's methods that are damaged or incomplete, or whose settings no weight can follow."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftConfig
+from support.method_zoo import CASES, TARGETS
+from support.peft_methods import MODELS, close, logits, reloaded, train
+from support.tiny_models import edit_json, edit_weights, tiny_llama
+
+from converters import load_adapter, merge
+from converters.errors import AdapterConfigError, BaseMismatchError, LayoutError, OptionError, ThetaError
+
+
+def trained(tmp_path: Path, config: PeftConfig, model: str = "llama") -> Path:
+    train(MODELS[model](), config, tmp_path / "base", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+LLAMA = {"target_modules": TARGETS["llama"]}
+
+# what PEFT can be told to leave out, and noise
+LEFT_OUT: dict[str, tuple[PeftConfig, str]] = {
+    "vera": (
+        peft.VeraConfig(r=4, save_projection=False, **LLAMA),
+        "were not saved.*save_projection=True",
+    ),
+    "pvera": (peft.PveraConfig(r=4, save_projection=False, **LLAMA), "pvera_A is missing.*save_projection=True"),
+    "randlora": (peft.RandLoraConfig(r=4, save_projection=False, **LLAMA), "randlora_A is missing.*save_projection"),
+    "unilora": (peft.UniLoraConfig(r=4, theta_d_length=40, **LLAMA), "indices were not saved.*save_indices=True"),
+    "noise": (peft.PveraConfig(r=4, sample_at_inference=True, **LLAMA), "no merged weight does"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_was_not_saved(tmp_path: Path, case: str) -> None:
+    config, message = LEFT_OUT[case]
+    with pytest.raises((AdapterConfigError, ThetaError), match=message):
+        load_adapter(trained(tmp_path, config))
+
+
+# case of the zoo -> change of the config -> message
+CONFIGS = {
+    "another rank": ("hira", {"r": 5}, "θ has r = 4, the config says r = 5"),
+    "another rank by pattern": ("loha", {"rank_pattern": {"v_proj": 7}}, "θ has r = 3, the config says r = 7"),
+    "a pattern of nonsense": ("loha", {"rank_pattern": {"(": 7}}, "not a valid regular expression"),
+    "a rank of nonsense": ("vera", {"r": "4"}, "r = '4'; expected an integer"),
+    "a missing field": ("gralora", {"hybrid_r": None}, "hybrid_r = None; expected an integer"),
+    "another hybrid": ("gralora", {"hybrid_r": 2}, "hybrid_r is 2, which does not agree with"),
+    "another topk": ("vblora topk", {"topk": 2}, "topk is 2"),
+    "logits that are not there": ("vblora topk", {"save_only_topk_weights": False}, "vblora_logits_A is missing"),
+    "too many of the bank": ("vblora", {"topk": 21}, "topk is 21"),
+    "an unknown setting": ("hra", {"rotate": True}, "'rotate' = True is not a setting known"),
+    "biases of nonsense": ("hra", {"bias": "some"}, "bias = 'some'; expected none, all, or <method>_only"),
+    "an older PEFT": ("oft", {"peft_version": None}, "before PEFT 0.18"),
+    "another block": ("oft", {"block_share": True}, r"R has shape \(9, 28\); expected"),
+    "an unknown variant": ("road 1", {"variant": "road_3"}, "variant = 'road_3'; known are"),
+    "another group": ("road 1", {"group_size": 10}, "no whole groups of 10 outputs"),
+    "an infinite scale": ("fourierft", {"scaling": float("inf")}, "scaling = inf; expected a finite number"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_and_weights_have_to_agree(tmp_path: Path, case: str) -> None:
+    name, changes, message = CONFIGS[case]
+    adapter = trained(tmp_path, CASES[name].on("llama"))
+    load_adapter(adapter)
+    edit_json(adapter / "adapter_config.json", **changes)
+    with pytest.raises((AdapterConfigError, ThetaError), match=message):
+        load_adapter(adapter)
+
+
+def without(mark: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda weights: {key: tensor for key, tensor in weights.items() if mark not in key}
+
+
+def changed(mark: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda weights: {
+        key: change(tensor).contiguous() if mark in key else tensor for key, tensor in weights.items()
+    }
+
+
+# case of the zoo -> change of the weights -> message
+DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "a part is missing": ("adalora", without("layers.1.self_attn.q_proj.lora_E"), "q_proj: lora_E is missing"),
+    "the bank is missing": ("vblora", without("vector_bank"), "vblora_vector_bank is missing"),
+    "half of a product": ("lokr", without("q_proj.lokr_w1_a"), "θ has w1_b of w1; expected it, or its two factors"),
+    "an unknown part": (
+        "hra",
+        lambda w: {**w, "base_model.model.x.hra_v": torch.zeros(2)},
+        "does not have PEFT's form",
+    ),
+    "transposed": ("hira", changed("hira_A", lambda t: t.T), "θ has r = 72, the config says r = 4"),
+    "a vector": ("miss", changed("miss_block", lambda t: t[0, 0].reshape(())), "which are not those of miss"),
+    "another shape": (
+        "delora",
+        changed("w_norm", lambda t: t[1:]),
+        r"shape \(71,\); expected A \(r, in\)",
+    ),
+    "not finite": ("c3a", changed("kernel", lambda t: t / 0), "NaN or Inf"),
+    "indices of another type": ("unilora", changed("indices_A", torch.Tensor.float), "float32; expected indices"),
+    "numbers of another type": ("hira", changed("hira_A", torch.Tensor.int), "int32; expected floating-point θ"),
+    "butterflies": ("boft", changed("boft_R", lambda t: t.repeat(2, 1, 1, 1)), "2 butterfly factors"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_weights(tmp_path: Path, case: str) -> None:
+    name, change, message = DAMAGES[case]
+    adapter = trained(tmp_path, CASES[name].on("llama"))
+    edit_weights(adapter / "adapter_model.safetensors", change)
+    with pytest.raises(ThetaError, match=message):
+        load_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "index", "message"),
+    [
+        ("unilora", "indices_B", -1, "has indices from -1 to .*; expected 0 to 39"),
+        ("unilora", "indices_A", 40, "to 40; expected 0 to 39"),
+        ("vblora topk", "A_topk_indices", 20, "to 20; expected 0 to 19"),
+        ("shira", "indices", 72, "to 72; expected 0 to"),
+    ],
+)
+def test_indices_out_of_range(tmp_path: Path, name: str, mark: str, index: int, message: str) -> None:
+    adapter = trained(tmp_path, CASES[name].on("llama"))
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[0] = index
+        return tensor
+
+    edit_weights(adapter / "adapter_model.safetensors", changed(mark, change))
+    with pytest.raises(ThetaError, match=message):
+        merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+# larger in every size, so that nothing that has to fit fits by chance
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"fourierft", "shira", "road 1", "road 2", "road 4"}))
+def test_another_base_is_refused(tmp_path: Path, name: str) -> None:
+    adapter = trained(tmp_path, CASES[name].on("llama"))
+    tiny_llama(hidden_size=44, intermediate_size=84, num_attention_heads=2).save_pretrained(tmp_path / "larger")
+    with pytest.raises(BaseMismatchError):
+        merge(tmp_path / "larger", adapter, tmp_path / "merged")
+
+
+def test_a_scaling_is_not_asked_for(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, CASES["loha"].on("llama"))
+    with pytest.raises(OptionError, match="LOHA needs; leave it out"):
+        load_adapter(adapter, scaling=2.0)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(LayoutError, match=r"there is no adapter_config\.json next to it"):
+        load_adapter(adapter)
+
+
+def test_adalora_whose_ranks_were_pruned(tmp_path: Path) -> None:
+    """As PEFT saves it at the end: fewer rows, one module with none, and the scale of the rank at the beginning."""
+    adapter = trained(tmp_path, CASES["adalora"].on("llama"))
+    pattern: dict[str, Any] = {}
+
+    def prune(weights: dict[str, torch.Tensor]) -> None:
+        for key in sorted(weights):
+            if key.endswith("lora_E"):
+                keep = [False] * 4 if "layers.1.self_attn.v_proj" in key else [True, False, True, False]
+                pattern[key.removeprefix("base_model.model.")] = keep
+                module = key.removesuffix("lora_E")
+                for part in ("lora_E", "lora_A"):
+                    weights[module + part] = weights[module + part][torch.tensor(keep)].contiguous()
+                weights[f"{module}lora_B"] = weights[f"{module}lora_B"][:, torch.tensor(keep)].contiguous()
+
+    edit_weights(adapter / "adapter_model.safetensors", prune)
+    edit_json(adapter / "adapter_config.json", rank_pattern=pattern)
+    wanted = logits(reloaded(tiny_llama(), tmp_path / "base", adapter))
+    merge(tmp_path / "base", adapter, tmp_path / "merged")
+    found = logits(type(tiny_llama()).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval())
+    assert close(found, wanted)
+    assert load_adapter(adapter).rank("model.layers.0.self_attn.q_proj") == 2

@@ -1,0 +1,97 @@
+"""One adapter or more of every method of HF PEFT that is read: what it is trained on, and with which settings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import peft
+from peft import PeftConfig
+
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "bert": ["query", "intermediate.dense"],
+}
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter.
+
+    Attributes:
+        config: class of its config.
+        settings: of the method.
+        models: tiny models it is trained on, by name.
+        rank: the largest of its exact LoRA form on these; None if it has none.
+        float64: how far PEFT's own merge in float64 may be off: 1e-9, or more where PEFT rounds on its way.
+    """
+
+    config: type[PeftConfig]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ("llama", "bert")
+    rank: int | None = None
+    float64: float = 1e-9
+
+    def on(self, model: str) -> PeftConfig:
+        """The config for a tiny model."""
+        common: dict[str, Any] = {"target_modules": TARGETS[model], "task_type": TASKS[model]}
+        if model == "gpt2":
+            common["fan_in_fan_out"] = True
+        if model == "bert":
+            common["modules_to_save"] = ["classifier"]
+        return self.config(**common, **self.settings)
+
+
+ALL = ("llama", "gpt2", "bert")
+_randlora: Callable[..., Case] = partial(Case, peft.RandLoraConfig, models=ALL)
+
+CASES = {
+    "adalora": Case(peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 6, "total_step": 9}, ALL, rank=4),
+    "vera": Case(peft.VeraConfig, {"r": 4}, ALL, rank=4),
+    "pvera": Case(peft.PveraConfig, {"r": 4}, ALL, rank=4),
+    "vblora": Case(peft.VBLoRAConfig, {"r": 4, "num_vectors": 20, "vector_length": 8}, ALL, rank=4),
+    "vblora topk": Case(
+        peft.VBLoRAConfig,
+        {"r": 4, "num_vectors": 20, "vector_length": 8, "topk": 3, "save_only_topk_weights": True},
+        ALL,
+        rank=4,
+        float64=1e-6,
+    ),
+    "unilora": Case(peft.UniLoraConfig, {"r": 4, "theta_d_length": 40, "save_indices": True}, ALL, rank=4),
+    "miss": Case(peft.MissConfig, {"r": 8}, rank=8),
+    "miss with a rest": Case(peft.MissConfig, {"r": 5}, rank=5),
+    "miss mini": Case(peft.MissConfig, {"r": 8, "mini_r": 8, "init_weights": "mini"}, rank=8),
+    "miss bat": Case(peft.MissConfig, {"r": 8, "init_weights": "bat"}),
+    "gralora": Case(peft.GraloraConfig, {"r": 4, "alpha": 6, "gralora_k": 2}, ALL, rank=8),
+    "gralora hybrid": Case(peft.GraloraConfig, {"r": 4, "hybrid_r": 3, "gralora_k": 4}, ALL, rank=19),
+    "delora": Case(peft.DeloraConfig, {"r": 4, "delora_lambda": 3}, rank=4),
+    "loha": Case(peft.LoHaConfig, {"r": 3, "alpha": 6}, rank=9),
+    "loha full": Case(peft.LoHaConfig, {"r": 6, "alpha_pattern": {"q_proj": 3, "query": 3}}, float64=1e-6),
+    "lokr": Case(peft.LoKrConfig, {"r": 2, "alpha": 6, "decompose_both": True, "decompose_factor": 8}, rank=8),
+    "lokr full": Case(peft.LoKrConfig, {"r": 8}),
+    "hra": Case(peft.HRAConfig, {"r": 4}, rank=4),
+    "hra orthogonal": Case(peft.HRAConfig, {"r": 5, "apply_GS": True}, rank=5),
+    "hira": Case(peft.HiraConfig, {"r": 4}, ALL),
+    "oft": Case(peft.OFTConfig, {"oft_block_size": 8}),
+    "oft exact": Case(peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}, float64=1e-6),
+    "oft coft": Case(peft.OFTConfig, {"oft_block_size": 8, "coft": True, "eps": 0.3}, float64=1e-6),
+    "oft shared": Case(peft.OFTConfig, {"oft_block_size": 8, "block_share": True}),
+    **{
+        f"oft {terms} terms": Case(
+            peft.OFTConfig, {"oft_block_size": 8, "num_cayley_neumann_terms": terms}, ("llama",)
+        )
+        for terms in (2, 3, 4, 7)
+    },
+    "boft": Case(peft.BOFTConfig, {"boft_block_size": 4}, float64=1e-6),
+    **{
+        f"road {variant}": Case(peft.RoadConfig, {"variant": f"road_{variant}", "group_size": 8})
+        for variant in (1, 2, 4)
+    },
+    "fourierft": Case(peft.FourierFTConfig, {"n_frequency": 50}, ALL, float64=1e-5),
+    "c3a": Case(peft.C3AConfig, {"block_size": 8}, float64=1e-5),
+    "shira": Case(peft.ShiraConfig, {"r": 2, "random_seed": 3}),
+    "randlora": _randlora({"r": 4}),
+    "randlora sparse": _randlora({"r": 5, "sparse": True, "randlora_alpha": 20}),
+}
