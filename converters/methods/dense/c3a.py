@@ -46,10 +46,18 @@ class C3a(RowWise):
         return "consists of circulant blocks (C3A), so it is not of low rank"
 
     def rows(self, w0: Tensor, which: Which) -> Tensor:
-        """See `RowWise.rows`: row i of a block is the kernel, moved right by i."""
-        kernel, b = self.theta["kernel"], self.sizes["b"]
+        """See `RowWise.rows`."""
         out, width = self.weight_shape
-        numbers = torch.arange(out or 0, device=kernel.device)[which]
-        columns = torch.arange(width or 0, device=kernel.device)
-        places = (columns % b - numbers[:, None] % b) % b
-        return kernel[numbers[:, None] // b, columns // b, places] / len(columns)
+        device = self.theta["kernel"].device
+        return self._at(torch.arange(out or 0, device=device)[which], torch.arange(width or 0, device=device))
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`: only these numbers are computed."""
+        found = self._at(rows, columns) * self.weight
+        return found, found.abs()
+
+    def _at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Some rows and columns of `C / in`: row i of a block is the kernel, moved right by i."""
+        kernel, b = self.theta["kernel"], self.sizes["b"]
+        places = (columns % b - rows[:, None] % b) % b
+        return kernel[rows[:, None] // b, columns // b, places] / (self.sizes["in/b"] * b)

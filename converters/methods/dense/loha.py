@@ -62,8 +62,16 @@ class LoHa(RowWise):
     def rows(self, w0: Tensor, which: Which) -> Tensor:
         """See `RowWise.rows`."""
         theta = self.theta
-        first, second = theta["w1_a"][which] @ theta["w1_b"], theta["w2_a"][which] @ theta["w2_b"]
-        return first * second * float(self.given["scaling"])
+        first = (theta["w1_a"][which] * float(self.given["scaling"])) @ theta["w1_b"]
+        return first.mul_(theta["w2_a"][which] @ theta["w2_b"])
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`: only these numbers are computed."""
+        up1, up2 = self.theta["w1_a"][rows], self.theta["w2_a"][rows]
+        down1, down2 = self.theta["w1_b"][:, columns], self.theta["w2_b"][:, columns]
+        scale = float(self.given["scaling"]) * self.weight
+        spread = (up1.abs() @ down1.abs()) * (up2.abs() @ down2.abs()) * abs(scale)
+        return (up1 @ down1) * (up2 @ down2) * scale, spread
 
     def few_factors(self) -> tuple[Tensor, Tensor]:
         """See `RowWise.few_factors`: the products of every pair of columns, and of every pair of rows."""

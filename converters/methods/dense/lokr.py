@@ -92,10 +92,24 @@ class LoKr(RowWise):
 
     def rows(self, w0: Tensor, which: Which) -> Tensor:
         """See `RowWise.rows`."""
-        w1, w2 = (self.theta[side] if side in self.theta else torch.mm(*self._factors(side)) for side in ("w1", "w2"))
+        w1, w2 = self._sides
         numbers = torch.arange(len(w1) * len(w2), device=w1.device)[which]
-        left, right = w1[numbers // len(w2)], w2[numbers % len(w2)]
-        return (left[:, :, None] * right[:, None, :]).reshape(len(numbers), -1) * float(self.given["scaling"])
+        left, right = w1[numbers // len(w2)] * float(self.given["scaling"]), w2[numbers % len(w2)]
+        return (left[:, :, None] * right[:, None, :]).reshape(len(numbers), -1)
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`: only these numbers are computed."""
+        w1, w2 = self._sides
+        b, d = w2.shape
+        left, right = w1[rows // b][:, columns // d], w2[rows % b][:, columns % d]
+        found = left * right * float(self.given["scaling"] * self.weight)
+        return found, found.abs()
+
+    @property
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """w1 and w2, whole."""
+        w1, w2 = (self.theta[side] if side in self.theta else torch.mm(*self._factors(side)) for side in ("w1", "w2"))
+        return w1, w2
 
     def few_factors(self) -> tuple[Tensor, Tensor]:
         """See `RowWise.few_factors`: `(u1 v1) ⊗ (u2 v2) = (u1 ⊗ u2) (v1 ⊗ v2)`."""
