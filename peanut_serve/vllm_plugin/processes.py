@@ -14,7 +14,9 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -69,6 +71,31 @@ def end_with_parent() -> None:
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([pipe], [], [], 0)[0]:  # it ended before this was set up
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_server() -> None:
+    """Called first in every process that multiprocessing starts: kill it as soon as the server has ended.
+
+    `end_with_parent` can be called only when the process has imported what it needs, which takes long on a busy
+    machine: until then multiprocessing knows no parent, and reads from the pipe. In the server this does nothing.
+    """
+    server = os.environ.get(_SERVER)
+    if server is None or "--multiprocessing-fork" not in sys.orig_argv:
+        return
+    try:
+        ended = os.pidfd_open(int(server))
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return
+    except OSError:  # a kernel before Linux 5.3: end_with_parent has to do
+        return
+    threading.Thread(target=_end_after, args=(ended,), name="end-with-server", daemon=True).start()
+
+
+def _end_after(process: int) -> None:
+    """Wait until the process of a pidfd has ended, and end this one."""
+    select.select([process], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _name_shared_memory(pid: int) -> None:

@@ -62,6 +62,21 @@ if __name__ == "__main__":
     sys.exit(0)
 """
 
+# a process that has not come to loading the plugin: it only ran the script of the command again, as Python has it do
+IMPORTING = """
+from peanut_serve.cli import main
+import multiprocessing, time
+
+if __name__ == "__main__":
+    from peanut_serve.vllm_plugin.processes import own_everything
+    own_everything()
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
+    child.start()
+    time.sleep(5)  # long enough to import the command
+    print("READY", flush=True)
+    time.sleep(1000)
+"""
+
 
 def processes(session: int) -> dict[int, str]:
     """The processes of a session, by process id, without those that have ended."""
@@ -178,6 +193,19 @@ def command_of(pid: int) -> str:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_a_process_that_still_imports_ends_with_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(IMPORTING)
+    server = start(script)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "READY\n"
+    assert len(processes(server.pid)) >= 2
+    server.kill()
+    server.wait(10)
+    assert until(lambda: processes(server.pid) == {}, 20), processes(server.pid)
+    assert until(lambda: left_of(server.pid) == [], 10), left_of(server.pid)
 
 
 def servers(folder: Path, smollm2: Path, mode: str) -> Iterator["subprocess.Popen[bytes]"]:
