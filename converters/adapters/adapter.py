@@ -17,6 +17,7 @@ from converters.errors import ThetaError
 from converters.methods.base import Method
 from converters.methods.finite import all_finite
 from converters.methods.peanut import Tweaker
+from converters.methods.stored import INDEX_DTYPES
 from converters.methods.weight_delta import WeightShape
 
 
@@ -177,7 +178,7 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key in sorted(names, key=lambda key: names[key]):
         dtype, shape = store.dtypes[key], store.shapes[key]
-        if dtype.is_floating_point == (key in integers):
+        if not (dtype in INDEX_DTYPES if key in integers else dtype.is_floating_point):
             raise ThetaError(f"{key} is {dtype}; expected {'indices' if key in integers else 'floating-point θ'}")
         digest.update(json.dumps([names[key], str(dtype), list(shape)]).encode())
         bad = 0

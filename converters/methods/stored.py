@@ -13,6 +13,9 @@ from converters.methods.base import Method
 from converters.methods.shapes import Axes, find_sizes
 from converters.methods.weight_delta import WeightShape
 
+# of indices in θ
+INDEX_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
 
 @dataclass(frozen=True, eq=False)
 class StoredMethod(Method):
@@ -87,9 +90,3 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= size:
         raise ThetaError(f"{name} has indices from {low} to {high}; expected 0 to {size - 1}; the adapter is damaged")
-
-
-def unit_columns(vectors: Tensor) -> Tensor:
-    """`vectors` (n, r), each column divided by its length."""
-    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=0)
-    return vectors / lengths

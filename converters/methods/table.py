@@ -1,4 +1,4 @@
-"""The methods there are. To add one: its file in this folder, a row here, a test file in `tests/methods/`."""
+"""The methods there are. How to add one is in CONTRIBUTING.md."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,12 +1,16 @@
 """Every method of HF PEFT that is read, against PEFT: its unmerged forward pass, and its own merge in float64."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from support.commands import Run
 from support.method_zoo import CASES
 from support.peft_methods import MODELS, close, logits, reloaded, train
+from transformers import BertForSequenceClassification
 
 from converters import load_adapter, merge, prepare_merge
 from converters.errors import ConversionError
@@ -88,3 +92,48 @@ def test_full_rank_is_refused_as_lora(name: str, tmp_path: Path) -> None:
     base, adapter = trained(name, "llama", tmp_path)
     with pytest.raises(ConversionError, match=r"^the update of .*: it cannot be expressed as LoRA; merge it$"):
         plan_lora_adapter(prepare_merge(base, load_adapter(adapter)), tmp_path / "lora")
+
+
+@pytest.mark.parametrize(("name", "bias"), [("vera", "all"), ("vera", "vera_only"), ("gralora", "gralora_only")])
+def test_trained_biases_replace_those_of_the_base(name: str, bias: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    config = replace(case, settings={**case.settings, "bias": bias}).on("bert")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    train(MODELS["bert"](), config, base, adapter)
+    wanted = logits(reloaded(MODELS["bert"](), base, adapter))
+    merge(base, adapter, tmp_path / "merged")
+    assert close(logits(BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()), wanted)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    changed = {key for key in before if key.endswith("bias") and not torch.equal(before[key], after[key])}
+    assert "bert.encoder.layer.0.attention.self.query.bias" in changed
+    assert ("bert.encoder.layer.0.output.dense.bias" in changed) == (bias == "all")
+
+
+def test_different_methods_are_summed_resumed_and_rechecked(tmp_path: Path, run_here: Run) -> None:
+    """By low rank, by rows, by whole columns with biases, and from all of W0's shape, in one weight."""
+    names = {"vera": 0.5, "oft": -0.3, "road 2": 0.7, "fourierft": 0.25, "lokr": 2.0}
+    for number, name in enumerate(names):
+        config = CASES[name].on("bert")
+        config.modules_to_save, config.task_type = None, None  # only one adapter may bring a head
+        train(MODELS["bert"](), config, tmp_path / f"base-{name}", tmp_path / name, seed=number)
+    base = tmp_path / "base-vera"
+    summed = [word for name, weight in names.items() for word in ("--adapter", f"{tmp_path / name}={weight}")]
+    for output, options in (("sum", ()), ("resumed", ("--resume",))):
+        done = run_here("peanut-merge", "--base", base, *summed, "-o", tmp_path / output, *options)
+        assert done.returncode == 0, done.stderr
+    one, two = (tmp_path / output / "model.safetensors" for output in ("sum", "resumed"))
+    assert one.read_bytes() == two.read_bytes()
+    done = run_here("peanut-inspect", tmp_path / "sum", "--verify", "--full", "--base", base, *summed)
+    assert done.returncode == 0, done.stderr
+    before, after = load_file(base / "model.safetensors"), load_file(one)
+    module = "bert.encoder.layer.1.attention.self.query"
+    for parameter in ("weight", "bias"):
+        w0 = before[f"{module}.{parameter}"].double()
+        wanted = w0.clone()
+        for name, weight in names.items():  # PEFT's own merge of each alone
+            plain = BertForSequenceClassification.from_pretrained(base, dtype=torch.float64)
+            merged = PeftModel.from_pretrained(plain, tmp_path / name).double().merge_and_unload().state_dict()
+            wanted += weight * (merged[f"{module}.{parameter}"] - w0)
+        found = after[f"{module}.{parameter}"].double()
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+        assert (found - w0).abs().max() > 1e-3

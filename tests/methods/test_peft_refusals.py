@@ -103,6 +103,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]]
     ),
     "not finite": ("c3a", changed("kernel", lambda t: t / 0), "NaN or Inf"),
     "indices of another type": ("unilora", changed("indices_A", torch.Tensor.float), "float32; expected indices"),
+    "indices that are truths": ("unilora", changed("indices_A", torch.Tensor.bool), "bool; expected indices"),
     "numbers of another type": ("hira", changed("hira_A", torch.Tensor.int), "int32; expected floating-point θ"),
     "butterflies": ("boft", changed("boft_R", lambda t: t.repeat(2, 1, 1, 1)), "2 butterfly factors"),
 }

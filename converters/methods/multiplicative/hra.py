@@ -18,7 +18,6 @@ from converters.methods.factors import Factors
 from converters.methods.peft_form import PeftForm, Shapes, rank_of
 from converters.methods.row_wise import RowsUpdate, RowWise, Which
 from converters.methods.shapes import Axes
-from converters.methods.stored import unit_columns
 from converters.methods.update import Update
 
 
@@ -56,7 +55,7 @@ class Hra(RowWise):
         if self.given["apply_GS"]:
             units = _orthonormal(u)
             return units, -2 * units.T
-        units = unit_columns(u)
+        units = u / torch.linalg.vector_norm(u, dim=0)
         return units, -_triangle(units) @ units.T
 
     def rows(self, w0: Tensor, which: Which) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 _PAGE, _SMALL_ALIGNMENT = 4096, 64
 _SMALL_BYTES = 64 << 10
 
-# of indices in θ
+# what indices in θ may be (`INDEX_DTYPES` in `converters/methods/stored.py`)
 _INDICES = {
+    torch.int8: TensorProto.INT8,
     torch.uint8: TensorProto.UINT8,
     torch.int16: TensorProto.INT16,
     torch.int32: TensorProto.INT32,
