@@ -94,7 +94,8 @@ class Adapter:
     @property
     def parameter_count(self) -> int:
         """Number of values in θ, without tensors that are replaced as a whole."""
-        return sum(count(self.store.shapes[key]) for theta in self.modules.values() for key in theta.parts.values())
+        keys = {key for theta in self.modules.values() for key in theta.parts.values()}  # modules may share some
+        return sum(count(self.store.shapes[key]) for key in keys)
 
     def describe(self, module: str) -> Method:
         """θ of one module on the meta device: its shapes, settings and facts, without its numbers."""

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 from support.method_zoo import CASES, TARGETS
 from support.peft_methods import MODELS, close, logits, reloaded, train
 from support.tiny_models import edit_json, edit_weights, tiny_llama
@@ -148,6 +149,13 @@ def test_another_base_is_refused(tmp_path: Path, name: str) -> None:
     tiny_llama(hidden_size=44, intermediate_size=84, num_attention_heads=2).save_pretrained(tmp_path / "larger")
     with pytest.raises(BaseMismatchError):
         merge(tmp_path / "larger", adapter, tmp_path / "merged")
+
+
+def test_what_modules_share_is_counted_once(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, CASES["vera"].on("llama"))
+    assert load_adapter(adapter).parameter_count == sum(
+        tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values()
+    )
 
 
 def test_a_scaling_is_not_asked_for(tmp_path: Path) -> None:
