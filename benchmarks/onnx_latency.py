@@ -35,6 +35,7 @@ def torch_model(folder: Path) -> Contender:
     """The merged checkpoint as transformers gives it."""
 
     def load() -> Run:
+        """Open it, and the function that runs it."""
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
 
         @torch.inference_mode()

@@ -233,6 +233,7 @@ async def _ask_all(url: str, asked: Sequence[Asked], clients: int) -> tuple[floa
     queue = iter(asked)
 
     async def client(http: httpx.AsyncClient) -> None:
+        """Ask one after the other, as long as any are left."""
         for one in queue:
             start = time.perf_counter()
             body = {"model": one.model, "prompt": one.prompt, "max_tokens": one.new}

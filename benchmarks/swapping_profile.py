@@ -55,6 +55,7 @@ class Stopwatch:
 
         @wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            """Call it, and add its time to its stage, less that of the stages inside."""
             if self._is_counting:
                 return call(*args, **kwargs)
             self._is_counting = stage == COUNT
