@@ -56,6 +56,7 @@ def test_a_rate_limit_that_passes_is_waited_for(hub: Hub, pair: Pair, no_waits: 
     assert (done.returncode, hub.limited["/resolve/"]) == (0, 0), done.stderr
 
 
+@pytest.mark.slow  # runs a dozen commands
 def test_what_a_hub_refuses(hub: Hub, pair: Pair, no_waits: dict[str, str]) -> None:
     def refused(repo: str, *options: str) -> str:
         done = merge_from(hub, pair, repo, "--force-base", *options, **no_waits)

@@ -94,6 +94,7 @@ def test_shards_in_the_cache_are_used_and_stay(hub: Hub, pair: Pair) -> None:
     assert same_weights(pair)
 
 
+@pytest.mark.slow  # three commands, one of which tries again and again
 def test_resume_fetches_only_what_is_not_done(hub: Hub, pair: Pair, no_waits: dict[str, str]) -> None:
     names = shards(pair.base)
     hub.broken[names[6]] = [100] * 6

@@ -110,6 +110,7 @@ def test_entries_in_use_are_kept(cache: LoraCache, write: Writer) -> None:
     assert {path.name for path in tiny.folder.iterdir()} == {"a", "c"}
 
 
+@pytest.mark.slow  # other processes import everything
 def test_use_by_another_process_counts_until_it_exits(cache: LoraCache, pair: Pair) -> None:
     process = getting(pair, cache, seconds=600)
     assert process.stdout is not None

@@ -52,6 +52,7 @@ def test_the_merged_language_model_answers_as_the_unmerged_one(smollm2: Path, me
         assert tokenizer.decode(found, skip_special_tokens=True).startswith('{"answer": "')
 
 
+@pytest.mark.slow  # classifies thousands of images
 @pytest.mark.parametrize(
     ("adapter", "labels_of", "accuracy"),
     [("digits5to9", lambda digits: digits[digits >= 5] - 5, 0.88), ("oddeven", lambda digits: digits % 2, 0.9)],

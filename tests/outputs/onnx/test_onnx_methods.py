@@ -33,6 +33,7 @@ def logits(found: torch.nn.Module) -> np.ndarray:
         return found.eval()(torch.from_numpy(PIXELS)).logits.numpy()
 
 
+@pytest.mark.slow  # traces a model in every form
 @pytest.mark.parametrize("name", METHODS)
 def test_every_form_answers_as_peft(name: str, tmp_path: Path) -> None:
     config, formula = METHODS[name]
@@ -60,6 +61,7 @@ def test_every_form_answers_as_peft(name: str, tmp_path: Path) -> None:
 NO_OPERATORS = {"oft exact", "boft", "fourierft"}
 
 
+@pytest.mark.slow  # a trace for each
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_merges_itself_or_says_why_not(name: str, tmp_path: Path) -> None:
     case, base, adapter = CASES[name], tmp_path / "base", tmp_path / "task"

@@ -29,8 +29,10 @@ def adding(weights: dict[str, Tensor]) -> ModelProto:
     return model
 
 
+LARGE = pytest.param(67_108_865, marks=pytest.mark.slow)
+
 # lengths in bytes whose encodings take one to five bytes of seven bits, and their neighbours
-@pytest.mark.parametrize("numel", [1, 30, 31, 32, 4095, 4096, 524_286, 524_288, 67_108_865])
+@pytest.mark.parametrize("numel", [1, 30, 31, 32, 4095, 4096, 524_286, 524_288, LARGE])
 def test_the_file_says_what_protobuf_would(tmp_path: Path, numel: int) -> None:
     weights = {"scalar": torch.tensor(2.0), "grown": torch.arange(numel, dtype=torch.float32)}
     model = adding(weights)

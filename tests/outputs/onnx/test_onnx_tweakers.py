@@ -45,7 +45,9 @@ def logits(checkpoint: Path) -> np.ndarray:
         return ViTForImageClassification.from_pretrained(checkpoint)(torch.from_numpy(PIXELS)).logits.numpy()
 
 
-@pytest.mark.parametrize("name", TWEAKERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "rows" else pytest.param(name, marks=pytest.mark.slow) for name in TWEAKERS]
+)
 def test_every_tweaker_merges_itself(name: str, tmp_path: Path) -> None:
     targets = {f"vit.layers.{layer}.attention.k_proj": TWEAKERS[name] for layer in (0, 3)}
     save_adapter(tmp_path / name, targets, base=open_checkpoint(BASE))
@@ -57,6 +59,7 @@ def test_every_tweaker_merges_itself(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow  # traces a model twice
 def test_a_sum_of_adapters(tmp_path: Path) -> None:
     """Every delta is of the original W0; one of the two brings the head."""
     save_adapter(tmp_path / "rows", {"vit.layers.1.attention.q_proj": TWEAKERS["rows"]}, base=open_checkpoint(BASE))
