@@ -121,7 +121,7 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def test_memory_is_abandoned_when_its_last_process_ended() -> None:
-    """The check of the real server below: of two processes at work on this machine, neither takes the other for it."""
+    """The check of the real server below: what a living process holds is not taken for a leak."""
     script = """
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
@@ -130,7 +130,9 @@ resource_tracker.unregister(memory._name, "shared_memory")
 print(memory.name, flush=True)
 input()
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     segment = SHM / process.stdout.readline().strip()
     assert segment.exists()

@@ -31,6 +31,7 @@ def adding(weights: dict[str, Tensor]) -> ModelProto:
 
 LARGE = pytest.param(67_108_865, marks=pytest.mark.slow)
 
+
 # lengths in bytes whose encodings take one to five bytes of seven bits, and their neighbours
 @pytest.mark.parametrize("numel", [1, 30, 31, 32, 4095, 4096, 524_286, 524_288, LARGE])
 def test_the_file_says_what_protobuf_would(tmp_path: Path, numel: int) -> None:
