@@ -18,6 +18,7 @@ from converters.methods.low_rank.unilora import UniLora
 from converters.methods.low_rank.vblora import VbLora
 from converters.methods.low_rank.vera import Pvera, Vera
 from converters.methods.multiplicative.boft import Boft
+from converters.methods.multiplicative.deft import Deft
 from converters.methods.multiplicative.dora import Dora
 from converters.methods.multiplicative.hira import HiRa
 from converters.methods.multiplicative.hra import Hra
@@ -31,7 +32,7 @@ from converters.methods.peft_form import PeftForm
 _ALL: tuple[type[Method], ...] = (
     Tweaker, Dora, Ia3,
     AdaLora, Vera, Pvera, VbLora, UniLora, Miss, GraLora, DeLora,
-    HiRa, Hra, MissBat, Oft, Boft, RoAd,
+    HiRa, Hra, Deft, MissBat, Oft, Boft, RoAd,
     LoHa, LoKr, FourierFt, C3a, ShiRa, RandLora,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

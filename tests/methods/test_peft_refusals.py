@@ -61,6 +61,10 @@ CONFIGS = {
     "another block": ("oft", {"block_share": True}, r"R has shape \(9, 28\); expected"),
     "an unknown variant": ("road 1", {"variant": "road_3"}, "variant = 'road_3'; known are"),
     "another group": ("road 1", {"group_size": 10}, "no whole groups of 10 outputs"),
+    "another rank of DEFT": ("deft", {"r": 5}, "θ has r = 4, the config says r = 5"),
+    "an unknown decomposition": ("deft", {"decomposition_method": "svd"}, "known are relu and qr"),
+    "only removing": ("deft", {"para": True}, "para is true, and there is deft_R"),
+    "not only removing": ("deft para", {"para": False}, "para is false, and there is no deft_R"),
     "an infinite scale": ("fourierft", {"scaling": float("inf")}, "scaling = inf; expected a finite number"),
 }
 
@@ -149,6 +153,23 @@ def test_another_base_is_refused(tmp_path: Path, name: str) -> None:
     tiny_llama(hidden_size=44, intermediate_size=84, num_attention_heads=2).save_pretrained(tmp_path / "larger")
     with pytest.raises(BaseMismatchError):
         merge(tmp_path / "larger", adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[:, [0, 1, 2, 0]], "columns of deft_P are not independent"),
+        (lambda p: torch.cat([p[:1] * torch.tensor([1e-7, 1, 1, 1]), p[1:]]), "decided by rounding"),
+    ],
+)
+def test_an_orthogonal_factor_that_is_not_unique(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    adapter = trained(tmp_path, CASES["deft qr"].on("llama"))
+    edit_weights(adapter / "adapter_model.safetensors", changed("deft_P", change))
+    with pytest.raises(ThetaError, match=message):
+        merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_modules_share_is_counted_once(tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ CASES = {
     "lokr full": Case(peft.LoKrConfig, {"r": 8}),
     "hra": Case(peft.HRAConfig, {"r": 4}, rank=4),
     "hra orthogonal": Case(peft.HRAConfig, {"r": 5, "apply_GS": True}, rank=5),
+    # PEFT computes these in float32
+    "deft": Case(peft.DeftConfig, {"r": 4, "alpha": 6}, ALL, rank=4, float64=1e-5),
+    "deft qr": Case(peft.DeftConfig, {"r": 4, "decomposition_method": "qr"}, ALL, rank=4, float64=1e-5),
+    "deft square": Case(peft.DeftConfig, {"r": 40, "decomposition_method": "qr"}, ("llama",), rank=32, float64=1e-5),
+    "deft para": Case(
+        peft.DeftConfig, {"r": 4, "decomposition_method": "qr", "para": True}, ALL, rank=4, float64=1e-5
+    ),
     "hira": Case(peft.HiraConfig, {"r": 4}, ALL),
     "oft": Case(peft.OFTConfig, {"oft_block_size": 8}),
     "oft exact": Case(peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}, float64=1e-6),
