@@ -5,6 +5,7 @@ import re
 _WITH_VALUES = (
     *("base", "adapter", "layout", "scaling", "revision", "adapter_revision", "token", "labels"),
     *("output", "format", "dtype", "device", "max_shard_size", "repo_id", "branch", "plot"),
+    *("rank", "max_error", "runtime"),
     *("opset", "quantize", "eval_data"),
 )
 _SWITCHES = (
@@ -12,7 +13,7 @@ _SWITCHES = (
     *("transformersjs", "swappable", "self_merging"),
 )
 # parameters whose flag has another name
-_RENAMED = {"branch": "--push-revision", "repo_id": "--push-to-hub"}
+_RENAMED = {"branch": "--push-revision", "repo_id": "--push-to-hub", "runtime": "--for"}
 FLAGS = {name: _RENAMED.get(name, f"--{name.replace('_', '-')}") for name in (*_WITH_VALUES, *_SWITCHES)}
 
 # `stream=`, `force_base=True`, `opset=17`, `format='lora'`, as words of their own: a path may have a = in it, too

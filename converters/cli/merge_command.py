@@ -25,6 +25,8 @@ Examples:
 
   peanut-merge --base llama2-7b --adapter ./gsm8k --format lora -o ./gsm8k-lora
 
+  peanut-merge --base llama2-7b --adapter ./dora --format lora --rank 64 --max-error 0.02 --for vllm -o ./dora-lora
+
   peanut-merge --base vit-base --adapter ./pets --format onnx --quantize int8 --eval-data ./pets-test
 
   peanut-merge --base vit-base --adapter ./pets --adapter ./cars --format onnx --each --swappable -o ./tasks-onnx
@@ -60,6 +62,9 @@ def run_command(
     push_to_hub: options.PushToHub = None,
     private: options.Private = False,
     push_revision: options.PushRevision = None,
+    rank: options.Rank = None,
+    max_error: options.MaxError = None,
+    runtime: options.Runtime = None,
     opset: options.Opset = None,
     quantize: options.Quantize = None,
     eval_data: options.EvalData = None,
@@ -72,6 +77,9 @@ def run_command(
     """Merge or convert; see `HELP`."""
     row = find_format(output_format)
     own = given(
+        rank=rank,
+        max_error=max_error,
+        runtime=runtime,
         opset=opset,
         quantize=quantize,
         eval_data=eval_data,

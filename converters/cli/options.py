@@ -85,6 +85,19 @@ PushToHub = Annotated[
 Private = Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")]
 PushRevision = Annotated[str | None, typer.Option("--push-revision", help="Branch of that repository to upload to.")]
 
+# peanut-merge: LoRA
+Rank = Annotated[
+    int | None,
+    typer.Option("--rank", help="LoRA: approximate what has no exact factors, or larger ones, at this rank."),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error", help="LoRA: what --rank may lose of each module's delta; default 0.01, which is 1 %."
+    ),
+]
+Runtime = Annotated[str | None, typer.Option("--for", help="LoRA: vllm refuses what vLLM would not load.")]
+
 # peanut-merge: ONNX
 Opset = Annotated[int | None, typer.Option("--opset", help="ONNX: by default 18, which runs nearly everywhere.")]
 Quantize = Annotated[

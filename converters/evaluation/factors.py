@@ -13,18 +13,26 @@ from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
 
-def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan]) -> None:
-    """Raise `ConversionError` for an update that has no exact factors; `modules` are the updated ones, by name."""
+def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str = "merge it") -> None:
+    """Raise `ConversionError` for an update that has no exact factors.
+
+    Args:
+        plan: the planned merge.
+        modules: the updated ones, by name.
+        remedy: what to do about it.
+    """
     for module, tensor in modules.items():
         for term in tensor.terms:
             reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason
             if reason is not None:
-                raise ConversionError(f"the update of {module} {reason}: it cannot be expressed as LoRA; merge it")
+                raise ConversionError(f"the update of {module} {reason}: it cannot be expressed as LoRA; {remedy}")
 
 
-def rank_of(plan: Plan, tensor: TensorPlan) -> int:
-    """The rank of all updates of one weight together."""
-    return sum(plan.adapters[term.adapter].adapter.rank(term.module) or 0 for term in tensor.terms)
+def rank_of(plan: Plan, tensor: TensorPlan) -> int | None:
+    """The rank of the exact factors of all updates of one weight together; None if one of them has none."""
+    ranks = [plan.adapters[term.adapter].adapter.rank(term.module) for term in tensor.terms]
+    known = [rank for rank in ranks if rank is not None]
+    return sum(known) if len(known) == len(ranks) else None
 
 
 def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -46,17 +46,21 @@ class Update(ABC):
         """The exact factors of the whole delta, from all row blocks of W0 in order, for a method that has any."""
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
-    def norm(self, blocks: Callable[[], Iterable[Tensor]]) -> float:
-        """Frobenius norm of the delta; `blocks` gives all row blocks of W0 in order, perhaps twice."""
+    def deltas(self, blocks: Callable[[], Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """The delta in blocks of rows (n, in), each with the number of its first row.
+
+        `blocks` gives all row blocks of W0 in order, perhaps twice.
+        """
         if self.needs_pass:
             for start, w0 in self._numbered(blocks()):
                 self.see(w0, start)
             self.settle()
-        total = 0.0
         for start, w0 in self._numbered(blocks()):
-            delta = self.add_to(torch.zeros_like(w0), self.prepare(w0, start))
-            total += float(delta.double().square().sum())
-        return math.sqrt(total)
+            yield start, self.add_to(torch.zeros_like(w0), self.prepare(w0, start))
+
+    def norm(self, blocks: Callable[[], Iterable[Tensor]]) -> float:
+        """Frobenius norm of the delta; `blocks` is as for `deltas`."""
+        return math.sqrt(sum(float(delta.double().square().sum()) for _, delta in self.deltas(blocks)))
 
     def _numbered(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Blocks in the dtype and on the device of the evaluation, each with the number of its first row."""

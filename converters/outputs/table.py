@@ -56,7 +56,7 @@ _ROWS = (
         auto_dtype="fp32",
         joins_outputs=True,
     ),
-    FormatRow("lora", "lora_format", "a LoRA adapter"),
+    FormatRow("lora", "lora.format", "a LoRA adapter", frozenset({"rank", "max_error", "runtime"})),
     FormatRow("peft", "peft_format", "a PEANuT adapter of HF PEFT"),
 )
 FORMATS = {row.name: row for row in _ROWS}

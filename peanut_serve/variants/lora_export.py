@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import Adapter, Checkpoint, Weighted, __version__
+from converters.errors import ConversionError
 from converters.serving import plan_lora_adapter, plan_merge, write_lora_adapter
 
 logger = logging.getLogger("vllm.peanut_serve")
@@ -53,7 +54,8 @@ class LoraExport:
 
     Attributes:
         key: identity of what is written: θ, W0, the dtype and this package's version.
-        write: writes it to a folder. Raises `PeanutError` if it cannot be expressed as LoRA.
+        write: writes it to a folder. Raises `PeanutError` if it cannot be expressed as LoRA that
+            vLLM loads.
     """
 
     key: str
@@ -76,7 +78,10 @@ def lora_export(name: str, adapter: Adapter, base: Checkpoint, dtype: str, devic
         start = time.perf_counter()
         base.check_unchanged()
         plan = plan_merge(base, [Weighted(adapter)], dtype=dtype)
-        check = write_lora_adapter(plan_lora_adapter(plan, folder), device=device)
+        converted = plan_lora_adapter(plan, folder)
+        if converted.vllm_refuses:
+            raise ConversionError(converted.vllm_refuses[0])
+        check = write_lora_adapter(converted, device=device)
         took = time.perf_counter() - start
         logger.info("evaluated %s in %.2f s, error %.1e", name, took, check.max_error)
 

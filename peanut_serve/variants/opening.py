@@ -12,7 +12,6 @@ from torch import Tensor
 from converters import Plan, Weighted, load_adapter, open_checkpoint
 from converters.errors import ConversionError, MissingScalingError, PeanutError
 from converters.serving import (
-    VLLM_RANKS,
     Pipeline,
     TensorInfo,
     TensorPlan,
@@ -226,8 +225,8 @@ def _lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
     except ConversionError as error:
         return str(error)
     kinds = frozenset(module.rsplit(".", 1)[-1] for module in converted.modules)
-    if converted.max_lora_rank is None:
-        return f"its rank is {converted.r}, vLLM serves up to {VLLM_RANKS[-1]}"
+    if converted.vllm_refuses:
+        return converted.vllm_refuses[0]
     return limits.refusal(converted.r, kinds)
 
 

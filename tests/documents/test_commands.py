@@ -81,7 +81,7 @@ def test_the_jobs(folders: Path, run_here: Run, document: Document) -> None:
             *(f"llama2-7b-{name}/config.json" for name in ("ablation", "sine", "gsm8k-style", "dora", "ia3")),
             *(f"vit-base-{name}/config.json" for name in ("pets", "flowers", "cars")),
             *(f"{name}/config.json" for name in ("small", "food-merged", "roberta-base-mrpc")),
-            *(f"{name}/adapter_config.json" for name in ("flowers-peft", "gsm8k-lora")),
+            *(f"{name}/adapter_config.json" for name in ("flowers-peft", "gsm8k-lora", "dora-lora")),
             "gsm8k.png", "pets-onnx/model.onnx", "pets-int8/model_quantized.onnx", "pets-web/onnx/model.onnx",
             "tasks-onnx/flowers.onnx_adapter",
         ],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.golden import GLUE
 from support.tiny_models import Pair, edit_weights, save_adapter, tiny_llama
 
-from converters.errors import AdapterError, CheckpointError, OptionError
+from converters.errors import AdapterError, CheckpointError, ConversionError, OptionError
 from peanut_serve import LoraRequests
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.exporter import LoraExporter
@@ -89,6 +89,18 @@ def test_an_adapter_without_its_scale(tmp_path: Path) -> None:
     exporter = LoraExporter(str(case / "base"), LoraCache(tmp_path / "cache", 10**9))
     with pytest.raises(AdapterError, match="convert it once with peanut-merge --format peft --scaling S"):
         exporter.export(find(AdapterRoots([tmp_path / "tasks"]), "mrpc"))
+
+
+def test_what_vllm_does_not_load_is_not_exported(exporter: LoraExporter, roots: AdapterRoots, tmp_path: Path) -> None:
+    """PEFT loads it, so that `--format lora` writes it."""
+    save_adapter(tiny_llama(), tmp_path / "tasks" / "head", modules_to_save=["lm_head"])
+    save_adapter(tiny_llama(), tmp_path / "tasks" / "large", r=513)
+    for name, reason in (
+        ("head", "replaces the module lm_head; .*classifier or score; merge it"),
+        ("large", "rank is 513"),
+    ):
+        with pytest.raises(ConversionError, match=reason):
+            exporter.export(find(roots, name))
 
 
 def test_requests_for_an_offline_engine(

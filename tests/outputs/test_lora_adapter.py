@@ -129,13 +129,6 @@ def test_what_lora_cannot_say(pair: Pair, tmp_path: Path) -> None:
         convert(pair.base, tmp_path / "last", pair.output)
 
 
-def test_what_vllm_cannot_serve(make_pair: Callable[..., Pair]) -> None:
-    pair = make_pair(modules_to_save=["lm_head"])
-    with pytest.raises(ConversionError, match="replaces the module lm_head; .*classifier or score; merge it"):
-        convert(pair.base, pair.adapter, pair.output)
-    merge(pair.base, pair.adapter, pair.output)
-
-
 def test_only_the_targets_are_read(make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     from converters.files.reader import TensorReader
 

@@ -1,0 +1,188 @@
+"""Write a planned LoRA adapter: a module at a time, each checked as it lies in the file.
+
+Once W0 is known, `f(W0; θ) = lora_B @ lora_A`, and no SVD is needed. A module that has no such factors, or too many,
+gets the truncated SVD of its delta, if that was asked for.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.adapters.base_record import write_base_record
+from converters.errors import NonFiniteError
+from converters.evaluation.factors import rank_of, sum_factors
+from converters.evaluation.truncation import check_truncation, sum_delta, truncate, truncate_factors
+from converters.evaluation.verify import FactorCheck, check_factors
+from converters.evaluation.worker import EVALUATION_DTYPE, find_devices
+from converters.files.blocks import block_rows
+from converters.files.header import FLOAT_DTYPES, TensorInfo
+from converters.files.json_files import write_json
+from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
+from converters.files.reader import TensorReader
+from converters.files.writer import ShardWriter
+from converters.methods.factors import Factors
+from converters.methods.finite import all_finite
+from converters.models import config as model_config
+from converters.outputs.base import Advance, WriteOptions
+from converters.outputs.lora.approximation import Approximation, ModuleError
+from converters.outputs.lora.biases import bias_delta, check_bias
+from converters.outputs.lora.plan import LoraAdapterPlan, bias_name, factor_names, module_shape
+from converters.outputs.manifest import provenance, weights_entry
+from converters.outputs.peft_names import PREFIX
+from converters.outputs.publishing import publishing
+
+
+@dataclass(frozen=True)
+class LoraCheck(FactorCheck):
+    """How well it was checked; `max_error` is that of exact factors.
+
+    Attributes:
+        approximation: how well it approximates, if a rank was given.
+    """
+
+    approximation: Approximation | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """One module: its factors in float64, what they lost, and how they were checked."""
+
+    lost: ModuleError
+    recomputed: int = 0
+    max_error: float = 0.0
+
+
+def write_lora_adapter(
+    converted: LoraAdapterPlan,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    advance: Advance = lambda size: None,
+) -> LoraCheck:
+    """Write a planned LoRA adapter, read it back and compare its deltas with what θ and the base give.
+
+    Only the weights that are updated are read; `advance` is called with their bytes. Of exact factors, a sample of
+    the deltas is recomputed; of approximations, whole deltas.
+
+    Raises:
+        ConversionError: an approximation loses more than the options allow.
+        NonFiniteError: a factor does not fit the dtype.
+        VerificationError: what was written is not the update.
+        OutputError: a file could not be written. Whichever error it is, no existing output was changed.
+    """
+    output, plan = converted.output, converted.plan
+    with publishing({output: [plan]}, WriteOptions(overwrite=overwrite)) as folders:
+        staging = folders[output]
+        check = _write_weights(converted, staging / PEFT_WEIGHTS[0], find_devices(device)[0], advance)
+        labels = model_config.labels_of(plan.config) if converted.saved else None
+        if labels is not None:
+            write_json(staging / "labels.json", labels)
+        write_base_record(staging, plan.base)
+        facts = {
+            **provenance(plan, plan.base.fingerprint),
+            "format": "lora",
+            "weights": weights_entry(staging / PEFT_WEIGHTS[0]),
+            **({"approximation": check.approximation.facts()} if check.approximation else {}),
+            **({"vllm_refuses": list(converted.vllm_refuses)} if converted.vllm_refuses else {}),
+        }
+        write_json(staging / MANIFEST_NAME, facts)
+        write_json(staging / ADAPTER_CONFIG, dict(converted.config))
+    return check
+
+
+def _write_weights(converted: LoraAdapterPlan, file: Path, device: torch.device, advance: Advance) -> LoraCheck:
+    with closing(ShardWriter(file, converted.specs, {"format": "pt"})) as writer, TensorReader() as reader:
+        for name, saved in converted.saved.items():
+            writer.write(PREFIX + name, 0, _rounded(name, saved, converted.dtype))
+        biases = sum(_write_bias(converted, module, writer, reader) for module in converted.modules)
+        modules = list(_write_modules(converted, writer, reader, device, advance))
+        writer.finish()
+    approximation = Approximation.of((one.lost for one in modules), converted.options)
+    recomputed = biases + sum(one.recomputed for one in modules)
+    return LoraCheck(recomputed, max(one.max_error for one in modules), approximation)
+
+
+def _write_modules(
+    converted: LoraAdapterPlan, writer: ShardWriter, reader: TensorReader, device: torch.device, advance: Advance
+) -> Iterator[_Written]:
+    """Write the factors of each module, and check them."""
+    for module, tensor in converted.modules.items():
+        up, down, lost = _factors(converted, module, reader, device)
+        for name, factor in zip(factor_names(module), (up, down), strict=True):
+            writer.write(name, 0, _rounded(name, factor, converted.dtype))
+        yield _check(converted, module, lost, writer, reader)
+        advance(tensor.source.nbytes if tensor.source else 0)
+
+
+def _factors(
+    converted: LoraAdapterPlan, module: str, reader: TensorReader, device: torch.device
+) -> tuple[Tensor, Tensor, ModuleError]:
+    """lora_B and lora_A of one module in float64 on the CPU, and what they lack."""
+    plan, tensor, rank = converted.plan, converted.modules[module], converted.ranks[module]
+    out, width = module_shape(tensor)
+    exact = rank_of(plan, tensor)
+    if exact == rank:
+        up, down = sum_factors(plan, tensor, reader, device)
+        return up, down, ModuleError(module, Factors(up, down).norm())
+    if rank == min(out, width):  # the delta itself, beside a unit matrix
+        delta, unit = sum_delta(plan, tensor, reader, device).cpu(), torch.eye(rank, dtype=EVALUATION_DTYPE)
+        lost = ModuleError(module, float(delta.norm()))
+        return (unit, delta, lost) if out <= width else (delta, unit, lost)
+    if exact is not None and exact <= min(out, width):
+        found = truncate_factors(*sum_factors(plan, tensor, reader, device), rank)
+    else:
+        found = truncate(sum_delta(plan, tensor, reader, device), rank)
+    return (
+        found.up,
+        found.down,
+        ModuleError(module, found.norm, found.lost, found.rank_for(converted.options.max_error)),
+    )
+
+
+def _check(
+    converted: LoraAdapterPlan, module: str, lost: ModuleError, writer: ShardWriter, reader: TensorReader
+) -> _Written:
+    """Compare the factors of one module, as they lie in the file, with what θ and the base give."""
+    if lost.error > converted.options.max_error:  # nothing of it will be published
+        return _Written(lost)
+    tensor = converted.modules[module]
+    up, down = (_read(writer.places[name], reader) for name in factor_names(module))
+    if tensor.terms[0].transposed:
+        up, down = down.T, up.T
+    deltas, dtype = converted.plan.deltas_of(tensor), FLOAT_DTYPES[converted.dtype]
+    if not lost.lost:
+        return _Written(lost, *check_factors(up, down, tensor, deltas, dtype, reader))
+    recomputed, found = check_truncation(up, down, tensor, deltas, dtype, reader, lost.error)
+    return _Written(ModuleError(module, lost.norm, lost.lost, lost.rank_for, found), recomputed)
+
+
+def _write_bias(converted: LoraAdapterPlan, module: str, writer: ShardWriter, reader: TensorReader) -> int:
+    """Write the bias of one lora_B, if there are any, and check it; returns how many numbers were recomputed."""
+    if not converted.biases:
+        return 0
+    name, tensor = bias_name(module), converted.biases.get(module)
+    if tensor is None:
+        out = module_shape(converted.modules[module])[0]
+        writer.write(name, 0, torch.zeros(out, dtype=FLOAT_DTYPES[converted.dtype]))
+        return 0
+    writer.write(name, 0, _rounded(name, bias_delta(converted.plan, tensor, reader), converted.dtype))
+    found = reader.whole(writer.places[name]).double()
+    return check_bias(found, converted.plan, tensor, FLOAT_DTYPES[converted.dtype], reader)
+
+
+def _rounded(name: str, factor: Tensor, dtype: str) -> Tensor:
+    rounded = factor.to(FLOAT_DTYPES[dtype]).contiguous()
+    if not all_finite(rounded):
+        raise NonFiniteError(
+            f"{name} does not fit {dtype} (its largest number is {float(factor.abs().max()):g}); write it with "
+            "dtype='fp32', and check that this is the base the adapter was trained on"
+        )
+    return rounded
+
+
+def _read(place: TensorInfo, reader: TensorReader) -> Tensor:
+    return torch.cat([block.double() for block in reader.row_blocks(place, block_rows(place.row_size))])
