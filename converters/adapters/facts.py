@@ -62,3 +62,22 @@ def module_shapes(adapter: Adapter) -> dict[str, dict[str, Any]]:
             **{name: facts[name] for name in ("r", "depth", "scaling") if name in facts},
         }
     return found
+
+
+def module_methods(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    """Per module: its method, what that reads of W0, the rank of its exact factors or why it has none, settings."""
+    found: dict[str, dict[str, Any]] = {}
+    for module in adapter.modules:
+        method = adapter.describe(module)
+        facts = method.describe([method])
+        repeated = {"method": method.name, "r": method.rank}
+        settings = {key: value for key, value in facts.items() if repeated.get(key, object()) != value}
+        found[module] = {
+            "method": method.name,
+            "reads": method.reads.value,
+            "rank": method.rank,
+            "full_rank_reason": method.full_rank_reason,
+            "changes_bias": method.bias is not None,
+            "settings": settings,
+        }
+    return found

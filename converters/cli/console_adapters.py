@@ -24,6 +24,29 @@ def print_facts(facts: dict[str, Any]) -> None:
     out.print(table)
 
 
+def print_methods(methods: dict[str, dict[str, Any]]) -> None:
+    """What each module does to its weight: one line for all modules that differ only in their layer."""
+    kinds = {module: split_module(module)[1] for module in methods}
+    short = shortened(set(kinds.values()))
+    groups: Counter[tuple[str, str]] = Counter()
+    for module, facts in methods.items():
+        rank, reason = facts["rank"], facts["full_rank_reason"]
+        says = [
+            f"{facts['method']}{' of weight and bias' if facts['changes_bias'] else ''}",
+            f"reads of W0: {facts['reads']}",
+            f"exact rank {rank}" if reason is None else f"no exact rank: the update {reason}",
+            ", ".join(f"{name} = {_short(value)}" for name, value in facts["settings"].items()),
+        ]
+        groups[(short[kinds[module]], "; ".join(filter(None, says)))] += 1
+    out.print("what each module does")
+    for (kind, line), layers in groups.items():
+        out.print(f"  {kind} ({layers} layer{'s' if layers > 1 else ''}): {line}", markup=False)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def print_shapes(shapes: dict[str, dict[str, Any]]) -> None:
     """Shapes of θ: one row for all modules that differ only in their layer and have the same shapes."""
     kinds = {module: split_module(module)[1] for module in shapes}

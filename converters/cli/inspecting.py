@@ -52,13 +52,18 @@ def describe(adapter: str, sources: Sources, *, plot: Path | None, record: bool,
     if plot is not None:
         plot_norms(norms, f"where {opened.name} acts", plot)
     facts, shapes = description.describe(opened), description.module_shapes(opened)
+    methods = description.module_methods(opened)
     if unscaled:
         facts |= {"scaling": "not stored: to merge it, give --scaling", "digest": None}
+        for module in methods:  # what stands there was made up
+            shapes[module]["scaling"] = methods[module]["settings"]["scaling"] = "not stored"
     if as_json:
         rows = [{"module": n.module, "shape": n.shape, "delta": n.delta, "weight": n.weight} for n in norms]
-        print(json.dumps({**facts, "shapes": shapes, **({"norms": rows} if sources.base else {})}, indent=2))
+        per_module = {"shapes": shapes, "methods": methods, **({"norms": rows} if sources.base else {})}
+        print(json.dumps({**facts, **per_module}, indent=2))
         return
     console_adapters.print_facts(facts)
+    console_adapters.print_methods(methods)
     console_adapters.print_shapes(shapes)
     if norms:
         console_adapters.print_norms(norms)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from support.commands import Run
 from support.golden import CASES, GLUE, LLM, Golden
+from support.method_zoo import CASES as ZOO
 from support.paths import DATA
+from support.peft_methods import MODELS, train
 from support.tiny_models import Pair
 
 from converters import load_adapter
@@ -166,3 +168,59 @@ def test_a_full_disk_is_reported_in_one_line(what: str, pair: Pair, tmp_path: Pa
     assert "File too large" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "a.png").exists()
+
+
+def methods_of(run_here: Run, tmp_path: Path, name: str) -> tuple[dict[str, dict[str, object]], str]:
+    """What `peanut-inspect` says of an adapter of the zoo, per module, as JSON and in words."""
+    train(MODELS["bert"](), ZOO[name].on("bert"), tmp_path / "base", tmp_path / "adapter")
+    shown = run_here("peanut-inspect", tmp_path / "adapter").stdout
+    words = shown[shown.index("what each module does") : shown.index("shapes of θ")]
+    facts = json.loads(run_here("peanut-inspect", tmp_path / "adapter", "--json").stdout)
+    return facts["methods"], words
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "rank", "changes_bias", "settings"),
+    [
+        ("vera", "nothing", 4, False, {}),
+        ("hra", "rows", 4, False, {"apply_GS": False}),
+        ("road 2", "columns", None, True, {"variant": "road_2"}),
+        ("loha full", "nothing", None, False, {}),
+        ("hira", "rows", None, False, {}),
+    ],
+)
+def test_methods_per_module(
+    name: str,
+    reads: str,
+    rank: int | None,
+    changes_bias: bool,
+    settings: dict[str, object],
+    tmp_path: Path,
+    run_here: Run,
+) -> None:
+    """Method, what it reads of W0, exact rank or why it has none, settings: as the methods themselves say."""
+    methods, words = methods_of(run_here, tmp_path, name)
+    opened = load_adapter(tmp_path / "adapter")
+    assert methods.keys() == opened.modules.keys()
+    for module, facts in methods.items():
+        method = opened.method(module)
+        assert (facts["method"], facts["reads"], facts["rank"]) == (name.split()[0], reads, rank)
+        assert facts["full_rank_reason"] == method.full_rank_reason
+        assert (facts["full_rank_reason"] is None) == (rank is not None)
+        assert facts["changes_bias"] == changes_bias
+        assert facts["settings"] == {
+            key: value for key, value in method.settings.items() if (key, value) != ("r", rank)
+        }
+        assert settings.items() <= facts["settings"].items()
+    method = name.split()[0] + (" of weight and bias" if changes_bias else "")
+    assert f"  query (2 layers): {method}; reads of W0: {reads}; " in words
+    assert f"; exact rank {rank}" in words if rank else "; no exact rank: the update " in words
+    assert all(f"; {key} = {value}" in words for key, value in settings.items())
+
+
+def test_a_scale_that_is_not_stored_is_not_made_up(run_here: Run) -> None:
+    theta = GLUE / "peanut_l_scale0.1" / "theta.safetensors"
+    facts = json.loads(run_here("peanut-inspect", theta, "--json").stdout)
+    assert {one["settings"]["scaling"] for one in facts["methods"].values()} == {"not stored"}
+    assert {one["scaling"] for one in facts["shapes"].values()} == {"not stored"}
+    assert "scaling = not stored" in " ".join(run_here("peanut-inspect", theta).stdout.replace("│", " ").split())
