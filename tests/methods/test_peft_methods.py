@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification
 from converters import load_adapter, merge, prepare_merge
 from converters.errors import ConversionError
 from converters.methods.table import LORA_VARIANTS, METHODS, PEFT_METHODS, PEFT_VARIANTS
-from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
+from converters.outputs.lora import LoraOptions, plan_lora_adapter, write_lora_adapter
 
 # one adapter of each method; its other forms, and other models, only in `make test`
 _FIRST = {case.config: name for name, case in reversed(CASES.items())}
@@ -92,6 +92,23 @@ def test_full_rank_is_refused_as_lora(name: str, tmp_path: Path) -> None:
     base, adapter = trained(name, "llama", tmp_path)
     with pytest.raises(ConversionError, match=r"^the update of .*: it cannot be expressed as LoRA; merge it$"):
         plan_lora_adapter(prepare_merge(base, load_adapter(adapter)), tmp_path / "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.rank])
+def test_lora_of_a_given_rank_has_the_logits_of_peft(name: str, tmp_path: Path) -> None:
+    """Exactly at the rank of the weights, biases included; below it, off by about what is stated."""
+    model = CASES[name].models[-1]
+    base, adapter = trained(name, model, tmp_path)
+    wanted, plan = logits(reloaded(MODELS[model](), base, adapter)), prepare_merge(base, adapter)
+    for rank, max_error in ((96, 0.0), (24, 0.99)):
+        output = tmp_path / f"lora-{rank}"
+        options = LoraOptions(rank=rank, max_error=max_error)
+        check = write_lora_adapter(plan_lora_adapter(plan, output, options=options))
+        assert check.approximation is not None
+        assert (check.approximation.error > 0) == (rank == 24)
+        allowed = 1e-4 + max(check.approximation.modules.values())
+        assert (logits(reloaded(MODELS[model](), base, output)) - wanted).abs().max() <= allowed * wanted.abs().max()
 
 
 @pytest.mark.parametrize(("name", "bias"), [("vera", "all"), ("vera", "vera_only"), ("gralora", "gralora_only")])
