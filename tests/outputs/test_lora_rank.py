@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig
+from peft import HiraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig
 from safetensors.torch import load_file
 from support.commands import Run
 from support.peft_methods import MODELS, logits, reloaded, train
-from support.tiny_models import Pair, tiny_llama
+from support.tiny_models import Pair, edit_weights, tiny_llama
 
 from converters import Weighted, load_adapter, prepare_merge
-from converters.errors import ConversionError, OptionError, VerificationError
+from converters.errors import ConversionError, NonFiniteError, OptionError, VerificationError
 from converters.evaluation.truncation import Truncation
 from converters.outputs.lora import LoraCheck, LoraOptions, plan_lora_adapter, write_lora_adapter
 
@@ -67,6 +67,7 @@ CASES = {
     "of whole columns": (IA3Config, {"feedforward_modules": ["down_proj"]}, "llama"),
     "of a larger rank": (LoraConfig, {"r": 12}, "llama"),
     "stored transposed": (LoraConfig, {"r": 12}, "gpt2"),
+    "stored transposed, without factors": (HiraConfig, {"r": 4}, "gpt2"),
 }
 
 
@@ -203,6 +204,29 @@ def test_what_is_printed(tmp_path: Path, run_here: Run) -> None:
     assert "approximated: 4 of 6 modules at rank 16, the other 2 are exact; relative error " in done.stdout
     done = run_here(*command, "--rank", "96", "--overwrite")
     assert "approximated: none of 6 modules, all are exact at rank 96: error 0" in done.stdout
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9])
+def test_a_delta_that_is_next_to_nothing(scale: float, tmp_path: Path) -> None:
+    """Its error is relative to the delta, not to the weight; of no delta, nothing is lost."""
+    base, adapter = trained(tmp_path, config_of(OFTConfig, oft_block_size=8))
+    edit_weights(adapter / "adapter_model.safetensors", lambda state: {k: v * scale for k, v in state.items()})
+    check = convert(base, adapter, tmp_path / "lora", rank=8, max_error=0.99)
+    assert check.approximation is not None
+    if not scale:
+        assert (check.approximation.error, set(check.approximation.modules.values())) == (0.0, {0.0})
+        return
+    wanted = {module: svd_error(delta, 8) for module, delta in true_deltas(base, [(adapter, 1.0)]).items()}
+    assert check.approximation.modules == pytest.approx(wanted, rel=1e-5)
+    assert min(wanted.values()) > 0.01
+
+
+def test_factors_that_do_not_fit_the_dtype(tmp_path: Path) -> None:
+    base, adapter = trained(tmp_path, config_of(LoraConfig, r=12))
+    edit_weights(adapter / "adapter_model.safetensors", lambda state: {k: v * 1e6 for k, v in state.items()})
+    with pytest.raises(NonFiniteError, match="does not fit F16 .*write it with dtype='fp32'"):
+        convert(base, adapter, tmp_path / "lora", "fp16", rank=4, max_error=0.99)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_a_wrong_truncation_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
