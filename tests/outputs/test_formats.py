@@ -15,6 +15,7 @@ from support.paths import DATA
 
 from converters.api.options import MergeOptions, Sources
 from converters.api.planning import plan_merges
+from converters.cli.flags import FLAGS
 from converters.cli.merge_command import HELP
 from converters.errors import CheckpointError, OptionError, PeanutError, VerificationError
 from converters.outputs.base import OutputRequest, Shown, WriteOptions
@@ -185,9 +186,10 @@ def test_an_output_that_exists(name: str, written: dict[str, Path], tmp_path: Pa
 @pytest.mark.parametrize("name", FORMATS)
 def test_options_of_other_formats_are_refused(name: str, run_here: Run) -> None:
     values = {"opset": ["18"], "quantize": ["int8"], "eval_data": ["x"]}
+    values |= {"rank": ["8"], "max_error": ["0.1"], "runtime": ["vllm"]}
     every = frozenset().union(*(row.takes for row in FORMATS.values()))
     for option in every - FORMATS[name].takes:
-        flag = f"--{option.replace('_', '-')}"
+        flag = FLAGS[option]
         asked = ["--format", name, flag, *values.get(option, [])]
         done = run_here("peanut-merge", "--base", VIT / "base", "--adapter", VIT / "oddeven", *asked)
         others = [other for other, row in FORMATS.items() if option in row.takes]
