@@ -101,7 +101,7 @@ class Deft(StoredMethod):
         """`s R − Kᵀ W0` (r, n) at some columns of the module's weight, from `seen`, `Kᵀ W0` there."""
         if "R" not in self.theta:
             return -seen
-        return self.theta["R"][:, columns] * self.given["scaling"] - seen
+        return self.theta["R"][:, columns] * float(self.given["scaling"]) - seen
 
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
@@ -199,4 +199,5 @@ def _orthogonal_factor(p: Tensor) -> Tensor:
             "the signs of the QR decomposition of deft_P are decided by rounding; merge it with the PEFT and "
             "the torch it was trained with"
         )
-    return torch.linalg.householder_product(reflectors, tau).to(p.device)
+    orthogonal: Tensor = torch.linalg.householder_product(reflectors, tau)
+    return orthogonal.to(p.device)
