@@ -81,6 +81,7 @@ CASES = {
         peft.DeftConfig, {"r": 4, "decomposition_method": "qr", "para": True}, ALL, rank=4, float64=1e-5
     ),
     "hira": Case(peft.HiraConfig, {"r": 4}, ALL),
+    "hira pattern": Case(peft.HiraConfig, {"r": 4, "rank_pattern": {"v_proj": 2}}, ("llama",)),
     "oft": Case(peft.OFTConfig, {"oft_block_size": 8}),
     "oft exact": Case(peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}, float64=1e-6),
     "oft coft": Case(peft.OFTConfig, {"oft_block_size": 8, "coft": True, "eps": 0.3}, float64=1e-6),

@@ -15,7 +15,8 @@ from converters.methods.shapes import Axes
 
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
-    rank_of(config, module, shapes["A"][0])
+    if shapes["A"][0] != config["r"]:  # PEFT 0.21 saves `rank_pattern`, and trains with r all the same
+        rank_of(config, module, shapes["A"][0])
     return {}
 
 
