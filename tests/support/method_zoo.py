@@ -49,6 +49,12 @@ _randlora: Callable[..., Case] = partial(Case, peft.RandLoraConfig, models=ALL)
 
 CASES = {
     "adalora": Case(peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 6, "total_step": 9}, ALL, rank=4),
+    "adalora ignores": Case(
+        peft.AdaLoraConfig,
+        {"init_r": 4, "total_step": 9, "alpha_pattern": {"v_proj": 7}, "lora_bias": True, "use_rslora": True},
+        ("llama",),
+        rank=4,
+    ),
     "vera": Case(peft.VeraConfig, {"r": 4}, ALL, rank=4),
     "pvera": Case(peft.PveraConfig, {"r": 4}, ALL, rank=4),
     "vblora": Case(peft.VBLoRAConfig, {"r": 4, "num_vectors": 20, "vector_length": 8}, ALL, rank=4),

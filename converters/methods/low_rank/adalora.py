@@ -1,7 +1,8 @@
 """AdaLoRA: `W = W0 + s · B diag(E) A`, LoRA as a singular value decomposition whose small values were pruned.
 
 `s = lora_alpha / (init_r + 1e-5)`: HF PEFT divides by the rank at the beginning of the training, not by the pruned
-one, which is 0 for some modules. Source: arXiv 2303.10512; HF PEFT's `peft/tuners/adalora/layer.py`.
+one, which is 0 for some modules. Of LoRA's settings it ignores `alpha_pattern`, `lora_bias` and `use_rslora`.
+Source: arXiv 2303.10512; HF PEFT's `peft/tuners/adalora/layer.py`.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ class AdaLora(LowRank):
         fields=("init_r", "lora_alpha"),
         inert=(
             "r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-            "rank_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "loftq_config", "megatron_core",
+            "rank_pattern", "alpha_pattern", "lora_bias", "use_rslora", "lora_dropout", "init_lora_weights",
+            "loftq_config", "megatron_core",
             "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
         ),
         settings=_settings,
