@@ -1,13 +1,25 @@
 """How HF PEFT saves a method's θ: what `converters/adapters/layouts/` needs to know to read it."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from converters.errors import AdapterConfigError, ThetaError
 
 Shapes = Mapping[str, tuple[int, ...]]  # part of θ -> its shape
+
+
+# modules, and what reads a part of one -> the group that each of them is in
+Groups = Callable[[Mapping[str, Any], Sequence[str], Callable[[str, str], Tensor]], Mapping[str, str]]
+
+
+def _no_groups(
+    config: Mapping[str, Any], modules: Sequence[str], read: Callable[[str, str], Tensor]
+) -> dict[str, str]:
+    return {}
 
 
 def _no_settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
@@ -26,6 +38,9 @@ class PeftForm:
         when: of a variant of another type: fields of the config, and the values that turn it on.
         optional: parts that a module need not have.
         shared: name of a tensor that is saved once, for all modules -> part of θ.
+        grouped: name of a tensor that is saved once for each group of modules (`frod_V.<group>`) -> part of θ.
+        groups: the group of every module: (config, modules, what reads a part of a module) -> module -> group. Raises
+            `ThetaError` where that cannot be told.
         missing: what to say when parameters, or shared tensors, are missing that PEFT can be told to leave out.
         fields: of the config, that the formula needs.
         inert: of the config, that have no effect on a trained adapter.
@@ -40,6 +55,8 @@ class PeftForm:
     when: Mapping[str, Any] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
+    grouped: Mapping[str, str] = field(default_factory=dict)
+    groups: Groups = _no_groups
     missing: str | None = None
     fields: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from converters.methods.low_rank.adalora import AdaLora
 from converters.methods.low_rank.delora import DeLora
 from converters.methods.low_rank.gralora import GraLora
 from converters.methods.low_rank.miss import Miss
+from converters.methods.low_rank.tinylora import TinyLora
 from converters.methods.low_rank.unilora import UniLora
 from converters.methods.low_rank.vblora import VbLora
 from converters.methods.low_rank.vera import Pvera, Vera
@@ -31,7 +32,7 @@ from converters.methods.peft_form import PeftForm
 
 _ALL: tuple[type[Method], ...] = (
     Tweaker, Dora, Ia3,
-    AdaLora, Vera, Pvera, VbLora, UniLora, Miss, GraLora, DeLora,
+    AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, Hra, Deft, MissBat, Oft, Boft, RoAd,
     LoHa, LoKr, FourierFt, C3a, ShiRa, RandLora,
 )  # fmt: skip

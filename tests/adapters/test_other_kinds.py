@@ -14,7 +14,7 @@ from converters.methods.table import PEFT_METHODS
 
 # what PEFT's merge_and_unload merges, and this version does not
 NOT_READ = {
-    "ADAMSS", "BEFT", "FROD", "GLORA", "LN_TUNING", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA",
+    "ADAMSS", "BEFT", "FROD", "GLORA", "LN_TUNING", "OSF", "PSOFT", "SUPERTUNING",
     "TRAINABLE_TOKENS", "WAVEFT",
 }  # fmt: skip
 

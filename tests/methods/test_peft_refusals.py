@@ -9,12 +9,19 @@ import pytest
 import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
+from support.damage import changed, without
 from support.method_zoo import CASES, TARGETS
 from support.peft_methods import MODELS, close, logits, reloaded, train
 from support.tiny_models import edit_json, edit_weights, tiny_llama
 
 from converters import load_adapter, merge
-from converters.errors import AdapterConfigError, BaseMismatchError, LayoutError, OptionError, ThetaError
+from converters.errors import (
+    AdapterConfigError,
+    BaseMismatchError,
+    LayoutError,
+    OptionError,
+    ThetaError,
+)
 
 
 def trained(tmp_path: Path, config: PeftConfig, model: str = "llama") -> Path:
@@ -33,6 +40,14 @@ LEFT_OUT: dict[str, tuple[PeftConfig, str]] = {
     "pvera": (peft.PveraConfig(r=4, save_projection=False, **LLAMA), "pvera_A is missing.*save_projection=True"),
     "randlora": (peft.RandLoraConfig(r=4, save_projection=False, **LLAMA), "randlora_A is missing.*save_projection"),
     "unilora": (peft.UniLoraConfig(r=4, theta_d_length=40, **LLAMA), "indices were not saved.*save_indices=True"),
+    "tinylora": (
+        peft.TinyLoraConfig(r=3, u=5, save_projection=False, **LLAMA),
+        "tinylora_P is missing.*save_projection=True",
+    ),
+    "tinylora one": (
+        peft.TinyLoraConfig(r=3, u=5, weight_tying=1.0, save_projection=False, **LLAMA),
+        "tinylora_P is missing.*save_projection=True",
+    ),
     "noise": (peft.PveraConfig(r=4, sample_at_inference=True, **LLAMA), "no merged weight does"),
 }
 
@@ -61,6 +76,11 @@ CONFIGS = {
     "another block": ("oft", {"block_share": True}, r"R has shape \(9, 28\); expected"),
     "an unknown variant": ("road 1", {"variant": "road_3"}, "variant = 'road_3'; known are"),
     "another group": ("road 1", {"group_size": 10}, "no whole groups of 10 outputs"),
+    "another tie": ("tinylora tied", {"weight_tying": 2}, "weight_tying = 2; expected a number from 0 to 1"),
+    "another tie by number": ("tinylora tied", {"weight_tying": 0.0}, "tinylora_v is missing"),
+    "another vector": ("tinylora", {"u": 4}, "v has 5 numbers, the config says u = 4"),
+    "another rank of TinyLoRA": ("tinylora", {"r": 4}, "θ has r = 3, the config says r = 4"),
+    "another seed": ("tinylora", {"projection_seed": 7}, "none of those that projection_seed 7 gives"),
     "another rank of DEFT": ("deft", {"r": 5}, "θ has r = 4, the config says r = 5"),
     "an unknown decomposition": ("deft", {"decomposition_method": "svd"}, "known are relu and qr"),
     "only removing": ("deft", {"para": True}, "para is true, and there is deft_R"),
@@ -77,16 +97,6 @@ def test_config_and_weights_have_to_agree(tmp_path: Path, case: str) -> None:
     edit_json(adapter / "adapter_config.json", **changes)
     with pytest.raises((AdapterConfigError, ThetaError), match=message):
         load_adapter(adapter)
-
-
-def without(mark: str) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda weights: {key: tensor for key, tensor in weights.items() if mark not in key}
-
-
-def changed(mark: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda weights: {
-        key: change(tensor).contiguous() if mark in key else tensor for key, tensor in weights.items()
-    }
 
 
 # case of the zoo -> change of the weights -> message
@@ -153,23 +163,6 @@ def test_another_base_is_refused(tmp_path: Path, name: str) -> None:
     tiny_llama(hidden_size=44, intermediate_size=84, num_attention_heads=2).save_pretrained(tmp_path / "larger")
     with pytest.raises(BaseMismatchError):
         merge(tmp_path / "larger", adapter, tmp_path / "merged")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: p[:, [0, 1, 2, 0]], "columns of deft_P are not independent"),
-        (lambda p: torch.cat([p[:1] * torch.tensor([1e-7, 1, 1, 1]), p[1:]]), "decided by rounding"),
-    ],
-)
-def test_an_orthogonal_factor_that_is_not_unique(
-    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
-) -> None:
-    adapter = trained(tmp_path, CASES["deft qr"].on("llama"))
-    edit_weights(adapter / "adapter_model.safetensors", changed("deft_P", change))
-    with pytest.raises(ThetaError, match=message):
-        merge(tmp_path / "base", adapter, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
 
 
 def test_what_modules_share_is_counted_once(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ SAMPLES: dict[str, Callable[[], Method]] = {
         "unilora",
         {"indices_A": (R, IN), "indices_B": (OUT, R), "scales_A": (R, IN), "scales_B": (OUT, R), "theta_d": (9,)},
     ),
+    "tinylora": lambda: stored("tinylora", {"A": (R, IN), "B": (OUT, R), "P": (5, R, R), "v": (5,)}),
     "miss": lambda: stored("miss", {"block": (R, OUT)}, mini=False),
     "miss mini": lambda: stored("miss", {"block": (R, 5)}, mini=True),
     "miss bat": lambda: stored("miss-bat", {"block": (5, 2, 2)}),

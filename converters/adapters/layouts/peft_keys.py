@@ -22,12 +22,14 @@ class PeftKeys:
     Attributes:
         parts: adapted module -> part of θ (`A`, `encoders.0`, ...) -> key in the store.
         shared: part of θ that all modules share -> key.
+        grouped: part of θ that the modules of a group share -> group -> key.
         saved: tensor that is replaced whole -> key.
         embedded: base tensor that was saved along -> key.
     """
 
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    grouped: dict[str, dict[str, str]] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     embedded: dict[str, str] = field(default_factory=dict)
 
@@ -38,30 +40,37 @@ def sort_keys(
     mark: str,
     bias: str = "none",
     shared: Mapping[str, str] | None = None,
+    grouped: Mapping[str, str] | None = None,
 ) -> PeftKeys:
     """Sort the keys of a state dict.
 
     Args:
         source: the adapter.
-        parameters: name of a parameter of θ in a state dict (`lora_A`) -> part of θ. A key has perhaps the adapter's
-            name, a number (in a list of parameters) and `.weight` after it.
+        parameters: name of a parameter of θ in a state dict (`lora_A`, `psoft_R.vector_a`) -> part of θ. A key has
+            perhaps the adapter's name, a number (in a list of parameters) and `.weight` after the (first) name.
         mark: part of every key of θ; a key that contains it and does not match is refused.
         bias: of the config: with `all`, or `lora_only` for those of the adapted modules, biases are trained and
             replace the base's.
         shared: name of a tensor that belongs to all modules (`vera_A`) -> part of θ.
+        grouped: name of a tensor that belongs to a group of modules (`frod_V`, as `frod_V.<group>`) -> part of θ.
 
     Raises:
         ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
     """
     where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
+    group_key = re.compile(
+        rf"(?:base_model\.)?(?P<parameter>{'|'.join(map(re.escape, grouped or {}))})\.(?P<group>[^.]+)"
+    )
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
         if shared and (match := shared_key.fullmatch(name)):
             found.shared[shared[match["parameter"]]] = key
-        elif match := theta_key.fullmatch(name):
+        elif grouped and (match := group_key.fullmatch(name)):
+            found.grouped.setdefault(grouped[match["parameter"]], {})[match["group"]] = key
+        elif (match := theta_key.fullmatch(name)) and (parameter := _parameter(match, parameters)) is not None:
             adapters.add(match["name"])
-            part = parameters[match["parameter"]] + (f".{int(match['index'])}" if match["index"] else "")
+            part = parameters[parameter] + (f".{int(match['index'])}" if match["index"] else "")
             if part in found.parts.setdefault(match["module"], {}):
                 _refuse_several(where, adapters)
             found.parts[match["module"]][part] = key
@@ -87,9 +96,18 @@ def sort_keys(
 
 def _theta_key(parameters: Mapping[str, str]) -> re.Pattern[str]:
     """What matches a key of θ."""
-    names = "|".join(map(re.escape, parameters))
-    adapter, index = r"(?:\.(?P<name>(?!weight$)[^.\d][^.]*))?", r"(?:\.(?P<index>\d+))?"
-    return re.compile(rf"(?P<module>.+)\.(?P<parameter>{names}){adapter}{index}(?:\.weight)?")
+    heads = "|".join(dict.fromkeys(re.escape(name.partition(".")[0]) for name in parameters))
+    tails = "|".join(sorted({"weight"} | {re.escape(name.partition(".")[2]) for name in parameters if "." in name}))
+    adapter, index = rf"(?:\.(?P<name>(?!(?:{tails})$)[^.\d][^.]*))?", r"(?:\.(?P<index>\d+))?"
+    return re.compile(rf"(?P<module>.+)\.(?P<parameter>{heads}){adapter}{index}(?:\.(?P<tail>{tails}))?")
+
+
+def _parameter(match: re.Match[str], parameters: Mapping[str, str]) -> str | None:
+    """The name in `parameters` of what `_theta_key` found; None if it is not there."""
+    head, tail = match["parameter"], match["tail"]
+    if f"{head}.{tail}" in parameters:
+        return f"{head}.{tail}"
+    return head if head in parameters and tail in (None, "weight") else None
 
 
 def _shared_key(shared: Mapping[str, str]) -> re.Pattern[str]:

@@ -7,6 +7,8 @@ what their configs mean, is said by the methods (`converters/methods/table.py`).
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout, build_adapter
 from converters.adapters.layouts.peft_config import (
@@ -18,7 +20,7 @@ from converters.adapters.layouts.peft_config import (
     targeting_of,
     trained_biases,
 )
-from converters.adapters.layouts.peft_keys import sort_keys
+from converters.adapters.layouts.peft_keys import PeftKeys, sort_keys
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
@@ -61,9 +63,10 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     bias = trained_biases(where, config)
     if form.missing and not any(f".{name}" in key for name in form.parameters for key in source.keys):
         raise ThetaError(f"{source.weights}: {form.missing}")
-    keys = sort_keys(source, form.parameters, form.mark, bias, form.shared)
+    keys = sort_keys(source, form.parameters, form.mark, bias, form.shared, form.grouped)
+    grouped = _grouped(source, form, keys)
     modules = {
-        module: _theta_of(source, method, form, module, parts | keys.shared, transposed)
+        module: _theta_of(source, method, form, module, parts | keys.shared | grouped[module], transposed)
         for module, parts in sorted(keys.parts.items())
     }
     targeting = targeting_of(where, config)
@@ -78,6 +81,28 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
 LAYOUT = Layout("hf-peft", claims, read)
 
 
+def _grouped(source: AdapterSource, form: PeftForm, keys: PeftKeys) -> dict[str, dict[str, str]]:
+    """Module -> part of θ that it shares with its group -> key. Raises as `read` does."""
+    if not form.grouped:
+        return {module: {} for module in keys.parts}
+
+    def read_part(module: str, part: str) -> Tensor:
+        if part not in keys.parts[module]:
+            name = next(name for name, one in form.parameters.items() if one == part)
+            raise ThetaError(f"{source.path}: {module}: {name} is missing; {form.missing or _INCOMPLETE}")
+        return source.store.tensor(keys.parts[module][part])
+
+    with located(source.config_path):
+        groups = form.groups(source.config or {}, sorted(keys.parts), read_part)
+    for part, found in keys.grouped.items():
+        if unused := sorted(set(found) - set(groups.values())):
+            raise ThetaError(f"{source.path}: {found[unused[0]]} ({part}) belongs to none of the adapted modules")
+    return {
+        module: {part: found[group] for part, found in keys.grouped.items() if group in found}
+        for module, group in groups.items()
+    }
+
+
 def _theta_of(
     source: AdapterSource,
     method: type[Method],
@@ -87,7 +112,7 @@ def _theta_of(
     transposed: bool,
 ) -> ModuleTheta:
     """θ of one module. Raises as `read` does."""
-    for name, part in {**form.parameters, **form.shared}.items():
+    for name, part in {**form.parameters, **form.shared, **form.grouped}.items():
         if part not in parts and part not in form.optional:
             raise ThetaError(f"{source.path}: {module}: {name} is missing; {form.missing or _INCOMPLETE}")
     shapes = {part: source.store.shapes[key] for part, key in parts.items()}
