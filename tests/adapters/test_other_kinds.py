@@ -14,7 +14,7 @@ from converters.methods.table import PEFT_METHODS
 
 # what PEFT's merge_and_unload merges, and this version does not
 NOT_READ = {
-    "ADAMSS", "BEFT", "FROD", "GLORA", "LN_TUNING", "OSF", "PSOFT", "SUPERTUNING",
+    "ADAMSS", "BEFT", "GLORA", "LN_TUNING", "SUPERTUNING",
     "TRAINABLE_TOKENS", "WAVEFT",
 }  # fmt: skip
 

@@ -57,12 +57,12 @@ def test_merged_logits_are_those_of_peft(name: str, model: str, tmp_path: Path) 
 def test_weights_are_those_of_peft_in_float64(name: str, tmp_path: Path) -> None:
     model = CASES[name].models[0]
     base, adapter = trained(name, model, tmp_path)
-    plain = type(MODELS[model]()).from_pretrained(base, dtype=torch.float64)
+    plain = type(MODELS[model]()).from_pretrained(base, dtype=CASES[name].base)
     before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
     after = PeftModel.from_pretrained(plain, adapter).double().merge_and_unload().state_dict()
     opened = load_adapter(adapter)
     for module, theta in opened.modules.items():
-        w0, wanted = (tensors[f"{module}.weight"] for tensors in (before, after))
+        w0, wanted = (tensors[f"{module}.weight"].double() for tensors in (before, after))
         method = opened.method(module)
         oriented = method.transposed() if theta.fan_in_fan_out else method
         found = w0 + oriented.to("cpu", torch.float64).delta(w0)

@@ -48,6 +48,12 @@ LEFT_OUT: dict[str, tuple[PeftConfig, str]] = {
         peft.TinyLoraConfig(r=3, u=5, weight_tying=1.0, save_projection=False, **LLAMA),
         "tinylora_P is missing.*save_projection=True",
     ),
+    "frod": (
+        peft.FrodConfig(save_projection=False, progressbar=False, **LLAMA),
+        "frod_V is missing.*save_projection",
+    ),
+    "psoft": (peft.PsoftConfig(r=4, **LLAMA), 'does not save the signs.*"svd_backend": "mkl"'),
+    "psoft lowrank": (peft.PsoftConfig(r=4, psoft_svd="lowrank", **LLAMA), "what it draws depends on"),
     "noise": (peft.PveraConfig(r=4, sample_at_inference=True, **LLAMA), "no merged weight does"),
 }
 
@@ -81,6 +87,23 @@ CONFIGS = {
     "another vector": ("tinylora", {"u": 4}, "v has 5 numbers, the config says u = 4"),
     "another rank of TinyLoRA": ("tinylora", {"r": 4}, "θ has r = 3, the config says r = 4"),
     "another seed": ("tinylora", {"projection_seed": 7}, "none of those that projection_seed 7 gives"),
+    "another OSF": (
+        "osf",
+        {"effective_rank": 12, "rank_pattern": None},
+        "θ replaces 16 of 32 singular values, the con",
+    ),
+    "another OSF by pattern": ("osf", {"rank_pattern": {"q_.*": 9, "q_proj": 8}}, "θ replaces 24 of 32 .* keeps 9"),
+    "an OSF of nonsense": ("osf", {"effective_rank": "half"}, "effective_rank = 'half'; expected a finite number"),
+    "another target": (
+        "osf",
+        {"target_svd_config": {"q_proj.weight": 8}},
+        "'target_svd_config' = .* is not a setting",
+    ),
+    "another rank of PSOFT": ("psoft", {"r": 5}, r"θ has shape \(6,\), and 4 scales; expected \(10,\) and 5"),
+    "no rotation": ("psoft", {"psoft_orth": False}, r"θ has shape \(6,\), and 4 scales; expected \(4, 4\)"),
+    "no scales": ("psoft", {"psoft_mag_b": False}, "psoft_mag_b is False, θ says otherwise"),
+    "an alpha of nothing": ("psoft", {"psoft_alpha": 0}, "psoft_alpha = 0; expected a number above 0"),
+    "an unknown start": ("psoft", {"ab_svd_init": "svd"}, "ab_svd_init = 'svd'; known are"),
     "another rank of DEFT": ("deft", {"r": 5}, "θ has r = 4, the config says r = 5"),
     "an unknown decomposition": ("deft", {"decomposition_method": "svd"}, "known are relu and qr"),
     "only removing": ("deft", {"para": True}, "para is true, and there is deft_R"),
@@ -120,6 +143,19 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]]
     "indices of another type": ("unilora", changed("indices_A", torch.Tensor.float), "float32; expected indices"),
     "indices that are truths": ("unilora", changed("indices_A", torch.Tensor.bool), "bool; expected indices"),
     "numbers of another type": ("hira", changed("hira_A", torch.Tensor.int), "int32; expected floating-point θ"),
+    "parts of OSF": ("osf", without("q_proj.osf_svd_params.S_low"), r"q_proj: osf_svd_params\.S_low is missing"),
+    "a tail that is not known": (
+        "osf",
+        lambda w: {**w, "base_model.model.x.osf_svd_params.S_high": torch.zeros(2)},
+        "does not have PEFT's form",
+    ),
+    "fewer parts of OSF": ("osf", changed("q_proj.osf_svd_params.U_low", lambda t: t[:, 1:]), "expected U"),
+    "a projection is missing": ("frod", without("frod_V.self_attn_q_proj"), "q_proj: frod_V is missing"),
+    "a projection of nothing": (
+        "frod",
+        lambda w: {**w, "base_model.frod_V.mlp_up_proj": torch.eye(32)},
+        r"frod_V\.mlp_up_proj \(V\) belongs to none of the adapted modules",
+    ),
     "butterflies": ("boft", changed("boft_R", lambda t: t.repeat(2, 1, 1, 1)), "2 butterfly factors"),
 }
 
@@ -157,7 +193,10 @@ def test_indices_out_of_range(tmp_path: Path, name: str, mark: str, index: int, 
 
 # larger in every size, so that nothing that has to fit fits by chance
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"fourierft", "shira", "road 1", "road 2", "road 4"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(set(CASES) - {"psoft", "psoft series", "psoft free", "fourierft", "shira", "road 1", "road 2", "road 4"}),
+)
 def test_another_base_is_refused(tmp_path: Path, name: str) -> None:
     adapter = trained(tmp_path, CASES[name].on("llama"))
     tiny_llama(hidden_size=44, intermediate_size=84, num_attention_heads=2).save_pretrained(tmp_path / "larger")

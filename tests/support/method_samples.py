@@ -11,6 +11,7 @@ from converters.methods.base import Method
 from converters.methods.dense.shira import ShiRa
 from converters.methods.multiplicative.dora import Dora
 from converters.methods.multiplicative.ia3 import Ia3
+from converters.methods.spectral.frod import Frod
 from converters.methods.table import METHODS
 
 OUT, IN, R = 10, 14, 3
@@ -78,6 +79,27 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "deft": lambda: stored("deft", {"P": (OUT, R), "R": (R, IN)}, decomposition="relu", scaling=1.5),
     "deft qr": lambda: stored("deft", {"P": (OUT, R), "R": (R, IN)}, decomposition="qr", scaling=1.5),
     "deft para": lambda: stored("deft", {"P": (OUT, R)}, decomposition="qr", scaling=1.0),
+    "osf": lambda: stored("osf", {"U": (OUT, 2), "S": (2,), "V": (2, IN)}),
+    "osf most": lambda: stored("osf", {"U": (OUT, 6), "S": (6,), "V": (6, IN)}),
+    "osf nothing": lambda: stored("osf", {"U": (OUT, 0), "S": (0,), "V": (0, IN)}),
+    "psoft": lambda: stored(
+        "psoft",
+        {"R": (R,), "vector_a": (R,)},
+        r=R,
+        init="psoft_init",
+        orthogonal=True,
+        neumann_terms=None,
+        eps=None,
+    ),
+    "frod": lambda: Frod(
+        {
+            "lambda_l": torch.randn(IN),
+            "lambda_s": torch.randn(3),
+            "V": torch.randn(IN, IN),
+            "indices": torch.tensor([[0, 4, 9], [13, 2, 0]]),
+            "size": torch.tensor([IN, IN]),
+        }
+    ),
     "hra": lambda: stored("hra", {"u": (IN, R)}, apply_GS=False),
     "hra orthogonal": lambda: stored("hra", {"u": (IN, R)}, apply_GS=True),
     "oft": lambda: stored("oft", {"R": (2, 21)}, block_share=False, eps=None, neumann_terms=5),

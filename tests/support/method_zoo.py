@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import peft
+import torch
 from peft import PeftConfig
 
 TARGETS = {
@@ -26,6 +27,7 @@ class Case:
         models: tiny models it is trained on, by name.
         rank: the largest of its exact LoRA form on these; None if it has none.
         float64: how far PEFT's own merge in float64 may be off: 1e-9, or more where PEFT rounds on its way.
+        base: the dtype in which PEFT takes the base for that.
     """
 
     config: type[PeftConfig]
@@ -33,6 +35,7 @@ class Case:
     models: tuple[str, ...] = ("llama", "bert")
     rank: int | None = None
     float64: float = 1e-9
+    base: torch.dtype = torch.float64
 
     def on(self, model: str) -> PeftConfig:
         """The config for a tiny model."""
@@ -44,7 +47,16 @@ class Case:
         return self.config(**common, **self.settings)
 
 
+@dataclass
+class PsoftConfig(peft.PsoftConfig):
+    """Says what HF PEFT does not record: what decomposed W0."""
+
+    svd_backend: str = "mkl"
+
+
 ALL = ("llama", "gpt2", "bert")
+# singular vectors in float32 are off by its precision over the distance of the singular values
+_psoft: Callable[..., Case] = partial(Case, PsoftConfig, float64=1e-4, base=torch.float32)
 _randlora: Callable[..., Case] = partial(Case, peft.RandLoraConfig, models=ALL)
 
 CASES = {
@@ -89,6 +101,12 @@ CASES = {
     "deft para": Case(
         peft.DeftConfig, {"r": 4, "decomposition_method": "qr", "para": True}, ALL, rank=4, float64=1e-5
     ),
+    "osf": Case(peft.OSFConfig, {"rank_pattern": {"q_proj": 0.25, "query": 20}}, float64=1e-5),
+    "osf low": Case(peft.OSFConfig, {"effective_rank": 0.8}, rank=14, float64=1e-5),
+    "psoft": _psoft({"r": 4}, rank=4),
+    "psoft series": _psoft({"r": 5, "use_cayley_neumann": True, "cayley_neumann_eps": 0.4}, ("llama",), rank=5),
+    "psoft free": _psoft({"r": 4, "psoft_orth": False, "psoft_mag_a": False, "ab_svd_init": "pissa_init"}, rank=4),
+    "frod": Case(peft.FrodConfig, {"progressbar": False}, ALL, float64=1e-5),
     "hira": Case(peft.HiraConfig, {"r": 4}, ALL),
     "hira pattern": Case(peft.HiraConfig, {"r": 4, "rank_pattern": {"v_proj": 2}}, ("llama",)),
     "oft": Case(peft.OFTConfig, {"oft_block_size": 8}),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import AdapterConfigError, BaseMismatchError, ThetaError
-from converters.methods.multiplicative.rotations import cayley, turn_blocks
+from converters.methods.multiplicative.rotations import cayley, neumann, turn_blocks
 from converters.methods.peft_form import PeftForm, Shapes, boolean, integer, number
 from converters.methods.row_wise import RowWise, Which
 from converters.methods.shapes import Axes
@@ -99,20 +99,9 @@ class Oft(RowWise):
             lengths = torch.linalg.matrix_norm(q, keepdim=True)
             q = torch.where(lengths <= longest, q, longest * q / lengths)
         if self.given["neumann_terms"] is not None:
-            return _neumann(q, self.given["neumann_terms"])
+            return neumann(q, self.given["neumann_terms"])
         return cayley(q)
 
     def rows(self, w0: Tensor, which: Which) -> Tensor:
         """See `RowWise.rows`."""
         return turn_blocks(w0, self.change)
-
-
-def _neumann(q: Tensor, terms: int) -> Tensor:
-    """`R − I` of the series: `2Q + 2Q² + ... + Qᵏ`, of which HF PEFT goes to k = terms − 1, but at least to 3."""
-    if terms < 3:
-        return 2 * q * (terms - 1)
-    power, total = q, 2 * q
-    for exponent in range(2, max(3, terms - 1) + 1):
-        power = power @ q
-        total = total + (power if exponent == max(3, terms - 1) else 2 * power)
-    return total

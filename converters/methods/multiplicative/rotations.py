@@ -11,6 +11,20 @@ def cayley(q: Tensor) -> Tensor:
     return change
 
 
+def neumann(q: Tensor, terms: int) -> Tensor:
+    """`R − I` of the series `2Q + 2Q² + ... + Qᵏ`, the first terms of `(I + Q)(I − Q)⁻¹`.
+
+    HF PEFT goes to k = terms − 1, but at least to 3.
+    """
+    if terms < 3:
+        return 2 * q * (terms - 1)
+    power, total = q, 2 * q
+    for exponent in range(2, max(3, terms - 1) + 1):
+        power = power @ q
+        total = total + (power if exponent == max(3, terms - 1) else 2 * power)
+    return total
+
+
 def turn_blocks(w0: Tensor, change: Tensor) -> Tensor:
     """`W0 (R − I)ᵀ` for rows of W0 (n, in).
 

@@ -1,0 +1,129 @@
+"""A delta that is the product of two factors, which need all of W0: its singular values and vectors."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from converters.errors import ConversionError
+from converters.methods.factors import Factors
+from converters.methods.stored import StoredMethod
+from converters.methods.update import Update
+from converters.methods.weight_delta import Reads, WeightShape
+
+# HF PEFT decomposes in float32, relative to the largest singular value: what is closer together, rounding decides
+FLOAT32 = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed(StoredMethod):
+    """θ of one module. A subclass says what the factors are; all else follows from them.
+
+    Attributes:
+        is_transposed: for a weight that is stored as (in, out).
+    """
+
+    is_transposed: bool = False
+
+    @abstractmethod
+    def up_and_down(self, w0: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors (out, r) and (r, in), given all of W0 (out, in). They are not multiplied by `weight` here.
+
+        Raises `ConversionError` when W0 does not determine them.
+        """
+
+    @property
+    def module_shape(self) -> WeightShape:
+        """(out, in) of the module, as far as θ says."""
+        return self.sizes.get("out"), self.sizes.get("in")
+
+    @property
+    def weight_shape(self) -> WeightShape:
+        """See `WeightDelta.weight_shape`."""
+        out, width = self.module_shape
+        return (width, out) if self.is_transposed else (out, width)
+
+    @property
+    def reads(self) -> Reads:
+        """See `WeightDelta.reads`."""
+        return Reads.WHOLE
+
+    @property
+    def kind(self) -> str:
+        """See `WeightDelta.kind`."""
+        return f"{super().kind} transposed {self.is_transposed}"
+
+    def transposed(self) -> Self:
+        """See `WeightDelta.transposed`."""
+        return replace(self, is_transposed=not self.is_transposed)
+
+    def factors(self, w0: Tensor) -> tuple[Tensor, Tensor]:
+        """`left @ right` is the delta of `w0`, as it is stored."""
+        up, down = self.up_and_down(w0.T if self.is_transposed else w0)
+        up = up * self.weight
+        return (down.T, up.T) if self.is_transposed else (up, down)
+
+    def delta(self, w0: Tensor) -> Tensor:
+        """See `WeightDelta.delta`."""
+        left, right = self.factors(w0)
+        return left @ right
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`: `w0` is whole."""
+        left, right = self.factors(w0)
+        left, right = left[rows], right[:, columns]
+        return left @ right, left.abs() @ right.abs()
+
+    def update(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Update:
+        """See `WeightDelta.update`."""
+        return DecomposedUpdate(self.with_parts(self.parts_on(device, dtype)), shape, dtype, device)
+
+
+class DecomposedUpdate(Update):
+    """W0 is kept until all its rows have passed by, and then its factors."""
+
+    needs_pass = True
+
+    def __init__(self, theta: Decomposed, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self._theta = theta
+        self._whole = torch.empty(shape, dtype=dtype, device=device)
+
+    def see(self, w0: Tensor, start: int) -> None:
+        """See `Update.see`."""
+        self._whole[start : start + w0.shape[0]] = w0
+
+    def settle(self) -> None:
+        """See `Update.settle`."""
+        self._left, self._right = self._theta.factors(self._whole)
+        del self._whole
+
+    def prepare(self, w0: Tensor, start: int) -> Tensor:
+        """Rows of the left factor (n, r)."""
+        return self._left[start : start + w0.shape[0]]
+
+    def add_to(self, total: Tensor, prepared: Tensor) -> Tensor:
+        """See `Update.add_to`."""
+        return total.addmm_(prepared, self._right)
+
+    def factors(self, blocks: Iterable[Tensor]) -> Factors:
+        """See `Update.factors`."""
+        for start, w0 in self._numbered(blocks):
+            self.see(w0, start)
+        self.settle()
+        return Factors(self._left, self._right)
+
+
+def singular_parts(w0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, n), the singular values (n,) and V (n, in) of W0, n the smaller of its sizes.
+
+    Raises `ConversionError` for a W0 that cannot be decomposed.
+    """
+    try:
+        u, values, v = torch.linalg.svd(w0, full_matrices=False)
+    except RuntimeError as error:
+        raise ConversionError(f"the SVD of a weight of shape {tuple(w0.shape)} failed: {error}") from None
+    return u, values, v
