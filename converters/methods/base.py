@@ -26,6 +26,7 @@ class Method(WeightDelta):
         peft: how HF PEFT saves θ; None for a method that is read by layouts of its own.
         integers: parts of θ that are indices.
         lora_rank: the rank of its exact LoRA form, as a formula; None where it never has one.
+        reads_module: it needs the weight and the bias of its module together, see `on_module`.
         remark: what its users have to know, a sentence or two, for the documentation.
     """
 
@@ -34,6 +35,7 @@ class Method(WeightDelta):
     peft: ClassVar[PeftForm | None] = None
     integers: ClassVar[frozenset[str]] = frozenset()
     lora_rank: ClassVar[str | None] = None
+    reads_module: ClassVar[bool] = False
     remark: ClassVar[str] = ""
 
     @classmethod
@@ -65,6 +67,15 @@ class Method(WeightDelta):
     def bias(self) -> WeightDelta | None:
         """What is added to the module's bias, as a matrix (out, 1); None for nothing."""
         return None
+
+    def on_module(self, weight: Tensor, bias: Tensor | None) -> "Method":
+        """The same for one module of a base, where `reads_module` is set: called before the delta is asked for.
+
+        Args:
+            weight: (out, in), in the dtype of the base.
+            bias: (out,); None where the module has none.
+        """
+        return self
 
     @property
     def digest_facts(self) -> list[Any]:

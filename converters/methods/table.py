@@ -29,6 +29,7 @@ from converters.methods.multiplicative.oft import Oft
 from converters.methods.multiplicative.road import RoAd
 from converters.methods.peanut import Tweaker
 from converters.methods.peft_form import PeftForm
+from converters.methods.spectral.adamss import Adamss
 from converters.methods.spectral.frod import Frod
 from converters.methods.spectral.osf import Osf
 from converters.methods.spectral.psoft import Psoft
@@ -37,7 +38,7 @@ _ALL: tuple[type[Method], ...] = (
     Tweaker, Dora, Ia3,
     AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, Hra, Deft, MissBat, Oft, Boft, RoAd,
-    Osf, Psoft, Frod,
+    Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, C3a, ShiRa, RandLora,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

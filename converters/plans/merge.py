@@ -14,6 +14,7 @@ from converters.adapters.base_record import check_base
 from converters.adapters.embedded_base import check_embedded
 from converters.errors import LayoutError, OptionError, QuantizedBaseError
 from converters.files.header import FLOAT_DTYPES, TensorInfo
+from converters.files.reader import TensorReader
 from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
@@ -65,6 +66,10 @@ class Plan:
         """What one update adds to a tensor as it is stored, times the weight of its adapter in the sum."""
         weighted = self.adapters[term.adapter]
         method = weighted.adapter.method(term.module)
+        if term.beside:
+            with TensorReader() as reader:
+                weight, *bias = map(reader.whole, term.beside)
+            method = method.on_module(weight.T if term.transposed else weight, bias[0] if bias else None)
         if term.parameter == "bias":
             if method.bias is None:
                 raise ValueError(f"{term.module}: {method.name} does not change the bias")
@@ -185,7 +190,10 @@ def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtyp
         info = base.tensors[targets[0].base_name]
         if not info.is_float:
             raise QuantizedBaseError(f"{info.name} is {info.dtype}; expected a floating-point weight to merge into")
-        terms = tuple(_term(base, adapters[t.adapter], t, info) for t in targets)
+        terms = tuple(
+            replace(_term(base, adapters[t.adapter], t, info), beside=_beside(base, adapters[t.adapter], t, found))
+            for t in targets
+        )
         beside = output_name not in base.tensors and info.name in kept  # a head that was tied to it
         action = Action.ADDED if beside else Action.UPDATED
         yield TensorPlan(output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, terms)
@@ -206,6 +214,18 @@ def _term(base: Checkpoint, adapter: Adapter, target: Target, info: TensorInfo) 
     shape = info.shape[::-1] if transposed else info.shape
     described.check_fits(shape, info.name)
     return Term(target.adapter, target.module, transposed)
+
+
+def _beside(base: Checkpoint, adapter: Adapter, target: Target, found: Targets) -> tuple[TensorInfo, ...]:
+    """Weight and bias of the target's module, if its method reads both together. Raises `OptionError`."""
+    method = adapter.modules[target.module].method
+    if not method.reads_module:
+        return ()
+    if base.stream is not None:
+        raise OptionError(f"stream=True: {method.name} reads weight and bias of a module together; leave out stream=")
+    here = [t for t in found.targets if (t.adapter, t.module) == (target.adapter, target.module)]
+    names = {t.parameter: t.base_name for t in here}
+    return tuple(base.tensors[names[parameter]] for parameter in ("weight", "bias") if parameter in names)
 
 
 def _replaced(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:

@@ -24,6 +24,7 @@ class Term:
     module: str  # whose θ applies
     transposed: bool  # the weight is stored as (in, out)
     parameter: str = "weight"  # of the module; or its bias
+    beside: tuple[TensorInfo, ...] = ()  # weight and bias of the module, for a method that reads both together
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from converters.methods.table import PEFT_METHODS
 
 # what PEFT's merge_and_unload merges, and this version does not
 NOT_READ = {
-    "ADAMSS", "BEFT", "GLORA", "LN_TUNING", "SUPERTUNING",
+    "BEFT", "GLORA", "LN_TUNING", "SUPERTUNING",
     "TRAINABLE_TOKENS", "WAVEFT",
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from converters.methods.base import Method
 from converters.methods.dense.shira import ShiRa
 from converters.methods.multiplicative.dora import Dora
 from converters.methods.multiplicative.ia3 import Ia3
+from converters.methods.spectral.adamss import Adamss
 from converters.methods.spectral.frod import Frod
 from converters.methods.table import METHODS
 
@@ -100,6 +101,8 @@ SAMPLES: dict[str, Callable[[], Method]] = {
             "size": torch.tensor([IN, IN]),
         }
     ),
+    "adamss": lambda: adamss(1),
+    "adamss many": lambda: adamss(5),
     "hra": lambda: stored("hra", {"u": (IN, R)}, apply_GS=False),
     "hra orthogonal": lambda: stored("hra", {"u": (IN, R)}, apply_GS=True),
     "oft": lambda: stored("oft", {"R": (2, 21)}, block_share=False, eps=None, neumann_terms=5),
@@ -115,6 +118,13 @@ SAMPLES: dict[str, Callable[[], Method]] = {
         "randlora", {"lambda": (R, 4), "gamma": (4, OUT), "A": (R, 1, OUT), "B": (20, 5, R)}, scaling=1.5
     ),
 }
+
+
+def adamss(rank: int) -> Adamss:
+    """With two clusters, which were found."""
+    shapes = {"A.0": (rank, 6), "B.0": (4, rank), "A.1": (rank, 6), "B.1": (OUT - 4, rank), "newB": (6, IN)}
+    parts = {part: torch.randn(shape) for part, shape in shapes.items()}
+    return Adamss({**parts, "places": torch.randperm(OUT)}, {"clusters": 2, "seed": 0})
 
 
 def stored(name: str, shapes: dict[str, tuple[int, ...]], **settings: Any) -> Method:

@@ -107,6 +107,17 @@ CASES = {
     "psoft series": _psoft({"r": 5, "use_cayley_neumann": True, "cayley_neumann_eps": 0.4}, ("llama",), rank=5),
     "psoft free": _psoft({"r": 4, "psoft_orth": False, "psoft_mag_a": False, "ab_svd_init": "pissa_init"}, rank=4),
     "frod": Case(peft.FrodConfig, {"progressbar": False}, ALL, float64=1e-5),
+    "adamss": Case(
+        peft.AdamssConfig, {"r": 8, "num_subspaces": 3, "subspace_rank": 2}, rank=6, float64=1e-6, base=torch.float32
+    ),
+    "adamss many": Case(
+        peft.AdamssConfig,
+        {"r": 12, "num_subspaces": 20, "subspace_rank": 3, "use_dynamic_rank": True},
+        ("llama",),
+        rank=12,
+        float64=1e-6,
+        base=torch.float32,
+    ),
     "hira": Case(peft.HiraConfig, {"r": 4}, ALL),
     "hira pattern": Case(peft.HiraConfig, {"r": 4, "rank_pattern": {"v_proj": 2}}, ("llama",)),
     "oft": Case(peft.OFTConfig, {"oft_block_size": 8}),
