@@ -23,8 +23,6 @@ def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str 
     """
     for module, tensor in modules.items():
         for term in tensor.terms:
-            if term.parameter == "bias":
-                raise ConversionError(f"{module} is a bias, and updated: that cannot be expressed as LoRA; merge it")
             reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason
             if reason is not None:
                 raise ConversionError(f"the update of {module} {reason}: it cannot be expressed as LoRA; {remedy}")

@@ -21,7 +21,8 @@ from converters import Weighted, delta_weight, load_adapter, merge, prepare_merg
 from converters.errors import BaseMismatchError, ConversionError, MissingDependencyError, OptionError, ThetaError
 from converters.methods.spectral.clusters import find_clusters
 from converters.models.checkpoint import open_checkpoint
-from converters.outputs.lora import plan_lora_adapter
+from converters.outputs.lora.plan import plan_lora_adapter
+from converters.outputs.lora.write import write_lora_adapter
 from converters.plans.merge import plan_merge
 
 
@@ -35,15 +36,16 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_a_bias_changes_too_and_cannot_be_lora(tmp_path: Path) -> None:
+def test_a_bias_changes_too_also_as_lora(tmp_path: Path) -> None:
     train(MODELS["bert"](), config("bert"), tmp_path / "base", tmp_path / "adapter")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     changes = {key for key in before if not torch.equal(before[key], after[key])}
     modules = set(load_adapter(tmp_path / "adapter").modules)
     assert changes == {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
-    with pytest.raises(ConversionError, match=r"bias is a bias, and updated: that cannot be expressed as LoRA"):
-        plan_lora_adapter(prepare_merge(tmp_path / "base", load_adapter(tmp_path / "adapter")), tmp_path / "lora")
+    wanted = logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "adapter"))
+    write_lora_adapter(plan_lora_adapter(prepare_merge(tmp_path / "base", tmp_path / "adapter"), tmp_path / "lora"))
+    assert close(logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "lora")), wanted)
 
 
 def test_a_base_in_half_precision(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Adamss(Decomposed):
     name = "adamss"
     formula = "`W = W0 + P·(B₁·A₁; ...)·V`, by clusters of rows (AdaMSS)"
     lora_rank = "Σ r_i"
-    remark = "Biases, too, and then no LoRA. Needs the extra `peft`, which finds the clusters of rows again"
+    remark = "Biases, too. Needs the extra `peft`, which finds the clusters of rows again"
     reads_module = True
     axes: ClassVar[Mapping[str, Axes]] = {"newB": ("r", "width"), "places": ("out",)}
     integers = frozenset({"places"})
