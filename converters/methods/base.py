@@ -27,6 +27,7 @@ class Method(WeightDelta):
         integers: parts of θ that are indices.
         lora_rank: the rank of its exact LoRA form, as a formula; None where it never has one.
         reads_module: it needs the weight and the bias of its module together, see `on_module`.
+        packages: other than torch, whose versions its results depend on; manifests record them.
         remark: what its users have to know, a sentence or two, for the documentation.
     """
 
@@ -36,6 +37,7 @@ class Method(WeightDelta):
     integers: ClassVar[frozenset[str]] = frozenset()
     lora_rank: ClassVar[str | None] = None
     reads_module: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
     remark: ClassVar[str] = ""
 
     @classmethod

@@ -59,12 +59,14 @@ def build_manifest(plan: Plan, hashes: dict[str, str], fingerprint: str, verifie
 def provenance(plan: Plan, fingerprint: str) -> dict[str, Any]:
     """The part of every manifest that names the inputs and the versions of the software."""
     base = plan.base
+    methods = {theta.method for weighted in plan.adapters for theta in weighted.adapter.modules.values()}
+    packages = sorted({package for method in methods for package in method.packages})
     return {
         "format_version": FORMAT_VERSION,
         "generator": f"peanut-serve {__version__}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+            **{name: version(name) for name in ("torch", "transformers", "safetensors", *packages)},
         },
         "base": {
             "name": base.name,

@@ -1,5 +1,6 @@
 """AdaMSS: clusters that are found again, with or without a bias, and those that are not those of the training."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def test_a_bias_changes_too_also_as_lora(tmp_path: Path) -> None:
     changes = {key for key in before if not torch.equal(before[key], after[key])}
     modules = set(load_adapter(tmp_path / "adapter").modules)
     assert changes == {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
+    versions = json.loads((tmp_path / "merged" / "peanut_manifest.json").read_text())["versions"]
+    assert versions.keys() == {"python", "torch", "transformers", "safetensors", "peft", "scikit-learn"}
     wanted = logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "adapter"))
     write_lora_adapter(plan_lora_adapter(prepare_merge(tmp_path / "base", tmp_path / "adapter"), tmp_path / "lora"))
     assert close(logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "lora")), wanted)

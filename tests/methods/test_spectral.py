@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 from support.damage import changed
 from support.method_samples import IN, OUT, SAMPLES
 from support.method_zoo import CASES
 from support.peft_methods import MODELS, train
-from support.tiny_models import edit_weights
+from support.tiny_models import edit_weights, tiny_llama
 
 from converters import load_adapter, merge
 from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, ThetaError
@@ -126,3 +128,17 @@ def test_the_category_of_a_module_is_that_of_peft(module: str, category: str) ->
     assert form is not None
     assert form.groups({}, [module], lambda module, part: torch.empty(0)) == {module: category}
     assert _category_from_key(module) == category
+
+
+@pytest.mark.parametrize("name", ["osf", "psoft", "adamss", "deft qr"])
+def test_keys_as_in_memory(tmp_path: Path, name: str) -> None:
+    """`torch.save(model.state_dict())` has the adapter's name within the names of parameters."""
+    adapter = trained(tmp_path, name)
+    saved = load_adapter(adapter)
+    fresh = type(tiny_llama()).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    state = PeftModel.from_pretrained(fresh, adapter).state_dict()
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, adapter / "adapter_model.safetensors")
+    in_memory = load_adapter(adapter)
+    assert in_memory.modules.keys() == saved.modules.keys()
+    assert in_memory.digest == saved.digest
+    assert any(".default" in key for theta in in_memory.modules.values() for key in theta.parts.values())

@@ -58,6 +58,7 @@ class Adamss(Decomposed):
     lora_rank = "Σ r_i"
     remark = "Biases, too. Needs the extra `peft`, which finds the clusters of rows again"
     reads_module = True
+    packages = ("peft", "scikit-learn")
     axes: ClassVar[Mapping[str, Axes]] = {"newB": ("r", "width"), "places": ("out",)}
     integers = frozenset({"places"})
     peft = PeftForm(
