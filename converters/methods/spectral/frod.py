@@ -40,7 +40,10 @@ class Frod(StoredMethod):
 
     name = "frod"
     formula = "`W = U·(S + diag(λ))·Vᵀ`, U from W0 and V ([FRoD](https://doi.org/10.1609/aaai.v40i31.39813))"
-    remark = "Needs `save_projection=True`, PEFT's default"
+    remark = (
+        "Needs `save_projection=True`, PEFT's default. In float64; PEFT rounds U to the dtype of the base, which in "
+        "bfloat16 is a difference of about 0.3 % of W0"
+    )
     axes: ClassVar[Mapping[str, Axes]] = {
         "lambda_l": ("in",),
         "lambda_s": ("n",),
