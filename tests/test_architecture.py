@@ -58,7 +58,7 @@ THIRD_PARTY = {
         "peanut_serve.settings",
     ),
     "transformers": ("converters.models.architecture", "converters.inference", "converters.outputs.onnx.graphs"),
-    "peft": ("converters.methods.spectral.clusters",),
+    "peft": ("converters.methods.spectral.clusters", "converters.methods.dense.waveft"),
     "onnx": ("converters.outputs.onnx",),
     "onnx_ir": ("converters.outputs.onnx.graphs",),
     "onnxscript": ("converters.outputs.onnx.graphs",),

@@ -10,6 +10,8 @@ from converters.methods.dense.loha import LoHa
 from converters.methods.dense.lokr import LoKr
 from converters.methods.dense.randlora import RandLora
 from converters.methods.dense.shira import ShiRa
+from converters.methods.dense.supertuning import SuperTuning
+from converters.methods.dense.waveft import WaveFt
 from converters.methods.low_rank.adalora import AdaLora
 from converters.methods.low_rank.delora import DeLora
 from converters.methods.low_rank.gralora import GraLora
@@ -39,7 +41,7 @@ _ALL: tuple[type[Method], ...] = (
     AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
-    LoHa, LoKr, FourierFt, C3a, ShiRa, RandLora,
+    LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

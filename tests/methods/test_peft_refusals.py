@@ -54,6 +54,10 @@ LEFT_OUT: dict[str, tuple[PeftConfig, str]] = {
     ),
     "psoft": (peft.PsoftConfig(r=4, **LLAMA), 'does not save the signs.*"svd_backend": "mkl"'),
     "psoft lowrank": (peft.PsoftConfig(r=4, psoft_svd="lowrank", **LLAMA), "what it draws depends on"),
+    "supertuning": (
+        peft.SupertuningConfig(save_precomputed_indices=False, **LLAMA),
+        "supertuning_indices is missing.*Set save_precomputed_indices to true",
+    ),
     "noise": (peft.PveraConfig(r=4, sample_at_inference=True, **LLAMA), "no merged weight does"),
 }
 
@@ -108,6 +112,16 @@ CONFIGS = {
     "an unknown decomposition": ("deft", {"decomposition_method": "svd"}, "known are relu and qr"),
     "only removing": ("deft", {"para": True}, "para is true, and there is deft_R"),
     "not only removing": ("deft para", {"para": False}, "para is false, and there is no deft_R"),
+    "an unknown wavelet": ("waveft sym4", {"wavelet_family": "db11"}, "'db11' is not a wavelet"),
+    "a wavelet PEFT cannot compute": ("waveft sym4", {"wavelet_family": "coif5"}, "'coif5' is not a wavelet"),
+    "a wavelet of nonsense": ("waveft", {"wavelet_family": [1]}, r"'\[1\]' is not a wavelet"),
+    "no hybrid": ("supertuning supra", {"r": None}, "θ has the factors of the hybrid Supra, but r is null"),
+    "a hybrid": (
+        "supertuning",
+        {"r": 4},
+        r"r is 4 \(Supra\), but supertuning_lora_A, supertuning_lora_B are missing",
+    ),
+    "another sparsity": ("supertuning", {"sparsity": 1.0}, "sparsity = 1; expected a number from 0 to below 1"),
     "an infinite scale": ("fourierft", {"scaling": float("inf")}, "scaling = inf; expected a finite number"),
 }
 
@@ -176,6 +190,8 @@ def test_damaged_weights(tmp_path: Path, case: str) -> None:
         ("unilora", "indices_A", 40, "to 40; expected 0 to 39"),
         ("vblora topk", "A_topk_indices", 20, "to 20; expected 0 to 19"),
         ("shira", "indices", 72, "to 72; expected 0 to"),
+        ("supertuning", "indices", -1, "from -1 to .*; expected 0 to"),
+        ("supertuning", "indices", 72 * 72, "expected 0 to"),
     ],
 )
 def test_indices_out_of_range(tmp_path: Path, name: str, mark: str, index: int, message: str) -> None:
@@ -191,12 +207,16 @@ def test_indices_out_of_range(tmp_path: Path, name: str, mark: str, index: int, 
     assert not (tmp_path / "merged").exists()
 
 
+# of these, θ does not say what size of weight it was trained for
+OF_ANY_SIZE = {
+    "fourierft", "waveft", "waveft sym4", "waveft without idwt", "shira", "road 1", "road 2", "road 4", "psoft",
+    "psoft series", "psoft free",
+}  # fmt: skip
+
+
 # larger in every size, so that nothing that has to fit fits by chance
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    sorted(set(CASES) - {"psoft", "psoft series", "psoft free", "fourierft", "shira", "road 1", "road 2", "road 4"}),
-)
+@pytest.mark.parametrize("name", sorted(set(CASES) - OF_ANY_SIZE))
 def test_another_base_is_refused(tmp_path: Path, name: str) -> None:
     adapter = trained(tmp_path, CASES[name].on("llama"))
     tiny_llama(hidden_size=44, intermediate_size=84, num_attention_heads=2).save_pretrained(tmp_path / "larger")

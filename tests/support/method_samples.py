@@ -110,9 +110,16 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "boft": lambda: stored("boft", {"R": (1, 7, 2, 2), "s": (OUT, 1)}),
     "road": lambda: stored("road", {"theta": (OUT,), "alpha": (OUT,)}, variant="road_2", group_size=OUT),
     "fourierft": lambda: stored("fourierft", {"spectrum": (11,)}, scaling=9.0, seed=3),
+    "waveft": lambda: stored("waveft", {"spectrum": (11,)}, scaling=9.0, seed=3, wavelet="db1"),
+    "waveft coif1": lambda: stored("waveft", {"spectrum": (11,)}, scaling=9.0, seed=3, wavelet="coif1"),
+    "waveft without idwt": lambda: stored("waveft", {"spectrum": (11,)}, scaling=9.0, seed=3, wavelet=None),
     "c3a": lambda: stored("c3a", {"kernel": (5, 7, 2)}),
     "shira": lambda: ShiRa(
         {"weight": torch.randn(3), "indices": torch.tensor([[0, 4, 9], [13, 2, 0]], dtype=torch.int32)}
+    ),
+    "supertuning": lambda: stored("supertuning", {"values": (4,), "indices": (4,)}, sparsity=0.97, scaling=None),
+    "supertuning supra": lambda: stored(
+        "supertuning", {"values": (4,), "indices": (4,), "A": (R, IN), "B": (OUT, R)}, sparsity=0.97, scaling=1.5
     ),
     "randlora": lambda: stored(
         "randlora", {"lambda": (R, 4), "gamma": (4, OUT), "A": (R, 1, OUT), "B": (20, 5, R)}, scaling=1.5

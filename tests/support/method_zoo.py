@@ -136,8 +136,18 @@ CASES = {
         for variant in (1, 2, 4)
     },
     "fourierft": Case(peft.FourierFTConfig, {"n_frequency": 50}, ALL, float64=1e-5),
+    "waveft": Case(peft.WaveFTConfig, {"n_frequency": 50}, ALL),
+    "waveft sym4": Case(
+        peft.WaveFTConfig,
+        {"n_frequency": 50, "n_frequency_pattern": {"q_proj": 31, "query": 31}, "wavelet_family": "sym4"},
+        ALL,
+        float64=1e-6,
+    ),
+    "waveft without idwt": Case(peft.WaveFTConfig, {"n_frequency": 50, "use_idwt": False}, ALL),
     "c3a": Case(peft.C3AConfig, {"block_size": 8}, float64=1e-5),
     "shira": Case(peft.ShiraConfig, {"r": 2, "random_seed": 3}),
+    "supertuning": Case(peft.SupertuningConfig, {"sparsity": 0.9}),
+    "supertuning supra": Case(peft.SupertuningConfig, {"sparsity": 0.95, "r": 4, "select_top": False}),
     "randlora": _randlora({"r": 4}),
     "randlora sparse": _randlora({"r": 5, "sparse": True, "randlora_alpha": 20}),
 }
