@@ -78,7 +78,8 @@ def _pick(size: int, sampled: bool) -> Tensor:
 
 def read_rows(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:
     """Some rows of a matrix, in float64."""
-    return torch.stack([reader.row(info, int(row)).double() for row in picked])
+    # copies: the reader has one buffer, of which a row that is float64 already would be a view
+    return torch.stack([reader.row(info, int(row)).to(torch.float64, copy=True) for row in picked])
 
 
 def read_columns(info: TensorInfo, picked: Tensor, reader: TensorReader) -> Tensor:

@@ -80,6 +80,16 @@ class Method(WeightDelta):
         return self
 
     @property
+    def bias_from_weight(self) -> Tensor | None:
+        """C, (in, 1): `W0 · C` is added to the module's bias as well, beside `bias`; None for nothing."""
+        return None
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether θ adds to the module's bias, so that the module has to have one."""
+        return False
+
+    @property
     def digest_facts(self) -> list[Any]:
         """What the digest of an adapter covers besides θ, as JSON values."""
         return [self.name, self.settings]

@@ -23,6 +23,7 @@ from converters.methods.low_rank.vera import Pvera, Vera
 from converters.methods.multiplicative.boft import Boft
 from converters.methods.multiplicative.deft import Deft
 from converters.methods.multiplicative.dora import Dora
+from converters.methods.multiplicative.glora import GLora
 from converters.methods.multiplicative.hira import HiRa
 from converters.methods.multiplicative.hra import Hra
 from converters.methods.multiplicative.ia3 import Ia3
@@ -39,7 +40,7 @@ from converters.methods.spectral.psoft import Psoft
 _ALL: tuple[type[Method], ...] = (
     Tweaker, Dora, Ia3,
     AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
-    HiRa, Hra, Deft, MissBat, Oft, Boft, RoAd,
+    HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
 )  # fmt: skip

@@ -15,9 +15,11 @@ from converters.adapters.embedded_base import check_embedded
 from converters.errors import LayoutError, OptionError, QuantizedBaseError
 from converters.files.header import FLOAT_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
+from converters.methods.base import Method
 from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
+from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
 from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
@@ -71,9 +73,10 @@ class Plan:
                 weight, *bias = map(reader.whole, term.beside)
             method = method.on_module(weight.T if term.transposed else weight, bias[0] if bias else None)
         if term.parameter == "bias":
-            if method.bias is None:
+            found = method.bias if term.weight is None else _through_weight(method, term)
+            if found is None:
                 raise ValueError(f"{term.module}: {method.name} does not change the bias")
-            return method.bias.times(weighted.weight)
+            return found.times(weighted.weight)
         delta = method.times(weighted.weight)
         return delta.transposed() if term.transposed else delta
 
@@ -123,6 +126,7 @@ def plan_merge(
     if found is None:
         found = find_renamed_targets(base, opened, labels)
     _refuse_conflicts(found)
+    refuse_missing_biases(opened, found)
     for position, adapter in enumerate(opened):
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
     if base.stream is not None and found.embedded:
@@ -191,29 +195,43 @@ def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtyp
         if not info.is_float:
             raise QuantizedBaseError(f"{info.name} is {info.dtype}; expected a floating-point weight to merge into")
         terms = tuple(
-            replace(_term(base, adapters[t.adapter], t, info), beside=_beside(base, adapters[t.adapter], t, found))
+            replace(term, beside=_beside(base, adapters[t.adapter], t, found))
             for t in targets
+            for term in _terms(base, adapters[t.adapter], found, t, info)
         )
         beside = output_name not in base.tensors and info.name in kept  # a head that was tied to it
         action = Action.ADDED if beside else Action.UPDATED
         yield TensorPlan(output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, terms)
 
 
-def _term(base: Checkpoint, adapter: Adapter, target: Target, info: TensorInfo) -> Term:
-    """One update; θ is checked against the shape of the weight."""
+def _terms(base: Checkpoint, adapter: Adapter, found: Targets, target: Target, info: TensorInfo) -> Iterator[Term]:
+    """The updates of one tensor by one adapter; θ is checked against its shape."""
     described = adapter.describe(target.module)
-    if target.parameter == "bias":
-        if described.bias is not None:
-            described.bias.check_fits((*info.shape, 1), info.name)
-        return Term(target.adapter, target.module, False, target.parameter)
-    leaf = target.base_name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if target.parameter == "weight":
+        transposed = _is_transposed(base, adapter, target.module, info)
+        described.check_fits(info.shape[::-1] if transposed else info.shape, info.name)
+        yield Term(target.adapter, target.module, transposed)
+        return
+    if described.bias is not None:
+        described.bias.check_fits((*info.shape, 1), info.name)
+    yield Term(target.adapter, target.module, False, target.parameter)
+    if described.bias_from_weight is not None:
+        weight = weight_of(base, found, target)
+        transposed = _is_transposed(base, adapter, target.module, weight)
+        yield Term(target.adapter, target.module, transposed, target.parameter, weight)
+
+
+def _is_transposed(base: Checkpoint, adapter: Adapter, module: str, weight: TensorInfo) -> bool:
+    """Whether a weight is stored as (in, out)."""
     if base.config.get("model_type") in _CONV1D_TYPES:
-        transposed = leaf in _CONV1D_NAMES
-    else:
-        transposed = adapter.modules[target.module].fan_in_fan_out
-    shape = info.shape[::-1] if transposed else info.shape
-    described.check_fits(shape, info.name)
-    return Term(target.adapter, target.module, transposed)
+        return weight.name.removesuffix(".weight").rsplit(".", 1)[-1] in _CONV1D_NAMES
+    return adapter.modules[module].fan_in_fan_out
+
+
+def _through_weight(method: Method, term: Term) -> WeightDelta | None:
+    """What a bias gets through the weight of its module; the weight is read."""
+    columns = method.with_parts(method.parts_on("cpu", torch.float64)).bias_from_weight
+    return None if columns is None or term.weight is None else through_weight(term.weight, term.transposed, columns)
 
 
 def _beside(base: Checkpoint, adapter: Adapter, target: Target, found: Targets) -> tuple[TensorInfo, ...]:

@@ -25,6 +25,7 @@ class Term:
     transposed: bool  # the weight is stored as (in, out)
     parameter: str = "weight"  # of the module; or its bias
     beside: tuple[TensorInfo, ...] = ()  # weight and bias of the module, for a method that reads both together
+    weight: TensorInfo | None = None  # of the module, for what its bias gets through it
 
 
 @dataclass(frozen=True)

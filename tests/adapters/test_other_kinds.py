@@ -14,7 +14,7 @@ from converters.methods.table import PEFT_METHODS
 
 # what PEFT's merge_and_unload merges, and this version does not
 NOT_READ = {
-    "BEFT", "GLORA", "LN_TUNING", "TRAINABLE_TOKENS",
+    "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
 }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ CONFIGS = {
     "an older PEFT": ("oft", {"peft_version": None}, "before PEFT 0.18"),
     "another block": ("oft", {"block_share": True}, r"R has shape \(9, 28\); expected"),
     "an unknown variant": ("road 1", {"variant": "road_3"}, "variant = 'road_3'; known are"),
+    "a variant of nonsense": ("road 1", {"variant": ["road_1"]}, r"variant = \['road_1'\]; known are"),
     "another group": ("road 1", {"group_size": 10}, "no whole groups of 10 outputs"),
     "another tie": ("tinylora tied", {"weight_tying": 2}, "weight_tying = 2; expected a number from 0 to 1"),
     "another tie by number": ("tinylora tied", {"weight_tying": 0.0}, "tinylora_v is missing"),

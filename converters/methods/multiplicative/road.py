@@ -22,7 +22,7 @@ _NUMBERS = {"road_1": 1, "road_2": 2, "road_4": 4}  # variant -> angles of a pai
 
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
-    if config["variant"] not in _NUMBERS:
+    if config["variant"] not in tuple(_NUMBERS):  # a tuple: it may be a list, which has no hash
         raise AdapterConfigError(f"variant = {config['variant']!r}; known are {', '.join(_NUMBERS)}")
     return {"variant": config["variant"], "group_size": integer(config, "group_size", low=2)}
 
