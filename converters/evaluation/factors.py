@@ -24,6 +24,8 @@ def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str 
     for module, tensor in modules.items():
         for term in tensor.terms:
             reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason
+            if reason is None and term.parameter == "bias":
+                reason = "is one of a bias, beside that of the weight"
             if reason is not None:
                 raise ConversionError(f"the update of {module} {reason}: it cannot be expressed as LoRA; {remedy}")
 

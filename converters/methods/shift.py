@@ -1,4 +1,4 @@
-"""What a bias gets through the weight of its module: a column that does not depend on the bias itself."""
+"""What is added to a bias and does not depend on it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

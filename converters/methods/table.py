@@ -13,9 +13,12 @@ from converters.methods.dense.shira import ShiRa
 from converters.methods.dense.supertuning import SuperTuning
 from converters.methods.dense.waveft import WaveFt
 from converters.methods.low_rank.adalora import AdaLora
+from converters.methods.low_rank.bdlora import BdLora
 from converters.methods.low_rank.delora import DeLora
 from converters.methods.low_rank.gralora import GraLora
+from converters.methods.low_rank.lora_bias import LoraBias
 from converters.methods.low_rank.miss import Miss
+from converters.methods.low_rank.qalora import QaLora
 from converters.methods.low_rank.tinylora import TinyLora
 from converters.methods.low_rank.unilora import UniLora
 from converters.methods.low_rank.vblora import VbLora
@@ -38,7 +41,7 @@ from converters.methods.spectral.osf import Osf
 from converters.methods.spectral.psoft import Psoft
 
 _ALL: tuple[type[Method], ...] = (
-    Tweaker, Dora, Ia3,
+    Tweaker, Dora, LoraBias, BdLora, QaLora, Ia3,
     AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,

@@ -73,7 +73,8 @@ class Plan:
                 weight, *bias = map(reader.whole, term.beside)
             method = method.on_module(weight.T if term.transposed else weight, bias[0] if bias else None)
         if term.parameter == "bias":
-            found = method.bias if term.weight is None else _through_weight(method, term)
+            wide = method.with_parts(method.parts_on("cpu", torch.float64))
+            found = wide.bias if term.weight is None else _through_weight(wide, term)
             if found is None:
                 raise ValueError(f"{term.module}: {method.name} does not change the bias")
             return found.times(weighted.weight)
@@ -229,8 +230,8 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: str, weight: Tens
 
 
 def _through_weight(method: Method, term: Term) -> WeightDelta | None:
-    """What a bias gets through the weight of its module; the weight is read."""
-    columns = method.with_parts(method.parts_on("cpu", torch.float64)).bias_from_weight
+    """What a bias gets through the weight of its module, which is read here; θ is in float64."""
+    columns = method.bias_from_weight
     return None if columns is None or term.weight is None else through_weight(term.weight, term.transposed, columns)
 
 

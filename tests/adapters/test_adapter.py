@@ -191,7 +191,9 @@ def test_folders_that_are_something_else(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"contains neither adapter_config\.json nor weights"):
         load_adapter(tmp_path / "empty")
     edit_config(pair.adapter, peft_type="NEWER_THAN_THIS")
-    with pytest.raises(LayoutError, match="peft_type NEWER_THAN_THIS; supported are PEANUT, LORA, .* IA3,.* merge it"):
+    with pytest.raises(
+        LayoutError, match="peft_type NEWER_THAN_THIS; supported are PEANUT, LORA, .* IA3,.* merge it"
+    ):
         load_adapter(pair.adapter)
     (pair.adapter / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterConfigError, match="cannot read the adapter config"):

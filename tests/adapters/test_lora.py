@@ -149,10 +149,6 @@ def test_nonlinear_lora_on_a_conv1d_is_refused(tmp_path: Path) -> None:
 
 
 VARIANTS = {
-    "lora_bias": (
-        {"lora_bias": True, "init_lora_weights": True},
-        "is LoRA with lora_bias, which is not read here; merge it with PEFT's merge_and_unload",
-    ),
     "embedding": ({"target_modules": ["embed_tokens"]}, "is LoRA on an embedding"),
 }
 
@@ -163,16 +159,12 @@ def test_variants_are_refused_by_name(tmp_path: Path, case: str) -> None:
     save_lora(tiny_llama(), tmp_path, **settings)
     with pytest.raises(LayoutError, match=message):
         load_adapter(tmp_path / "adapter")
-    edit_json(tmp_path / "adapter" / "adapter_config.json", lora_bias=False)
-    with pytest.raises(LayoutError, match=message):  # the keys tell as well
-        load_adapter(tmp_path / "adapter")
 
 
 CONFIGS = {
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base weights"),
     "olora": ({"init_lora_weights": "olora"}, "save it with PEFT's path_initial_model_for_weight_conversion"),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "an aLoRA, which tokens of the prompt switch on"),
-    "qalora": ({"use_qalora": True}, "'use_qalora' = True is not a setting known"),
     "token": ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
     "bias": ({"bias": "some"}, "bias = 'some'; expected none, all or lora_only"),
     "rank": ({"r": 5}, r"lora_A has 4 rows, the config says r = 5"),

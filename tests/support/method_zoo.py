@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftConfig
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -57,9 +58,20 @@ class PsoftConfig(peft.PsoftConfig):
 ALL = ("llama", "gpt2", "bert")
 # singular vectors in float32 are off by its precision over the distance of the singular values
 _psoft: Callable[..., Case] = partial(Case, PsoftConfig, float64=1e-4, base=torch.float32)
+_BD_LORA = BdLoraConfig(
+    target_modules_bd_a=["down_proj", "query", "fc2"],
+    target_modules_bd_b=["q_proj", "intermediate.dense"],
+    nblocks=2,
+    match_strict=False,
+)
 _randlora: Callable[..., Case] = partial(Case, peft.RandLoraConfig, models=ALL)
 
 CASES = {
+    "bd-lora": Case(peft.LoraConfig, {"r": 4, "use_bdlora": _BD_LORA}, rank=4),
+    "velora": Case(peft.LoraConfig, {"r": 4, "velora_config": VeloraConfig(num_groups=4)}, rank=4),
+    "monteclora": Case(
+        peft.LoraConfig, {"r": 4, "monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)}, rank=4
+    ),
     "adalora": Case(peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 6, "total_step": 9}, ALL, rank=4),
     "adalora ignores": Case(
         peft.AdaLoraConfig,

@@ -34,7 +34,7 @@ _CHECKED_FIELDS = (
     "init_lora_weights",
 )
 # initialisations that leave the base weights as they are
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def claims(source: AdapterSource) -> str | None:
@@ -65,10 +65,13 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         """θ of one module, after a look at the shapes of its factors."""
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
+        if variant is not None:
+            method, form = variant
+            with located(source.config_path):
+                settings = form.settings(source.config or {}, module, {"A": a, "B": b})
+            return ModuleTheta(method, keys, {"scaling": s, **settings}, fan_in_fan_out)
         if not len(a) == len(b) == 2 or a[0] != b[1]:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (out, r)")
-        if variant is not None:
-            return ModuleTheta(variant[0], keys, {"scaling": s}, fan_in_fan_out)
         settings = {"orientation": Orientation.FREE.value, "act_fn": act_fn, "scaling": s}
         return ModuleTheta(Tweaker, keys, settings, fan_in_fan_out)
 

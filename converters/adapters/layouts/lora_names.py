@@ -30,9 +30,16 @@ PARTS: Mapping[str, str] = {
 
 _LORA_KEY = re.compile(r".+\.lora_[AB]\..*weight")
 
+# variants that differ from LoRA in the training alone: field of the config -> keys that are left behind
+_OF_TRAINING = {
+    "velora_config": r".+\.lora_velora_embed(\.[^.]+)?",
+    "monteclora_config": r".+\.lora_monteclora_sampler\..+",
+}
+
 # fields that are checked here, of the training, or without meaning unless a setting that is refused says so
 INERT_FIELDS = (
     *LORA_VARIANTS,
+    *_OF_TRAINING,
     "fan_in_fan_out",
     "bias",
     "lora_dropout",
@@ -50,9 +57,9 @@ INERT_FIELDS = (
 # keys and settings of what is not plain LoRA -> its name
 _VARIANT_KEYS = {
     r".*\.lora_embedding_[AB](\..*)?": "LoRA on an embedding",
-    r".*\.lora_[AB](\..*)?\.bias": "LoRA with lora_bias",
+    r".*\.lora_A(\..*)?\.bias": "LoRA with a bias on A",
 }
-_VARIANT_FIELDS = {"lora_bias": "LoRA with lora_bias", "enable_lora": "LoRA's MergedLinear"}
+_VARIANT_FIELDS = {"enable_lora": "LoRA's MergedLinear"}
 
 ThetaOf = Callable[[str, Mapping[str, str], float, bool], ModuleTheta]
 ScalingOf = Callable[[str, int], float]
@@ -68,7 +75,7 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
     if source.config is None and not any(_LORA_KEY.fullmatch(name) for name in source.keys):
         return None
     _refuse_variants(source)
-    parts = sort_keys(source, PARTS, "lora_").parts
+    parts = sort_keys(source, PARTS, "lora_", ignored=_left_behind(source)).parts
     shapes = source.store.shapes
     for module, keys in parts.items():
         if missing := {"A", "B"} - set(keys):
@@ -77,25 +84,36 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
 
 
 def find_variant(source: AdapterSource) -> tuple[type[Method], PeftForm] | None:
-    """The variant that a source is of, by the config's flag or else by its keys; None for plain LoRA."""
-    for flag, (method, form) in LORA_VARIANTS.items():
-        own = [f".{name}" for name in form.parameters if name not in _PLAIN]
-        if (source.config or {}).get(flag) or any(mark in key for key in source.keys for mark in own):
-            return method, form
-    return None
+    """The variant that a source is of, by the config's flag or else by its keys; None for plain LoRA.
+
+    Raises `AdapterConfigError` for several at once.
+    """
+    flags = [flag for flag in LORA_VARIANTS if (source.config or {}).get(flag)]
+    if len(flags) > 1:
+        raise AdapterConfigError(
+            f"{source.config_path}: {' and '.join(flags)} are variants of LoRA that HF PEFT does not combine, or "
+            "that are not read together; merge it with PEFT's merge_and_unload, if PEFT loads it"
+        )
+    if flags:
+        return LORA_VARIANTS[flags[0]]
+    modules = sort_keys(source, PARTS, "lora_", ignored=_left_behind(source)).parts
+    found = {part for parts in modules.values() for part in parts}
+    own = (variant for variant in LORA_VARIANTS.values() if found & {*variant[1].parameters.values()} - {"A", "B"})
+    return next(own, None)
 
 
-def check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -> None:
+def check_parts(
+    source: AdapterSource, module: str, parts: Mapping[str, str], variant: tuple[type[Method], PeftForm] | None
+) -> None:
     """Check that a module has the parts of θ that its variant needs.
 
     Raises:
         ThetaError: one is missing.
         AdapterConfigError: the weights are of a variant that the config does not turn on.
     """
-    found = find_variant(source)
-    if found is None:
+    if variant is None:
         return
-    _, form = found
+    _, form = variant
     if missing := [name for name, part in form.parameters.items() if part not in parts]:
         raise ThetaError(f"{module}: {missing[0]} is missing; the adapter is incomplete")
     if source.config is not None and not source.config.get(str(form.flag)):
@@ -112,6 +130,13 @@ def says(source: AdapterSource) -> str:
     above = "" if source.config_path.parent == source.folder else " one folder up"
     old = " and has merge_weights, as forks of old PEFTs write it" if "merge_weights" in source.config else ""
     return f"{ADAPTER_CONFIG}{above} says peft_type LORA{old}"
+
+
+def _left_behind(source: AdapterSource) -> re.Pattern[str] | None:
+    """What matches a key that has no effect on a trained adapter; None for nothing."""
+    config = source.config
+    used = [pattern for field, pattern in _OF_TRAINING.items() if config is None or config.get(field)]
+    return re.compile("|".join(used)) if used else None
 
 
 def _refuse_variants(source: AdapterSource) -> None:
@@ -165,10 +190,10 @@ def read_modules(
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"{where}: bias = {bias!r}; expected none, all or lora_only")
-    keys = sort_keys(source, PARTS, "lora_", bias)
-    modules = {}
+    keys = sort_keys(source, PARTS, "lora_", bias, ignored=_left_behind(source))
+    modules, variant = {}, find_variant(source)
     for module, parts in sorted(keys.parts.items()):
-        check_parts(source, module, parts)
+        check_parts(source, module, parts, variant)
         a = source.store.shapes[parts["A"]]
         modules[module] = theta_of(module, parts, find_scaling(module, a[0] if a else 0), transposed)
     targeting = targeting_of(where, config)

@@ -41,6 +41,7 @@ def sort_keys(
     bias: str = "none",
     shared: Mapping[str, str] | None = None,
     grouped: Mapping[str, str] | None = None,
+    ignored: re.Pattern[str] | None = None,
 ) -> PeftKeys:
     """Sort the keys of a state dict.
 
@@ -53,6 +54,7 @@ def sort_keys(
             replace the base's.
         shared: name of a tensor that belongs to all modules (`vera_A`) -> part of θ.
         grouped: name of a tensor that belongs to a group of modules (`frod_V`, as `frod_V.<group>`) -> part of θ.
+        ignored: what matches a key without effect on a trained adapter.
 
     Raises:
         ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
@@ -64,6 +66,8 @@ def sort_keys(
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
+        if ignored is not None and ignored.fullmatch(name):
+            continue
         if shared and (match := shared_key.fullmatch(name)):
             found.shared[shared[match["parameter"]]] = key
         elif grouped and (match := group_key.fullmatch(name)):
