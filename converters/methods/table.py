@@ -37,11 +37,12 @@ from converters.methods.peanut import Tweaker
 from converters.methods.peft_form import PeftForm
 from converters.methods.spectral.adamss import Adamss
 from converters.methods.spectral.frod import Frod
+from converters.methods.spectral.kasa import Kasa
 from converters.methods.spectral.osf import Osf
 from converters.methods.spectral.psoft import Psoft
 
 _ALL: tuple[type[Method], ...] = (
-    Tweaker, Dora, LoraBias, BdLora, QaLora, Ia3,
+    Tweaker, Dora, LoraBias, BdLora, QaLora, Kasa, Ia3,
     AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,

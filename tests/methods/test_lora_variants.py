@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.config import BdLoraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from support.method_zoo import CASES, TARGETS
@@ -140,6 +140,29 @@ def test_a_bias_on_b_needs_one_in_the_base(tmp_path: Path) -> None:
         adapter = trained(tmp_path, lora_bias=True)
     with pytest.raises(BaseMismatchError, match=r"θ adds to the bias of this module, and the base has none"):
         merge(tmp_path / "base", adapter, tmp_path / "merged")
+
+
+def test_kasa_whose_cut_is_not_determined(tmp_path: Path) -> None:
+    """All singular values of an orthogonal weight are one."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
+    train(tiny_llama(), config, tmp_path / "base", tmp_path / "adapter")
+    orthogonal = tiny_llama()
+    for layer in orthogonal.model.layers:
+        torch.nn.init.orthogonal_(layer.self_attn.q_proj.weight)
+    orthogonal.save_pretrained(tmp_path / "orthogonal")
+    with pytest.raises(ConversionError, match="the singular values 28 and 29 of W0 are equal in float32"):
+        merge(tmp_path / "orthogonal", tmp_path / "adapter", tmp_path / "merged", force_base=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"kasa_config": {"rho": 1}}, "expected an object of beta and gamma"), ({"r": 5}, "lora_A has 4 rows")],
+)
+def test_kasa_whose_config_disagrees(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    adapter = trained(tmp_path, kasa_config=KasaConfig())
+    edit_json(adapter / "adapter_config.json", **change)
+    with pytest.raises((AdapterConfigError, ThetaError), match=message):
+        load_adapter(adapter)
 
 
 BD: dict[str, tuple[dict[str, Any], str]] = {

@@ -38,6 +38,7 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "peanut output": lambda: tweaker(Orientation.ROWS, output_act_fn="tanh"),
     "dora": lambda: Dora(torch.randn(R, IN), torch.randn(OUT, R), torch.rand(OUT) + 0.5, 0.7),
     "lora-bias": lambda: stored("lora-bias", {"A": (R, IN), "B": (OUT, R), "bias": (OUT,)}, scaling=1.5),
+    "kasa": lambda: stored("kasa", {"A": (R, IN), "B": (OUT, R), "diag": (R,)}, scaling=1.5),
     "bd-lora a": lambda: stored("bd-lora", {"A": (4, 7), "B": (OUT, 4)}, scaling=1.5, blocks_A=2, blocks_B=1),
     "bd-lora b": lambda: stored("bd-lora", {"A": (4, IN), "B": (OUT, 2)}, scaling=1.5, blocks_A=1, blocks_B=2),
     "qalora": lambda: stored("qalora", {"A": (R, 2), "B": (OUT, R)}, scaling=1.5, group_size=7),

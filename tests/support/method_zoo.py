@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftConfig
-from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -67,6 +67,7 @@ _BD_LORA = BdLoraConfig(
 _randlora: Callable[..., Case] = partial(Case, peft.RandLoraConfig, models=ALL)
 
 CASES = {
+    "kasa": Case(peft.LoraConfig, {"r": 4, "kasa_config": KasaConfig()}, rank=8, float64=1e-5),
     "bd-lora": Case(peft.LoraConfig, {"r": 4, "use_bdlora": _BD_LORA}, rank=4),
     "velora": Case(peft.LoraConfig, {"r": 4, "velora_config": VeloraConfig(num_groups=4)}, rank=4),
     "monteclora": Case(

@@ -60,7 +60,7 @@ def test_every_form_answers_as_peft(name: str, tmp_path: Path) -> None:
 # cases of the zoo whose formula ONNX has no operators for
 NO_OPERATORS = {
     "oft exact", "boft", "fourierft", "deft qr", "deft square", "deft para", "osf", "osf low", "psoft",
-    "psoft series", "psoft free", "frod", "waveft", "waveft sym4", "waveft without idwt",
+    "psoft series", "psoft free", "frod", "waveft", "waveft sym4", "waveft without idwt", "kasa",
 }  # fmt: skip
 
 
