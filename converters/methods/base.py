@@ -79,6 +79,11 @@ class Method(WeightDelta):
         """
         return self
 
+    @classmethod
+    def settings_of_base(cls, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+        """Settings that follow from the base alone, given (out, in) of every weight that the method adapts."""
+        return {}
+
     @property
     def bias_from_weight(self) -> Tensor | None:
         """C, (in, 1): `W0 · C` is added to the module's bias as well, beside `bias`; None for nothing."""

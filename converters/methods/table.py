@@ -19,6 +19,7 @@ from converters.methods.low_rank.gralora import GraLora
 from converters.methods.low_rank.lora_bias import LoraBias
 from converters.methods.low_rank.miss import Miss
 from converters.methods.low_rank.qalora import QaLora
+from converters.methods.low_rank.seeded_vera import SeededPvera, SeededVera
 from converters.methods.low_rank.tinylora import TinyLora
 from converters.methods.low_rank.unilora import UniLora
 from converters.methods.low_rank.vblora import VbLora
@@ -43,7 +44,7 @@ from converters.methods.spectral.psoft import Psoft
 
 _ALL: tuple[type[Method], ...] = (
     Tweaker, Dora, LoraBias, BdLora, QaLora, Kasa, Ia3,
-    AdaLora, Vera, Pvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
+    AdaLora, Vera, SeededVera, Pvera, SeededPvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,

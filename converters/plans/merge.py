@@ -20,16 +20,13 @@ from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
+from converters.plans.orientation import is_transposed, with_shapes
 from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
 from converters.plans.tensor import Action, TensorPlan, Term
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-# models whose linear layers are transformers' Conv1D, stored as (in, out), and what they call those layers
-_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder", "clvp")
-_CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 
 @dataclass(frozen=True)
@@ -128,6 +125,8 @@ def plan_merge(
         found = find_renamed_targets(base, opened, labels)
     _refuse_conflicts(found)
     refuse_missing_biases(opened, found)
+    adapters = [with_shapes(base, weighted, position, found) for position, weighted in enumerate(adapters)]
+    opened = [weighted.adapter for weighted in adapters]
     for position, adapter in enumerate(opened):
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
     if base.stream is not None and found.embedded:
@@ -209,7 +208,7 @@ def _terms(base: Checkpoint, adapter: Adapter, found: Targets, target: Target, i
     """The updates of one tensor by one adapter; θ is checked against its shape."""
     described = adapter.describe(target.module)
     if target.parameter == "weight":
-        transposed = _is_transposed(base, adapter, target.module, info)
+        transposed = is_transposed(base, adapter, target.module, info)
         described.check_fits(info.shape[::-1] if transposed else info.shape, info.name)
         yield Term(target.adapter, target.module, transposed)
         return
@@ -218,15 +217,8 @@ def _terms(base: Checkpoint, adapter: Adapter, found: Targets, target: Target, i
     yield Term(target.adapter, target.module, False, target.parameter)
     if described.bias_from_weight is not None:
         weight = weight_of(base, found, target)
-        transposed = _is_transposed(base, adapter, target.module, weight)
+        transposed = is_transposed(base, adapter, target.module, weight)
         yield Term(target.adapter, target.module, transposed, target.parameter, weight)
-
-
-def _is_transposed(base: Checkpoint, adapter: Adapter, module: str, weight: TensorInfo) -> bool:
-    """Whether a weight is stored as (in, out)."""
-    if base.config.get("model_type") in _CONV1D_TYPES:
-        return weight.name.removesuffix(".weight").rsplit(".", 1)[-1] in _CONV1D_NAMES
-    return adapter.modules[module].fan_in_fan_out
 
 
 def _through_weight(method: Method, term: Term) -> WeightDelta | None:

@@ -33,11 +33,6 @@ LLAMA = {"target_modules": TARGETS["llama"]}
 
 # what PEFT can be told to leave out, and noise
 LEFT_OUT: dict[str, tuple[PeftConfig, str]] = {
-    "vera": (
-        peft.VeraConfig(r=4, save_projection=False, **LLAMA),
-        "were not saved.*save_projection=True",
-    ),
-    "pvera": (peft.PveraConfig(r=4, save_projection=False, **LLAMA), "pvera_A is missing.*save_projection=True"),
     "randlora": (peft.RandLoraConfig(r=4, save_projection=False, **LLAMA), "randlora_A is missing.*save_projection"),
     "unilora": (peft.UniLoraConfig(r=4, theta_d_length=40, **LLAMA), "indices were not saved.*save_indices=True"),
     "tinylora": (

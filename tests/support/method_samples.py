@@ -48,6 +48,12 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "adalora pruned": lambda: stored("adalora", {"A": (0, IN), "B": (OUT, 0), "E": (0, 1)}, scaling=1.5),
     "vera": lambda: stored("vera", {"lambda_b": (OUT,), "lambda_d": (R,), "A": (R, 20), "B": (30, R)}),
     "pvera": lambda: stored("pvera", {"lambda_b": (OUT,), "lambda_d": (2 * R,), "A": (2 * R, 20), "B": (30, R)}),
+    "vera from its seed": lambda: stored(
+        "vera-seeded", {"lambda_b": (OUT,), "lambda_d": (R,)}, seed=5, largest_out=30, largest_in=20
+    ),
+    "pvera from its seed": lambda: stored(
+        "pvera-seeded", {"lambda_b": (OUT,), "lambda_d": (2 * R,)}, seed=5, largest_out=30, largest_in=20
+    ),
     "vblora": lambda: stored("vblora", {"logits_A": (R, 7, 9), "logits_B": (5, R, 9), "bank": (9, 2)}, topk=2),
     "vblora topk": lambda: stored(
         "vblora",

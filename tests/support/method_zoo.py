@@ -82,6 +82,8 @@ CASES = {
     ),
     "vera": Case(peft.VeraConfig, {"r": 4}, ALL, rank=4),
     "pvera": Case(peft.PveraConfig, {"r": 4}, ALL, rank=4),
+    "vera from its seed": Case(peft.VeraConfig, {"r": 4, "save_projection": False, "projection_prng_key": 5}, ALL, 4),
+    "pvera from its seed": Case(peft.PveraConfig, {"r": 4, "save_projection": False}, ALL, 4),
     "vblora": Case(peft.VBLoRAConfig, {"r": 4, "num_vectors": 20, "vector_length": 8}, ALL, rank=4),
     "vblora topk": Case(
         peft.VBLoRAConfig,

@@ -17,11 +17,6 @@ from converters.methods.low_rank.low_rank import LowRank
 from converters.methods.peft_form import PeftForm, Shapes, rank_of
 from converters.methods.shapes import Axes
 
-_NOT_SAVED = (
-    "the random projections were not saved (save_projection is false), and numbers drawn from a seed depend on the "
-    "version of torch; save the adapter again with save_projection=True where it was trained"
-)
-
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
     rank_of(config, module, shapes["lambda_d"][0])
@@ -35,7 +30,6 @@ class Vera(LowRank):
     name = "vera"
     formula = "`W = W0 + diag(λb)·B·diag(λd)·A` (VeRA, [arXiv 2310.11454](https://arxiv.org/abs/2310.11454))"
     lora_rank = "r"
-    remark = "Needs `save_projection=True`, PEFT's default"
     axes: ClassVar[Mapping[str, Axes]] = {
         "lambda_b": ("out",),
         "lambda_d": ("r",),
@@ -46,7 +40,6 @@ class Vera(LowRank):
         peft_type="VERA",
         parameters={"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"},
         shared={"vera_A": "A", "vera_B": "B"},
-        missing=_NOT_SAVED,
         mark="vera_",
         fields=("r",),
         inert=("projection_prng_key", "save_projection", "vera_dropout", "d_initial"),
@@ -71,12 +64,17 @@ class Vera(LowRank):
 
 def _mean_settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
     rank_of(config, module, shapes["lambda_d"][0] // 2)
+    check_mean(config)
+    return {}
+
+
+def check_mean(config: Mapping[str, Any]) -> None:
+    """Raise `AdapterConfigError` for a PVeRA that does not predict with the mean."""
     if config.get("sample_at_inference"):
         raise AdapterConfigError(
             "sample_at_inference is true: this adapter adds noise to every prediction, which no merged weight does; "
             "set it to false to merge the mean"
         )
-    return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +84,7 @@ class Pvera(Vera):
     name = "pvera"
     formula = "`W = W0 + diag(λb)·B·diag(mean λd)·A` (PVeRA, [arXiv 2512.07703](https://arxiv.org/abs/2512.07703))"
     lora_rank = "r"
-    remark = "Needs `save_projection=True`; `sample_at_inference` is refused"
+    remark = "`sample_at_inference` is refused"
     axes: ClassVar[Mapping[str, Axes]] = {
         "lambda_b": ("out",),
         "lambda_d": ("2r",),
@@ -97,7 +95,6 @@ class Pvera(Vera):
         peft_type="PVERA",
         parameters={"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"},
         shared={"pvera_A": "A", "pvera_B": "B"},
-        missing=_NOT_SAVED,
         mark="pvera_",
         fields=("r", "sample_at_inference"),
         inert=("projection_prng_key", "save_projection", "pvera_dropout", "d_initial", "generator_seed"),

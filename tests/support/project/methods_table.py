@@ -1,5 +1,7 @@
 """The table of methods in converters/README.md, from what the methods say of themselves."""
 
+import json
+
 from support.method_samples import SAMPLES
 
 from converters.methods.base import Method
@@ -28,5 +30,5 @@ def _adapter(method: type[Method]) -> str:
         return "`PEANUT`, `LORA`, and more layouts"
     if form.flag is not None:
         return f"`{form.peft_type}` with `{form.flag}`"
-    when = "".join(f" with `{name}: {value}`" for name, value in form.when.items())
+    when = "".join(f" with `{name}: {json.dumps(value)}`".replace('"', "") for name, value in form.when.items())
     return f"`{form.peft_type}`{when}"
