@@ -67,6 +67,7 @@ _BD_LORA = BdLoraConfig(
 _randlora: Callable[..., Case] = partial(Case, peft.RandLoraConfig, models=ALL)
 
 CASES = {
+    "lora-bias": Case(peft.LoraConfig, {"r": 4, "lora_bias": True, "use_rslora": True}, ("bert", "gpt2"), rank=4),
     "kasa": Case(peft.LoraConfig, {"r": 4, "kasa_config": KasaConfig()}, rank=8, float64=1e-5),
     "bd-lora": Case(peft.LoraConfig, {"r": 4, "use_bdlora": _BD_LORA}, rank=4),
     "velora": Case(peft.LoraConfig, {"r": 4, "velora_config": VeloraConfig(num_groups=4)}, rank=4),
