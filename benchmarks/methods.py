@@ -47,6 +47,15 @@ METHODS: dict[str, tuple[str, str]] = {
     "c3a": ("C3AConfig", "block_size=256"),
     "shira": ("ShiraConfig", "r=16, random_seed=1"),
     "randlora": ("RandLoraConfig", "r=32"),
+    "glora": ("GloraConfig", "r=16"),
+    "waveft": ("WaveFTConfig", "n_frequency=2592"),
+    "supertuning": ("SupertuningConfig", "sparsity=0.99"),
+    "kasa": ("LoraConfig", "r=16, kasa_config=peft.tuners.lora.config.KasaConfig()"),
+    "bd-lora": (
+        "LoraConfig",
+        "r=16, use_bdlora=peft.tuners.lora.config.BdLoraConfig("
+        "target_modules_bd_a=['o_proj', 'down_proj'], nblocks=4, match_strict=False)",
+    ),
 }
 
 TRAIN = """

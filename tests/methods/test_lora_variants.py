@@ -1,5 +1,6 @@
 """Variants of LoRA, as HF PEFT has them: which are plain LoRA, which are not, and what does not go together."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,15 @@ def test_a_bias_on_b(model: str, tmp_path: Path) -> None:
     prefix = "" if set(changed) <= set(state) else "transformer."
     for name in changed:
         assert (found[name] - state[prefix + name]).abs().max() <= 1e-12 * found[name].abs().max()
+
+
+def test_qalora_without_its_group_size(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, use_qalora=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    del config["qalora_group_size"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterConfigError, match="'qalora_group_size' is missing"):
+        load_adapter(adapter)
 
 
 def test_a_bias_on_b_is_not_swapped_in_onnx(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, RoadConfig, VeraConfig
+from peft import GloraConfig, IA3Config, LoraConfig, PeftConfig, RoadConfig, VeraConfig
 from safetensors.torch import load_file
 from support.commands import Run
 from support.method_zoo import TARGETS
@@ -58,6 +58,8 @@ def test_peft_loads_a_replaced_output_embedding(make_pair: Callable[..., Pair], 
 BIASES = {
     "road": (on_bert(RoadConfig, group_size=8), {"rank": 32}),
     "ia3": (on_bert(IA3Config, feedforward_modules=["intermediate.dense"]), {"rank": 32}),
+    "glora": (on_bert(GloraConfig, r=3), {"rank": 32}),
+    "lora with a bias": (on_bert(LoraConfig, r=4, lora_bias=True), {}),
     "vera": (on_bert(VeraConfig, r=4, bias="vera_only"), {}),
     "lora": (on_bert(LoraConfig, r=4, bias="lora_only"), {}),
 }

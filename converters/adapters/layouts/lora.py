@@ -77,7 +77,8 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
 
     inert = (*INERT_FIELDS, *_CHECKED_FIELDS)
     find_scaling = partial(_scaling_of, source)
-    return read_modules(source, name, evidence, scaling, _MATH_FIELDS, inert, find_scaling, theta_of)
+    math = (*_MATH_FIELDS, *(variant[1].fields if variant is not None else ()))
+    return read_modules(source, name, evidence, scaling, math, inert, find_scaling, theta_of)
 
 
 LORA = Layout("lora", claims, read)
