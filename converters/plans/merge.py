@@ -218,7 +218,7 @@ def _terms(base: Checkpoint, adapter: Adapter, found: Targets, target: Target, i
     if described.bias_from_weight is not None:
         weight = weight_of(base, found, target)
         transposed = is_transposed(base, adapter, target.module, weight)
-        yield Term(target.adapter, target.module, transposed, target.parameter, weight)
+        yield Term(target.adapter, target.module, transposed, target.parameter, weight=weight)
 
 
 def _through_weight(method: Method, term: Term) -> WeightDelta | None:
