@@ -60,9 +60,7 @@ def sort_keys(
         ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
     """
     where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
-    group_key = re.compile(
-        rf"(?:base_model\.)?(?P<parameter>{'|'.join(map(re.escape, grouped or {}))})\.(?P<group>[^.]+)"
-    )
+    group_key = _group_key(grouped or {})
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
@@ -118,6 +116,12 @@ def _shared_key(shared: Mapping[str, str]) -> re.Pattern[str]:
     """What matches the key of a tensor of the whole adapter."""
     names = "|".join(map(re.escape, shared))
     return re.compile(rf"(base_model\.)?(?P<parameter>{names})(\.[^.]+)?")
+
+
+def _group_key(grouped: Mapping[str, str]) -> re.Pattern[str]:
+    """What matches the key of a tensor of a group of modules."""
+    names = "|".join(map(re.escape, grouped))
+    return re.compile(rf"(?:base_model\.)?(?P<parameter>{names})\.(?P<group>[^.]+)")
 
 
 def _refuse_several(where: Path, adapters: set[str | None]) -> None:
