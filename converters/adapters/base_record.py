@@ -10,6 +10,11 @@ from converters.files.names import BASE_RECORD
 from converters.hub.names import SHORT_NAMES, is_hub_id
 from converters.models.checkpoint import Checkpoint
 
+# how repositories of quantized models are named: Llama-3.2-1B-4bit, llama-3-8b-bnb-4bit, gpt-oss-20b-MXFP4-Q8
+_QUANTIZED = re.compile(
+    r"[-_](\d+[-_]?bit|bnb|awq|gptq|int[48]|fp[48]|mxfp[48]|nvfp4|q[2-8])(?![a-z0-9])", re.IGNORECASE
+)
+
 # names the Hub used before every model had an owner
 _OLD_HUB_NAMES = {new.rsplit("/", 1)[-1].lower(): new for new in SHORT_NAMES.values()}
 
@@ -66,13 +71,18 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
     if trained_on is None or recorded is not None:
         return []
     same = _hub_key(trained_on) == _hub_key(base.repo_id or base.name)
+    rounded = (
+        " (quantized, by its name, so θ was trained on rounded weights)" if _QUANTIZED.search(trained_on) else ""
+    )
     if base.repo_id is not None and is_hub_id(trained_on) and not same:
-        message = f"the adapter was trained on {trained_on}, the base is {base.repo_id}"
+        message = f"the adapter was trained on {trained_on}{rounded}, the base is {base.repo_id}"
         if not force:
             raise BaseMismatchError(f"{message}; {remedy}")
         return [f"forced: {message}"]
     if base.repo_id is None and trained_on.rstrip("/").rsplit("/", 1)[-1].lower() != base.name.lower():
-        return [f"the adapter was trained on '{trained_on}'; the local {base.name} is taken for the same weights"]
+        return [
+            f"the adapter was trained on '{trained_on}'{rounded}; the local {base.name} is taken for the same weights"
+        ]
     return []
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError
-from converters.files.names import ADAPTER_CONFIG, PEFT_WEIGHTS
+from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_WEIGHTS, PEFT_WEIGHTS
 from converters.hub.download import fetch_snapshot
 from converters.hub.errors import hub_errors
 from converters.hub.names import is_hub_id
 from converters.models.companions import COMPANION_PATTERNS
 
 # files of an adapter's repository that can be used; weights of other layouts are tried only if none of these exist
-_ADAPTER_WEIGHTS = (*PEFT_WEIGHTS, "peanut_theta.safetensors")
+_ADAPTER_WEIGHTS = (*PEFT_WEIGHTS, NATIVE_WEIGHTS, MLX_WEIGHTS)
 _ADAPTER_FILES = (ADAPTER_CONFIG, "peanut_config.json", "peanut_base.json", "config.json", "labels.json")
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 

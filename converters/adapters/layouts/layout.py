@@ -7,6 +7,7 @@ from typing import Any
 from converters.adapters.adapter import Adapter, ModuleTheta, check_theta
 from converters.adapters.base_record import read_base_record
 from converters.adapters.source import AdapterSource
+from converters.adapters.store import ThetaStore
 from converters.models.labels import labels_beside
 
 
@@ -33,20 +34,28 @@ def build_adapter(
     evidence: str,
     modules: Mapping[str, ModuleTheta],
     saved: Mapping[str, str],
+    store: ThetaStore | None = None,
     **facts: Any,
 ) -> Adapter:
-    """The adapter of a source whose keys were sorted; `facts` are further fields of `Adapter`.
+    """The adapter of a source whose keys were sorted.
+
+    Args:
+        source: where it is.
+        layout, evidence, modules, saved: see `Adapter`.
+        store: its tensors, where the methods want them otherwise than the source has them.
+        facts: further fields of `Adapter`.
 
     Raises `ThetaError` when θ does not fit itself, or is not finite.
     """
+    store = source.store if store is None else store
     return Adapter(
         path=source.path,
         layout=layout,
         evidence=evidence,
-        store=source.store,
+        store=store,
         modules=modules,
         saved=saved,
-        digest=check_theta(source.store, modules, saved),
+        digest=check_theta(store, modules, saved),
         labels=labels_beside(source.path),
         repo_id=source.repo_id,
         revision=source.revision,

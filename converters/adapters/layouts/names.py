@@ -1,4 +1,4 @@
-"""The names of the layouts, for `--layout` and `--help`. Each is read by a file in `converters/layouts/`."""
+"""The names of the layouts, for `--layout` and `--help`. Each is read by a file in `converters/adapters/layouts/`."""
 
 LAYOUT_SUMMARIES = {
     "hf-peft": "HF PEFT: adapter_config.json with peft_type PEANUT or IA3",
@@ -9,4 +9,5 @@ LAYOUT_SUMMARIES = {
     "lora": "LoRA and DoRA as PEFT writes them: peft_type LORA, lora_A (r, in) and lora_B (out, r)",
     "nonlinear-lora": "the paper's ablation W0 + relu(A) B in LoRA's names (lora_B is A); only if asked for",
     "multiplicative-lora": "the paper's ablation W0 + W0 A B in the names of authors-llm; only if asked for",
+    "mlx": "LoRA and DoRA of mlx-lm: adapters.safetensors, lora_a (in, r) and lora_b (r, out)",
 }

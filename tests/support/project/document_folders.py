@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.golden import GLUE, VISION
 from support.tiny_models import save_adapter, tiny_llama
 from transformers import LlamaForCausalLM, ViTForImageClassification
@@ -32,6 +32,20 @@ def save_lora_named(folder: Path, shapes: dict[str, tuple[tuple[int, int], tuple
     torch.save(state, folder / "adapter_model.bin")
 
 
+def save_with_mlx(folder: Path) -> None:
+    """A folder as mlx-lm saves it, with random weights."""
+    folder.mkdir()
+    config = {
+        "fine_tune_type": "lora",
+        "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0},
+        "num_layers": 1,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = f"model.layers.1.{_ATTENTION}.k_proj"
+    theta = {f"{name}.lora_a": torch.randn(32, 2) / 9, f"{name}.lora_b": torch.randn(2, 16) / 9}
+    save_file(theta, folder / "adapters.safetensors")
+
+
 def save_with_peft(base: Path, folder: Path, config: PeftConfig) -> None:
     """An adapter that PEFT saved, with random weights."""
     torch.manual_seed(3)
@@ -49,6 +63,7 @@ def language_folders(folder: Path) -> None:
     save_lora_named(folder / "qkv", {f"{_ATTENTION}.q_proj": square})
     save_lora_named(folder / "alpaca", {f"{_ATTENTION}.k_proj": ((2, 32), (16, 2))})
     save_lora_named(folder / "ablation", {f"{_ATTENTION}.k_proj": ((2, 32), (16, 2))})
+    save_with_mlx(folder / "mlx")
     sine = converters.Tweaker(converters.Orientation.ROWS, torch.randn(2, 32), torch.randn(32, 2), act_fn="sin_2pi")
     converters.save_adapter(folder / "sine", {f"model.layers.0.{_ATTENTION}.q_proj": sine})
     base, targets = folder / "llama2-7b", ["q_proj", "v_proj"]

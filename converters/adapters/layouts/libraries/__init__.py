@@ -1,0 +1,1 @@
+"""Layouts of training libraries that do not save in PEFT's form."""
