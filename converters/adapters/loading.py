@@ -10,7 +10,7 @@ from converters.adapters.layouts import native
 from converters.adapters.layouts.layout import Layout
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
 from converters.adapters.layouts.table import LAYOUTS
-from converters.adapters.refusals import refuse_others
+from converters.adapters.refusals import refuse_foreign_keys, refuse_others
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError
 
@@ -65,6 +65,8 @@ def _claims(source: AdapterSource, layout: str | None) -> list[tuple[Layout, str
     """The layouts that claim the source, with their evidence."""
     if layout is None and (evidence := native.claims(source)) is not None:
         return [(native.LAYOUT, evidence)]  # its own config says so: the weights need not be looked at
+    if source.config is None:
+        refuse_foreign_keys(source)
     asked = [one for one in LAYOUTS if (one.name == layout if layout else not one.asked_only)]
     return [(one, evidence) for one in asked if (evidence := one.claims(source)) is not None]
 

@@ -20,6 +20,8 @@ _CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
 # names that torch.compile, FSDP and activation checkpointing insert into keys; prefixes of PEFT and DDP
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = (["base_model", "model"], ["module"])
+# what Tinker calls the output head (tinker-cookbook's `tinker_cookbook/weights/_merge.py`)
+_UNEMBEDDING = ["model", "unembed_tokens"]
 
 
 @dataclass(frozen=True)
@@ -123,4 +125,6 @@ def clean_name(key: str) -> str:
     parts = [part for part in key.split(".") if part not in _WRAPPERS]
     while prefix := next((p for p in _PREFIXES if parts[: len(p)] == p and len(parts) > len(p)), None):
         parts = parts[len(prefix) :]
+    if parts[:2] == _UNEMBEDDING:
+        parts = ["lm_head", *parts[2:]]
     return ".".join(parts)
