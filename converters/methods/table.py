@@ -41,9 +41,10 @@ from converters.methods.spectral.frod import Frod
 from converters.methods.spectral.kasa import Kasa
 from converters.methods.spectral.osf import Osf
 from converters.methods.spectral.psoft import Psoft
+from converters.methods.spectral.residual import Olora, Pissa
 
 _ALL: tuple[type[Method], ...] = (
-    Tweaker, Dora, LoraBias, BdLora, QaLora, Kasa, Ia3,
+    Tweaker, Dora, Pissa, Olora, LoraBias, BdLora, QaLora, Kasa, Ia3,
     AdaLora, Vera, SeededVera, Pvera, SeededPvera, VbLora, UniLora, TinyLora, Miss, GraLora, DeLora,
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
@@ -63,6 +64,10 @@ PEFT_VARIANTS: tuple[tuple[type[Method], PeftForm], ...] = tuple(
 # field of a LoraConfig -> the variant of LoRA that it turns on
 LORA_VARIANTS: dict[str, tuple[type[Method], PeftForm]] = {
     form.flag: (method, form) for method, form in _FORMS if form.flag is not None
+}
+# init_lora_weights of a LoraConfig that takes the initial product away from the base -> the method
+LORA_INITS: dict[str, type[Method]] = {
+    str(form.when["init_lora_weights"]): method for method, form in PEFT_VARIANTS if form.peft_type == "LORA"
 }
 
 

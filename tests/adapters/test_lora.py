@@ -162,8 +162,10 @@ def test_variants_are_refused_by_name(tmp_path: Path, case: str) -> None:
 
 
 CONFIGS = {
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base weights"),
-    "olora": ({"init_lora_weights": "olora"}, "save it with PEFT's path_initial_model_for_weight_conversion"),
+    "init": (
+        {"init_lora_weights": "ours"},
+        "init_lora_weights = 'ours' changes the base weights, and the adapter is",
+    ),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "an aLoRA, which tokens of the prompt switch on"),
     "token": ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
     "bias": ({"bias": "some"}, "bias = 'some'; expected none, all or lora_only"),

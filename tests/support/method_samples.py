@@ -42,6 +42,8 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "bd-lora a": lambda: stored("bd-lora", {"A": (4, 7), "B": (OUT, 4)}, scaling=1.5, blocks_A=2, blocks_B=1),
     "bd-lora b": lambda: stored("bd-lora", {"A": (4, IN), "B": (OUT, 2)}, scaling=1.5, blocks_A=1, blocks_B=2),
     "qalora": lambda: stored("qalora", {"A": (R, 2), "B": (OUT, R)}, scaling=1.5, group_size=7),
+    "pissa": lambda: stored("pissa", {"A": (R, IN), "B": (OUT, R)}, scaling=1.5),
+    "olora": lambda: stored("olora", {"A": (R, IN), "B": (OUT, R)}, scaling=-1.5),
     "ia3 outputs": lambda: Ia3(torch.randn(OUT, 1), "outputs"),
     "ia3 inputs": lambda: Ia3(torch.randn(1, IN), "inputs"),
     "adalora": lambda: stored("adalora", {"A": (R, IN), "B": (OUT, R), "E": (R, 1)}, scaling=1.5),

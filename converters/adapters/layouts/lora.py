@@ -6,6 +6,7 @@ left factor, is lora_B. No code writes it, so it is read only where the user ask
 """
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,8 +24,10 @@ from converters.adapters.layouts.lora_names import (
 from converters.adapters.layouts.peft_config import boolean, integer, located, number
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
+from converters.methods.base import Method
 from converters.methods.peanut import Orientation, Tweaker
 from converters.methods.peft_form import first_match
+from converters.methods.table import LORA_INITS
 
 _MATH_FIELDS = ("r", "lora_alpha")
 _CHECKED_FIELDS = (
@@ -35,6 +38,16 @@ _CHECKED_FIELDS = (
 )
 # initialisations that leave the base weights as they are
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# initialisations that change the base weights by what is not saved: beginning of the name -> what that is
+_LOST = {
+    "pissa_niter_": "random numbers (a randomized SVD; only 'pissa' is computed again)",
+    "corda": "statistics of the data",
+    "loftq": "how the base was quantized",
+    "lora_ga": "gradients",
+    "milora": "the smallest singular parts of the base, which HF PEFT does not know how to find",
+}
+# folders of bases that were saved after the initialisation
+_RESIDUAL_NAME = re.compile(r"pissa|olora|resid", re.IGNORECASE)
 
 
 def claims(source: AdapterSource) -> str | None:
@@ -60,7 +73,13 @@ def claims_nonlinear(source: AdapterSource) -> str | None:
 def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear: bool = False) -> Adapter:
     """The adapter in `source`; raises as `read_modules` does."""
     name, act_fn = ("nonlinear-lora", "relu") if nonlinear else ("lora", "linear")
-    variant = find_variant(source)
+    variant, residual = find_variant(source), _residual_method(source)
+    if residual is not None and (nonlinear or variant is not None):
+        other = name if variant is None else variant[0].name
+        raise AdapterConfigError(
+            f"{source.config_path}: init_lora_weights is {residual.name}, which is not read together with {other}; "
+            f"{_CONVERT}"
+        )
 
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         """θ of one module, after a look at the shapes of its factors."""
@@ -72,6 +91,8 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
             return ModuleTheta(method, keys, {"scaling": s, **settings}, fan_in_fan_out)
         if not len(a) == len(b) == 2 or a[0] != b[1]:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (out, r)")
+        if residual is not None:
+            return ModuleTheta(residual, keys, {"scaling": s}, fan_in_fan_out)
         settings = {"orientation": Orientation.FREE.value, "act_fn": act_fn, "scaling": s}
         return ModuleTheta(Tweaker, keys, settings, fan_in_fan_out)
 
@@ -85,15 +106,39 @@ LORA = Layout("lora", claims, read)
 NONLINEAR_LORA = Layout("nonlinear-lora", claims_nonlinear, partial(read, nonlinear=True), asked_only=True)
 
 
+_CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+
+
+def _residual_method(source: AdapterSource) -> type[Method] | None:
+    """The method of an adapter whose initialisation changed the base; None for plain LoRA.
+
+    Raises `AdapterConfigError` for an initialisation that cannot be computed again.
+    """
+    config, where = source.config or {}, source.config_path
+    init = config.get("init_lora_weights")
+    if init in _PLAIN_INITS:
+        return None
+    found = LORA_INITS.get(str(init).lower())
+    if found is None:
+        lost = next((what for mark, what in _LOST.items() if str(init).lower().startswith(mark)), None)
+        raise AdapterConfigError(
+            f"{where}: init_lora_weights = {init!r} changes the base weights, and the adapter is relative to those"
+            + (f"; it depends on {lost}" if lost else "")
+            + f"; {_CONVERT}"
+        )
+    base = str(config.get("base_model_name_or_path") or "")
+    if _RESIDUAL_NAME.search(base.rstrip("/").rsplit("/", 1)[-1]):
+        raise AdapterConfigError(
+            f"{where}: init_lora_weights = {init!r}, and base_model_name_or_path = '{base}' is by its name a base "
+            "that was saved after the initialisation; if so, set init_lora_weights to true, and give that base; if "
+            "not, correct the name"
+        )
+    return found
+
+
 def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
     """s by module, as PEFT has it; checks r by module on the way."""
     where = source.config_path or source.path
-    init = config.get("init_lora_weights")
-    if init not in _PLAIN_INITS:
-        raise AdapterConfigError(
-            f"{where}: init_lora_weights = {init!r} changes the base weights, and the adapter is relative to those; "
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        )
     r = integer(where, "r", config["r"], 1)
     alpha = number(where, "lora_alpha", config["lora_alpha"])
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
