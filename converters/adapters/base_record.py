@@ -15,6 +15,9 @@ _QUANTIZED = re.compile(
     r"[-_](\d+[-_]?bit|bnb|awq|gptq|int[48]|fp[48]|mxfp[48]|nvfp4|q[2-8])(?![a-z0-9])", re.IGNORECASE
 )
 
+# and of bases that lack what an adapter began with: PiSSA-Llama-2-7b-r128, llama-milora-residual
+RESIDUAL_NAME = re.compile(r"pissa|milora|olora|corda|residual", re.IGNORECASE)
+
 # names the Hub used before every model had an owner
 _OLD_HUB_NAMES = {new.rsplit("/", 1)[-1].lower(): new for new in SHORT_NAMES.values()}
 
@@ -79,7 +82,16 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
         if not force:
             raise BaseMismatchError(f"{message}; {remedy}")
         return [f"forced: {message}"]
-    if base.repo_id is None and trained_on.rstrip("/").rsplit("/", 1)[-1].lower() != base.name.lower():
+    short = trained_on.rstrip("/").rsplit("/", 1)[-1]
+    if base.repo_id is None and short.lower() != base.name.lower():
+        if RESIDUAL_NAME.search(short):
+            message = (
+                f"the adapter was trained on '{trained_on}', by its name a base that lacks what the adapter began "
+                f"with, and this is {base.name}"
+            )
+            if not force:
+                raise BaseMismatchError(f"{message}; {remedy}")
+            return [f"forced: {message}"]
         return [
             f"the adapter was trained on '{trained_on}'{rounded}; the local {base.name} is taken for the same weights"
         ]

@@ -122,6 +122,22 @@ def test_the_base_that_was_left_is_refused(init: str, tmp_path: Path) -> None:
     assert close(logits(type(left).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()), wanted)
 
 
+@pytest.mark.parametrize("named", ["me/PiSSA-Llama-2-7b-r128", "runs/llama-milora-residual"])
+def test_lora_on_a_base_that_was_left_needs_that_base(named: str, tmp_path: Path) -> None:
+    """The authors of PiSSA and MiLoRA save it as a model, and the adapter as a plain LoRA on it."""
+    wanted = logits(model := trained(tmp_path, "pissa"))
+    changes = {"init_lora_weights": True, "base_model_name_or_path": named}
+    edit_json(tmp_path / "adapter" / "adapter_config.json", **changes)
+    with pytest.raises(BaseMismatchError, match="by its name a base that lacks what the adapter began with"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "forced", force_base=True)
+    assert any(note.startswith("forced: the adapter was trained on") for note in result.plan.notes)
+    left = model.unload()
+    left.save_pretrained(tmp_path / Path(named).name)
+    merge(tmp_path / Path(named).name, tmp_path / "adapter", tmp_path / "merged")
+    assert close(logits(type(left).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()), wanted)
+
+
 def test_what_peft_converted_is_plain_lora(tmp_path: Path) -> None:
     model = trained(tmp_path, "pissa")
     wanted = logits(model)

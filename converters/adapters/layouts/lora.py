@@ -6,12 +6,12 @@ left factor, is lora_B. No code writes it, so it is read only where the user ask
 """
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from converters.adapters.adapter import Adapter, ModuleTheta
+from converters.adapters.base_record import RESIDUAL_NAME
 from converters.adapters.layouts.layout import Layout
 from converters.adapters.layouts.lora_names import (
     INERT_FIELDS,
@@ -44,10 +44,8 @@ _LOST = {
     "corda": "statistics of the data",
     "loftq": "how the base was quantized",
     "lora_ga": "gradients",
-    "milora": "the smallest singular parts of the base, which HF PEFT does not know how to find",
+    "milora": "the smallest singular parts of the base, found by code outside HF PEFT",
 }
-# folders of bases that were saved after the initialisation
-_RESIDUAL_NAME = re.compile(r"pissa|olora|resid", re.IGNORECASE)
 
 
 def claims(source: AdapterSource) -> str | None:
@@ -127,7 +125,7 @@ def _residual_method(source: AdapterSource) -> type[Method] | None:
             + f"; {_CONVERT}"
         )
     base = str(config.get("base_model_name_or_path") or "")
-    if _RESIDUAL_NAME.search(base.rstrip("/").rsplit("/", 1)[-1]):
+    if RESIDUAL_NAME.search(base.rstrip("/").rsplit("/", 1)[-1]):
         raise AdapterConfigError(
             f"{where}: init_lora_weights = {init!r}, and base_model_name_or_path = '{base}' is by its name a base "
             "that was saved after the initialisation; if so, set init_lora_weights to true, and give that base; if "
