@@ -244,6 +244,17 @@ def test_what_the_base_does_not_determine_is_refused() -> None:
         Pissa({"A": torch.ones(6, 5), "B": torch.ones(9, 6)}, {"scaling": 1.0})
 
 
+@pytest.mark.parametrize("shape", [(10, 14), (14, 10), (12, 12)])
+def test_what_pissa_took_is_the_truncated_svd(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    w0 = torch.randn(shape).double()
+    u, values, v = torch.linalg.svd(w0, full_matrices=False)
+    theta = {"A": torch.ones(3, shape[1]).double(), "B": torch.ones(shape[0], 3).double()}
+    up, down = Pissa(theta, {"scaling": 2.0}).taken(w0)
+    assert (up.shape, down.shape) == ((shape[0], 3), (3, shape[1]))
+    assert torch.allclose(up @ down, u[:, :3] * values[:3] @ v[:3], rtol=1e-11, atol=1e-13)
+
+
 def test_a_negative_scale_changes_nothing() -> None:
     torch.manual_seed(0)
     w0 = torch.randn(10, 14).double()
