@@ -71,13 +71,8 @@ def claims_nonlinear(source: AdapterSource) -> str | None:
 def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear: bool = False) -> Adapter:
     """The adapter in `source`; raises as `read_modules` does."""
     name, act_fn = ("nonlinear-lora", "relu") if nonlinear else ("lora", "linear")
-    variant, residual = find_variant(source), _residual_method(source)
-    if residual is not None and (nonlinear or variant is not None):
-        other = name if variant is None else variant[0].name
-        raise AdapterConfigError(
-            f"{source.config_path}: init_lora_weights is {residual.name}, which is not read together with {other}; "
-            f"{_CONVERT}"
-        )
+    variant = find_variant(source)
+    residual = _residual_method(source, name if variant is None else variant[0].name)
 
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         """θ of one module, after a look at the shapes of its factors."""
@@ -107,10 +102,10 @@ NONLINEAR_LORA = Layout("nonlinear-lora", claims_nonlinear, partial(read, nonlin
 _CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
 
 
-def _residual_method(source: AdapterSource) -> type[Method] | None:
-    """The method of an adapter whose initialisation changed the base; None for plain LoRA.
+def _residual_method(source: AdapterSource, kind: str) -> type[Method] | None:
+    """The method of an adapter of this kind whose initialisation changed the base; None if it did not.
 
-    Raises `AdapterConfigError` for an initialisation that cannot be computed again.
+    Raises `AdapterConfigError` for an initialisation that cannot be computed again, and for other kinds than LoRA.
     """
     config, where = source.config or {}, source.config_path
     init = config.get("init_lora_weights")
@@ -123,6 +118,10 @@ def _residual_method(source: AdapterSource) -> type[Method] | None:
             f"{where}: init_lora_weights = {init!r} changes the base weights, and the adapter is relative to those"
             + (f"; it depends on {lost}" if lost else "")
             + f"; {_CONVERT}"
+        )
+    if kind != "lora":
+        raise AdapterConfigError(
+            f"{where}: init_lora_weights is {found.name}, which is not read together with {kind}; {_CONVERT}"
         )
     base = str(config.get("base_model_name_or_path") or "")
     if RESIDUAL_NAME.search(base.rstrip("/").rsplit("/", 1)[-1]):
