@@ -6,6 +6,9 @@ from typing import Any
 
 from converters.adapters.adapter import Adapter
 
+# the method, as facts have it, of an adapter that updates no weight
+REPLACING = "tensors replaced whole"
+
 
 def split_module(module: str) -> tuple[str, str]:
     """(layer, kind) of a module: `model.layers.3`, `self_attn.q_proj`; the layer is empty outside of layers."""
@@ -26,7 +29,7 @@ def shortened(names: Iterable[str], least: int = 1) -> dict[str, str]:
 def settings_of(adapter: Adapter) -> dict[str, Any]:
     """The settings of the formula: a value, or a list where modules differ."""
     modules = [adapter.describe(module) for module in adapter.modules]
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {} if modules else {"method": REPLACING}
     for method in dict.fromkeys(type(one) for one in modules):
         facts |= method.describe([one for one in modules if isinstance(one, method)])
     return facts

@@ -7,7 +7,7 @@ from converters.errors import LayoutError
 from converters.methods.table import PEFT_METHODS
 
 # types that are read by layouts of their own
-_OWN = ("PEANUT", "LORA")
+_OWN = ("PEANUT", "LORA", "LN_TUNING")
 
 _PROMPTS = "it learns prompts, which are not part of any weight"
 _IN_PEFT = "so it cannot be merged; serve it with PEFT's PeftModel"

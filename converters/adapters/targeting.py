@@ -10,13 +10,14 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Targeting:
-    """The targeting fields of an adapter_config.json, as PEFT spells them."""
+    """The targeting fields of an adapter_config.json, as PEFT spells them, and what they are for."""
 
     target_modules: str | Sequence[str]
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] = ()
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    replaces: bool = False  # the modules are not adapted, but replaced as a whole
 
     @property
     def all_linear(self) -> bool:

@@ -49,6 +49,10 @@ def describe(adapter: str, sources: Sources, *, plot: Path | None, record: bool,
     norms: list[DeltaNorm] = []
     if sources.base is not None:
         opened, norms = _measure(adapter, opened, sources, record)
+    if plot is not None and not norms:
+        raise OptionError(
+            f"--plot: {opened.name} updates no weight, it only replaces tensors; there is nothing to plot"
+        )
     if plot is not None:
         plot_norms(norms, f"where {opened.name} acts", plot)
     facts, shapes = description.describe(opened), description.module_shapes(opened)

@@ -14,13 +14,15 @@ from converters.plans.tensor import TensorPlan
 
 
 def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str = "merge it") -> None:
-    """Raise `ConversionError` for an update that has no exact factors.
+    """Raise `ConversionError` for an update that has no exact factors, or where there is none.
 
     Args:
         plan: the planned merge.
         modules: the updated ones, by name.
         remedy: what to do about it.
     """
+    if not modules:
+        raise ConversionError(f"the adapter only replaces tensors, which cannot be expressed as LoRA; {remedy}")
     for module, tensor in modules.items():
         for term in tensor.terms:
             reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason

@@ -54,8 +54,9 @@ def base_id_of(plan: Plan) -> str | None:
 
 def formulas_of(plan: Plan) -> list[str]:
     """What the methods of the adapters compute, each once, in Markdown."""
+    replacing = ["`W = W_trained` for whole tensors"] if any(not one.adapter.modules for one in plan.adapters) else []
     described = [one.adapter.describe(module) for one in plan.adapters for module in one.adapter.modules]
-    return list(dict.fromkeys(one.formula for one in described))
+    return list(dict.fromkeys([*(one.formula for one in described), *replacing]))
 
 
 def adapter_rows(weighted: Weighted) -> list[str]:

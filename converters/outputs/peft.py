@@ -107,6 +107,8 @@ def _tweakers(plan: Plan) -> dict[str, Tweaker]:
                 name = plan.adapters[term.adapter].adapter.describe(term.module).name
                 raise ConversionError(f"this is a {name} adapter; the peft format writes PEANuT adapters")
             tweakers[tensor.name] = delta
+    if not tweakers:
+        raise ConversionError("the adapter only replaces tensors; the peft format writes PEANuT adapters; merge it")
     return tweakers
 
 

@@ -119,6 +119,7 @@ def plan_merge(
     if dtype not in DTYPE_OPTIONS:
         raise OptionError(f"dtype {dtype!r} is unknown; expected {', '.join(DTYPE_OPTIONS)}")
     opened = [weighted.adapter for weighted in adapters]
+    _refuse_weights(adapters)
     notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
     found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
@@ -159,6 +160,16 @@ def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
         info = base.tensors[name]
         own = output in base.tensors or output.endswith(f".{name}")  # else a copy under another name
         yield TensorPlan(output, Action.KEPT if own else Action.ADDED, _dtype_of(info.dtype, dtype), info.shape, info)
+
+
+def _refuse_weights(adapters: Sequence[Weighted]) -> None:
+    """Refuse the weight of an adapter that has no delta: what replaces tensors is not multiplied."""
+    for weighted in adapters:
+        if not weighted.adapter.modules and weighted.weight != 1:
+            raise OptionError(
+                f"{weighted.adapter.path} only replaces tensors, and its weight in the sum is {weighted.weight:g}, "
+                "which would have no effect; leave the weight out"
+            )
 
 
 def _refuse_conflicts(found: Targets) -> None:

@@ -49,7 +49,8 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
     for position, adapter in enumerate(adapters):
-        _place_updates(draft, position, adapter, arch, names)
+        if adapter.modules:
+            _place_updates(draft, position, adapter, arch, names)
         _place_embedded(draft, position, adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
@@ -153,6 +154,22 @@ def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, n
         if source is not None and arch.converted(source):
             raise TargetError(f"{saved}: transformers fuses or splits {source}; it cannot be replaced")
         draft.replaced[names.output(source) if source is not None else saved] = saved
+    if adapter.targeting is not None and adapter.targeting.replaces:
+        _refuse_partly_replaced(adapter, arch, names)
+
+
+def _refuse_partly_replaced(adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+    """Refuse an adapter that should replace all modules of its target_modules, and lacks a tensor of one."""
+    saved = {arch.canonical(name) for name in adapter.saved}
+    kept = {
+        spelling: name
+        for name in arch.shapes.keys() - saved
+        if (source := names.by_canonical.get(name)) is not None
+        for spelling in (name, source, names.output(source))
+    }
+    others = {spelling.rpartition(".")[0]: name for spelling, name in kept.items()}
+    replaced = [name.rpartition(".")[0] for name in adapter.saved]
+    refuse_untrained(adapter, sorted({others[m] for m in untrained_modules(adapter, others, replaced)}))
 
 
 def _place_rest(

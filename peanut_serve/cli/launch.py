@@ -116,8 +116,8 @@ def find_adapters(roots: AdapterRoots) -> Found:
             continue
         found = {module: adapter.rank(module) for module in adapter.modules}
         inexact = [module for module, rank in found.items() if rank is None]
-        if inexact:
-            not_lora[name] = adapter.describe(inexact[0]).name
+        if inexact or not found:
+            not_lora[name] = adapter.describe(inexact[0]).name if inexact else "tensors replaced whole"
             continue
         ranks[name] = max(rank for rank in found.values() if rank is not None)
         kinds |= {module.rsplit(".", 1)[-1] for module in adapter.modules}

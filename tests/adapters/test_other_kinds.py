@@ -8,13 +8,14 @@ from peft.utils import PeftType
 from support.tiny_models import edit_json, save_adapter, tiny_llama
 
 from converters import load_adapter
+from converters.adapters.layouts.peft_whole import LN_TUNING
 from converters.adapters.refusals import NOT_MERGEABLE, NOT_MERGEABLE_LORA
 from converters.errors import LayoutError
 from converters.methods.table import PEFT_METHODS
 
 # what PEFT's merge_and_unload merges, and this version does not
 NOT_READ = {
-    "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
+    "BEFT", "TRAINABLE_TOKENS",
 }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def adapter_of(folder: Path, **changes: object) -> Path:
 
 
 def test_every_type_of_peft_is_read_or_refused_with_a_reason() -> None:
-    assert {one.value for one in PeftType} == {"PEANUT", "LORA", *PEFT_METHODS, *NOT_MERGEABLE, *NOT_READ}
+    assert {one.value for one in PeftType} == {"PEANUT", "LORA", LN_TUNING, *PEFT_METHODS, *NOT_MERGEABLE, *NOT_READ}
     assert not NOT_READ & {*PEFT_METHODS, *NOT_MERGEABLE}
 
 

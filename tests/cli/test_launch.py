@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LNTuningConfig
 from support.commands import Run, run
 from support.hub.server import hub_settings, serve_hub
+from support.peft_methods import train
 from support.tiny_models import Pair, save_adapter, tiny_llama
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -94,6 +96,14 @@ def test_an_adapter_that_cannot_be_lora(tasks: Path, monkeypatch: pytest.MonkeyP
     )
     assert note in list(found.notes("lora"))
     assert note not in [*found.notes("auto"), *found.notes("merged")]
+
+
+def test_an_adapter_without_modules_is_merged(tmp_path: Path) -> None:
+    """What only replaces tensors has no rank."""
+    train(tiny_llama(), LNTuningConfig(task_type="CAUSAL_LM"), tmp_path / "base", tmp_path / "tasks" / "norms")
+    found = find_adapters(AdapterRoots([tmp_path / "tasks"]))
+    assert (found.ranks, found.not_lora) == ({}, {"norms": "tensors replaced whole"})
+    assert (found.names("lora"), found.names("auto")) == ([], ["norms"])
 
 
 def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

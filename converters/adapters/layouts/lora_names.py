@@ -11,7 +11,14 @@ from typing import Any
 
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import build_adapter
-from converters.adapters.layouts.peft_config import boolean, check_fields, check_targeting, provenance, targeting_of
+from converters.adapters.layouts.peft_config import (
+    adapts_nothing,
+    boolean,
+    check_fields,
+    check_targeting,
+    provenance,
+    targeting_of,
+)
 from converters.adapters.layouts.peft_keys import sort_keys
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
@@ -70,7 +77,7 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
 
     Raises `LayoutError` for a variant of LoRA that is not read.
     """
-    if source.peft_type not in ("LORA", None):
+    if source.peft_type not in ("LORA", None) or adapts_nothing(source.config):
         return None
     if source.config is None and not any(_LORA_KEY.fullmatch(name) for name in source.keys):
         return None

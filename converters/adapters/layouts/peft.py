@@ -12,6 +12,7 @@ from typing import Any
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout, build_adapter
 from converters.adapters.layouts.peft_config import (
+    adapts_nothing,
     check_fields,
     check_targeting,
     integer,
@@ -33,7 +34,7 @@ _MATH_FIELDS = ("r", "depth", "act_fn", "scaling")
 
 def claims(source: AdapterSource) -> str | None:
     """A config that says PEANUT. Raises `LayoutError` for θ of PEFT without a config."""
-    if source.peft_type == "PEANUT":
+    if source.peft_type == "PEANUT" and not adapts_nothing(source.config):
         return f"{ADAPTER_CONFIG} says peft_type PEANUT"
     if source.config is None and any(".peanut_A." in name for name in source.keys):
         raise LayoutError(

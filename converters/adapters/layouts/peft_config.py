@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from converters.adapters.adapter import ModuleTheta
 from converters.adapters.targeting import Targeting
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import as_boolean, as_integer, as_number
@@ -57,6 +56,14 @@ def check_fields(
         kind = dict if key == "auto_mapping" else str
         if not isinstance(config.get(key), kind | None):
             raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; expected a {kind.__name__} or null")
+
+
+def adapts_nothing(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config says that no module is adapted, so that all that was trained replaces tensors.
+
+    `get_peft_model` accepts an adapter without target modules by the constant DUMMY_TARGET_MODULES only.
+    """
+    return config is not None and config.get("target_modules") in ([], "dummy-target-modules")
 
 
 @contextmanager
@@ -129,8 +136,8 @@ def targeting_of(where: Path, config: Mapping[str, Any]) -> Targeting | None:
 def check_targeting(
     where: Path,
     targeting: Targeting,
-    modules: Mapping[str, ModuleTheta],
-    saved: Mapping[str, str],
+    modules: Collection[str],
+    saved: Collection[str],
     bias: str = "none",
 ) -> None:
     """Check the weights against what the config targets.
@@ -138,7 +145,7 @@ def check_targeting(
     Args:
         where: what to name in errors.
         targeting: the config's.
-        modules: those with θ.
+        modules: those that the weights adapt.
         saved: names of tensors that are replaced whole.
         bias: LoRA's `bias`: `none`, `all`, or `lora_only` (those of the adapted modules).
 

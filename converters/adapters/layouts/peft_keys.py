@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
 
-_SAVED_MODULE = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<parameter>[^.]+)")
+_SAVED = "modules_to_save"
 
 
 @dataclass
@@ -24,6 +24,7 @@ class PeftKeys:
         shared: part of θ that all modules share -> key.
         grouped: part of θ that the modules of a group share -> group -> key.
         saved: tensor that is replaced whole -> key.
+        replaced: of the modules of `saved`, those that are under `whole`.
         embedded: base tensor that was saved along -> key.
     """
 
@@ -31,6 +32,7 @@ class PeftKeys:
     shared: dict[str, str] = field(default_factory=dict)
     grouped: dict[str, dict[str, str]] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
     embedded: dict[str, str] = field(default_factory=dict)
 
 
@@ -42,6 +44,7 @@ def sort_keys(
     shared: Mapping[str, str] | None = None,
     grouped: Mapping[str, str] | None = None,
     ignored: re.Pattern[str] | None = None,
+    whole: str | None = None,
 ) -> PeftKeys:
     """Sort the keys of a state dict.
 
@@ -55,12 +58,14 @@ def sort_keys(
         shared: name of a tensor that belongs to all modules (`vera_A`) -> part of θ.
         grouped: name of a tensor that belongs to a group of modules (`frod_V`, as `frod_V.<group>`) -> part of θ.
         ignored: what matches a key without effect on a trained adapter.
+        whole: what contains the trained copy of a module (`ln_tuning_layers`), for a method that replaces modules
+            whole and needs no other θ.
 
     Raises:
         ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
     """
     where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
-    group_key = _group_key(grouped or {})
+    group_key, saved_key = _group_key(grouped or {}), _saved_key(whole)
     whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
@@ -76,18 +81,22 @@ def sort_keys(
             if part in found.parts.setdefault(match["module"], {}):
                 _refuse_several(where, adapters)
             found.parts[match["module"]][part] = key
-        elif mark in name:
-            raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
-        elif match := _SAVED_MODULE.fullmatch(name):
+        elif match := saved_key.fullmatch(name):
             adapters.add(match["name"])
             found.saved[f"{match['module']}.{match['parameter']}"] = key
+            if match["holder"] == whole:
+                found.replaced.add(match["module"])
+        elif mark in name:
+            raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
         elif ".original_module." not in name:  # what a trained module replaces
             plain = name.replace(".base_layer.", ".")
             is_trained_bias = plain.endswith(".bias") and bias != "none"
             trained = is_trained_bias or (plain == name and not whole_model)
             (found.saved if trained else found.embedded)[plain] = key
-    if not found.parts:
-        raise ThetaError(f"{where}: the weights contain no θ (no key with {mark}A); there is nothing to merge")
+    if not found.parts and (whole is None or not found.saved):
+        raise ThetaError(
+            f"{where}: the weights contain no θ (no key with {whole or mark + 'A'}); there is nothing to merge"
+        )
     if len(adapters - {None}) > 1:
         _refuse_several(where, adapters)
     if bias == "lora_only":
@@ -110,6 +119,12 @@ def _parameter(match: re.Match[str], parameters: Mapping[str, str]) -> str | Non
     if f"{head}.{tail}" in parameters:
         return f"{head}.{tail}"
     return head if head in parameters and tail in (None, "weight") else None
+
+
+def _saved_key(whole: str | None) -> re.Pattern[str]:
+    """What matches the key of a tensor of a module that is replaced whole."""
+    holders = "|".join(map(re.escape, filter(None, (_SAVED, whole))))
+    return re.compile(rf"(?P<module>.+)\.(?P<holder>{holders})(?:\.(?P<name>[^.]+))?\.(?P<parameter>[^.]+)")
 
 
 def _shared_key(shared: Mapping[str, str]) -> re.Pattern[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout, build_adapter
 from converters.adapters.layouts.peft_config import (
+    adapts_nothing,
     boolean,
     check_fields,
     check_targeting,
@@ -35,7 +36,7 @@ _OFF: tuple[Any, ...] = (None, False, [], {})  # values of fields that are not i
 
 def claims(source: AdapterSource) -> str | None:
     """A config with one of the types. Raises `LayoutError` for θ of one of them without a config."""
-    if source.peft_type in PEFT_METHODS:
+    if source.peft_type in PEFT_METHODS and not adapts_nothing(source.config):
         return f"{ADAPTER_CONFIG} says peft_type {source.peft_type}"
     marks = [f".{name}." for _, form in PEFT_METHODS.values() for name in form.parameters if name not in _LORA]
     if source.config is None and any(mark in f"{key}." for key in source.keys for mark in marks):
