@@ -47,9 +47,10 @@ def delta_norms(
     with TensorReader() as reader:
         for tensor in plan.tensors:
             for term in tensor.terms:
-                if tensor.source is None or term.parameter != "weight":
+                beside = term.parameter != "weight" and adapter.describe(term.module).changes_weight
+                if tensor.source is None or beside:
                     continue
-                info, shape = tensor.source, (tensor.source.shape[0], tensor.source.shape[1])
+                info, shape = tensor.source.as_matrix, tensor.matrix_shape
                 blocks = partial(reader.row_blocks, info, block_rows(info.row_size))
                 norm = plan.delta_of(term).update(shape, torch.float32, cpu).norm(blocks)
                 squares = sum(float(b.float().square().sum(dtype=torch.float64)) for b in blocks())

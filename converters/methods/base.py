@@ -28,6 +28,8 @@ class Method(WeightDelta):
         lora_rank: the rank of its exact LoRA form, as a formula; None where it never has one.
         reads_module: it needs the weight and the bias of its module together, see `on_module`.
         packages: other than torch, whose versions its results depend on; manifests record them.
+        changes_weight: whether θ changes the weight; else the bias alone, and the method is the delta of that.
+        keeps_ties: whether a tensor that is tied to the weight stays tied, and changes with it.
         remark: what its users have to know, a sentence or two, for the documentation.
     """
 
@@ -38,6 +40,8 @@ class Method(WeightDelta):
     lora_rank: ClassVar[str | None] = None
     reads_module: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
+    changes_weight: ClassVar[bool] = True
+    keeps_ties: ClassVar[bool] = False
     remark: ClassVar[str] = ""
 
     @classmethod

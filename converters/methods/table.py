@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.methods.base import Method
+from converters.methods.dense.beft import Beft
 from converters.methods.dense.c3a import C3a
 from converters.methods.dense.fourierft import FourierFt
 from converters.methods.dense.loha import LoHa
@@ -34,6 +35,7 @@ from converters.methods.multiplicative.ia3 import Ia3
 from converters.methods.multiplicative.miss_bat import MissBat
 from converters.methods.multiplicative.oft import Oft
 from converters.methods.multiplicative.road import RoAd
+from converters.methods.multiplicative.trainable_tokens import TrainableTokens
 from converters.methods.peanut import Tweaker
 from converters.methods.peft_form import PeftForm
 from converters.methods.spectral.adamss import Adamss
@@ -49,6 +51,7 @@ _ALL: tuple[type[Method], ...] = (
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
+    Beft, TrainableTokens,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

@@ -18,6 +18,7 @@ class Reads(Enum):
     """What one number of a delta depends on."""
 
     NOTHING = "nothing"  # of W0: on θ alone
+    NUMBER = "number"  # on the same number of W0
     ROWS = "rows"  # on the same row of W0
     COLUMNS = "columns"  # on the same column of W0, so all rows have to pass by before
     WHOLE = "whole"  # on all of W0

@@ -12,6 +12,7 @@ from converters.models import config as model_config
 from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
 from converters.plans.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
+from converters.plans.ties import tie_targets
 
 
 @dataclass
@@ -54,7 +55,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
         _place_embedded(draft, position, adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
-    _settle_ties(draft, head, arch, names)
+    _settle_ties(draft, adapters, arch, names)
     _settle_sizes(draft, base, head, arch, labels)
     _check_complete(draft, base, head, switched)
     return Targets(
@@ -111,8 +112,15 @@ def _place_updates(
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
         output = canonical if canonical in arch.tied else names.output(source)
-        draft.targets.append(Target(position, module, source, output))
-        bias = names.find(arch.canonical(f"{module}.bias")) if adapter.describe(module).bias is not None else None
+        described = adapter.describe(module)
+        bias = names.find(arch.canonical(f"{module}.bias")) if described.bias is not None else None
+        if described.changes_weight:
+            draft.targets.append(Target(position, module, source, output))
+        elif bias is None:
+            raise TargetError(
+                f"{module} has no bias in the base, and a {described.name} adapter changes biases; PEFT's PeftModel "
+                "serves it, but no checkpoint has a place for it"
+            )
         if bias is not None:
             draft.targets.append(Target(position, module, bias, names.output(bias), "bias"))
         for name in filter(None, (source, bias)):
@@ -186,14 +194,20 @@ def _place_rest(
             draft.kept[output] = name
 
 
-def _settle_ties(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+def _settle_ties(draft: _PendingTargets, adapters: Sequence[Adapter], arch: Architecture, names: _BaseNames) -> None:
     """Untie what training separated: each alias of a touched tie gets a tensor of its own.
 
-    In an unmerged PEFT model a saved or adapted module stops sharing; its partners keep the base's weight.
+    In an unmerged PEFT model a saved or adapted module stops sharing; its partners keep the base's weight, unless
+    the method keeps ties.
     """
+    adapter = adapters[find_head(adapters)]
+    replaced = {arch.canonical(output) for output in draft.replaced}
+    draft.targets, tied = tie_targets(draft.targets, adapters, arch, names.by_canonical, replaced)
+    for output in {target.output_name for target in draft.targets} & draft.kept.keys():
+        del draft.kept[output]
     written: dict[str, str | None] = {arch.canonical(t.output_name): None for t in draft.targets}
     written |= {arch.canonical(output): saved for output, saved in draft.replaced.items()}
-    touched = [a for a, source in arch.tied.items() if a in written or source in written]
+    touched = [a for a, source in arch.tied.items() if a not in tied and (a in written or source in written)]
     if not touched:
         return
     if all(_same_saved(adapter, written, alias, arch.tied[alias]) for alias in touched):

@@ -75,6 +75,8 @@ def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Target
         if adapter.saved or adapter.embedded:
             return None  # class, labels, ties and sizes have to be checked, or base weights compared
         pairs = {module: f"{module}.weight" for module in adapter.modules}
+        if any(not adapter.describe(module).changes_weight for module in pairs):
+            return None  # the biases have to be there
         inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
         if not inside_layers or not all(name in base.tensors for name in pairs.values()):
             return None

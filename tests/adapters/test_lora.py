@@ -167,7 +167,7 @@ CONFIGS = {
         "init_lora_weights = 'ours' changes the base weights, and the adapter is",
     ),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "an aLoRA, which tokens of the prompt switch on"),
-    "token": ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
+    "token": ({"trainable_token_indices": [3]}, "trained tokens of none; the adapter is incomplete"),
     "bias": ({"bias": "some"}, "bias = 'some'; expected none, all or lora_only"),
     "rank": ({"r": 5}, r"lora_A has 4 rows, the config says r = 5"),
     "rank pattern": ({"rank_pattern": {"k_proj": 2}}, "k_proj: lora_A has 4 rows, the config says r = 2"),

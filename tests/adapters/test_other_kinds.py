@@ -8,14 +8,13 @@ from peft.utils import PeftType
 from support.tiny_models import edit_json, save_adapter, tiny_llama
 
 from converters import load_adapter
-from converters.adapters.layouts.peft_whole import LN_TUNING
+from converters.adapters.layouts.peft_parts.whole import LN_TUNING
 from converters.adapters.refusals import NOT_MERGEABLE, NOT_MERGEABLE_LORA
 from converters.errors import LayoutError
 from converters.methods.table import PEFT_METHODS
 
 # what PEFT's merge_and_unload merges, and this version does not
 NOT_READ = {
-    "BEFT", "TRAINABLE_TOKENS",
 }  # fmt: skip
 
 

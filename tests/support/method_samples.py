@@ -162,6 +162,8 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "randlora": lambda: stored(
         "randlora", {"lambda": (R, 4), "gamma": (4, OUT), "A": (R, 1, OUT), "B": (20, 5, R)}, scaling=1.5
     ),
+    "beft": lambda: stored("beft", {"b": (1, OUT)}),
+    "trainable tokens": lambda: stored("trainable-tokens", {"rows": (3, IN)}, token_indices=[7, 0, 5]),
 }
 
 

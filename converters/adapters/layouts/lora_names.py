@@ -20,6 +20,7 @@ from converters.adapters.layouts.peft_config import (
     targeting_of,
 )
 from converters.adapters.layouts.peft_keys import sort_keys
+from converters.adapters.layouts.peft_parts.tokens import TOKENS, TOKENS_FIELD, TOKENS_PARAMETER, read_tokens
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
@@ -29,9 +30,10 @@ from converters.methods.table import LORA_VARIANTS
 
 _PLAIN = {"lora_A": "A", "lora_B": "B"}
 
-# parameter in a state dict -> part of θ, of LoRA and of all its variants
+# parameter in a state dict -> part of θ, of LoRA and of all its variants, and of trained tokens beside it
 PARTS: Mapping[str, str] = {
     **_PLAIN,
+    TOKENS_PARAMETER: TOKENS,
     **{name: part for _, form in LORA_VARIANTS.values() for name, part in form.parameters.items()},
 }
 
@@ -82,7 +84,8 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
     if source.config is None and not any(_LORA_KEY.fullmatch(name) for name in source.keys):
         return None
     _refuse_variants(source)
-    parts = sort_keys(source, PARTS, "lora_", ignored=_left_behind(source)).parts
+    sorted_keys = sort_keys(source, PARTS, "lora_", ignored=_left_behind(source))
+    parts = {m: keys for m, keys in sorted_keys.parts.items() if TOKENS not in keys}
     shapes = source.store.shapes
     for module, keys in parts.items():
         if missing := {"A", "B"} - set(keys):
@@ -182,7 +185,9 @@ def read_modules(
     """
     config, where = source.config or {}, source.config_path or source.path
     if source.config is not None:
-        check_fields(where, config, math, inert, off=(None, False, [], {}))  # LoRA's many switches are off by default
+        check_fields(
+            where, config, math, (*inert, TOKENS_FIELD), off=(None, False, [], {})
+        )  # LoRA's many switches are off by default
         if scaling is not None:
             raise OptionError(f"scaling={scaling:g}: {where} states lora_alpha and r; leave it out")
         find_scaling = scaling_of(config)
@@ -198,14 +203,17 @@ def read_modules(
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"{where}: bias = {bias!r}; expected none, all or lora_only")
     keys = sort_keys(source, PARTS, "lora_", bias, ignored=_left_behind(source))
-    modules, variant = {}, find_variant(source)
+    modules, variant = read_tokens(source, keys.parts), find_variant(source)
+    tokens = set(modules)
     for module, parts in sorted(keys.parts.items()):
+        if TOKENS in parts:
+            continue
         check_parts(source, module, parts, variant)
         a = source.store.shapes[parts["A"]]
         modules[module] = theta_of(module, parts, find_scaling(module, a[0] if a else 0), transposed)
     targeting = targeting_of(where, config)
     if targeting is not None:
-        check_targeting(source.path, targeting, modules, keys.saved, bias)
+        check_targeting(source.path, targeting, modules.keys() - tokens, keys.saved, bias)
     facts = provenance(config)
     return build_adapter(
         source, layout, evidence, modules, keys.saved, embedded=keys.embedded, targeting=targeting, **facts

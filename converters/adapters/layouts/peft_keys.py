@@ -13,6 +13,7 @@ from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
 
 _SAVED = "modules_to_save"
+_BEFORE = re.compile(r"\.(original_module|trainable_tokens_original)\.")  # what trained modules, or rows, replace
 
 
 @dataclass
@@ -88,8 +89,8 @@ def sort_keys(
                 found.replaced.add(match["module"])
         elif mark in name:
             raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
-        elif ".original_module." not in name:  # what a trained module replaces
-            plain = name.replace(".base_layer.", ".")
+        elif not _BEFORE.search(name):
+            plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             is_trained_bias = plain.endswith(".bias") and bias != "none"
             trained = is_trained_bias or (plain == name and not whole_model)
             (found.saved if trained else found.embedded)[plain] = key

@@ -7,6 +7,7 @@ what their configs mean, is said by the methods (`converters/methods/table.py`).
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from converters.adapters.adapter import Adapter, ModuleTheta
@@ -23,6 +24,7 @@ from converters.adapters.layouts.peft_config import (
 )
 from converters.adapters.layouts.peft_keys import PeftKeys, sort_keys
 from converters.adapters.source import AdapterSource
+from converters.adapters.targeting import Targeting
 from converters.errors import LayoutError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
 from converters.methods.base import Method
@@ -71,6 +73,8 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         for module, parts in sorted(keys.parts.items())
     }
     targeting = targeting_of(where, config)
+    if targeting is not None and method.keeps_ties:
+        modules = _without_copies(source, modules, targeting)
     if targeting is not None:
         check_targeting(source.path, targeting, modules, keys.saved, bias)
     return build_adapter(
@@ -102,6 +106,24 @@ def _grouped(source: AdapterSource, form: PeftForm, keys: PeftKeys) -> dict[str,
         module: {part: found[group] for part, found in keys.grouped.items() if group in found}
         for module, group in groups.items()
     }
+
+
+def _without_copies(
+    source: AdapterSource, modules: Mapping[str, ModuleTheta], targeting: Targeting
+) -> dict[str, ModuleTheta]:
+    """Without θ of modules that are not targeted and have the same θ: PEFT saves it under every name of a tie."""
+    wanted = {module: theta for module, theta in modules.items() if targeting.matches(module)}
+    others = {module: theta for module, theta in modules.items() if module not in wanted}
+    copies = {
+        module
+        for module, theta in others.items()
+        for one in wanted.values()
+        if all(
+            torch.equal(source.store.tensor(key), source.store.tensor(one.parts[part]))
+            for part, key in theta.parts.items()
+        )
+    }
+    return {module: theta for module, theta in modules.items() if module not in copies}
 
 
 def _theta_of(

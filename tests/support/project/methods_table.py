@@ -8,7 +8,13 @@ from converters.methods.base import Method
 from converters.methods.table import METHODS
 from converters.methods.weight_delta import Reads
 
-_READS = {Reads.NOTHING: "nothing", Reads.ROWS: "rows", Reads.COLUMNS: "columns", Reads.WHOLE: "all of it"}
+_READS = {
+    Reads.NOTHING: "nothing",
+    Reads.NUMBER: "the same number",
+    Reads.ROWS: "rows",
+    Reads.COLUMNS: "columns",
+    Reads.WHOLE: "all of it",
+}
 
 
 def methods_table() -> list[str]:
