@@ -48,8 +48,8 @@ class TensorInfo:
 
     @property
     def as_matrix(self) -> "TensorInfo":
-        """The same bytes as a matrix; a vector becomes a matrix with a single column."""
-        return replace(self, shape=(*self.shape, 1)) if len(self.shape) == 1 else self
+        """The same bytes as a matrix (rows, everything else); a vector becomes one with a single column."""
+        return self if len(self.shape) == 2 else replace(self, shape=(self.shape[0], self.row_size))
 
     @property
     def is_float(self) -> bool:

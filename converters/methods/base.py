@@ -29,7 +29,6 @@ class Method(WeightDelta):
         reads_module: it needs the weight and the bias of its module together, see `on_module`.
         packages: other than torch, whose versions its results depend on; manifests record them.
         changes_weight: whether θ changes the weight; else the bias alone, and the method is the delta of that.
-        keeps_ties: whether a tensor that is tied to the weight stays tied, and changes with it.
         remark: what its users have to know, a sentence or two, for the documentation.
     """
 
@@ -41,7 +40,6 @@ class Method(WeightDelta):
     reads_module: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     changes_weight: ClassVar[bool] = True
-    keeps_ties: ClassVar[bool] = False
     remark: ClassVar[str] = ""
 
     @classmethod
@@ -96,6 +94,11 @@ class Method(WeightDelta):
     @property
     def needs_bias(self) -> bool:
         """Whether θ adds to the module's bias, so that the module has to have one."""
+        return False
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Whether a tensor that is tied to the weight stays tied, and changes with it."""
         return False
 
     @property

@@ -42,6 +42,7 @@ class PeftForm:
         groups: the group of every module: (config, modules, what reads a part of a module) -> module -> group. Raises
             `ThetaError` where that cannot be told.
         missing: what to say when parameters, or shared tensors, are missing that PEFT can be told to leave out.
+        repeats_ties: θ of an embedding is saved under the name of what is tied to it as well.
         fields: of the config, that the formula needs.
         inert: of the config, that have no effect on a trained adapter.
         settings: what the formula needs besides θ, for one module: (config, module, shapes of the parts) -> settings.
@@ -58,6 +59,7 @@ class PeftForm:
     grouped: Mapping[str, str] = field(default_factory=dict)
     groups: Groups = _no_groups
     missing: str | None = None
+    repeats_ties: bool = False
     fields: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()
     settings: Callable[[Mapping[str, Any], str, Shapes], dict[str, Any]] = _no_settings

@@ -19,6 +19,7 @@ from converters.methods.low_rank.delora import DeLora
 from converters.methods.low_rank.gralora import GraLora
 from converters.methods.low_rank.lora_bias import LoraBias
 from converters.methods.low_rank.miss import Miss
+from converters.methods.low_rank.other_lora import ConvLora, EmbeddingLora
 from converters.methods.low_rank.qalora import QaLora
 from converters.methods.low_rank.seeded_vera import SeededPvera, SeededVera
 from converters.methods.low_rank.tinylora import TinyLora
@@ -51,7 +52,7 @@ _ALL: tuple[type[Method], ...] = (
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
-    Beft, TrainableTokens,
+    Beft, TrainableTokens, EmbeddingLora, ConvLora,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

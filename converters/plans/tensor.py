@@ -51,8 +51,8 @@ class TensorPlan:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Its shape as a matrix: a vector is one of a single column."""
-        return self.shape[0], self.shape[1] if len(self.shape) > 1 else 1
+        """Its shape as a matrix (rows, everything else): a vector is one of a single column."""
+        return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def is_copy(self) -> bool:

@@ -148,19 +148,6 @@ def test_nonlinear_lora_on_a_conv1d_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-VARIANTS = {
-    "embedding": ({"target_modules": ["embed_tokens"]}, "is LoRA on an embedding"),
-}
-
-
-@pytest.mark.parametrize("case", VARIANTS)
-def test_variants_are_refused_by_name(tmp_path: Path, case: str) -> None:
-    settings, message = VARIANTS[case]
-    save_lora(tiny_llama(), tmp_path, **settings)
-    with pytest.raises(LayoutError, match=message):
-        load_adapter(tmp_path / "adapter")
-
-
 CONFIGS = {
     "init": (
         {"init_lora_weights": "ours"},

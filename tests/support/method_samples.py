@@ -164,6 +164,8 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     ),
     "beft": lambda: stored("beft", {"b": (1, OUT)}),
     "trainable tokens": lambda: stored("trainable-tokens", {"rows": (3, IN)}, token_indices=[7, 0, 5]),
+    "lora embedding": lambda: stored("lora-embedding", {"A": (R, OUT), "B": (IN, R)}, scaling=1.5),
+    "lora convolution": lambda: stored("lora-convolution", {"A": (R, 2, 7), "B": (OUT, R, 1)}, scaling=1.5),
 }
 
 

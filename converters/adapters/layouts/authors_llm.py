@@ -21,6 +21,7 @@ from converters.adapters.layouts.lora_names import (
     says,
 )
 from converters.adapters.layouts.peft_config import integer, number
+from converters.adapters.layouts.peft_parts.embeddings import EMBEDDING_PARAMETERS
 from converters.adapters.layouts.peft_parts.tokens import TOKENS_PARAMETER
 from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
@@ -34,8 +35,8 @@ def claims(source: AdapterSource) -> str | None:
     shapes = find_shapes(source)
     if shapes is None or find_variant(source) is not None or not all(a == b[::-1] for a, b in shapes.values()):
         return None
-    if any(f".{TOKENS_PARAMETER}" in name for name in source.keys):
-        return None  # their code is older than trained tokens; and the embedding would not decide between layouts
+    if any(f".{name}" in key for key in source.keys for name in (TOKENS_PARAMETER, *EMBEDDING_PARAMETERS)):
+        return None  # not in their code; and an embedding's shape would not decide between the layouts
     return f"{says(source)}; every lora_B is (d, r) with lora_A (r, d)"
 
 

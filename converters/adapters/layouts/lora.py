@@ -25,6 +25,7 @@ from converters.adapters.layouts.peft_config import boolean, integer, located, n
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.base import Method
+from converters.methods.low_rank.other_lora import ConvLora
 from converters.methods.peanut import Orientation, Tweaker
 from converters.methods.peft_form import first_match
 from converters.methods.table import LORA_INITS
@@ -59,7 +60,7 @@ def claims(source: AdapterSource) -> str | None:
     for module, (a, b) in shapes.items():
         if a != b[::-1]:
             return f"{says(source)}; {module} has lora_A {a}, lora_B {b}: (r, in), (out, r)"
-    return f"{says(source)}; every lora_B is (d, r) with lora_A (r, d)"
+    return f"{says(source)}; " + ("every lora_B is (d, r) with lora_A (r, d)" if shapes else "on embeddings")
 
 
 def claims_nonlinear(source: AdapterSource) -> str | None:
@@ -82,6 +83,8 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
             with located(source.config_path):
                 settings = form.settings(source.config or {}, module, {"A": a, "B": b})
             return ModuleTheta(method, keys, {"scaling": s, **settings}, fan_in_fan_out)
+        if len(a) > 2 and not nonlinear and residual is None:
+            return ModuleTheta(ConvLora, keys, {"scaling": s})
         if not len(a) == len(b) == 2 or a[0] != b[1]:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (out, r)")
         if residual is not None:

@@ -20,6 +20,12 @@ from converters.adapters.layouts.peft_config import (
     targeting_of,
 )
 from converters.adapters.layouts.peft_keys import sort_keys
+from converters.adapters.layouts.peft_parts.embeddings import (
+    EMBEDDING_PARAMETERS,
+    find_tied_heads,
+    is_embedding,
+    read_embedding,
+)
 from converters.adapters.layouts.peft_parts.tokens import TOKENS, TOKENS_FIELD, TOKENS_PARAMETER, read_tokens
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
@@ -34,6 +40,7 @@ _PLAIN = {"lora_A": "A", "lora_B": "B"}
 PARTS: Mapping[str, str] = {
     **_PLAIN,
     TOKENS_PARAMETER: TOKENS,
+    **EMBEDDING_PARAMETERS,
     **{name: part for _, form in LORA_VARIANTS.values() for name, part in form.parameters.items()},
 }
 
@@ -65,7 +72,6 @@ INERT_FIELDS = (
 
 # keys and settings of what is not plain LoRA -> its name
 _VARIANT_KEYS = {
-    r".*\.lora_embedding_[AB](\..*)?": "LoRA on an embedding",
     r".*\.lora_A(\..*)?\.bias": "LoRA with a bias on A",
 }
 _VARIANT_FIELDS = {"enable_lora": "LoRA's MergedLinear"}
@@ -85,12 +91,17 @@ def find_shapes(source: AdapterSource) -> dict[str, tuple[tuple[int, ...], tuple
         return None
     _refuse_variants(source)
     sorted_keys = sort_keys(source, PARTS, "lora_", ignored=_left_behind(source))
-    parts = {m: keys for m, keys in sorted_keys.parts.items() if TOKENS not in keys}
+    parts = {m: keys for m, keys in sorted_keys.parts.items() if _is_linear(keys)}
     shapes = source.store.shapes
     for module, keys in parts.items():
         if missing := {"A", "B"} - set(keys):
             raise ThetaError(f"{module}: lora_{missing.pop()} is missing; the adapter is incomplete")
     return {module: (shapes[keys["A"]], shapes[keys["B"]]) for module, keys in parts.items()}
+
+
+def _is_linear(parts: Mapping[str, str]) -> bool:
+    """Whether a module has LoRA, rather than trained tokens, or LoRA of an embedding."""
+    return TOKENS not in parts and not is_embedding(parts)
 
 
 def find_variant(source: AdapterSource) -> tuple[type[Method], PeftForm] | None:
@@ -203,21 +214,37 @@ def read_modules(
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"{where}: bias = {bias!r}; expected none, all or lora_only")
     keys = sort_keys(source, PARTS, "lora_", bias, ignored=_left_behind(source))
-    modules, variant = read_tokens(source, keys.parts), find_variant(source)
-    tokens = set(modules)
-    for module, parts in sorted(keys.parts.items()):
-        if TOKENS in parts:
-            continue
-        check_parts(source, module, parts, variant)
-        a = source.store.shapes[parts["A"]]
-        modules[module] = theta_of(module, parts, find_scaling(module, a[0] if a else 0), transposed)
+    modules = _read_updates(source, keys.parts, find_scaling, theta_of, transposed)
+    tokens = read_tokens(source, keys.parts)
     targeting = targeting_of(where, config)
     if targeting is not None:
-        check_targeting(source.path, targeting, modules.keys() - tokens, keys.saved, bias)
+        check_targeting(source.path, targeting, modules, keys.saved, bias)
     facts = provenance(config)
     return build_adapter(
-        source, layout, evidence, modules, keys.saved, embedded=keys.embedded, targeting=targeting, **facts
+        source, layout, evidence, modules | tokens, keys.saved, embedded=keys.embedded, targeting=targeting, **facts
     )
+
+
+def _read_updates(
+    source: AdapterSource,
+    parts: Mapping[str, Mapping[str, str]],
+    scaling_of: ScalingOf,
+    theta_of: ThetaOf,
+    transposed: bool,
+) -> dict[str, ModuleTheta]:
+    """θ of the modules with LoRA, linear and embeddings, without heads that share an embedding's by their tie."""
+    modules, tied_heads, variant = {}, find_tied_heads(source, parts), find_variant(source)
+    for module, keys in sorted(parts.items()):
+        if TOKENS in keys or module in tied_heads:
+            continue
+        if is_embedding(keys):
+            keeps_ties = module in tied_heads.values()
+            modules[module] = read_embedding(source, module, keys, scaling_of, keeps_ties)
+            continue
+        check_parts(source, module, keys, variant)
+        a = source.store.shapes[keys["A"]]
+        modules[module] = theta_of(module, keys, scaling_of(module, a[0] if a else 0), transposed)
+    return modules
 
 
 def _always(scaling: float) -> ScalingOf:

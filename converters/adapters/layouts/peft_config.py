@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from converters.adapters.layouts.peft_keys import EMBEDDING_NAMES
 from converters.adapters.targeting import Targeting
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import as_boolean, as_integer, as_number
@@ -29,7 +30,7 @@ INERT_FIELDS = frozenset(
 )
 
 # the output and input embeddings that PEFT saves by itself when the vocabulary was resized
-_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out)\.(weight|bias)")
+_EMBEDDING = re.compile(rf"(.*\.)?({EMBEDDING_NAMES})\.(weight|bias)")
 
 
 def check_fields(

@@ -12,7 +12,11 @@ from pathlib import Path
 from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
 
+# input and output embeddings, whose base weights PEFT may save
+EMBEDDING_NAMES = "embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out"
+
 _SAVED = "modules_to_save"
+_EMBEDDING_BASE = re.compile(rf"(.*\.)?({EMBEDDING_NAMES})(\.token_adapter)?\.base_layer\.weight")
 _BEFORE = re.compile(r"\.(original_module|trainable_tokens_original)\.")  # what trained modules, or rows, replace
 
 
@@ -67,7 +71,8 @@ def sort_keys(
     """
     where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
     group_key, saved_key = _group_key(grouped or {}), _saved_key(whole)
-    whole_model = any(name.endswith(".base_layer.weight") for name in source.keys)
+    bases = [name for name in source.keys if name.endswith(".base_layer.weight")]
+    whole_model = not all(map(_EMBEDDING_BASE.fullmatch, bases))
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
         if ignored is not None and ignored.fullmatch(name):

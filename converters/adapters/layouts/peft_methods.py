@@ -73,7 +73,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         for module, parts in sorted(keys.parts.items())
     }
     targeting = targeting_of(where, config)
-    if targeting is not None and method.keeps_ties:
+    if targeting is not None and form.repeats_ties:
         modules = _without_copies(source, modules, targeting)
     if targeting is not None:
         check_targeting(source.path, targeting, modules, keys.saved, bias)

@@ -44,10 +44,10 @@ class TrainableTokens(RowWise):
         parameters={"trainable_tokens_delta": "rows"},
         mark="trainable_tokens_delta",
         fields=("token_indices",),
+        repeats_ties=True,
         settings=_settings,
     )
     axes: ClassVar[Mapping[str, Axes]] = {"rows": ("tokens", "in")}
-    keeps_ties = True
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """See `StoredMethod.check`."""
@@ -71,6 +71,11 @@ class TrainableTokens(RowWise):
                 f"{name}: token {last} was trained, the vocabulary of the base has {shape[0]}; give the base with "
                 "the embedding that was resized for the training (resize_token_embeddings, then save_pretrained)"
             )
+
+    @property
+    def keeps_ties(self) -> bool:
+        """See `Method.keeps_ties`."""
+        return True
 
     @property
     def reads(self) -> Reads:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel
 from support.method_zoo import CASES
 from support.paths import DATA
 from support.peft_methods import train
@@ -21,6 +21,8 @@ PIXELS = np.random.default_rng(2).standard_normal((3, 1, 16, 16), np.float32)
 METHODS: dict[str, tuple[PeftConfig, str]] = {
     "dora": (LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj"]), "‖W0 + s·BA‖"),
     "ia3": (IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]), "l ⊙ W0"),
+    "beft": (BeftConfig(target_modules=["q_proj"]), "b_trained"),
+    "lora-convolution": (LoraConfig(r=4, target_modules=["projection"]), "LoRA on a convolution"),
     "ln": (LNTuningConfig(target_modules=["layernorm_before", "layernorm_after"]), "W_trained"),
 }
 
@@ -53,7 +55,9 @@ def test_every_form_answers_as_peft(name: str, tmp_path: Path) -> None:
         card = (folder / "README.md").read_text()
         assert formula in card
         assert "PEANuT" not in card
-    with pytest.raises(ConversionError, match=r"not of low rank|only replaces tensors"):
+    with pytest.raises(
+        ConversionError, match=r"not of low rank|only replaces tensors|is of the bias|of a convolution"
+    ):
         export_onnx(base, adapter, tmp_path / "swapped", options=ExportOptions(form=Form.SWAPPABLE))
     assert not (tmp_path / "swapped").exists()
 

@@ -33,7 +33,8 @@ def _row(method: type[Method]) -> str:
 def _adapter(method: type[Method]) -> str:
     form = method.peft
     if form is None:
-        return "`PEANUT`, `LORA`, and more layouts"
+        others = {"lora-embedding": "`LORA` on embeddings", "lora-convolution": "`LORA` on convolutions"}
+        return others.get(method.name, "`PEANUT`, `LORA`, and more layouts")
     if form.flag is not None:
         return f"`{form.peft_type}` with `{form.flag}`"
     when = "".join(f" with `{name}: {json.dumps(value)}`".replace('"', "") for name, value in form.when.items())

@@ -68,6 +68,8 @@ class _Merge(torch.nn.Module):
         delta = self._delta.with_parts(dict(zip(self._delta.parts, theta, strict=True)))
         if w0.dim() == 1:  # a bias
             return total + delta.delta(w0[:, None])[:, 0]
+        if w0.dim() > 2:  # a convolution, as a matrix
+            return total + delta.delta(w0.flatten(1)).reshape(w0.shape)
         return total + delta.delta(w0)
 
 
