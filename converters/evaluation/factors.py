@@ -22,7 +22,7 @@ def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str 
         remedy: what to do about it.
     """
     if not modules:
-        raise ConversionError(f"the adapter only replaces tensors, which cannot be expressed as LoRA; {remedy}")
+        raise ConversionError(f"the adapter updates no weight: it cannot be expressed as LoRA; {remedy}")
     for module, tensor in modules.items():
         for term in tensor.terms:
             reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason

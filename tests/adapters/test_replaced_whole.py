@@ -107,7 +107,7 @@ def test_what_replaces_tensors_has_no_weight_and_no_other_form(tmp_path: Path) -
     with pytest.raises(OptionError, match="nothing is scaled; leave it out"):
         load_adapter(adapter, scaling=1.0)
     plan = prepare_merge(base, load_adapter(adapter))
-    with pytest.raises(ConversionError, match="only replaces tensors, which cannot be expressed as LoRA"):
+    with pytest.raises(ConversionError, match="updates no weight: it cannot be expressed as LoRA; merge it"):
         plan_lora_adapter(plan, tmp_path / "lora")
     with pytest.raises(ConversionError, match="only replaces tensors; the peft format writes PEANuT"):
         plan_peft_adapter(plan, tmp_path / "peft")

@@ -215,3 +215,16 @@ def test_a_resized_vocabulary_needs_the_resized_base(config: Callable[[str], Pef
     merge(tmp_path / "resized", tmp_path / "adapter", tmp_path / "merged")
     assert close(logits(type(model).from_pretrained(tmp_path / "merged").eval()), wanted)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_state_dict_in_memory_is_the_same_adapter(tmp_path: Path) -> None:
+    """`torch.save(model.state_dict())` keeps the name of the adapter, the weights of the base and the rows before."""
+    adapted = train(language_model("llama", False), beside_lora("llama"), tmp_path / "base", tmp_path / "adapter")
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    torch.save(adapted.state_dict(), folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text((tmp_path / "adapter" / "adapter_config.json").read_text())
+    whole, saved = load_adapter(folder), load_adapter(tmp_path / "adapter")
+    assert whole.digest == saved.digest
+    assert whole.embedded
+    merge(tmp_path / "base", folder, tmp_path / "merged")

@@ -71,8 +71,7 @@ def sort_keys(
     """
     where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
     group_key, saved_key = _group_key(grouped or {}), _saved_key(whole)
-    bases = [name for name in source.keys if name.endswith(".base_layer.weight")]
-    whole_model = not all(map(_EMBEDDING_BASE.fullmatch, bases))
+    whole_model = _is_whole_model(source)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
         if ignored is not None and ignored.fullmatch(name):
@@ -95,10 +94,7 @@ def sort_keys(
         elif mark in name:
             raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
         elif not _BEFORE.search(name):
-            plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
-            is_trained_bias = plain.endswith(".bias") and bias != "none"
-            trained = is_trained_bias or (plain == name and not whole_model)
-            (found.saved if trained else found.embedded)[plain] = key
+            _place_plain(found, name, key, bias, whole_model)
     if not found.parts and (whole is None or not found.saved):
         raise ThetaError(
             f"{where}: the weights contain no θ (no key with {whole or mark + 'A'}); there is nothing to merge"
@@ -125,6 +121,26 @@ def _parameter(match: re.Match[str], parameters: Mapping[str, str]) -> str | Non
     if f"{head}.{tail}" in parameters:
         return f"{head}.{tail}"
     return head if head in parameters and tail in (None, "weight") else None
+
+
+def _place_plain(found: PeftKeys, name: str, key: str, bias: str, whole_model: bool) -> None:
+    """Sort a key without a name of PEFT in it, or with `base_layer`: trained whole, or of the base."""
+    plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    is_trained_bias = plain.endswith(".bias") and bias != "none"
+    trained = is_trained_bias or (plain == name and not whole_model)
+    (found.saved if trained else found.embedded)[plain] = key
+
+
+def _is_whole_model(source: AdapterSource) -> bool:
+    """Whether it has the weights of the base, other than of embeddings, which PEFT may save along."""
+    bases = [name for name in source.keys if name.endswith(".base_layer.weight")]
+    return not all(map(_EMBEDDING_BASE.fullmatch, bases))
+
+
+def _group_key(grouped: Mapping[str, str]) -> re.Pattern[str]:
+    """What matches the key of a tensor of a group of modules."""
+    names = "|".join(map(re.escape, grouped))
+    return re.compile(rf"(?:base_model\.)?(?P<parameter>{names})\.(?P<group>[^.]+)")
 
 
 def _saved_key(whole: str | None) -> re.Pattern[str]:

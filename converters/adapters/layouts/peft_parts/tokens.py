@@ -19,7 +19,8 @@ from converters.methods.multiplicative.trainable_tokens import TrainableTokens, 
 TOKENS = "rows"  # the part of θ
 _HEADS = ("lm_head", "embed_out")
 TOKENS_FIELD = "trainable_token_indices"
-TOKENS_PARAMETER = "token_adapter.trainable_tokens_delta"
+TOKENS_PARAMETER = "trainable_tokens_delta"
+_WRAPPER = ".token_adapter"
 
 
 def read_tokens(source: AdapterSource, parts: Mapping[str, Mapping[str, str]]) -> dict[str, ModuleTheta]:
@@ -35,7 +36,7 @@ def read_tokens(source: AdapterSource, parts: Mapping[str, Mapping[str, str]]) -
     """
     where = source.config_path or source.path
     given = (source.config or {}).get(TOKENS_FIELD)
-    found = {module: keys for module, keys in sorted(parts.items()) if TOKENS in keys}
+    found = {module.removesuffix(_WRAPPER): keys for module, keys in sorted(parts.items()) if TOKENS in keys}
     if isinstance(given, list):
         found = _without_tied_head(source, found)
     if given in (None, [], {}):
@@ -47,7 +48,7 @@ def read_tokens(source: AdapterSource, parts: Mapping[str, Mapping[str, str]]) -
         return {}
     modules: dict[str, ModuleTheta] = {}
     for module, keys in found.items():
-        if len(keys) > 1:
+        if len(keys) > 1 or module in parts:
             raise ThetaError(f"{source.path}: {module} has trained tokens and LoRA, which PEFT does not combine")
         with located(where):
             modules[module] = ModuleTheta(
