@@ -13,10 +13,6 @@ from converters.adapters.refusals import NOT_MERGEABLE, NOT_MERGEABLE_LORA
 from converters.errors import LayoutError
 from converters.methods.table import PEFT_METHODS
 
-# what PEFT's merge_and_unload merges, and this version does not
-NOT_READ = {
-}  # fmt: skip
-
 
 def adapter_of(folder: Path, **changes: object) -> Path:
     save_adapter(tiny_llama(), folder)
@@ -25,8 +21,8 @@ def adapter_of(folder: Path, **changes: object) -> Path:
 
 
 def test_every_type_of_peft_is_read_or_refused_with_a_reason() -> None:
-    assert {one.value for one in PeftType} == {"PEANUT", "LORA", LN_TUNING, *PEFT_METHODS, *NOT_MERGEABLE, *NOT_READ}
-    assert not NOT_READ & {*PEFT_METHODS, *NOT_MERGEABLE}
+    assert {one.value for one in PeftType} == {"PEANUT", "LORA", LN_TUNING, *PEFT_METHODS, *NOT_MERGEABLE}
+    assert not PEFT_METHODS.keys() & NOT_MERGEABLE.keys()
 
 
 @pytest.mark.parametrize("peft_type", sorted(NOT_MERGEABLE))
@@ -35,10 +31,10 @@ def test_what_cannot_be_merged(tmp_path: Path, peft_type: str) -> None:
         load_adapter(adapter_of(tmp_path, peft_type=peft_type))
 
 
-@pytest.mark.parametrize("peft_type", sorted(NOT_READ))
-def test_what_is_not_read(tmp_path: Path, peft_type: str) -> None:
-    with pytest.raises(LayoutError, match=rf"says peft_type {peft_type}; supported are .*merge_and_unload"):
-        load_adapter(adapter_of(tmp_path, peft_type=peft_type))
+def test_what_is_not_read(tmp_path: Path) -> None:
+    """A type of a PEFT to come."""
+    with pytest.raises(LayoutError, match=r"says peft_type NEWER; supported are .*merge_and_unload"):
+        load_adapter(adapter_of(tmp_path, peft_type="NEWER"))
 
 
 @pytest.mark.parametrize("field", sorted(NOT_MERGEABLE_LORA))

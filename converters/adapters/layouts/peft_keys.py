@@ -63,8 +63,7 @@ def sort_keys(
         shared: name of a tensor that belongs to all modules (`vera_A`) -> part of θ.
         grouped: name of a tensor that belongs to a group of modules (`frod_V`, as `frod_V.<group>`) -> part of θ.
         ignored: what matches a key without effect on a trained adapter.
-        whole: what contains the trained copy of a module (`ln_tuning_layers`), for a method that replaces modules
-            whole and needs no other θ.
+        whole: what holds trained copies of modules (`ln_tuning_layers`), where no other θ is needed.
 
     Raises:
         ThetaError: a key does not have PEFT's form, there is no θ, or there are several adapters.
@@ -89,22 +88,25 @@ def sort_keys(
         elif match := saved_key.fullmatch(name):
             adapters.add(match["name"])
             found.saved[f"{match['module']}.{match['parameter']}"] = key
-            if match["holder"] == whole:
-                found.replaced.add(match["module"])
+            found.replaced |= {match["module"]} if match["holder"] == whole else set()
         elif mark in name:
             raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
         elif not _BEFORE.search(name):
             _place_plain(found, name, key, bias, whole_model)
     if not found.parts and (whole is None or not found.saved):
-        raise ThetaError(
-            f"{where}: the weights contain no θ (no key with {whole or mark + 'A'}); there is nothing to merge"
-        )
+        needed = whole or f"{mark}A"
+        raise ThetaError(f"{where}: the weights contain no θ (no key with {needed}); there is nothing to merge")
     if len(adapters - {None}) > 1:
         _refuse_several(where, adapters)
-    if bias == "lora_only":
-        for name in [n for n in found.saved if whole_model and n.endswith(".bias") and n[:-5] not in found.parts]:
-            found.embedded[name] = found.saved.pop(name)
+    if bias == "lora_only" and whole_model:
+        _embed_other_biases(found)
     return found
+
+
+def _embed_other_biases(found: PeftKeys) -> None:
+    """Only biases of adapted modules were trained; the others are those of the base."""
+    for name in [n for n in found.saved if n.endswith(".bias") and n[:-5] not in found.parts]:
+        found.embedded[name] = found.saved.pop(name)
 
 
 def _theta_key(parameters: Mapping[str, str]) -> re.Pattern[str]:
