@@ -157,12 +157,6 @@ def _shared_key(shared: Mapping[str, str]) -> re.Pattern[str]:
     return re.compile(rf"(base_model\.)?(?P<parameter>{names})(\.[^.]+)?")
 
 
-def _group_key(grouped: Mapping[str, str]) -> re.Pattern[str]:
-    """What matches the key of a tensor of a group of modules."""
-    names = "|".join(map(re.escape, grouped))
-    return re.compile(rf"(?:base_model\.)?(?P<parameter>{names})\.(?P<group>[^.]+)")
-
-
 def _refuse_several(where: Path, adapters: set[str | None]) -> None:
     names = ", ".join(sorted(str(name) for name in adapters if name is not None))
     raise ThetaError(f"{where}: θ of several adapters ({names}) in one file; save only the one to use")
