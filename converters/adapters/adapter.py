@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from converters.adapters.targeting import Targeting
 from converters.errors import ThetaError
 from converters.methods.base import Method
 from converters.methods.finite import all_finite
+from converters.methods.low_rank.expert_lora import ExpertLora
 from converters.methods.peanut import Tweaker
 from converters.methods.stored import INDEX_DTYPES
 from converters.methods.weight_delta import WeightShape
@@ -50,6 +51,8 @@ class Adapter:
         embedded: base weight that was saved with the adapter -> key in the store.
         targeting: which modules must have θ, as far as that is known.
         digest: SHA-256 of θ and everything that the mathematics needs.
+        target_parameters: parameters that are adapted without their module, as PEFT's config names them; their θ is
+            under the module that has them, with `.base_layer` for each wrapper around their own.
         rival: another layout that the weights could be in as well; the shapes of a base decide.
         labels: class labels of its head, if recorded.
         repo_id, revision: where on the Hub it came from, if it did.
@@ -68,6 +71,7 @@ class Adapter:
     digest: str
     embedded: Mapping[str, str] = field(default_factory=dict)
     targeting: Targeting | None = None
+    target_parameters: tuple[str, ...] = ()
     rival: str | None = None
     labels: tuple[str, ...] | None = None
     repo_id: str | None = None
@@ -101,6 +105,10 @@ class Adapter:
         """θ of one module on the meta device: its shapes, settings and facts, without its numbers."""
         return self._descriptions[module]
 
+    def is_parameter(self, module: str) -> bool:
+        """Whether it is one of `target_parameters`."""
+        return self.modules[module].method is ExpertLora
+
     def rank(self, module: str) -> int | None:
         """The rank of the exact factors of one module's delta; None if it has none."""
         return self.describe(module).rank
@@ -110,11 +118,8 @@ class Adapter:
         return self.describe(module).weight_shape
 
     def method(self, module: str) -> Method:
-        """θ of one module."""
-        theta = self.modules[module]
-        return theta.method.from_parts(
-            {part: self.store.tensor(key) for part, key in theta.parts.items()}, theta.settings
-        )
+        """θ of one module. The last few of several experts are kept: a base may store each expert by itself."""
+        return self._recent(module) if self.is_parameter(module) else self._read(module)
 
     def tweaker(self, module: str) -> Tweaker:
         """θ of one module of a PEANuT or LoRA adapter. Raises `ThetaError` for another method."""
@@ -122,6 +127,16 @@ class Adapter:
         if not isinstance(found, Tweaker):
             raise ThetaError(f"{self.path}: {module} is adapted by {found.name}, not by PEANuT or LoRA")
         return found
+
+    def _read(self, module: str) -> Method:
+        theta = self.modules[module]
+        return theta.method.from_parts(
+            {part: self.store.tensor(key) for part, key in theta.parts.items()}, theta.settings
+        )
+
+    @cached_property
+    def _recent(self) -> Callable[[str], Method]:
+        return lru_cache(maxsize=4)(self._read)
 
     @cached_property
     def _descriptions(self) -> dict[str, Method]:

@@ -36,8 +36,8 @@ def updated_blocks(
 
     Raises `NonFiniteError` when a value does not fit the dtype.
     """
-    source = source.as_matrix
-    shape = (source.shape[0], source.shape[1])
+    shape = merges[0][1].matrix_shape
+    source = source.as_matrix(shape)
     updates = [
         [plan.delta_of(term).update(shape, EVALUATION_DTYPE, worker.device) for term in tensor.terms]
         for plan, tensor in merges

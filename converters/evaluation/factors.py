@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from converters.adapters.parameters import owner_of
 from converters.errors import ConversionError
 from converters.evaluation.worker import EVALUATION_DTYPE
 from converters.files.blocks import block_rows
@@ -30,6 +31,24 @@ def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str 
                 reason = "is one of a bias, beside that of the weight"
             if reason is not None:
                 raise ConversionError(f"the update of {module} {reason}: it cannot be expressed as LoRA; {remedy}")
+
+
+def refuse_parts(plan: Plan, form: str) -> None:
+    """Raise `ConversionError` for updates of parameters, or of parts of stored tensors; `form` is what cannot be."""
+    for tensor in plan.tensors:
+        for term in tensor.terms:
+            adapter = plan.adapters[term.adapter].adapter
+            if adapter.is_parameter(term.module):
+                raise ConversionError(
+                    f"{adapter.path} adapts parameters of {owner_of(term.module)}, with a pair of factors for each "
+                    f"expert, and cannot be written as {form}; PEFT loads it as it is, vLLM if it adapts both "
+                    "gate_up_proj and down_proj (LoRA request with is_3d_lora_weight); or merge it"
+                )
+            if term.part is not None:
+                raise ConversionError(
+                    f"{term.module} is only a part of {tensor.name} of the checkpoint, and cannot be written as "
+                    f"{form}; merge it, or save the base again with the names and tensors of transformers"
+                )
 
 
 def rank_of(plan: Plan, tensor: TensorPlan) -> int | None:

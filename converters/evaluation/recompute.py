@@ -20,7 +20,7 @@ def recompute(
     """W0, the sum of its updates, and the magnitudes all of that was added up from; each (rows, columns), float64."""
     if tensor.source is None:
         raise ValueError(f"{tensor.name} is not from the base")
-    read = _W0(tensor.source.as_matrix, rows, columns, {delta.reads for delta in deltas}, reader)
+    read = _W0(tensor.source.as_matrix(tensor.matrix_shape), rows, columns, {delta.reads for delta in deltas}, reader)
     w0 = read.of(Reads.NOTHING)
     total, spread = torch.zeros_like(w0), w0.abs()
     for delta in deltas:

@@ -104,7 +104,7 @@ def verify_tensor(
             raise VerificationError(wrong)
         return 0, 0.0
     rows, columns = sample_places(tensor, deltas)
-    found_digest, found = _hash_and_pick(written.as_matrix, rows, columns, reader)
+    found_digest, found = _hash_and_pick(written.as_matrix(tensor.matrix_shape), rows, columns, reader)
     if found_digest != digest:
         raise VerificationError(wrong)
     return check_numbers(found, tensor, rows, columns, deltas, reader)

@@ -46,10 +46,9 @@ class TensorInfo:
         """Number of elements in one row, i.e. at one index of dimension 0."""
         return math.prod(self.shape[1:])
 
-    @property
-    def as_matrix(self) -> "TensorInfo":
-        """The same bytes as a matrix (rows, everything else); a vector becomes one with a single column."""
-        return self if len(self.shape) == 2 else replace(self, shape=(self.shape[0], self.row_size))
+    def as_matrix(self, shape: tuple[int, int]) -> "TensorInfo":
+        """The same bytes as a matrix of this shape."""
+        return replace(self, shape=shape)
 
     @property
     def is_float(self) -> bool:

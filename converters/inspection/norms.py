@@ -1,7 +1,8 @@
 """How much an adapter changes each module of its base, and recording that base."""
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,13 +51,26 @@ def delta_norms(
                 beside = term.parameter != "weight" and adapter.describe(term.module).changes_weight
                 if tensor.source is None or beside:
                     continue
-                info, shape = tensor.source.as_matrix, tensor.matrix_shape
+                shape = tensor.matrix_shape
+                info = tensor.source.as_matrix(shape)
                 blocks = partial(reader.row_blocks, info, block_rows(info.row_size))
                 norm = plan.delta_of(term).update(shape, torch.float32, cpu).norm(blocks)
                 squares = sum(float(b.float().square().sum(dtype=torch.float64)) for b in blocks())
                 found.append(DeltaNorm(term.module, shape, norm, squares**0.5))
                 advance(1)
-    return sorted(found, key=lambda norm: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", norm.module)])
+    return sorted(
+        _summed(found), key=lambda norm: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", norm.module)]
+    )
+
+
+def _summed(norms: Sequence[DeltaNorm]) -> Iterator[DeltaNorm]:
+    """One for each module: the tensors of its experts, if they are stored one by one, are taken together."""
+    groups: dict[str, list[DeltaNorm]] = {}
+    for norm in norms:
+        groups.setdefault(norm.module, []).append(norm)
+    for module, parts in groups.items():
+        delta, weight = (math.hypot(*(getattr(part, side) for part in parts)) for side in ("delta", "weight"))
+        yield DeltaNorm(module, (sum(part.shape[0] for part in parts), parts[0].shape[1]), delta, weight)
 
 
 def norm_table(norms: Sequence[DeltaNorm]) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:

@@ -8,9 +8,11 @@ renamings between checkpoint and memory are those of `transformers/conversion_ma
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from converters.errors import PeanutError, TargetError
+from converters.models.conversion import Conversion, find_conversion
 
 # PEFT's task types (peft/utils/peft_types.py) and the auto classes that load such models
 AUTO_CLASSES = {
@@ -39,6 +41,7 @@ class Architecture:
         tied: alias -> the tensor it is tied to.
         prefix: its `base_model_prefix` (`vit`, `bert`, `model`), or empty if it has no such submodule.
         num_labels, vocab_size: the sizes that the config states or implies.
+        transposed: modules whose parameters of experts are (experts, in, out).
     """
 
     name: str
@@ -48,16 +51,28 @@ class Architecture:
     prefix: str
     num_labels: int
     vocab_size: int | None
+    transposed: frozenset[str]
     _rename: Callable[[str], tuple[str, str | None]]
     _optional: tuple[str, ...]
+    _converters: tuple[Any, ...]
 
     def canonical(self, name: str) -> str:
         """The name in memory of the tensor that an old or new checkpoint or adapter calls `name`."""
         return name if name in self.shapes else self._rename(name)[0]
 
+    def module(self, name: str) -> str:
+        """The name in memory of a module that has parameters of its own."""
+        inside = f"{self.prefix}.{name}"
+        return inside if any(shape.startswith(f"{inside}.") for shape in self.shapes) else name
+
     def converted(self, name: str) -> bool:
         """Whether transformers fuses or splits the tensor that a checkpoint calls `name` when loading it."""
         return self._rename(name)[1] is not None
+
+    def conversion(self, name: str) -> Conversion | None:
+        """What becomes of a tensor that is `converted`; None if that is not known here."""
+        canonical, pattern = self._rename(name)
+        return None if pattern is None else find_conversion(name, canonical, pattern, self._converters)
 
     def optional(self, name: str) -> bool:
         """Whether transformers silently loads a checkpoint without this tensor."""
@@ -103,6 +118,7 @@ def build_architecture(
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
 
+    @cache
     def rename(name: str) -> tuple[str, str | None]:
         found: tuple[str, str | None] = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         return found
@@ -115,8 +131,10 @@ def build_architecture(
         prefix=prefix,
         num_labels=native.num_labels,
         vocab_size=getattr(native.get_text_config(), "vocab_size", None),
+        transposed=frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
         _rename=rename,
         _optional=tuple(ignored),
+        _converters=tuple(converters),
     )
 
 

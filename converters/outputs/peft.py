@@ -15,6 +15,7 @@ from torch import Tensor
 from converters.adapters.base_record import write_base_record
 from converters.adapters.loading import load_adapter
 from converters.errors import ConversionError, VerificationError
+from converters.evaluation.factors import refuse_parts
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
 from converters.files.staging import check_output
@@ -97,6 +98,7 @@ def _tweakers(plan: Plan) -> dict[str, Tweaker]:
     """Name of an updated tensor -> its tweaker. Raises `ConversionError` for what PEFT's PEANuT does not adapt."""
     if len(plan.adapters) > 1:
         raise ConversionError("a PEFT adapter cannot hold the sum of several; convert each, or merge them")
+    refuse_parts(plan, "a PEANuT adapter")
     tweakers = {}
     for tensor in plan.tensors:
         for term in tensor.terms:

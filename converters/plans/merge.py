@@ -21,6 +21,7 @@ from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
 from converters.plans.orientation import is_transposed, with_shapes
+from converters.plans.parts import part_of, part_term
 from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
@@ -76,6 +77,8 @@ class Plan:
                 raise ValueError(f"{term.module}: {method.name} does not change the bias")
             return found.times(weighted.weight)
         delta = method.times(weighted.weight)
+        if term.part is not None:
+            return part_of(delta, term.part, term.transposed)
         return delta.transposed() if term.transposed else delta
 
     def deltas_of(self, tensor: TensorPlan) -> list[WeightDelta]:
@@ -212,12 +215,16 @@ def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtyp
         )
         beside = output_name not in base.tensors and info.name in kept  # a head that was tied to it
         action = Action.ADDED if beside else Action.UPDATED
-        yield TensorPlan(output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, terms)
+        stack = len(info.shape) > 2 and any(adapters[t.adapter].is_parameter(t.module) for t in targets)
+        yield TensorPlan(output_name, action, _dtype_of(info.dtype, dtype), info.shape, info, terms, is_stack=stack)
 
 
 def _terms(base: Checkpoint, adapter: Adapter, found: Targets, target: Target, info: TensorInfo) -> Iterator[Term]:
     """The updates of one tensor by one adapter; θ is checked against its shape."""
     described = adapter.describe(target.module)
+    if target.part is not None or adapter.is_parameter(target.module):
+        yield part_term(described, target, info)
+        return
     if target.parameter == "weight":
         transposed = is_transposed(base, adapter, target.module, info)
         described.check_fits(info.shape[::-1] if transposed else info.shape, info.name)

@@ -33,6 +33,8 @@ def with_shapes(base: Checkpoint, weighted: Weighted, position: int, found: Targ
         weight = base.tensors[target.base_name]
         if target.adapter == position and target.parameter == "weight" and len(weight.shape) == 2:
             out, width = weight.shape
+            if target.part is not None:
+                out = target.part.rows[1] - target.part.rows[0]
             flipped = is_transposed(base, adapter, target.module, weight)
             shapes[target.module] = (width, out) if flipped else (out, width)
     modules = dict(adapter.modules)

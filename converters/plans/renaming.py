@@ -1,7 +1,7 @@
 """Targets by way of transformers' own renamings; heads, ties, sizes and labels that an adapter brings."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from converters.errors import BaseMismatchError, OptionError, TargetError
 from converters.models import config as model_config
 from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
+from converters.plans.parts import place_parameters, split_part
 from converters.plans.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
 from converters.plans.ties import tie_targets
 
@@ -51,7 +52,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
     for position, adapter in enumerate(adapters):
         if adapter.modules:
-            _place_updates(draft, position, adapter, arch, names)
+            _place_updates(draft, base, position, adapter, arch, names)
         _place_embedded(draft, position, adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
@@ -83,12 +84,21 @@ class _BaseNames:
     def __init__(self, base: Checkpoint, arch: Architecture, switched: bool) -> None:
         self.canonical = {name: arch.canonical(name) for name in sorted(base.tensors)}
         self.by_canonical = {canonical: name for name, canonical in self.canonical.items()}
+        self.sources: dict[str, list[str]] = {}  # tensor in memory -> those it is made from
+        for name, canonical in self.canonical.items():
+            conversion = arch.conversion(name) if arch.converted(name) else None
+            for target in conversion.targets if conversion is not None else (canonical,):
+                self.sources.setdefault(target, []).append(name)
         self._arch = arch
         self._switched = switched
 
     def find(self, canonical: str) -> str | None:
         """The base's name of a tensor, or of the one it is tied to."""
-        return self.by_canonical.get(canonical) or self.by_canonical.get(self._arch.tied.get(canonical, ""))
+        return self.source(canonical) or self.by_canonical.get(self._arch.tied.get(canonical, ""))
+
+    def source(self, canonical: str) -> str | None:
+        """The base's name of a tensor, or of one that it is made from."""
+        return next(iter(self.sources.get(canonical, ())), None)
 
     def output(self, name: str) -> str:
         """The name of a base tensor in the output: its own, plus the prefix that a class with a head adds.
@@ -103,19 +113,24 @@ class _BaseNames:
 
 
 def _place_updates(
-    draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
+    draft: _PendingTargets, base: Checkpoint, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
 ) -> None:
     adapted = {}
-    for module in adapter.modules:
+    stored = {name: info.shape for name, info in base.tensors.items()}
+    if adapter.target_parameters:
+        for target in place_parameters(position, adapter, arch, names.sources, stored):
+            draft.targets.append(replace(target, output_name=names.output(target.base_name)))
+    for module in (module for module in adapter.modules if not adapter.is_parameter(module)):
         canonical = arch.canonical(f"{module}.weight")
         source = names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
         output = canonical if canonical in arch.tied else names.output(source)
         described = adapter.describe(module)
+        part = split_part(module, canonical, source, stored[source], arch) if arch.converted(source) else None
         bias = names.find(arch.canonical(f"{module}.bias")) if described.bias is not None else None
         if described.changes_weight:
-            draft.targets.append(Target(position, module, source, output))
+            draft.targets.append(Target(position, module, source, output, part=part))
         elif bias is None:
             raise TargetError(
                 f"{module} has no bias in the base, and a {described.name} adapter changes biases; PEFT's PeftModel "
@@ -123,17 +138,13 @@ def _place_updates(
             )
         if bias is not None:
             draft.targets.append(Target(position, module, bias, names.output(bias), "bias"))
-        for name in filter(None, (source, bias)):
-            if arch.converted(name):
-                raise TargetError(
-                    f"{module}: transformers builds this weight by fusing or splitting {name} of the checkpoint, and "
-                    "a merge into such a tensor is not supported; adapt a module that is stored as it is"
-                )
+        if bias is not None and arch.converted(bias):
+            raise TargetError(f"{module}: transformers fuses or splits {bias}; its update is not supported")
         adapted[canonical.removesuffix(".weight")] = source.removesuffix(".weight")
     others = {
         spelling: linear
         for linear in arch.linear - set(adapted)
-        if (source := names.by_canonical.get(f"{linear}.weight")) is not None
+        if (source := names.source(f"{linear}.weight")) is not None
         for spelling in (linear, source.removesuffix(".weight"), names.output(source).removesuffix(".weight"))
     }
     spelled = [*adapted, *adapted.values(), *adapter.modules]

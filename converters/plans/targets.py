@@ -14,6 +14,7 @@ from typing import Any
 from converters.adapters.adapter import Adapter
 from converters.errors import OptionError, TargetError, ThetaError
 from converters.models.checkpoint import Checkpoint
+from converters.plans.tensor import Part
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Target:
     base_name: str
     output_name: str
     parameter: str = "weight"  # or its bias
+    part: Part | None = None
+    transposed: bool = False  # of a parameter of experts: it is (experts, in, out)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Target
     }
     targets = []
     for position, adapter in enumerate(adapters):
-        if adapter.saved or adapter.embedded:
-            return None  # class, labels, ties and sizes have to be checked, or base weights compared
+        if adapter.saved or adapter.embedded or adapter.target_parameters:
+            return None  # class, labels, ties and sizes have to be checked, base weights compared, parameters found
         pairs = {module: f"{module}.weight" for module in adapter.modules}
         if any(not adapter.describe(module).changes_weight for module in pairs):
             return None  # the biases have to be there

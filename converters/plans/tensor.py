@@ -17,6 +17,21 @@ class Action(str, Enum):
 
 
 @dataclass(frozen=True)
+class Part:
+    """How a tensor that transformers fuses or splits corresponds to the weight of a module.
+
+    Attributes:
+        expert: the tensor is (a part of) this expert of the weight; None if the weight is a part of the tensor.
+        rows: these rows of the expert are the tensor; or these rows of the tensor are the weight.
+        height: rows of the tensor, for the latter.
+    """
+
+    expert: int | None
+    rows: tuple[int, int]
+    height: int = 0
+
+
+@dataclass(frozen=True)
 class Term:
     """One update of one tensor."""
 
@@ -26,6 +41,7 @@ class Term:
     parameter: str = "weight"  # of the module; or its bias
     beside: tuple[TensorInfo, ...] = ()  # weight and bias of the module, for a method that reads both together
     weight: TensorInfo | None = None  # of the module, for what its bias gets through it
+    part: Part | None = None  # where transformers fuses or splits tensors
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class TensorPlan:
     source: TensorInfo | None  # in the base: W0, or what is kept
     terms: tuple[Term, ...] = ()  # updates, to be summed
     saved: str | None = None  # tensor of the plan's head that is written here
+    is_stack: bool = False  # of matrices, of experts, that are updated by rows
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +68,9 @@ class TensorPlan:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Its shape as a matrix (rows, everything else): a vector is one of a single column."""
+        """Its shape as a matrix: (rows, everything else), or, of a stack, the matrices below each other."""
+        if self.is_stack:
+            return math.prod(self.shape[:-1]), self.shape[-1]
         return self.shape[0], math.prod(self.shape[1:])
 
     @property

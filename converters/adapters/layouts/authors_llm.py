@@ -33,7 +33,9 @@ _MATH_FIELDS = ("r", "lora_alpha")
 def claims(source: AdapterSource) -> str | None:
     """LORA in the config, with lora_B (d, r) for lora_A (r, d) everywhere."""
     shapes = find_shapes(source)
-    if shapes is None or find_variant(source) is not None or not all(a == b[::-1] for a, b in shapes.values()):
+    if shapes is None or (source.config or {}).get("target_parameters"):
+        return None
+    if find_variant(source) is not None or not all(a == b[::-1] for a, b in shapes.values()):
         return None
     if any(f".{name}" in key for key in source.keys for name in (TOKENS_PARAMETER, *EMBEDDING_PARAMETERS)):
         return None  # not in their code; and an embedding's shape would not decide between the layouts

@@ -6,7 +6,7 @@ left factor, is lora_B. No code writes it, so it is read only where the user ask
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,12 @@ from converters.adapters.layouts.lora_names import (
     read_modules,
     says,
 )
-from converters.adapters.layouts.peft_config import boolean, integer, located, number
+from converters.adapters.layouts.peft_config import boolean, integer, located, number, targeting_of
+from converters.adapters.parameters import find_ranks, owners
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.base import Method
+from converters.methods.low_rank.expert_lora import ExpertLora
 from converters.methods.low_rank.other_lora import ConvLora
 from converters.methods.peanut import Orientation, Tweaker
 from converters.methods.peft_form import first_match
@@ -74,6 +76,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
     name, act_fn = ("nonlinear-lora", "relu") if nonlinear else ("lora", "linear")
     variant = find_variant(source)
     residual = _residual_method(source, name if variant is None else variant[0].name)
+    parameters = {} if nonlinear or variant is not None else _find_parameters(source, residual)
 
     def theta_of(module: str, keys: Mapping[str, str], s: float, fan_in_fan_out: bool) -> ModuleTheta:
         """θ of one module, after a look at the shapes of its factors."""
@@ -89,11 +92,15 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
             raise ThetaError(f"{module}: lora_A has shape {a}, lora_B {b}; expected (r, in) and (out, r)")
         if residual is not None:
             return ModuleTheta(residual, keys, {"scaling": s}, fan_in_fan_out)
+        if module in parameters:
+            given = {"scaling": s, "experts": a[0] // parameters[module][0], "transposed": False}
+            version = (source.config or {}).get("peft_version")
+            return ModuleTheta(ExpertLora, keys, {**given, "peft_version": version})
         settings = {"orientation": Orientation.FREE.value, "act_fn": act_fn, "scaling": s}
         return ModuleTheta(Tweaker, keys, settings, fan_in_fan_out)
 
-    inert = (*INERT_FIELDS, *_CHECKED_FIELDS)
-    find_scaling = partial(_scaling_of, source)
+    inert = (*INERT_FIELDS, *_CHECKED_FIELDS, *(["target_parameters"] if parameters else []))
+    find_scaling = partial(_scaling_of, source, parameters)
     math = (*_MATH_FIELDS, *(variant[1].fields if variant is not None else ()))
     return read_modules(source, name, evidence, scaling, math, inert, find_scaling, theta_of)
 
@@ -136,8 +143,57 @@ def _residual_method(source: AdapterSource, kind: str) -> type[Method] | None:
     return found
 
 
-def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
-    """s by module, as PEFT has it; checks r by module on the way."""
+def _find_parameters(source: AdapterSource, residual: type[Method] | None) -> dict[str, tuple[int, float]]:
+    """(r, s) of every module of the weights that is a wrapper of one of the config's target_parameters."""
+    config, where = source.config or {}, source.config_path or source.path
+    named = config.get("target_parameters")
+    if not named:
+        return {}
+    if residual is not None:
+        raise AdapterConfigError(
+            f"{where}: init_lora_weights is {residual.name}, which is not read together with target_parameters; "
+            f"{_CONVERT}"
+        )
+    if not isinstance(named, list) or not all(isinstance(name, str) and name for name in named):
+        raise AdapterConfigError(f"{where}: target_parameters = {named!r}; expected a list of names")
+    shapes, rank_of = find_shapes(source) or {}, _rank_and_scaling(source, config)
+    targeting = targeting_of(where, config)
+    by_module = targeting is not None and not targeting.all_linear
+    others = [m for m in shapes if not (by_module and targeting is not None and targeting.matches(m))]
+    found: dict[str, tuple[int, float]] = {}
+    for owner, wrappers in owners(others, named).items():
+        rows = {module: shapes[module][0][0] if shapes[module][0] else 0 for module in wrappers}
+        found |= find_ranks(owner, rows, named, rank_of)
+    if not found:
+        raise ThetaError(
+            f"{source.path}: the weights contain no θ for target_parameters {named}; the adapter is incomplete"
+        )
+    return found
+
+
+def _scaling_of(
+    source: AdapterSource, parameters: Mapping[str, tuple[int, float]], config: Mapping[str, Any]
+) -> ScalingOf:
+    """s by module, as PEFT has it; checks r by module on the way. `parameters` have theirs."""
+    rank_of = _rank_and_scaling(source, config)
+
+    def scaling(module: str, found: int) -> float:
+        """s of one module, whose factors have the rank `found`."""
+        if module in parameters:
+            return parameters[module][1]
+        wanted, s = rank_of(module)
+        if found != wanted:
+            raise ThetaError(
+                f"{module}: lora_A has {found} rows, the config says r = {wanted}; they disagree, or A and B are "
+                "swapped"
+            )
+        return s
+
+    return scaling
+
+
+def _rank_and_scaling(source: AdapterSource, config: Mapping[str, Any]) -> Callable[[str], tuple[int, float]]:
+    """Module, or parameter -> (r, s), as the config has them."""
     where = source.config_path or source.path
     r = integer(where, "r", config["r"], 1)
     alpha = number(where, "lora_alpha", config["lora_alpha"])
@@ -149,16 +205,11 @@ def _scaling_of(source: AdapterSource, config: Mapping[str, Any]) -> ScalingOf:
             integer(where, f"{name} {pattern}", value, 1) if table is ranks else number(where, name, value)
     rslora = boolean(where, "use_rslora", config.get("use_rslora") or False)
 
-    def scaling(module: str, found: int) -> float:
-        """s of one module, whose factors have the rank `found`."""
+    def rank_and_scaling(module: str) -> tuple[int, float]:
+        """(r, s) of one module."""
         with located(where):
-            wanted = ranks.get(first_match(ranks, module), r)
+            rank = ranks.get(first_match(ranks, module), r)
             numerator = float(alphas.get(first_match(alphas, module), alpha))
-        if found != wanted:
-            raise ThetaError(
-                f"{module}: lora_A has {found} rows, the config says r = {wanted}; they disagree, or A and B are "
-                "swapped"
-            )
-        return numerator / (math.sqrt(wanted) if rslora else wanted)
+        return rank, numerator / (math.sqrt(rank) if rslora else rank)
 
-    return scaling
+    return rank_and_scaling

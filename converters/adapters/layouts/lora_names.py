@@ -31,6 +31,7 @@ from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
 from converters.methods.base import Method
+from converters.methods.low_rank.expert_lora import ExpertLora
 from converters.methods.peft_form import PeftForm
 from converters.methods.table import LORA_VARIANTS
 
@@ -218,8 +219,9 @@ def read_modules(
     tokens = read_tokens(source, keys.parts)
     targeting = targeting_of(where, config)
     if targeting is not None:
-        check_targeting(source.path, targeting, modules, keys.saved, bias)
-    facts = provenance(config)
+        whole = {module: theta for module, theta in modules.items() if theta.method is not ExpertLora}
+        check_targeting(source.path, targeting, whole, keys.saved, bias)
+    facts = provenance(config) | {"target_parameters": tuple(config.get("target_parameters") or ())}
     return build_adapter(
         source, layout, evidence, modules | tokens, keys.saved, embedded=keys.embedded, targeting=targeting, **facts
     )

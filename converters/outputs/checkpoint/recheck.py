@@ -145,7 +145,7 @@ def _recompute(
 ) -> Iterator[tuple[int, float]]:
     """Every number of an updated weight, a part at a time: (numbers, largest error in ulp)."""
     deltas = plan.deltas_of(tensor)
-    reads, info = {delta.reads for delta in deltas}, info.as_matrix
+    reads, info = {delta.reads for delta in deltas}, info.as_matrix(tensor.matrix_shape)
     out, width = tensor.matrix_shape
     split_rows = Reads.ROWS in reads and Reads.WHOLE not in reads
     rows = torch.split(torch.arange(out), max(1, _NUMBERS // width)) if split_rows else [torch.arange(out)]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from converters.errors import ConversionError
-from converters.evaluation.factors import rank_of, refuse_full_rank
+from converters.evaluation.factors import rank_of, refuse_full_rank, refuse_parts
 from converters.files.header import FLOAT_DTYPES, TensorSpec
 from converters.files.staging import check_output
 from converters.models.architecture import Architecture, build_architecture
@@ -130,6 +130,7 @@ def as_lora(
     where exact factors are missing.
     """
     options = options or LoraOptions()
+    refuse_parts(plan, "a LoRA of modules")
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}

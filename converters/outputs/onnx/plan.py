@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import ConversionError, OptionError
+from converters.evaluation.factors import refuse_parts
 from converters.evaluation.worker import find_devices
 from converters.files.staging import check_output, check_space
 from converters.inference.images import image_shape
@@ -71,6 +72,8 @@ def plan_export(
         OutputError: the output exists, or there is no room for it.
     """
     kinds = [find_kind(plan.config) for plan in plans]
+    for plan in plans:
+        refuse_parts(plan, "ONNX")
     _check_options(plans, options)
     check_opset(options.opset)
     find_devices(options.device)
