@@ -64,7 +64,9 @@ def adapts_nothing(config: Mapping[str, Any] | None) -> bool:
 
     `get_peft_model` accepts an adapter without target modules by the constant DUMMY_TARGET_MODULES only.
     """
-    return config is not None and config.get("target_modules") in ([], "dummy-target-modules")
+    if config is None or config.get("target_parameters"):
+        return False
+    return config.get("target_modules") in ([], "dummy-target-modules")
 
 
 @contextmanager
