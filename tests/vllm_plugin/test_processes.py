@@ -102,8 +102,8 @@ def left_of(pid: int) -> list[str]:
 
 
 def abandoned() -> set[Path]:
-    """Shared memory of Python, by its own name or ours, that no living process has open."""
-    segments = {path for path in SHM.iterdir() if path.name.startswith(("psm_", "pnt"))}  # before who holds them
+    """Shared memory under Python's own names that no living process has open; for ours, there is `left_of`."""
+    segments = set(SHM.glob("psm_*"))  # before who holds them
     held = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # it ended, or closed it
@@ -284,4 +284,5 @@ def test_kills_of_the_real_server(smollm2: Path, tmp_path: Path, mode: str) -> N
         server.wait(10)
         assert until(lambda: processes(server.pid) == {}, 30), processes(server.pid)  # noqa: B023
         assert until(lambda: left_of(server.pid) == [], 10), left_of(server.pid)  # noqa: B023
-        assert until(lambda: abandoned() <= before, 10), abandoned() - before
+        # what a process beside this one leaves when it ends is removed by Python's tracker, which takes a while
+        assert until(lambda: abandoned() <= before, 60), abandoned() - before

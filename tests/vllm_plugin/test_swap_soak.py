@@ -26,7 +26,8 @@ from support.paths import ROOT
 SECONDS = float(os.environ.get("PEANUT_SOAK", 0))  # the short version injects every fault once
 CLIENTS, VARIANTS = 24, 8
 WAIT = 240.0  # for anything that has to happen: several times what it takes on a loaded machine
-pytestmark = [pytest.mark.vllm, pytest.mark.soak, pytest.mark.timeout(SECONDS + 1200)]
+# a round takes minutes under load, and the last one begins just before the time is over
+pytestmark = [pytest.mark.vllm, pytest.mark.soak, pytest.mark.timeout(2 * SECONDS + 1200)]
 BASE = "base"
 
 
