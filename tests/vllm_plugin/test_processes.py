@@ -286,3 +286,22 @@ def test_kills_of_the_real_server(smollm2: Path, tmp_path: Path, mode: str) -> N
         assert until(lambda: left_of(server.pid) == [], 10), left_of(server.pid)  # noqa: B023
         # what a process beside this one leaves when it ends is removed by Python's tracker, which takes a while
         assert until(lambda: abandoned() <= before, 60), abandoned() - before
+
+
+@pytest.mark.vllm
+def test_a_server_stops_while_its_engine_restarts(smollm2: Path, tmp_path: Path) -> None:
+    """It does not wait until the new engine runs, only to end it."""
+    server, log = next(servers(tmp_path, smollm2, "merged")), tmp_path / "log"
+    try:
+        assert until(lambda: "Application startup complete" in log.read_text(), 300), log.read_text()[-3000:]
+        engine = next(pid for pid, command in processes(server.pid).items() if command.startswith("VLLM::EngineCore"))
+        os.kill(engine, signal.SIGKILL)
+        assert until(lambda: "restarting the engine" in log.read_text(), 60), log.read_text()[-3000:]
+        assert until(lambda: len(processes(server.pid)) >= 3, 60)  # the tracker of resources, and a new engine
+        server.send_signal(signal.SIGTERM)
+        server.wait(120)
+    finally:
+        server.kill()
+    assert log.read_text().count("init engine (profile") == 1  # that of the first one
+    assert until(lambda: processes(server.pid) == {}, 30), processes(server.pid)
+    assert until(lambda: left_of(server.pid) == [], 10), left_of(server.pid)

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import multiprocessing
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TypeVar
 from uuid import uuid4
 
@@ -117,7 +119,10 @@ class SwapEngine:
         return Canary(tuple(answer.token_ids), logprobs)
 
     async def restart(self) -> None:
-        """Start new engine processes with the same options, for the existing client, which the server refers to."""
+        """Start new engine processes with the same options, for the existing client, which the server refers to.
+
+        If this is cancelled, because the server stops, they end at once.
+        """
         client, old = self._client, self._client.engine_core
         logger.warning("restarting the engine")
         await asyncio.to_thread(old.shutdown)
@@ -125,13 +130,14 @@ class SwapEngine:
             client.output_handler.cancel()
             await asyncio.wait([client.output_handler])
         client.output_processor.abort_requests(list(client.output_processor.request_states), internal=True)
-        client.engine_core = await asyncio.to_thread(
+        make = partial(
             EngineCoreClient.make_async_mp_client,
             vllm_config=client.vllm_config,
             executor_class=Executor.get_class(client.vllm_config),
             log_stats=client.log_stats,
             renderer=client.renderer,
         )
+        client.engine_core = await _started(make)
         client.output_handler = None
         client._run_output_handler()  # type: ignore[no-untyped-call]
 
@@ -148,3 +154,20 @@ class SwapEngine:
             return task.result()
         finally:
             task.cancel()
+
+
+async def _started(make: Callable[[], EngineCoreClient]) -> EngineCoreClient:
+    """What `make` starts, in a thread; if this is cancelled, the processes that it has started are killed.
+
+    vLLM waits for an engine until it runs or has ended, which keeps a server that stops from ending.
+    """
+    starting = asyncio.ensure_future(asyncio.to_thread(make))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        while not starting.done():
+            for process in multiprocessing.active_children():
+                process.kill()
+            await asyncio.wait([starting], timeout=_POLL_SECONDS)
+        starting.exception()  # what the killed processes led to
+        raise
