@@ -71,7 +71,7 @@ NO_OPERATORS = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_merges_itself_or_says_why_not(name: str, tmp_path: Path) -> None:
     case, base, adapter = CASES[name], tmp_path / "base", tmp_path / "task"
-    config = case.config(target_modules=["q_proj", "fc2"], **case.settings)
+    config = case.config(target_modules=["layers.0.attention.q_proj", "layers.1.mlp.fc2"], **case.settings)
     train(model(), config, base, adapter)
     options = ExportOptions(form=Form.SELF_MERGING)
     if name in NO_OPERATORS:
