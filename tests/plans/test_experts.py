@@ -153,6 +153,7 @@ def test_square_experts(name: str, fused: bool, tmp_path: Path) -> None:
     compare(tmp_path, set_up(tmp_path, name, fused, {size: 24}, **parameters))
 
 
+@pytest.mark.slow  # a further sweep
 @pytest.mark.parametrize(
     "settings",
     [
@@ -175,6 +176,7 @@ def test_biases_of_experts(tmp_path: Path) -> None:
     compare(tmp_path, set_up(tmp_path, "gpt_oss", True, {}, target_parameters=names))
 
 
+@pytest.mark.slow  # a further sweep
 @pytest.mark.parametrize("fused", [True, False])
 def test_norms_are_of_all_experts_together(fused: bool, tmp_path: Path) -> None:
     """However they are stored."""
@@ -188,6 +190,7 @@ def test_norms_are_of_all_experts_together(fused: bool, tmp_path: Path) -> None:
         assert norm.shape == (4 * 24, 14)
 
 
+@pytest.mark.slow  # a further sweep
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("square", [True, False])
 def test_experts_of_peft_before_0_19_1(square: bool, fused: bool, tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_incomplete_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
         merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.mark.slow  # a further sweep
 @pytest.mark.parametrize("fused", [True, False])
 def test_every_number_can_be_recomputed_and_a_sum_is_one(fused: bool, tmp_path: Path) -> None:
     set_up(tmp_path, "gpt_oss" if fused else "mixtral", fused, {})
