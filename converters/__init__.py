@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from converters.inspection.norms import record_base
     from converters.methods.deltas import delta_weight, factors
     from converters.methods.factors import Factors
-    from converters.methods.peanut import Orientation, Tweaker
+    from converters.methods.peanut.tweaker import Orientation, Tweaker
     from converters.models.checkpoint import Checkpoint, open_checkpoint
     from converters.outputs.checkpoint.write import MergeResult, run_merge
     from converters.outputs.onnx.options import ExportOptions, Form
@@ -29,10 +29,10 @@ _HOME = {
     "Factors": "methods.factors",
     "Form": "outputs.onnx.options",
     "MergeResult": "outputs.checkpoint.write",
-    "Orientation": "methods.peanut",
+    "Orientation": "methods.peanut.tweaker",
     "PeanutError": "errors",
     "Plan": "plans.merge",
-    "Tweaker": "methods.peanut",
+    "Tweaker": "methods.peanut.tweaker",
     "Weighted": "adapters.adapter",
     "delta_weight": "methods.deltas",
     "export_onnx": "api.exporting",

@@ -16,8 +16,8 @@ from converters.adapters.targeting import Targeting
 from converters.errors import ThetaError
 from converters.methods.base import Method
 from converters.methods.finite import all_finite
-from converters.methods.low_rank.expert_lora import ExpertLora
-from converters.methods.peanut import Tweaker
+from converters.methods.lora.expert_lora import ExpertLora
+from converters.methods.peanut.tweaker import Tweaker
 from converters.methods.stored import INDEX_DTYPES
 from converters.methods.weight_delta import WeightShape
 

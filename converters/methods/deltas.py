@@ -7,7 +7,7 @@ from converters.errors import ConversionError
 from converters.files.blocks import block_rows
 from converters.methods.base import Method
 from converters.methods.factors import Factors
-from converters.methods.peanut import Tweaker
+from converters.methods.peanut.tweaker import Tweaker
 
 
 def factors(w0: Tensor, method: Method, dtype: torch.dtype | None = None) -> Factors:

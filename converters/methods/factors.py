@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from converters.files.blocks import block_rows
-from converters.methods.activations import NEGATIVE_SLOPE, find_activation
+from converters.methods.peanut.activations import NEGATIVE_SLOPE, find_activation
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,14 @@ from converters.methods.dense.randlora import RandLora
 from converters.methods.dense.shira import ShiRa
 from converters.methods.dense.supertuning import SuperTuning
 from converters.methods.dense.waveft import WaveFt
+from converters.methods.lora.bdlora import BdLora
+from converters.methods.lora.lora_bias import LoraBias
+from converters.methods.lora.other_lora import ConvLora, EmbeddingLora
+from converters.methods.lora.qalora import QaLora
 from converters.methods.low_rank.adalora import AdaLora
-from converters.methods.low_rank.bdlora import BdLora
 from converters.methods.low_rank.delora import DeLora
 from converters.methods.low_rank.gralora import GraLora
-from converters.methods.low_rank.lora_bias import LoraBias
 from converters.methods.low_rank.miss import Miss
-from converters.methods.low_rank.other_lora import ConvLora, EmbeddingLora
-from converters.methods.low_rank.qalora import QaLora
 from converters.methods.low_rank.seeded_vera import SeededPvera, SeededVera
 from converters.methods.low_rank.tinylora import TinyLora
 from converters.methods.low_rank.unilora import UniLora
@@ -37,7 +37,7 @@ from converters.methods.multiplicative.miss_bat import MissBat
 from converters.methods.multiplicative.oft import Oft
 from converters.methods.multiplicative.road import RoAd
 from converters.methods.multiplicative.trainable_tokens import TrainableTokens
-from converters.methods.peanut import Tweaker
+from converters.methods.peanut.tweaker import Tweaker
 from converters.methods.peft_form import PeftForm
 from converters.methods.spectral.adamss import Adamss
 from converters.methods.spectral.frod import Frod

@@ -19,7 +19,7 @@ from converters.evaluation.factors import refuse_parts
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
 from converters.files.staging import check_output
-from converters.methods.peanut import Tweaker
+from converters.methods.peanut.tweaker import Tweaker
 from converters.models import config as model_config
 from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.base import WriteOptions

@@ -8,7 +8,7 @@ from converters.adapters.parameters import is_named, owners
 from converters.errors import AdapterConfigError, BaseMismatchError, TargetError
 from converters.files.header import TensorInfo
 from converters.methods.base import Method
-from converters.methods.low_rank.expert_lora import ExpertLora, rows_of
+from converters.methods.lora.expert_lora import ExpertLora, rows_of
 from converters.methods.weight_delta import WeightDelta
 from converters.models.architecture import Architecture
 from converters.plans.placed import Placed

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from converters.methods.activations import ACTIVATIONS, WITH_UNSAVED_PARAMETERS
+from converters.methods.peanut.activations import ACTIVATIONS, WITH_UNSAVED_PARAMETERS
 
 
 def test_every_activation_of_transformers_is_known() -> None:

@@ -16,7 +16,7 @@ from converters.adapters.adapter import ModuleTheta
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.files.json_files import read_json
-from converters.methods.peanut import Orientation, Tweaker
+from converters.methods.peanut.tweaker import Orientation, Tweaker
 
 _THETA_KEY = re.compile(
     r"(?:(?P<parent>.+)\.)(?P<kind>q_adapter|v_adapter|adapter)"

@@ -26,9 +26,9 @@ from converters.adapters.parameters import find_ranks, owners
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.base import Method
-from converters.methods.low_rank.expert_lora import ExpertLora
-from converters.methods.low_rank.other_lora import ConvLora
-from converters.methods.peanut import Orientation, Tweaker
+from converters.methods.lora.expert_lora import ExpertLora
+from converters.methods.lora.other_lora import ConvLora
+from converters.methods.peanut.tweaker import Orientation, Tweaker
 from converters.methods.peft_form import first_match
 from converters.methods.table import LORA_INITS
 

@@ -31,7 +31,7 @@ from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
 from converters.methods.base import Method
-from converters.methods.low_rank.expert_lora import ExpertLora
+from converters.methods.lora.expert_lora import ExpertLora
 from converters.methods.peft_form import PeftForm
 from converters.methods.table import LORA_VARIANTS
 

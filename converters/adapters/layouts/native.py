@@ -30,8 +30,8 @@ from converters.errors import AdapterConfigError, OptionError, OutputExistsError
 from converters.files.json_files import read_json, write_json
 from converters.files.names import NATIVE_CONFIG, NATIVE_WEIGHTS
 from converters.files.staging import staged
-from converters.methods.activations import known_activations
-from converters.methods.peanut import Orientation, Tweaker
+from converters.methods.peanut.activations import known_activations
+from converters.methods.peanut.tweaker import Orientation, Tweaker
 from converters.models.checkpoint import Checkpoint
 
 _FORMAT = {"format": "peanut", "format_version": 1}

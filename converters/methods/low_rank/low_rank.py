@@ -2,28 +2,21 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from converters.methods.factors import Factors
-from converters.methods.stored import StoredMethod
+from converters.methods.oriented import Oriented
 from converters.methods.update import Update
-from converters.methods.weight_delta import Reads, WeightShape
+from converters.methods.weight_delta import Reads
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank(StoredMethod):
-    """θ of one module. A subclass says what its factors are; all else follows from them.
-
-    Attributes:
-        is_transposed: for a weight that is stored as (in, out).
-    """
-
-    is_transposed: bool = False
+class LowRank(Oriented):
+    """θ of one module. A subclass says what its factors are; all else follows from them."""
 
     @abstractmethod
     def up_and_down(self, out: int, width: int) -> tuple[Tensor, Tensor]:
@@ -32,17 +25,6 @@ class LowRank(StoredMethod):
         They are asked for on the meta device, too. Where θ does not say `out`, or `in`, any number of rows, or of
         columns, may be asked for: the first ones.
         """
-
-    @property
-    def module_shape(self) -> WeightShape:
-        """(out, in) of the module, as far as θ says."""
-        return self.sizes.get("out"), self.sizes.get("in")
-
-    @property
-    def weight_shape(self) -> WeightShape:
-        """See `WeightDelta.weight_shape`."""
-        out, width = self.module_shape
-        return (width, out) if self.is_transposed else (out, width)
 
     @cached_property
     def rank(self) -> int:
@@ -55,15 +37,6 @@ class LowRank(StoredMethod):
     def reads(self) -> Reads:
         """See `WeightDelta.reads`."""
         return Reads.NOTHING
-
-    @property
-    def kind(self) -> str:
-        """See `WeightDelta.kind`."""
-        return f"{super().kind} transposed {self.is_transposed}"
-
-    def transposed(self) -> Self:
-        """See `WeightDelta.transposed`."""
-        return replace(self, is_transposed=not self.is_transposed)
 
     def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """`left @ right`, (rows, r) and (r, columns), is the delta of a weight of that shape, as it is stored."""

@@ -6,20 +6,20 @@ Source: HF PEFT's `peft/tuners/deft/layer.py`.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.factors import Factors
+from converters.methods.oriented import Oriented
 from converters.methods.peft_form import PeftForm, Shapes, boolean, integer, number
 from converters.methods.shapes import Axes
-from converters.methods.stored import StoredMethod
 from converters.methods.update import Update
-from converters.methods.weight_delta import Reads, WeightShape
+from converters.methods.weight_delta import Reads
 
 # what HF PEFT's float32 tells apart: below it, rounding decides the signs of the orthogonal factor
 _FLOAT32 = 1e-5
@@ -39,12 +39,8 @@ def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[st
 
 
 @dataclass(frozen=True, eq=False)
-class Deft(StoredMethod):
-    """θ of one module: P (out, r), and R (r, in) unless it only removes.
-
-    Attributes:
-        is_transposed: for a weight that is stored as (in, out).
-    """
+class Deft(Oriented):
+    """θ of one module: P (out, r), and R (r, in) unless it only removes."""
 
     name = "deft"
     formula = "`W = W0 + Q·(s·R − Kᵀ·W0)`, Q and K from P (DEFT; PaRa without R)"
@@ -61,8 +57,6 @@ class Deft(StoredMethod):
         settings=_settings,
     )
 
-    is_transposed: bool = False
-
     @property
     def rank(self) -> int:
         """See `WeightDelta.rank`."""
@@ -72,21 +66,6 @@ class Deft(StoredMethod):
     def reads(self) -> Reads:
         """See `WeightDelta.reads`."""
         return Reads.ROWS if self.is_transposed else Reads.COLUMNS
-
-    @property
-    def kind(self) -> str:
-        """See `WeightDelta.kind`."""
-        return f"{super().kind} transposed {self.is_transposed}"
-
-    @property
-    def weight_shape(self) -> WeightShape:
-        """See `WeightDelta.weight_shape`."""
-        out, width = super().weight_shape
-        return (width, out) if self.is_transposed else (out, width)
-
-    def transposed(self) -> Self:
-        """See `WeightDelta.transposed`."""
-        return replace(self, is_transposed=not self.is_transposed)
 
     @cached_property
     def directions(self) -> tuple[Tensor, Tensor]:

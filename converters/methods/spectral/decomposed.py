@@ -2,31 +2,24 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from converters.errors import ConversionError
 from converters.methods.factors import Factors
-from converters.methods.stored import StoredMethod
+from converters.methods.oriented import Oriented
 from converters.methods.update import Update
-from converters.methods.weight_delta import Reads, WeightShape
+from converters.methods.weight_delta import Reads
 
 # HF PEFT decomposes in float32, relative to the largest singular value: what is closer together, rounding decides
-FLOAT32 = 1e-6
+_FLOAT32 = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Decomposed(StoredMethod):
-    """θ of one module. A subclass says what the factors are; all else follows from them.
-
-    Attributes:
-        is_transposed: for a weight that is stored as (in, out).
-    """
-
-    is_transposed: bool = False
+class Decomposed(Oriented):
+    """θ of one module. A subclass says what the factors are; all else follows from them."""
 
     @abstractmethod
     def up_and_down(self, w0: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,29 +29,9 @@ class Decomposed(StoredMethod):
         """
 
     @property
-    def module_shape(self) -> WeightShape:
-        """(out, in) of the module, as far as θ says."""
-        return self.sizes.get("out"), self.sizes.get("in")
-
-    @property
-    def weight_shape(self) -> WeightShape:
-        """See `WeightDelta.weight_shape`."""
-        out, width = self.module_shape
-        return (width, out) if self.is_transposed else (out, width)
-
-    @property
     def reads(self) -> Reads:
         """See `WeightDelta.reads`."""
         return Reads.WHOLE
-
-    @property
-    def kind(self) -> str:
-        """See `WeightDelta.kind`."""
-        return f"{super().kind} transposed {self.is_transposed}"
-
-    def transposed(self) -> Self:
-        """See `WeightDelta.transposed`."""
-        return replace(self, is_transposed=not self.is_transposed)
 
     def factors(self, w0: Tensor) -> tuple[Tensor, Tensor]:
         """`left @ right` is the delta of `w0`, as it is stored."""
@@ -127,3 +100,33 @@ def singular_parts(w0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except RuntimeError as error:
         raise ConversionError(f"the SVD of a weight of shape {tuple(w0.shape)} failed: {error}") from None
     return u, values, v
+
+
+def left_axes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (k, k) of a weight (k, n), k ≤ n, a column each, and its singular values, largest first.
+
+    They are the eigenvectors of `weight weightᵀ`, always in float64, which cost a fraction of an SVD. Raises
+    `ConversionError` for a weight that cannot be decomposed.
+    """
+    wide = weight.double()
+    try:
+        squares, vectors = torch.linalg.eigh(wide @ wide.T)  # in increasing order
+    except RuntimeError as error:
+        raise ConversionError(f"a weight of shape {tuple(weight.shape)} cannot be decomposed: {error}") from None
+    return vectors.flip(1).to(weight), squares.flip(0).clamp(min=0).sqrt().to(weight)
+
+
+def check_cut(values: Tensor, k: int, what: str) -> None:
+    """Raise `ConversionError` unless float32 tells the k largest singular parts of W0 from the others.
+
+    Args:
+        values: the singular values, the largest first.
+        k: 0, all of them, or a cut between two.
+        what: the method does with the parts on one side, for the message.
+    """
+    limit = _FLOAT32 * values[0]
+    if 0 < k < len(values) and values[k - 1] > limit and values[k - 1] - values[k] <= limit:
+        raise ConversionError(
+            f"the singular values {k} and {k + 1} of W0 are equal in float32, so {what} is not determined; merge the "
+            "adapter, or convert it to LoRA, with PEFT where it was trained"
+        )

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError
+from converters.errors import AdapterConfigError, BaseMismatchError
 from converters.methods.peft_form import PeftForm, Shapes
 from converters.methods.shapes import Axes
-from converters.methods.spectral.decomposed import FLOAT32, Decomposed
+from converters.methods.spectral.decomposed import Decomposed, check_cut, left_axes
 
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
@@ -58,31 +58,10 @@ class Kasa(Decomposed):
     def up_and_down(self, w0: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decomposed.up_and_down`: what is trained, and what is dropped with the opposite sign."""
         is_wide = w0.shape[0] <= w0.shape[1]
-        vectors = _last_vectors(w0 if is_wide else w0.T, self.sizes["r"])
-        dropped = (vectors, vectors.T @ w0) if is_wide else (w0 @ vectors, vectors.T)
+        axes, values = left_axes(w0 if is_wide else w0.T)
+        kept = len(values) - self.sizes["r"]
+        check_cut(values, kept, "what KaSA drops of it")
+        axes = axes[:, kept:]
+        dropped = (axes, axes.T @ w0) if is_wide else (w0 @ axes, axes.T)
         up = self.theta["B"] * (self.theta["diag"] * self.given["scaling"])
         return torch.cat([up, -dropped[0]], dim=1), torch.cat([self.theta["A"], dropped[1]])
-
-
-def _last_vectors(weight: Tensor, count: int) -> Tensor:
-    """Left singular vectors (k, count) of the smallest singular values of a weight (k, n), k ≤ n.
-
-    They are found as eigenvectors of `weight weightᵀ`, always in float64, which costs a fraction of an SVD. Raises
-    `ConversionError` where they are not determined.
-    """
-    wide = weight.double()
-    try:
-        squares, vectors = torch.linalg.eigh(wide @ wide.T)  # in increasing order
-    except RuntimeError as error:
-        raise ConversionError(
-            f"a weight of shape {tuple(weight.shape)} could not be decomposed for KaSA: {error}"
-        ) from None
-    values = squares.clamp(min=0).sqrt()
-    limit, k = FLOAT32 * values[-1], len(values) - count
-    if values[count] > limit and values[count] - values[count - 1] <= limit:
-        raise ConversionError(
-            f"the singular values {k} and {k + 1} of W0 are equal in float32, so what KaSA drops of it is not "
-            "determined; merge the adapter with PEFT where it was trained"
-        )
-    found: Tensor = vectors[:, :count].to(weight.dtype)
-    return found

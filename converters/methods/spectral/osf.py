@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from converters.errors import AdapterConfigError, ConversionError, ThetaError
+from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import PeftForm, Shapes, as_number
 from converters.methods.shapes import Axes
-from converters.methods.spectral.decomposed import FLOAT32, Decomposed, singular_parts
+from converters.methods.spectral.decomposed import Decomposed, check_cut, singular_parts
 
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
@@ -88,11 +88,6 @@ class Osf(Decomposed):
         """See `Decomposed.up_and_down`: what is trained, and what it replaces with the opposite sign."""
         k = min(w0.shape) - self.sizes["n"]
         u, values, v = singular_parts(w0)
-        limit = FLOAT32 * values[0]
-        if 0 < k < len(values) and values[k - 1] > limit and values[k - 1] - values[k] <= limit:
-            raise ConversionError(
-                f"the singular values {k} and {k + 1} of W0 are equal in float32, so what OSF keeps of it is not "
-                "determined; merge the adapter with PEFT where it was trained"
-            )
+        check_cut(values, k, "what OSF keeps of it")
         up = torch.cat([self.theta["U"] * self.theta["S"], -u[:, k:] * values[k:]], dim=1)
         return up, torch.cat([self.theta["V"], v[k:]])

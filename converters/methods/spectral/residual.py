@@ -20,7 +20,7 @@ from torch import Tensor
 from converters.errors import BaseMismatchError, ConversionError, ThetaError
 from converters.methods.peft_form import PeftForm
 from converters.methods.shapes import Axes
-from converters.methods.spectral.decomposed import FLOAT32, Decomposed
+from converters.methods.spectral.decomposed import Decomposed, check_cut, left_axes
 
 # between B A and B0 A0: training turns a product by some degrees, and that of another base is about at right angles
 LEAST_COSINE = 0.25
@@ -81,14 +81,9 @@ class Pissa(ResidualLora):
     def taken(self, w0: Tensor) -> tuple[Tensor, Tensor]:
         """See `ResidualLora.taken`."""
         r, is_wide = self.sizes["r"], w0.shape[0] <= w0.shape[1]
-        vectors, values = _principal_axes(w0 if is_wide else w0.T)
-        limit = FLOAT32 * values[0]
-        if r < len(values) and values[r - 1] > limit and values[r - 1] - values[r] <= limit:
-            raise ConversionError(
-                f"the singular values {r} and {r + 1} of W0 are equal in float32, so what PiSSA took from it is not "
-                "determined; convert the adapter with PEFT where it was trained"
-            )
-        axes = vectors[:, :r]
+        axes, values = left_axes(w0 if is_wide else w0.T)
+        check_cut(values, r, "what PiSSA took from it")
+        axes = axes[:, :r]
         return (axes, axes.T @ w0) if is_wide else (w0 @ axes, axes.T)
 
 
@@ -118,19 +113,6 @@ class Olora(ResidualLora):
                 "not determined; convert the adapter with PEFT where it was trained"
             )
         return q * self.given["scaling"], q.T @ w0
-
-
-def _principal_axes(w0: Tensor) -> tuple[Tensor, Tensor]:
-    """The left singular vectors of W0 (n, m), a column each, and its singular values (n,), the largest first.
-
-    They are the eigenvectors of `W0 W0ᵀ`, which takes a fraction of an SVD's time where m > n. Raises
-    `ConversionError` for a W0 that cannot be decomposed.
-    """
-    try:
-        squares, vectors = torch.linalg.eigh(w0 @ w0.T)
-    except RuntimeError as error:
-        raise ConversionError(f"the SVD of a weight of shape {tuple(w0.shape)} failed: {error}") from None
-    return vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
 
 
 def _cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:

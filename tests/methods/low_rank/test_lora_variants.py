@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, ViTForImageClassification
 from converters import load_adapter, merge
 from converters.api.exporting import export_onnx
 from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, LayoutError, ThetaError
-from converters.methods.low_rank.qalora import QaLora
+from converters.methods.lora.qalora import QaLora
 from converters.outputs.onnx.plan import ExportOptions, Form
 
 

@@ -7,7 +7,7 @@ import torch
 from converters.adapters.adapter import ModuleTheta
 from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
-from converters.methods.low_rank.other_lora import EmbeddingLora
+from converters.methods.lora.other_lora import EmbeddingLora
 
 EMBEDDING_PARAMETERS = {"lora_embedding_A": "embedding_A", "lora_embedding_B": "embedding_B"}
 _PARTS = frozenset(EMBEDDING_PARAMETERS.values())

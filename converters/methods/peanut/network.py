@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from converters.errors import ThetaError
-from converters.methods.activations import Activation
+from converters.methods.peanut.activations import Activation
 
 
 def hidden_layers(

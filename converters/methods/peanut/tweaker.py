@@ -24,10 +24,10 @@ from torch import Tensor
 
 from converters.errors import ConversionError, ThetaError
 from converters.files.blocks import block_rows
-from converters.methods.activations import ACTIVATIONS, NEGATIVE_SLOPE, find_activation, known_activations
 from converters.methods.base import Method, one_or_many
 from converters.methods.factors import Factors
-from converters.methods.network import check_shapes, hidden_layers
+from converters.methods.peanut.activations import ACTIVATIONS, NEGATIVE_SLOPE, find_activation, known_activations
+from converters.methods.peanut.network import check_shapes, hidden_layers
 from converters.methods.update import Update
 from converters.methods.weight_delta import Reads, WeightShape
 
