@@ -56,8 +56,8 @@ class Placed(WeightDelta):
         found = torch.zeros(len(rows), len(columns), dtype=w0.dtype, device=w0.device)
         spread = torch.zeros_like(found)
         if bool(inside.any()):
-            by_rows = self.reads in (Reads.ROWS, Reads.NOTHING)
-            own = w0[inside] if by_rows else w0[self._start : self._stop]
+            has_all_rows = self.reads in (Reads.COLUMNS, Reads.WHOLE)
+            own = w0[self._start : self._stop] if has_all_rows else w0[inside]
             found[inside], spread[inside] = self._inner.delta_at(own, rows[inside] - self._start, columns)
         return found, spread
 

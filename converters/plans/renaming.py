@@ -11,6 +11,7 @@ from converters.errors import BaseMismatchError, OptionError, TargetError
 from converters.models import config as model_config
 from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
+from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
 from converters.plans.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
 from converters.plans.ties import tie_targets
@@ -46,7 +47,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     head = adapters[find_head(adapters)]
     arch = _choose_architecture(base, head)
     switched = bool(head.saved) and arch.name != base.architecture
-    names = _BaseNames(base, arch, switched)
+    names = BaseNames(base, arch, switched)
     draft = _PendingTargets({**base.config, "architectures": [arch.name]})
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
@@ -78,42 +79,8 @@ def _choose_architecture(base: Checkpoint, adapter: Adapter) -> Architecture:
     return build_architecture(base.config, base.architecture)
 
 
-class _BaseNames:
-    """The tensors of a base under the names of an architecture."""
-
-    def __init__(self, base: Checkpoint, arch: Architecture, switched: bool) -> None:
-        self.canonical = {name: arch.canonical(name) for name in sorted(base.tensors)}
-        self.by_canonical = {canonical: name for name, canonical in self.canonical.items()}
-        self.sources: dict[str, list[str]] = {}  # tensor in memory -> those it is made from
-        for name, canonical in self.canonical.items():
-            conversion = arch.conversion(name) if arch.converted(name) else None
-            for target in conversion.targets if conversion is not None else (canonical,):
-                self.sources.setdefault(target, []).append(name)
-        self._arch = arch
-        self._switched = switched
-
-    def find(self, canonical: str) -> str | None:
-        """The base's name of a tensor, or of the one it is tied to."""
-        return self.source(canonical) or self.by_canonical.get(self._arch.tied.get(canonical, ""))
-
-    def source(self, canonical: str) -> str | None:
-        """The base's name of a tensor, or of one that it is made from."""
-        return next(iter(self.sources.get(canonical, ())), None)
-
-    def output(self, name: str) -> str:
-        """The name of a base tensor in the output: its own, plus the prefix that a class with a head adds.
-
-        transformers before 5 finds a headless model's tensors inside one with a head only under that prefix.
-        """
-        prefix = f"{self._arch.prefix}."
-        if not self._switched or not self._arch.prefix or name.startswith(prefix):
-            return name
-        inside = self.canonical[name].startswith(prefix)
-        return prefix + name if inside and self._arch.canonical(prefix + name) == self.canonical[name] else name
-
-
 def _place_updates(
-    draft: _PendingTargets, base: Checkpoint, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
+    draft: _PendingTargets, base: Checkpoint, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
 ) -> None:
     adapted = {}
     stored = {name: info.shape for name, info in base.tensors.items()}
@@ -152,7 +119,7 @@ def _place_updates(
 
 
 def _place_embedded(
-    draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: _BaseNames
+    draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
 ) -> None:
     """Find the base's own copy of the base weights that were saved together with θ."""
     for name in adapter.embedded:
@@ -164,7 +131,7 @@ def _place_embedded(
             raise not_found(name, names.canonical, "the base, though it was saved with the adapter")
 
 
-def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: BaseNames) -> None:
     for saved in adapter.saved:
         canonical = arch.canonical(saved)
         if canonical not in arch.shapes:
@@ -177,7 +144,7 @@ def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, n
         _refuse_partly_replaced(adapter, arch, names)
 
 
-def _refuse_partly_replaced(adapter: Adapter, arch: Architecture, names: _BaseNames) -> None:
+def _refuse_partly_replaced(adapter: Adapter, arch: Architecture, names: BaseNames) -> None:
     """Refuse an adapter that should replace all modules of its target_modules, and lacks a tensor of one."""
     saved = {arch.canonical(name) for name in adapter.saved}
     kept = {
@@ -192,7 +159,7 @@ def _refuse_partly_replaced(adapter: Adapter, arch: Architecture, names: _BaseNa
 
 
 def _place_rest(
-    draft: _PendingTargets, base: Checkpoint, arch: Architecture, names: _BaseNames, switched: bool
+    draft: _PendingTargets, base: Checkpoint, arch: Architecture, names: BaseNames, switched: bool
 ) -> None:
     written = {t.output_name for t in draft.targets} | set(draft.replaced)
     for name in base.tensors:
@@ -205,7 +172,7 @@ def _place_rest(
             draft.kept[output] = name
 
 
-def _settle_ties(draft: _PendingTargets, adapters: Sequence[Adapter], arch: Architecture, names: _BaseNames) -> None:
+def _settle_ties(draft: _PendingTargets, adapters: Sequence[Adapter], arch: Architecture, names: BaseNames) -> None:
     """Untie what training separated: each alias of a touched tie gets a tensor of its own.
 
     In an unmerged PEFT model a saved or adapted module stops sharing; its partners keep the base's weight, unless
