@@ -13,6 +13,8 @@ from support.commands import Run, run
 from support.hub.server import Hub, hub_settings, serve_hub
 from support.tiny_models import Pair
 
+pytestmark = pytest.mark.slow  # merges, and sends over HTTP
+
 REPO = "user/merged"
 
 Push = Callable[..., CompletedProcess[str]]

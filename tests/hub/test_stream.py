@@ -10,6 +10,8 @@ from support.commands import run
 from support.hub.server import MIB, Hub, hub_settings, merge_from, serve_hub
 from support.tiny_models import Pair, edit_config, save_adapter, tiny_llama
 
+pytestmark = pytest.mark.slow  # commands that fetch dozens of shards over HTTP
+
 
 @pytest.fixture
 def pair(pair: Pair) -> Pair:
@@ -94,7 +96,6 @@ def test_shards_in_the_cache_are_used_and_stay(hub: Hub, pair: Pair) -> None:
     assert same_weights(pair)
 
 
-@pytest.mark.slow  # three commands, one of which tries again and again
 def test_resume_fetches_only_what_is_not_done(hub: Hub, pair: Pair, no_waits: dict[str, str]) -> None:
     names = shards(pair.base)
     hub.broken[names[6]] = [100] * 6

@@ -68,12 +68,15 @@ def trained(
     return base, adapter
 
 
-@pytest.mark.parametrize("tied", [False, True])
+# PEFT's own forward pass fails for two modules that are tied
+NAMES_AND_TIES = [
+    (name, tied) for name in CONFIGS for tied in (False, True) if (name, tied) != ("of_two_modules", True)
+]
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "tied"), NAMES_AND_TIES)
 def test_merged_logits_are_those_of_peft(name: str, model: str, tied: bool, tmp_path: Path) -> None:
-    if name == "of_two_modules" and tied:
-        pytest.skip("PEFT's forward pass fails with it")
     base, adapter = trained(CONFIGS[name], model, tied, tmp_path)
     plain = language_model(model, tied)
     wanted = logits(reloaded(plain, base, adapter))
