@@ -50,6 +50,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "glora": ("GloraConfig", "r=16"),
     "waveft": ("WaveFTConfig", "n_frequency=2592"),
     "supertuning": ("SupertuningConfig", "sparsity=0.99"),
+    "deft": ("DeftConfig", "r=16"),
+    "tinylora": ("TinyLoraConfig", "r=2, u=8"),
+    "pissa": ("LoraConfig", "r=16, init_lora_weights='pissa'"),
     "kasa": ("LoraConfig", "r=16, kasa_config=peft.tuners.lora.config.KasaConfig()"),
     "bd-lora": (
         "LoraConfig",

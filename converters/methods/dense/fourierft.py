@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import BaseMismatchError
+from converters.methods.dense.drawn_places import drawn_places
 from converters.methods.peft_form import PeftForm, Shapes, integer, number
 from converters.methods.shapes import Axes
 from converters.methods.stored import StoredMethod
@@ -57,11 +58,28 @@ class FourierFt(StoredMethod):
             raise BaseMismatchError(f"{name}: the weight has shape {shape}, fewer numbers than the spectrum's n")
 
     def delta(self, w0: Tensor) -> Tensor:
-        """See `WeightDelta.delta`."""
-        spectrum = self.theta["spectrum"]
-        generator = torch.Generator().manual_seed(self.given["seed"])
-        places = torch.randperm(w0.numel(), generator=generator)[: len(spectrum)].to(w0.device)
-        frequencies = torch.zeros(w0.numel(), dtype=spectrum.dtype, device=w0.device)
-        frequencies[places] = spectrum
-        delta: Tensor = torch.fft.ifft2(frequencies.view(w0.shape)).real
+        """See `WeightDelta.delta`: the real part is that of a spectrum with the mirror image of each number."""
+        rows, columns = self._places(w0)
+        half, numbers = self.theta["spectrum"] / 2, w0.new_zeros(w0.shape[0], w0.shape[1] // 2 + 1)
+        for u, v in ((rows, columns), (-rows % w0.shape[0], -columns % w0.shape[1])):
+            inside = v < numbers.shape[1]
+            numbers.index_put_((u[inside], v[inside]), half[inside], accumulate=True)
+        delta: Tensor = torch.fft.irfft2(numbers, s=w0.shape)
         return delta * float(self.given["scaling"] * self.weight)
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`: a few numbers are added up wave by wave, without a transform."""
+        if len(rows) == w0.shape[0]:
+            return super().delta_at(w0, rows, columns)
+        u, v = self._places(w0)
+        down = 2 * torch.pi / w0.shape[0] * (rows[:, None] * u % w0.shape[0]).to(w0)  # (n, waves)
+        along = 2 * torch.pi / w0.shape[1] * (v[:, None] * columns % w0.shape[1]).to(w0)  # (waves, m)
+        numbers = self.theta["spectrum"] * float(self.given["scaling"] * self.weight / w0.numel())
+        pairs = [(down.cos() * numbers, along.cos()), (-down.sin() * numbers, along.sin())]
+        found = torch.stack([left @ right for left, right in pairs]).sum(dim=0)
+        return found, torch.stack([left.abs() @ right.abs() for left, right in pairs]).sum(dim=0)
+
+    def _places(self, w0: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the numbers of the spectrum, in a matrix of the shape of `w0`."""
+        rows, columns = drawn_places(self.given["seed"], (w0.shape[0], w0.shape[1]), self.sizes["n"])
+        return rows.to(w0.device), columns.to(w0.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import AdapterConfigError, BaseMismatchError, MissingDependencyError
+from converters.methods.dense.drawn_places import drawn_places
 from converters.methods.peft_form import PeftForm, Shapes, boolean, integer, number
 from converters.methods.shapes import Axes
 from converters.methods.stored import StoredMethod
@@ -72,9 +73,8 @@ class WaveFt(StoredMethod):
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
         spectrum = self.theta["spectrum"] * float(self.given["scaling"] * self.weight)
-        generator = torch.Generator().manual_seed(self.given["seed"])
-        places = torch.randperm(w0.numel(), generator=generator)[: len(spectrum)].to(spectrum.device)
-        rows, columns = places // w0.shape[1], places % w0.shape[1]
+        places = drawn_places(self.given["seed"], (w0.shape[0], w0.shape[1]), len(spectrum))
+        rows, columns = (place.to(spectrum.device) for place in places)
         if self.given["wavelet"] is None:
             return torch.zeros_like(w0).index_put_((rows, columns), spectrum)
         return _inverse_dwt(rows, columns, spectrum, low_pass(self.given["wavelet"]), w0)
