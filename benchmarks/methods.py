@@ -1,6 +1,6 @@
 """peanut-merge beside PEFT's merge_and_unload, on an adapter of every method, of a random Llama of 1.1B parameters.
 
-    python benchmarks/methods.py                         (one run each: about 15 minutes)
+    python benchmarks/methods.py                         (one run each: about an hour)
     python benchmarks/methods.py --method loha --runs 3
 
 Each is a whole process, with warm files; PEFT's neither verifies nor syncs what it writes.
