@@ -76,7 +76,7 @@ def test_kills_of_the_real_server(smollm2: Path, tmp_path: Path, mode: str) -> N
             server.wait(10)
             break
         wanted = r"Application startup complete" if number % 2 else r"EngineCore.*Initializing a V1 LLM engine"
-        seen = until(lambda: re.search(wanted, log.read_text()) is not None, 300)  # noqa: B023
+        seen = until(lambda: re.search(wanted, log.read_text()) is not None, 900)  # noqa: B023
         assert seen, log.read_text()[-3000:]
         time.sleep(generator.random() * (10 if SOAK else 1))
         assert len(processes(server.pid)) >= 2
@@ -93,7 +93,7 @@ def test_a_server_stops_while_its_engine_restarts(smollm2: Path, tmp_path: Path)
     """It does not wait until the new engine runs, only to end it."""
     server, log = next(servers(tmp_path, smollm2, "merged")), tmp_path / "log"
     try:
-        assert until(lambda: "Application startup complete" in log.read_text(), 300), log.read_text()[-3000:]
+        assert until(lambda: "Application startup complete" in log.read_text(), 900), log.read_text()[-3000:]
         engine = next(pid for pid, command in processes(server.pid).items() if command.startswith("VLLM::EngineCore"))
         os.kill(engine, signal.SIGKILL)
         assert until(lambda: "restarting the engine" in log.read_text(), 60), log.read_text()[-3000:]
