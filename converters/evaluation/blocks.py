@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from converters.errors import NonFiniteError
-from converters.evaluation.worker import EVALUATION_DTYPE, Worker
+from converters.evaluation.precision import dtype_of
+from converters.evaluation.worker import Worker
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
@@ -39,7 +40,10 @@ def updated_blocks(
     shape = merges[0][1].matrix_shape
     source = source.as_matrix(shape)
     updates = [
-        [plan.delta_of(term).update(shape, EVALUATION_DTYPE, worker.device) for term in tensor.terms]
+        [
+            delta.update(shape, dtype_of(delta, tensor.dtype), worker.device)
+            for delta in map(plan.delta_of, tensor.terms)
+        ]
         for plan, tensor in merges
     ]
     first = [update for several in updates for update in several if update.needs_pass]

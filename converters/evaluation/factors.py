@@ -7,7 +7,7 @@ from torch import Tensor
 
 from converters.adapters.parameters import owner_of
 from converters.errors import ConversionError
-from converters.evaluation.worker import EVALUATION_DTYPE
+from converters.evaluation.precision import EVALUATION_DTYPE
 from converters.files.blocks import block_rows
 from converters.files.reader import TensorReader
 from converters.plans.merge import Plan

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from converters.errors import NonFiniteError, VerificationError
-from converters.evaluation.worker import EVALUATION_DTYPE
+from converters.evaluation.precision import EVALUATION_DTYPE, ROUNDOFF
 from converters.files.blocks import block_rows
 from converters.files.reader import TensorReader
 from converters.methods.finite import all_finite
 from converters.methods.weight_delta import WeightDelta
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
-
-_ROUNDOFF = 2.0**-44  # of an evaluation in float64, relative to what it adds up
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +127,12 @@ def check_truncation(
     delta = torch.zeros_like(w0)
     for one in deltas:
         delta += one.delta(w0)
-    norm, roundoff = float(delta.norm()) or 1.0, _ROUNDOFF * float(w0.norm())
+    norm, roundoff = float(delta.norm()) or 1.0, ROUNDOFF * float(w0.norm())
     found = float(delta.addmm_(up, down, alpha=-1).norm()) / norm
     tiny = torch.finfo(dtype).smallest_normal
     lengths = (up.abs() + tiny).norm(dim=0) * (down.abs() + tiny).norm(dim=1)
     rounding = torch.finfo(dtype).eps * float(lengths.norm())
-    if abs(found - stated) > (rounding + roundoff) / norm + _ROUNDOFF:
+    if abs(found - stated) > (rounding + roundoff) / norm + ROUNDOFF:
         raise VerificationError(
             f"{tensor.name}: the factors differ from its update by {found:.3e} of it, expected {stated:.3e}"
         )

@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from converters.errors import VerificationError
+from converters.evaluation.precision import ROUNDOFF, roundoff_of
 from converters.evaluation.recompute import recompute, sample_places
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
@@ -18,10 +19,9 @@ from converters.methods.weight_delta import WeightDelta
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan
 
-# what a rounded number may be off: half a unit in the last place (torch casts float64 to 16 bits by way of
-# float32, hence a little more), and the roundoff of a float64 evaluation
+# what a rounded number may be off beside the roundoff of its evaluation: half a unit in the last place (torch casts
+# float64 to 16 bits by way of float32, hence a little more)
 _HALF = 0.5 + 2.0**-11
-_ROUNDOFF = 2.0**-44
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,14 @@ def check_numbers(
 
     Returns: (numbers checked, their largest error in ulp).
 
-    Raises `VerificationError` if one is not the float64 value, rounded once.
+    Raises `VerificationError` if one is not the float64 value, rounded once; what was evaluated in float32 may be off
+    by its roundoff before (`precision.py`).
     """
     w0, delta, spread = recompute(tensor, rows, columns, deltas, reader)
     reference = w0 + delta
     error = (found - reference).abs()
     unit = _ulp(reference, FLOAT_DTYPES[tensor.dtype])
-    wrong = error > _HALF * unit + _ROUNDOFF * spread
+    wrong = error > _HALF * unit + roundoff_of(deltas, tensor.dtype) * spread
     if bool(wrong.any()):
         worst = int((error / unit).argmax())
         raise VerificationError(
@@ -188,7 +189,7 @@ def check_factors(
     up, down, tiny = up[rows], down[:, columns], torch.finfo(dtype).smallest_normal
     error = (up @ down - delta).abs()
     rounding = torch.finfo(dtype).eps * ((up.abs() + tiny) @ (down.abs() + tiny))
-    if bool((wrong := error > rounding + _ROUNDOFF * spread).any()):
+    if bool((wrong := error > rounding + ROUNDOFF * spread).any()):
         raise VerificationError(f"{tensor.name}: {int(wrong.sum())} of {wrong.numel()} recomputed deltas are wrong")
     return error.numel(), float(error.max() / delta.abs().max().clamp(min=torch.finfo(delta.dtype).tiny))
 

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from converters.errors import OptionError
+from converters.evaluation.precision import EVALUATION_DTYPE
 from converters.files.blocks import block_rows
 from converters.files.header import TensorInfo
 from converters.files.reader import TensorReader
-
-# W0 and f often cancel. In float32 such a sum can be off by many units in its last place once it is rounded to
-# bfloat16; float64 makes the rounding right, whatever the blocks
-EVALUATION_DTYPE = torch.float64
 
 _MOST_CPU_WORKERS = 8  # more only wait for memory and disk, and each holds buffers
 _WORKERS_PER_GPU = 2

@@ -58,7 +58,7 @@ class RowsUpdate(Update):
 
     def prepare(self, w0: Tensor, start: int) -> Tensor:
         """Rows of the delta."""
-        rows = self._theta.rows(w0, slice(start, start + w0.shape[0]))
+        rows = self._theta.rows(w0.to(self._dtype), slice(start, start + w0.shape[0]))
         return rows if self._theta.weight == 1 else rows * self._theta.weight
 
     def factors(self, blocks: Iterable[Tensor]) -> Factors:

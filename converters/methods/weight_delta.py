@@ -60,6 +60,11 @@ class WeightDelta(ABC):
         """
 
     @property
+    def is_costly(self) -> bool:
+        """Whether it costs far more than to read and write the weight, so that its precision matters for the time."""
+        return False
+
+    @property
     def rank(self) -> int | None:
         """The rank of the exact factors of the delta once W0 is known; None if it has none."""
         return None
@@ -140,6 +145,10 @@ class _Wrapped(WeightDelta):
     @property
     def reads(self) -> Reads:
         return self._inner.reads
+
+    @property
+    def is_costly(self) -> bool:
+        return self._inner.is_costly
 
 
 class Scaled(_Wrapped):

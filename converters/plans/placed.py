@@ -31,6 +31,11 @@ class Placed(WeightDelta):
         return self._inner.reads
 
     @property
+    def is_costly(self) -> bool:
+        """See `WeightDelta.is_costly`."""
+        return self._inner.is_costly
+
+    @property
     def full_rank_reason(self) -> str | None:
         """See `WeightDelta.full_rank_reason`."""
         return "is on a part of a tensor"

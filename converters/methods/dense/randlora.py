@@ -7,8 +7,10 @@ of the weight, whichever that is. `s = randlora_alpha / r`. Source: arXiv 2502.0
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from converters.errors import BaseMismatchError
@@ -27,7 +29,7 @@ class RandLora(RowWise):
 
     name = "randlora"
     formula = "`W = W0 + s·Σ B·Λ·A·Γ`, random bases (RandLoRA, [arXiv 2502.00987](https://arxiv.org/abs/2502.00987))"
-    remark = "Needs `save_projection=True`, PEFT's default"
+    remark = "Needs `save_projection=True`, PEFT's default. For 16-bit outputs, its product is computed in float32"
     axes: ClassVar[Mapping[str, Axes]] = {
         "lambda": ("r", "n"),
         "gamma": ("n", "side"),
@@ -63,11 +65,46 @@ class RandLora(RowWise):
                 f"with bases of up to {sizes['side of A']} and {sizes['side of B']}; this is another base"
             )
 
+    @property
+    def is_costly(self) -> bool:
+        """A product of matrices of full rank."""
+        return True
+
+    def parts_on(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `WeightDelta.parts_on`. The bases keep their dtype: they are large, a sample needs little of them."""
+        frozen = ("A", "B")
+        return {part: one.to(device, one.dtype if part in frozen else dtype) for part, one in self.theta.items()}
+
     def rows(self, w0: Tensor, which: Which) -> Tensor:
         """See `RowWise.rows`."""
-        sizes, theta, width = self.sizes, self.theta, w0.shape[1]
-        scaled = theta["lambda"][:, :, None] * theta["A"][:, : sizes["n"], : sizes["side"]] * theta["gamma"]
-        small = scaled.flatten(0, 1)
-        large = theta["B"][:, : sizes["n"]].flatten(1)
-        left, right = (large, small) if width == sizes["side"] else (small.T, large[:width].T)
-        return (left[which] @ right) * float(self.given["scaling"])
+        if w0.shape[1] == self.sizes["side"]:
+            product = self._large(which) @ self._all_small
+        else:
+            product = self._small(which).T @ self._all_large[: w0.shape[1]].T
+        return product * float(self.given["scaling"])
+
+    def delta_at(self, w0: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WeightDelta.delta_at`."""
+        if w0.shape[1] == self.sizes["side"]:
+            left, right = self._large(rows), self._small(columns)
+        else:
+            left, right = self._small(rows).T, self._large(columns).T
+        scale = float(self.given["scaling"]) * self.weight
+        return left @ right * scale, left.abs() @ right.abs() * abs(scale)
+
+    def _small(self, which: Which) -> Tensor:
+        """Λ A Γ of all bases below each other, (r n, side), at some places of the smaller side."""
+        a = self.theta["A"][:, : self.sizes["n"], which].to(self.theta["lambda"].dtype)
+        return (self.theta["lambda"][:, :, None] * a * self.theta["gamma"][:, which]).flatten(0, 1)
+
+    def _large(self, which: Which) -> Tensor:
+        """B of all bases beside each other, (larger side, n r), at some places of the larger side."""
+        return self.theta["B"][which, : self.sizes["n"]].flatten(1).to(self.theta["lambda"].dtype)
+
+    @cached_property
+    def _all_small(self) -> Tensor:
+        return self._small(slice(0, self.sizes["side"]))
+
+    @cached_property
+    def _all_large(self) -> Tensor:
+        return self._large(slice(None))

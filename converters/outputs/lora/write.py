@@ -15,9 +15,10 @@ from torch import Tensor
 from converters.adapters.base_record import write_base_record
 from converters.errors import NonFiniteError
 from converters.evaluation.factors import rank_of, sum_factors
+from converters.evaluation.precision import EVALUATION_DTYPE
 from converters.evaluation.truncation import check_truncation, sum_delta, truncate, truncate_factors
 from converters.evaluation.verify import FactorCheck, check_factors
-from converters.evaluation.worker import EVALUATION_DTYPE, find_devices
+from converters.evaluation.worker import find_devices
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo
 from converters.files.json_files import write_json
