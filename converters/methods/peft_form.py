@@ -65,6 +65,17 @@ class PeftForm:
     settings: Callable[[Mapping[str, Any], str, Shapes], dict[str, Any]] = _no_settings
 
 
+def save_again(setting: str) -> str:
+    """The cure for a saved adapter that lacks what PEFT draws: it is drawn while PEFT loads the adapter.
+
+    Setting the field on a loaded model has no effect: what is saved was settled when its layers were made.
+    """
+    return (
+        f'set "{setting}" to true in its adapter_config.json, load it with PEFT on the base, the machine and the '
+        "versions of the training, despite the warning about missing keys, and save it again"
+    )
+
+
 def number(config: Mapping[str, Any], name: str) -> float:
     """A field of the config that is a finite number. Raises `AdapterConfigError`."""
     return as_number(name, config[name])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import BaseMismatchError
-from converters.methods.peft_form import PeftForm, Shapes, number, rank_of
+from converters.methods.peft_form import PeftForm, Shapes, number, rank_of, save_again
 from converters.methods.row_wise import RowWise, Which
 from converters.methods.shapes import Axes
 
@@ -43,7 +43,7 @@ class RandLora(RowWise):
         },
         shared={"randlora_A": "A", "randlora_B": "B"},
         missing="the random bases were not saved (save_projection is false), and numbers drawn from a seed depend on "
-        "the version of torch; save the adapter again with save_projection=True where it was trained",
+        f"the version of torch; {save_again('save_projection')}",
         mark="randlora_",
         fields=("r", "randlora_alpha"),
         inert=("projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout"),

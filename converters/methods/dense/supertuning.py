@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import AdapterConfigError, BaseMismatchError, ThetaError
-from converters.methods.peft_form import PeftForm, Shapes, as_number, number, rank_of
+from converters.methods.peft_form import PeftForm, Shapes, as_number, number, rank_of, save_again
 from converters.methods.shapes import Axes
 from converters.methods.stored import StoredMethod, check_indices
 from converters.methods.weight_delta import Reads
@@ -56,9 +56,8 @@ class SuperTuning(StoredMethod):
         },
         optional=frozenset({"A", "B"}),
         missing="the adapter is incomplete. Without supertuning_indices (save_precomputed_indices is false) it "
-        "cannot be merged: they come from sorting |W0|, where equal magnitudes have no order. Set "
-        "save_precomputed_indices to true in its config, load it with PEFT on the base, the machine and the versions "
-        "of the training, and save it again",
+        "cannot be merged: they come from sorting |W0|, where equal magnitudes have no order; "
+        f"{save_again('save_precomputed_indices')}",
         mark="supertuning_",
         fields=("r", "sparsity"),
         inert=("lora_alpha", "lora_dropout", "select_top", "save_precomputed_indices"),

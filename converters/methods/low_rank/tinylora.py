@@ -14,7 +14,7 @@ from torch import Tensor
 
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.low_rank.low_rank import LowRank
-from converters.methods.peft_form import PeftForm, Shapes, integer, number
+from converters.methods.peft_form import PeftForm, Shapes, integer, number, save_again
 from converters.methods.shapes import Axes
 
 _COMPARED = 64  # of the numbers of P
@@ -89,8 +89,7 @@ class TinyLora(LowRank):
         grouped={"tinylora_v": "v"},
         groups=_groups,
         missing="the random projections were not saved (save_projection is false); they depend on the version of "
-        "torch and on the order of all modules in the base; save the adapter again with save_projection=True where "
-        "it was trained",
+        f"torch and on the order of all modules in the base; {save_again('save_projection')}",
         mark="tinylora_",
         fields=("r", "u", "weight_tying", "projection_seed"),
         inert=("save_projection", "init_v_bound", "tinylora_dropout"),

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from converters.methods.low_rank.low_rank import LowRank
-from converters.methods.peft_form import PeftForm, Shapes, rank_of
+from converters.methods.peft_form import PeftForm, Shapes, rank_of, save_again
 from converters.methods.shapes import Axes
 from converters.methods.stored import check_indices
 
@@ -43,9 +43,9 @@ class UniLora(LowRank):
         peft_type="UNILORA",
         parameters={f"unilora_{part}": part for part in ("indices_A", "indices_B", "scales_A", "scales_B")},
         shared={"unilora_theta_d": "theta_d"},
-        missing="the indices were not saved (save_indices is false), and what is drawn from proj_seed depends on the "
-        "version of torch and on all modules of the base; save the adapter again with save_indices=True where it was "
-        "trained",
+        missing="the indices were not saved (save_indices is false, PEFT's default). They are drawn from proj_seed "
+        "for all modules in turn, and NumPy does not promise that another version draws the same; "
+        f"{save_again('save_indices')}",
         mark="unilora_",
         fields=("r",),
         inert=(

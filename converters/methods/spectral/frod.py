@@ -59,7 +59,7 @@ class Frod(StoredMethod):
         grouped={"frod_V": "V", "frod_s_indices": "indices", "frod_s_size": "size"},
         groups=_categories,
         missing="the projections were not saved (save_projection is false), and the decomposition that gives them "
-        "depends on the machine; save the adapter again with save_projection=True where it was trained",
+        "depends on the machine; PEFT cannot save them afterwards; train with save_projection=True, its default",
         mark="frod_",
         inert=(
             "projection_prng_key", "save_projection", "frod_dropout", "sparse_rate", "regularization_alpha",
