@@ -164,6 +164,11 @@ def count(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
+def is_counter(tensor: str) -> bool:
+    """Whether a tensor is the counter of a batch norm, an integer that no output depends on."""
+    return tensor.rpartition(".")[2] == "num_batches_tracked"
+
+
 def _describe(store: ThetaStore, module: str, theta: ModuleTheta) -> Method:
     """θ of one module on the meta device. Raises `ThetaError` when its shapes do not fit each other."""
     parts = {
@@ -186,7 +191,8 @@ def check_theta(store: ThetaStore, modules: Mapping[str, ModuleTheta], saved: Ma
         ThetaError: shapes do not fit each other; a tensor is not floating-point, or contains NaN or Inf.
     """
     names = {key: f"saved {name}" for name, key in saved.items()}
-    facts, integers = {}, set()
+    counted = {key for name, key in saved.items() if is_counter(name) and store.dtypes[key] in INDEX_DTYPES}
+    facts, integers = {}, set(counted)
     for module, theta in modules.items():
         names |= {key: f"{module} {part}" for part, key in theta.parts.items()}
         integers |= {theta.parts[part] for part in theta.method.integers & theta.parts.keys()}

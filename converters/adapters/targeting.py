@@ -1,11 +1,14 @@
-"""Which modules an adapter's config says it adapts: PEFT's rule (`peft/tuners/tuners_utils.py`,
-`check_target_module_exists`), to check the config against the keys in the weights."""
+"""Which modules an adapter's config says it adapts, and which it replaces: PEFT's rules, to check the config against
+the keys in the weights (`peft/tuners/tuners_utils.py`, `check_target_module_exists`; `peft/utils/other.py`,
+`_set_trainable`)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ALL_LINEAR = "all-linear"
+
+PREFIX = "base_model.model."  # of every module name in a PeftModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Targeting:
         """Whether PEFT would adapt a linear module of this name."""
         if self.exclude_modules and _named(module, self.exclude_modules):
             return False
-        if self.saves(module):
+        if self._is_kept_from(module):
             return False
         if self.all_linear:
             return True
@@ -39,7 +42,20 @@ class Targeting:
         return _named(module, self.target_modules) and self._in_layers(module)
 
     def saves(self, module: str) -> bool:
-        """Whether `module`, or one that contains it, is in modules_to_save."""
+        """Whether PEFT replaces `module`, or one that contains it, by a trained copy."""
+        return bool(self.holders([module]))
+
+    def holders(self, modules: Iterable[str]) -> set[str]:
+        """The modules that PEFT replaces by trained copies, among `modules` and those that contain them.
+
+        Names that *end* with an entry of modules_to_save: `classifier` catches `pre_classifier`, too.
+        """
+        endings = tuple(self.modules_to_save)
+        known = {module[:end] for module in modules for end in _ends_of_parts(module)}
+        return {module for module in known if f"{PREFIX}{module}".endswith(endings)}
+
+    def _is_kept_from(self, module: str) -> bool:
+        """Whether PEFT gives `module` no θ because of modules_to_save, which it takes as whole names here."""
         return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
 
     def _in_layers(self, module: str) -> bool:
@@ -52,6 +68,12 @@ class Targeting:
             if found := re.match(expression, module):
                 return int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
         return False
+
+
+def _ends_of_parts(module: str) -> Iterable[int]:
+    """Where the names of `module`, and of the modules that contain it, end."""
+    yield from (found.start() for found in re.finditer(r"\.", module))
+    yield len(module)
 
 
 def _named(module: str, names: str | Sequence[str]) -> bool:

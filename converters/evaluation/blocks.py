@@ -76,6 +76,8 @@ def unchanged_blocks(tensor: TensorPlan, plan: Plan, reader: TensorReader) -> It
 
 
 def _cast(numbers: Tensor, tensor: TensorPlan) -> Tensor:
+    if not numbers.is_floating_point():
+        return numbers.contiguous()
     cast = numbers.to(FLOAT_DTYPES[tensor.dtype]).contiguous()
     return cast if not all_finite(numbers) else _finite(cast, tensor)  # an Inf of the base stays one
 

@@ -24,6 +24,14 @@ FLOAT_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
+INTEGER_DTYPES: dict[torch.dtype, str] = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
 
 @dataclass(frozen=True)
 class TensorInfo:

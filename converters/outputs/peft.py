@@ -14,6 +14,7 @@ from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
 from converters.adapters.loading import load_adapter
+from converters.adapters.targeting import PREFIX
 from converters.errors import ConversionError, VerificationError
 from converters.evaluation.factors import refuse_parts
 from converters.files.json_files import write_json
@@ -24,7 +25,7 @@ from converters.models import config as model_config
 from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.base import WriteOptions
 from converters.outputs.manifest import provenance, weights_entry
-from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import base_facts, module_name, saved_modules, saved_tensors
 from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 
@@ -141,7 +142,7 @@ def _config(
 ) -> dict[str, Any]:
     """The adapter_config.json (`peft/tuners/peanut/config.py`, `PeanutConfig`)."""
     return {
-        **base_facts(plan, arch),
+        **base_facts(plan, arch, saved),
         "peft_type": "PEANUT",
         **settings,
         "target_modules": targets,

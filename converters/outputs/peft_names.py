@@ -1,14 +1,21 @@
 """What HF PEFT's adapter folders have in common: module names, modules_to_save, and facts about the base."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
+from converters.adapters.targeting import PREFIX, Targeting
 from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
 from converters.plans.merge import Plan
 
-PREFIX = "base_model.model."
+# what PEFT adds to modules_to_save (`peft/peft_model.py`)
+_DEFAULT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def module_name(arch: Architecture, tensor: str) -> str:
@@ -21,25 +28,26 @@ def saved_tensors(plan: Plan, arch: Architecture) -> dict[str, Tensor]:
     return {arch.canonical(t.name): plan.head.saved_tensor(t.saved) for t in plan.tensors if t.saved is not None}
 
 
-def saved_modules(arch: Architecture, saved: dict[str, Tensor]) -> list[str]:
-    """The modules_to_save. Raises `ConversionError` if only a part of one was trained."""
-    modules = set()
-    for name in saved:
-        top = name.split(".")[0]
-        modules.add(name.rpartition(".")[0] if top == arch.prefix else top)
-    for module in modules:
-        if missing := sorted(n for n in arch.shapes if n.startswith(f"{module}.") and n not in saved):
-            raise ConversionError(
-                f"PEFT saves modules whole, but the adapter has only a part of {module} ({missing[0]} is not in it); "
-                "merge it"
-            )
-    return sorted(modules)
+def saved_modules(arch: Architecture, saved: Collection[str]) -> list[str]:
+    """The modules_to_save by which PEFT finds exactly these tensors: a head, or only a part of one.
+
+    PEFT takes every module whose name ends with an entry, so names that end another module's are written in full.
+
+    Raises `ConversionError` if only a part of a module's own tensors was trained.
+    """
+    modules = {_holder(arch, saved, name) for name in saved}
+    return sorted(f"{PREFIX}{module}" if _caught(arch, [module]) - {module} else module for module in modules)
 
 
-def base_facts(plan: Plan, arch: Architecture) -> dict[str, Any]:
-    """The part of an adapter_config.json about the base (`peft/config.py`, `PeftConfig`)."""
-    task_type = plan.head.task_type
-    known = task_type in AUTO_CLASSES and task_type != "IMAGE_CLS"
+def base_facts(plan: Plan, arch: Architecture, whole: Collection[str]) -> dict[str, Any]:
+    """The part of an adapter_config.json about the base (`peft/config.py`, `PeftConfig`).
+
+    Where PEFT would add modules to `whole`, the modules_to_save, because of the task type, the class stands for it.
+    """
+    task_type = plan.head.task_type or ""
+    caught = _caught(arch, [*whole, *_DEFAULT_HEADS.get(task_type, ())])
+    adds = not caught <= {name.removeprefix(PREFIX) for name in whole}
+    known = task_type in AUTO_CLASSES and task_type != "IMAGE_CLS" and not adds
     return {
         "task_type": task_type if known else None,
         "auto_mapping": None if known else {"base_model_class": arch.name, "parent_library": "transformers"},
@@ -47,3 +55,23 @@ def base_facts(plan: Plan, arch: Architecture) -> dict[str, Any]:
         "revision": plan.base.revision,
         "inference_mode": True,
     }
+
+
+def _holder(arch: Architecture, saved: Collection[str], tensor: str) -> str:
+    """The module that PEFT replaces for `tensor`: its head, if that was trained whole, or the next below that was."""
+    parts = tensor.split(".")
+    least = len(parts) - 1  # within the base model, the module that has it
+    for length in range(least if parts[0] == arch.prefix else 1, least + 1):
+        module = ".".join(parts[:length])
+        missing = sorted(n for n in arch.shapes if n.startswith(f"{module}.") and n not in saved)
+        if not missing:
+            return module
+    raise ConversionError(
+        f"PEFT saves modules whole, but the adapter has only a part of {module} ({missing[0]} is not in it); merge it"
+    )
+
+
+def _caught(arch: Architecture, entries: Collection[str]) -> set[str]:
+    """The modules that PEFT replaces by these modules_to_save."""
+    targeting = Targeting((), modules_to_save=tuple(entries))
+    return targeting.holders(name.rpartition(".")[0] for name in arch.shapes)

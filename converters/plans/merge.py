@@ -13,7 +13,7 @@ from converters.adapters.adapter import Adapter, Weighted
 from converters.adapters.base_record import check_base
 from converters.adapters.embedded_base import check_embedded
 from converters.errors import LayoutError, OptionError, QuantizedBaseError
-from converters.files.header import FLOAT_DTYPES, TensorInfo
+from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
 from converters.methods.base import Method
 from converters.methods.weight_delta import WeightDelta
@@ -260,8 +260,10 @@ def _beside(base: Checkpoint, adapter: Adapter, target: Target, found: Targets) 
 def _replaced(base: Checkpoint, adapter: Adapter, found: Targets, dtype: str) -> Iterator[TensorPlan]:
     main = _main_dtype(base.tensors.values())
     for output, saved in found.replaced.items():
-        known = base.tensors.get(output)
+        known, stored = base.tensors.get(output), adapter.store.dtypes[adapter.saved[saved]]
         own = known.dtype if known is not None and known.is_float else main
+        if not stored.is_floating_point:  # the counter of a batch norm stays what it is
+            own = INTEGER_DTYPES[stored]
         shape = adapter.store.shapes[adapter.saved[saved]]
         action = Action.ADDED if known is None else Action.REPLACED
         yield TensorPlan(output, action, _dtype_of(own, dtype), shape, None, saved=saved)

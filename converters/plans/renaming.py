@@ -13,6 +13,7 @@ from converters.models.architecture import HEAD_TASKS, Architecture, build_archi
 from converters.models.checkpoint import Checkpoint
 from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
+from converters.plans.saved import check_saved
 from converters.plans.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
 from converters.plans.ties import tie_targets
 
@@ -55,6 +56,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
         if adapter.modules:
             _place_updates(draft, base, position, adapter, arch, names)
         _place_embedded(draft, position, adapter, arch, names)
+        check_saved(adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
     _settle_ties(draft, adapters, arch, names)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from converters.files.header import FLOAT_DTYPES, TensorInfo, TensorSpec
+from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorInfo, TensorSpec
 
 
 class Action(str, Enum):
@@ -62,9 +62,10 @@ class TensorPlan:
         """Size in the output."""
         if self.dtype in FLOAT_DTYPES:
             return math.prod(self.shape) * FLOAT_DTYPES[self.dtype].itemsize
-        if self.source is None:
-            raise ValueError(f"{self.name}: not floating, and not from the base")
-        return self.source.nbytes
+        if self.source is not None:
+            return self.source.nbytes
+        itemsize = next(dtype.itemsize for dtype, name in INTEGER_DTYPES.items() if name == self.dtype)
+        return math.prod(self.shape) * itemsize
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

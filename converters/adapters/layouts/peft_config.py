@@ -29,6 +29,9 @@ INERT_FIELDS = frozenset(
     }
 )
 
+# inside of a trained copy of a module
+_COPY = re.compile(r"(^|\.)(modules_to_save|original_module)\.")
+
 # the output and input embeddings that PEFT saves by itself when the vocabulary was resized
 _EMBEDDING = re.compile(rf"(.*\.)?({EMBEDDING_NAMES})\.(weight|bias)")
 
@@ -157,6 +160,12 @@ def check_targeting(
         ThetaError: a tensor nobody asked for, or modules_to_save without tensors.
     """
     for module in modules:
+        if _COPY.search(module) or targeting.saves(module):
+            raise ThetaError(
+                f"{where}: the weights adapt {module}, and modules_to_save {list(targeting.modules_to_save)} of the "
+                "config replaces it (PEFT takes every module whose name ends with an entry); PEFT does not load such "
+                "an adapter again, so what it means is not defined; train with either of the two"
+            )
         if not targeting.matches(module):
             raise AdapterConfigError(
                 f"{where}: the weights adapt {module}, the config's target_modules do not; config and weights come "

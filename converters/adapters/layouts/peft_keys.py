@@ -17,6 +17,7 @@ EMBEDDING_NAMES = "embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embe
 
 _SAVED = "modules_to_save"
 _EMBEDDING_BASE = re.compile(rf"(.*\.)?({EMBEDDING_NAMES})(\.token_adapter)?\.base_layer\.weight")
+_ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
 _BEFORE = re.compile(r"\.(original_module|trainable_tokens_original)\.")  # what trained modules, or rows, replace
 
 
@@ -70,7 +71,7 @@ def sort_keys(
     """
     where, theta_key, shared_key = source.weights, _theta_key(parameters), _shared_key(shared or {})
     group_key, saved_key = _group_key(grouped or {}), _saved_key(whole)
-    whole_model = _is_whole_model(source)
+    whole_model, copied = _is_whole_model(source), _copied(source)
     found, adapters = PeftKeys(), set()
     for name, key in source.keys.items():
         if ignored is not None and ignored.fullmatch(name):
@@ -86,16 +87,16 @@ def sort_keys(
                 _refuse_several(where, adapters)
             found.parts[match["module"]][part] = key
         elif match := saved_key.fullmatch(name):
-            adapters.add(match["name"])
-            found.saved[f"{match['module']}.{match['parameter']}"] = key
+            adapter, parameter = _split_saved(match["module"], match["rest"], copied)
+            adapters.add(adapter)
+            found.saved[f"{match['module']}.{parameter}"] = key
             found.replaced |= {match["module"]} if match["holder"] == whole else set()
         elif mark in name:
             raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
         elif not _BEFORE.search(name):
             _place_plain(found, name, key, bias, whole_model)
     if not found.parts and (whole is None or not found.saved):
-        needed = whole or f"{mark}A"
-        raise ThetaError(f"{where}: the weights contain no θ (no key with {needed}); there is nothing to merge")
+        raise ThetaError(f"{where}: the weights contain no θ (no key with {whole or mark + 'A'}); nothing to merge")
     if len(adapters - {None}) > 1:
         _refuse_several(where, adapters)
     if bias == "lora_only" and whole_model:
@@ -136,7 +137,22 @@ def _place_plain(found: PeftKeys, name: str, key: str, bias: str, whole_model: b
 def _is_whole_model(source: AdapterSource) -> bool:
     """Whether it has the weights of the base, other than of embeddings, which PEFT may save along."""
     bases = [name for name in source.keys if name.endswith(".base_layer.weight")]
-    return not all(map(_EMBEDDING_BASE.fullmatch, bases))
+    replaced = any(_ORIGINAL.fullmatch(name) and name.endswith(".weight") for name in source.keys)
+    return replaced or not all(map(_EMBEDDING_BASE.fullmatch, bases))
+
+
+def _copied(source: AdapterSource) -> dict[str, set[str]]:
+    """Module -> names in it, of the originals of trained copies: with `bias="all"`, or in a state dict in memory."""
+    found: dict[str, set[str]] = {}
+    for match in filter(None, map(_ORIGINAL.fullmatch, source.keys)):
+        found.setdefault(match["module"], set()).add(match["rest"])
+    return found
+
+
+def _split_saved(module: str, rest: str, copied: Mapping[str, set[str]]) -> tuple[str | None, str]:
+    """The name of the adapter, if there is one, and of the parameter in what follows a holder in a key."""
+    first, dot, parameter = rest.partition(".")
+    return (first, parameter) if dot and rest not in copied.get(module, ()) else (None, rest)
 
 
 def _group_key(grouped: Mapping[str, str]) -> re.Pattern[str]:
@@ -148,7 +164,7 @@ def _group_key(grouped: Mapping[str, str]) -> re.Pattern[str]:
 def _saved_key(whole: str | None) -> re.Pattern[str]:
     """What matches the key of a tensor of a module that is replaced whole."""
     holders = "|".join(map(re.escape, filter(None, (_SAVED, whole))))
-    return re.compile(rf"(?P<module>.+)\.(?P<holder>{holders})(?:\.(?P<name>[^.]+))?\.(?P<parameter>[^.]+)")
+    return re.compile(rf"(?P<module>.+)\.(?P<holder>{holders})\.(?P<rest>.+)")
 
 
 def _shared_key(shared: Mapping[str, str]) -> re.Pattern[str]:

@@ -13,15 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
+from converters.adapters.targeting import PREFIX
 from converters.errors import ConversionError
 from converters.evaluation.factors import rank_of, refuse_full_rank, refuse_parts
-from converters.files.header import FLOAT_DTYPES, TensorSpec
+from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorSpec
 from converters.files.staging import check_output
 from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.lora.biases import find_biases
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
-from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import base_facts, module_name, saved_modules, saved_tensors
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
@@ -83,9 +84,13 @@ class LoraAdapterPlan:
             shapes |= zip(factor_names(module), ((out, r), (r, width)), strict=True)
             if self.biases:
                 shapes[bias_name(module)] = (out,)
-        shapes |= {PREFIX + name: tuple(saved.shape) for name, saved in self.saved.items()}
         itemsize = FLOAT_DTYPES[self.dtype].itemsize
-        return [TensorSpec(name, self.dtype, shape, math.prod(shape) * itemsize) for name, shape in shapes.items()]
+        specs = [TensorSpec(name, self.dtype, shape, math.prod(shape) * itemsize) for name, shape in shapes.items()]
+        for name, saved in self.saved.items():
+            dtype = INTEGER_DTYPES.get(saved.dtype, self.dtype)
+            size = saved.numel() * (itemsize if saved.is_floating_point() else saved.itemsize)
+            specs.append(TensorSpec(PREFIX + name, dtype, tuple(saved.shape), size))
+        return specs
 
 
 def plan_lora_adapter(
@@ -189,7 +194,7 @@ def _config(
     """The adapter_config.json (`peft/tuners/lora/config.py`, `LoraConfig`)."""
     transposed = any(term.transposed for tensor in plan.tensors for term in tensor.terms)
     return {
-        **base_facts(plan, arch),
+        **base_facts(plan, arch, whole),
         "peft_type": "LORA",
         **_ranks(ranks),
         "target_modules": sorted(ranks),

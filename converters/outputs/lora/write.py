@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
+from converters.adapters.targeting import PREFIX
 from converters.errors import NonFiniteError
 from converters.evaluation.factors import rank_of, sum_factors
 from converters.evaluation.precision import EVALUATION_DTYPE
@@ -33,7 +34,6 @@ from converters.outputs.lora.approximation import Approximation, ModuleError
 from converters.outputs.lora.biases import bias_delta, check_bias
 from converters.outputs.lora.plan import LoraAdapterPlan, bias_name, factor_names, module_shape
 from converters.outputs.manifest import provenance, weights_entry
-from converters.outputs.peft_names import PREFIX
 from converters.outputs.publishing import publishing
 
 
@@ -98,7 +98,8 @@ def write_lora_adapter(
 def _write_weights(converted: LoraAdapterPlan, file: Path, device: torch.device, advance: Advance) -> LoraCheck:
     with closing(ShardWriter(file, converted.specs, {"format": "pt"})) as writer, TensorReader() as reader:
         for name, saved in converted.saved.items():
-            writer.write(PREFIX + name, 0, _rounded(name, saved, converted.dtype))
+            written = _rounded(name, saved, converted.dtype) if saved.is_floating_point() else saved
+            writer.write(PREFIX + name, 0, written)
         biases = sum(_write_bias(converted, module, writer, reader) for module in converted.modules)
         modules = list(_write_modules(converted, writer, reader, device, advance))
         writer.finish()
