@@ -20,6 +20,7 @@ from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
+from converters.plans.language_models import map_language_model
 from converters.plans.orientation import is_transposed, with_shapes
 from converters.plans.parts import part_of, part_term
 from converters.plans.renaming import find_renamed_targets
@@ -126,6 +127,9 @@ def plan_merge(
     notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
     found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
+        mapped = [map_language_model(base, weighted) for weighted in adapters]
+        adapters, opened = [one for one, _ in mapped], [one.adapter for one, _ in mapped]
+        notes += [note for _, note in mapped if note is not None]
         found = find_renamed_targets(base, opened, labels)
     _refuse_conflicts(found)
     refuse_missing_biases(opened, found)
