@@ -148,6 +148,16 @@ def build_architecture(
     )
 
 
+def part_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any] | None:
+    """The config of `class_name`, if that is a class for one part of a model with `config`: CLIPVisionModel of a CLIP."""
+    import transformers
+
+    part = getattr(getattr(transformers, class_name, None), "config_class", None)
+    key = getattr(part, "base_config_key", "")
+    own = config.get(key) if key and part.model_type != config.get("model_type") else None
+    return {**own, "model_type": part.model_type} if isinstance(own, dict) else None
+
+
 def _without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_runtime(value) if isinstance(value, dict) else value

@@ -43,17 +43,29 @@ def map_language_model(base: Checkpoint, weighted: Weighted) -> tuple[Weighted, 
         return weighted, None
     table = {name: _counterpart(name, stored, base, adapter) for name in names}
     _refuse_incomplete(adapter, stored, base, names)
-    mapped = replace(
+    table |= {name: stored.get(_inner(name), [name])[0] for name in adapter.embedded}
+    own, here = ("a multimodal model", "its language model") if is_wrapped else ("a language model", "one around it")
+    example = next((f": {name} is {table[name]}, and so on" for name in names if table[name] != name), "")
+    return replace(weighted, adapter=with_names(adapter, table)), (
+        f"by its names, {adapter.name} was trained on {own}, and the base is {here}; names and shapes of all that it "
+        f"adapts are those of the base{example}"
+    )
+
+
+def with_names(adapter: Adapter, table: Mapping[str, str]) -> Adapter:
+    """The adapter under other names. What its config says about names is to be checked before.
+
+    Args:
+        adapter: the adapter.
+        table: tensor that it updates, replaces or contains -> its name in the base's files.
+    """
+    return replace(
         adapter,
         modules={table[f"{m}.weight"].removesuffix(".weight"): theta for m, theta in adapter.modules.items()},
         saved={table[name]: key for name, key in adapter.saved.items()},
-        embedded={stored.get(_inner(name), [name])[0]: key for name, key in adapter.embedded.items()},
+        embedded={table.get(name, name): key for name, key in adapter.embedded.items()},
         targeting=None,
-    )
-    own, here = ("a multimodal model", "its language model") if is_wrapped else ("a language model", "one around it")
-    return replace(weighted, adapter=mapped), (
-        f"{adapter.name} was trained on {own}, and the base is {here}, by the names and shapes of all that is adapted: "
-        f"{names[0]} is {table[names[0]]}, and so on"
+        model_class=None,
     )
 
 

@@ -27,6 +27,7 @@ from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
 from converters.plans.tensor import Action, TensorPlan, Term
+from converters.plans.towers import map_tower
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -127,9 +128,10 @@ def plan_merge(
     notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
     found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
-        mapped = [map_language_model(base, weighted) for weighted in adapters]
-        adapters, opened = [one for one, _ in mapped], [one.adapter for one, _ in mapped]
-        notes += [note for _, note in mapped if note is not None]
+        for map_names in (map_tower, map_language_model):
+            mapped = [map_names(base, weighted) for weighted in adapters]
+            adapters, opened = [one for one, _ in mapped], [one.adapter for one, _ in mapped]
+            notes += [note for _, note in mapped if note is not None]
         found = find_renamed_targets(base, opened, labels)
     _refuse_conflicts(found)
     refuse_missing_biases(opened, found)
