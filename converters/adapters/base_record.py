@@ -70,12 +70,12 @@ def check_base(base: Checkpoint, adapter: Adapter, force: bool) -> list[str]:
         return [f"forced: {message}"]
     if adapter.base_name is None or recorded is not None:
         return []  # a fingerprint decides, whatever the names are
-    message, note = _compare_names(base, adapter.base_name, trained_revision(adapter))
-    if message is None:
+    objection, note = _compare_names(base, adapter.base_name, trained_revision(adapter))
+    if objection is None:
         return [note] if note is not None else []
     if not force:
-        raise BaseMismatchError(f"{message}; {_advice(adapter.base_name, remedy)}")
-    return [f"forced: {message}"]
+        raise BaseMismatchError(f"{objection}; {_advice(adapter.base_name, remedy)}")
+    return [f"forced: {objection}"]
 
 
 def trained_repository(adapter: Adapter) -> str | None:
@@ -122,7 +122,7 @@ def _compare_names(base: Checkpoint, trained_on: str, revision: str | None) -> t
 
 def _other_commit(base: Checkpoint, trained_on: str | None) -> str | None:
     """A note, if the base is another commit of its repository than the one that was recorded."""
-    if trained_on is None or base.revision is None or not _COMMIT.fullmatch(trained_on) or trained_on == base.revision:
+    if trained_on is None or base.revision in (None, trained_on) or not _COMMIT.fullmatch(trained_on):
         return None
     return f"the adapter was trained on revision {trained_on} of {base.repo_id}, this is {base.revision}"
 

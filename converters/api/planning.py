@@ -89,7 +89,7 @@ def _recorded_revision(base: str, adapters: Sequence[Weighted]) -> str | None:
 
     Raises `OptionError` if they say several.
     """
-    found = {}
+    found: dict[str, Adapter] = {}
     for adapter in (weighted.adapter for weighted in adapters):
         trained_on, revision = trained_repository(adapter), trained_revision(adapter)
         if trained_on is not None and revision is not None and repository(trained_on) == repository(base):

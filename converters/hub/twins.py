@@ -9,16 +9,12 @@ import re
 from converters.hub.names import SHORT_NAMES
 
 # owners of models that had none before: `roberta-base` is `FacebookAI/roberta-base`
-_FIRST_OWNERS = frozenset(
-    ("albert", "almanach", "distilbert", "facebookai", "google-bert", "google-t5", "openai-community", "xlnet")
-)
+_FIRST_OWNERS = {"albert", "almanach", "distilbert", "facebookai", "google-bert", "google-t5", "openai-community"}
 _OLD_NAMES = {new.rsplit("/", 1)[-1].lower(): new.lower() for new in SHORT_NAMES.values()}
 
 # accounts that publish other people's models, unchanged or quantized, under the models' own names
-_COPYISTS = frozenset(
-    ("casperhansen", "hugging-quants", "mlx-community", "modelcloud", "neuralmagic", "nousresearch", "redhatai")
-    + ("solidrust", "thebloke", "unsloth")
-)
+_COPYISTS = {"casperhansen", "hugging-quants", "mlx-community", "modelcloud", "neuralmagic", "nousresearch"}
+_COPYISTS |= {"redhatai", "solidrust", "thebloke", "unsloth"}
 
 # how repositories of quantized models are named: Llama-3.2-1B-4bit, llama-3-8b-bnb-4bit, gpt-oss-20b-MXFP4-Q8
 _FORMAT = r"\d+[-_]?bit|bnb|awq|gptq|int[48]|fp[48]|mxfp[48]|nvfp4|nf4|q[2-8]|quantized\.w\d+a\d+|w\d+a\d+"

@@ -31,10 +31,8 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "IMAGE_CLS")
 
 # what a config says about how its model is run, at any depth: kernels may be absent here, and names do not depend on
 # them (`transformers/modeling_utils.py`, `_check_and_adjust_attn_implementation`)
-_RUNTIME_KEYS = frozenset(
-    ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-    + ("_attn_implementation_autoset", "experts_implementation", "_experts_implementation")
-)
+_RUNTIME_KEYS = {"dtype", "torch_dtype", "experts_implementation", "_experts_implementation", "attn_implementation"}
+_RUNTIME_KEYS |= {f"_attn_implementation{end}" for end in ("", "_internal", "_autoset")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +91,8 @@ def build_architecture(
 
     Attention is eager in it, whichever kernel the config names.
 
-    Raises `TargetError` if transformers cannot build it; `UnknownModelError` if it lacks the model type, or supports it
-    only with remote code.
+    Raises `TargetError` if transformers cannot build it; `UnknownModelError` if it lacks the model type, or supports
+    it only with remote code.
     """
     import torch
     import transformers
@@ -149,10 +147,10 @@ def build_architecture(
 
 
 def part_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any] | None:
-    """The config of `class_name`, if that is a class for one part of a model with `config`: CLIPVisionModel of a CLIP."""
+    """The config of `class_name`, if that is a class for one part of a model: `CLIPVisionModel` of a CLIP."""
     import transformers
 
-    part = getattr(getattr(transformers, class_name, None), "config_class", None)
+    part: Any = getattr(getattr(transformers, class_name, None), "config_class", None)
     key = getattr(part, "base_config_key", "")
     own = config.get(key) if key and part.model_type != config.get("model_type") else None
     return {**own, "model_type": part.model_type} if isinstance(own, dict) else None

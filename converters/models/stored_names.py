@@ -1,7 +1,7 @@
 """A base whose model type transformers does not know: the names and shapes of its checkpoint stand for its class.
 
-What adapts or replaces tensors by the names that the checkpoint has needs no model code. Everything else does, and code
-that comes with a checkpoint (`auto_map`) is never run.
+What adapts or replaces tensors by the names that the checkpoint has needs no model code. Everything else does, and
+code that comes with a checkpoint (`auto_map`) is never run.
 """
 
 import re
@@ -61,8 +61,8 @@ def stored_architecture(
     ]
     if new:
         notes.append(
-            f"architecture: {name}, by the base's auto_map, with the adapter's head; whether this class needs tensors "
-            "that neither base nor adapter has was not checked, since remote code is not run"
+            f"architecture: {name}, by the base's auto_map, with the adapter's head; whether this class needs "
+            "tensors that neither base nor adapter has was not checked, since remote code is not run"
         )
     config = {**base.config, "num_labels": _count_labels(new, unknown)} if new else base.config
     return _stand_in(name, base, config, new), notes
@@ -84,7 +84,7 @@ def refuse_other_names(
         outside = re.search(r"\.\d+\.", name) is None
         if outside and _VOCABULARY.search(name) and size in (None, rows.get(name)):
             raise UnknownModelError(
-                f"{unknown}; the adapter changes {name}, and whether it is tied to another tensor only that code says: "
+                f"{unknown}; the adapter changes {name}, and only that code says whether it is tied to another: "
                 'if it is not, write "tie_word_embeddings": false into the base\'s config.json'
             ) from None
 

@@ -9,7 +9,7 @@ from converters.files.json_files import read_json
 from converters.files.names import INDEX_FILE, SINGLE_FILE
 
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-_VARIANT = re.compile(r"model(?:\.safetensors\.index)?\.(?!safetensors)([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
+_VARIANT = re.compile(r"model(\.safetensors\.index)?\.(?!safet)(?P<name>[\w-]+?)(-\d+-of-\d+)?\.(safetensors|json)")
 
 # other forms of weights -> what they are, and what to do
 _OTHER_FORMS = {
@@ -72,8 +72,8 @@ def refuse_partial(folder: Path, names: set[str]) -> None:
     lacking = sorted(set(read_weight_map(index)) - names) if index.is_file() else []
     if lacking:
         raise CheckpointError(
-            f"{folder} holds two sets of weights: {SINGLE_FILE}, which comes first, lacks {len(lacking)} tensors that "
-            f"{INDEX_FILE} names, for example {lacking[0]}; remove the one that does not belong to the model"
+            f"{folder} holds two sets of weights: {SINGLE_FILE}, which comes first, lacks {len(lacking)} tensors "
+            f"that {INDEX_FILE} names, for example {lacking[0]}; remove the one that does not belong to the model"
         )
 
 
@@ -105,11 +105,12 @@ def _nothing(folder: Path) -> str:
     """The message for a folder without weights that are read, with what is there instead."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in names:
-        if variant := _VARIANT.fullmatch(name):
+        if found := _VARIANT.fullmatch(name):
+            variant = found["name"]
             return (
-                f"{folder} has its weights only as the variant {variant[1]!r} ({name}), expected {SINGLE_FILE} or "
-                f"{INDEX_FILE}; if these are the weights it was trained on, rename the files, without '.{variant[1]}', "
-                f"or load them with variant={variant[1]!r} in transformers and save them with save_pretrained"
+                f"{folder} has its weights only as the variant {variant!r} ({name}), expected {SINGLE_FILE} or "
+                f"{INDEX_FILE}; if the adapter was trained on these, rename the files, without '.{variant}', or load "
+                f"them with variant={variant!r} in transformers and save them with save_pretrained"
             )
     for pattern, form in _OTHER_FORMS.items():
         for path in sorted(folder.glob(pattern)):

@@ -24,7 +24,14 @@ from converters.models import config as model_config
 from converters.models.architecture import Architecture
 from converters.outputs.base import WriteOptions
 from converters.outputs.manifest import provenance, weights_entry
-from converters.outputs.peft_names import PREFIX, base_facts, merged_architecture, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import (
+    PREFIX,
+    base_facts,
+    merged_architecture,
+    module_name,
+    saved_modules,
+    saved_tensors,
+)
 from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 

@@ -88,7 +88,7 @@ def _choose_architecture(
 def _take_stored_names(
     base: Checkpoint, adapters: Sequence[Adapter], head: Adapter, unknown: UnknownModelError
 ) -> tuple[Architecture, list[str]]:
-    """The base's files in place of a class that is not known. Raises `UnknownModelError` where they are not enough."""
+    """The base's names in place of a class that is not known. Raises `UnknownModelError` where code is needed."""
     if any(adapter.target_parameters for adapter in adapters):
         raise UnknownModelError(f"{unknown}; target_parameters are not read without it") from None
     shapes = {name: head.store.shapes[key] for name, key in head.saved.items()}

@@ -21,7 +21,14 @@ from converters.models.architecture import Architecture
 from converters.outputs.lora.biases import find_biases
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
-from converters.outputs.peft_names import PREFIX, base_facts, merged_architecture, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import (
+    PREFIX,
+    base_facts,
+    merged_architecture,
+    module_name,
+    saved_modules,
+    saved_tensors,
+)
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
