@@ -12,6 +12,7 @@ PeanutError
 │   └── BaseMismatchError       the adapter was trained on a different base
 ├── HubError                    a download from the Hub or an upload to it failed
 ├── TargetError                 an adapter weight has no matching tensor in the base
+│   └── UnknownModelError       its names need the code of a model that transformers does not have
 ├── OutputError                 the output cannot be written
 │   ├── OutputExistsError       the output folder already exists
 │   │   └── OutputBusyError     another run is writing the same output
@@ -71,6 +72,10 @@ class HubError(PeanutError):
 
 class TargetError(PeanutError):
     """A weight of the adapter has no matching tensor in the base."""
+
+
+class UnknownModelError(TargetError):
+    """The names or the head need the code of a model that transformers does not have; remote code is never run."""
 
 
 class OutputError(PeanutError):

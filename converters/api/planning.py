@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from converters.adapters.adapter import Adapter, Weighted
+from converters.adapters.base_record import trained_repository, trained_revision
 from converters.adapters.embedded_base import SELF, open_embedded
 from converters.adapters.opening import open_adapters, open_weighted
 from converters.api.options import MergeOptions, Sources
 from converters.errors import OptionError
 from converters.files.sizes import parse_size
-from converters.hub.names import SHORT_NAMES
+from converters.hub.twins import repository
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from converters.models.finding import find_base
 from converters.plans.merge import Plan, plan_merge
@@ -76,14 +77,27 @@ def open_base(sources: Sources, adapters: Sequence[Weighted]) -> tuple[Checkpoin
             raise OptionError("stream= is for a base on the Hub, not for base='self'")
         carriers = [weighted.adapter for weighted in adapters if weighted.adapter.embedded]
         return open_embedded(carriers[0] if carriers else adapters[0].adapter), []
-    for weighted in adapters:
-        if revision is None and _is_trained_on(weighted.adapter, base):
-            revision = weighted.adapter.base_revision
+    if revision is None and not Path(base).expanduser().is_dir():
+        revision = _recorded_revision(base, adapters)
     source = find_base(base, revision, sources.token, sources.stream)
     opened = open_checkpoint(source.folder, source.repo_id, source.revision, stream=source.stream)
     return opened, [source.note] if source.note else []
 
 
-def _is_trained_on(adapter: Adapter, base: str) -> bool:
-    """Whether `base` names, on the Hub, the model that the adapter's config says it was trained on."""
-    return not Path(base).expanduser().is_dir() and adapter.base_name == SHORT_NAMES.get(base, base)
+def _recorded_revision(base: str, adapters: Sequence[Weighted]) -> str | None:
+    """The revision of the Hub's `base`, however it is spelled, that the adapters say they were trained on.
+
+    Raises `OptionError` if they say several.
+    """
+    found: dict[str, Adapter] = {}
+    for adapter in (weighted.adapter for weighted in adapters):
+        trained_on, revision = trained_repository(adapter), trained_revision(adapter)
+        if trained_on is not None and revision is not None and repository(trained_on) == repository(base):
+            found.setdefault(revision, adapter)
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise OptionError(
+            f"{first.path} was trained on revision {one} of {base}, {second.path} on {other}; merge them separately, "
+            "or pass revision= if the weights are the same"
+        )
+    return next(iter(found), None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from converters.errors import PeanutError, TargetError
+from converters.errors import PeanutError, TargetError, UnknownModelError
 from converters.models.conversion import Conversion, find_conversion
 
 # PEFT's task types (peft/utils/peft_types.py) and the auto classes that load such models
@@ -28,6 +28,11 @@ AUTO_CLASSES = {
 
 # the tasks whose model class depends on the head that the adapter includes
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "IMAGE_CLS")
+
+# what a config says about how its model is run, at any depth: kernels may be absent here, and names do not depend on
+# them (`transformers/modeling_utils.py`, `_check_and_adjust_attn_implementation`)
+_RUNTIME_KEYS = {"dtype", "torch_dtype", "experts_implementation", "_experts_implementation", "attn_implementation"}
+_RUNTIME_KEYS |= {f"_attn_implementation{end}" for end in ("", "_internal", "_autoset")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +89,10 @@ def build_architecture(
 ) -> Architecture:
     """Build `class_name`, or the class that loads `task_type`, for `config` without weights.
 
-    Raises `TargetError` if this version of transformers lacks the model or supports it only with remote code.
+    Attention is eager in it, whichever kernel the config names.
+
+    Raises `TargetError` if transformers cannot build it; `UnknownModelError` if it lacks the model type, or supports
+    it only with remote code.
     """
     import torch
     import transformers
@@ -93,14 +101,14 @@ def build_architecture(
 
     model_type = str(config.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:
-        raise TargetError(
+        raise UnknownModelError(
             f"the tensor names of adapter and base differ, and transformers {transformers.__version__}, which would "
             f"translate them, does not know the model type {model_type!r}"
             + (" (models with remote code are not run)" if config.get("auto_map") else "")
         )
-    settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     try:
-        native = transformers.CONFIG_MAPPING[model_type].from_dict(settings)
+        native = transformers.CONFIG_MAPPING[model_type].from_dict(_without_runtime(config))
+        native._attn_implementation = "eager"  # in nested configs as well
         with torch.device("meta"):
             model = _build(transformers, native, class_name, task_type)
     except PeanutError:
@@ -136,6 +144,24 @@ def build_architecture(
         _optional=tuple(ignored),
         _converters=tuple(converters),
     )
+
+
+def part_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any] | None:
+    """The config of `class_name`, if that is a class for one part of a model: `CLIPVisionModel` of a CLIP."""
+    import transformers
+
+    part: Any = getattr(getattr(transformers, class_name, None), "config_class", None)
+    key = getattr(part, "base_config_key", "")
+    own = config.get(key) if key and part.model_type != config.get("model_type") else None
+    return {**own, "model_type": part.model_type} if isinstance(own, dict) else None
+
+
+def _without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_runtime(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _RUNTIME_KEYS
+    }
 
 
 def _other_base(transformers: Any, model_type: str, class_name: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from converters.errors import CheckpointError, QuantizedBaseError
 from converters.files.header import TensorInfo, read_header
 from converters.files.json_files import read_json
-from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG, SINGLE_FILE
+from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
 from converters.files.reader import TensorReader
 from converters.files.state import FileState
+from converters.hub.twins import is_quantized, unquantized
+from converters.models.weight_files import find_weights, refuse_partial
 
 if TYPE_CHECKING:
     from converters.hub.stream import ShardStream
@@ -150,8 +152,8 @@ def open_checkpoint(
             raise CheckpointError(f"{folder} is an adapter, expected a base model; pass it as the adapter")
         raise CheckpointError(f"{folder}: no config.json; expected a folder with a transformers model")
     config = read_json(folder / MODEL_CONFIG, "model config")
-    _refuse_quantized_config(folder, config)
-    shards, weight_map = _shards(
+    _refuse_quantized_config(folder, config, repo_id)
+    shards, weight_map = find_weights(
         folder, lambda name: (folder / name).is_file() if stream is None else stream.has(name)
     )
     tensors: dict[str, TensorInfo] = {}
@@ -164,7 +166,9 @@ def open_checkpoint(
             if info.name in tensors:
                 raise CheckpointError(f"{folder}: {info.name} is in {tensors[info.name].file.name} and in {shard}")
             tensors[info.name] = info
-    if weight_map is not None and set(weight_map) != set(tensors):
+    if weight_map is None:
+        refuse_partial(folder, set(tensors))
+    elif set(weight_map) != set(tensors):
         unmatched = sorted(set(weight_map) ^ set(tensors))
         raise CheckpointError(
             f"{folder}: {INDEX_FILE} and the shards disagree on {len(unmatched)} tensors, for example "
@@ -174,49 +178,17 @@ def open_checkpoint(
     return Checkpoint(folder, config, tensors, shards, repo_id, revision, metadata, holder, states, stream)
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Read tensor name -> shard from an index. Raises `CheckpointError` for shards outside its folder."""
-    weight_map = read_json(index, "shard index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; fetch the model again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: '{name}' is not a file name in the same folder")
-    return weight_map
-
-
-def _shards(folder: Path, has: Callable[[str], bool]) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    index = folder / INDEX_FILE
-    if has(SINGLE_FILE):  # as in transformers, it takes precedence over an index
-        return (SINGLE_FILE,), None
-    if index.is_file():
-        weight_map = read_weight_map(index)
-        names = tuple(sorted(set(weight_map.values())))
-        for name in names:
-            if not has(name):
-                raise CheckpointError(f"{folder}: the shard {name} is missing; fetch the model again")
-        return names, weight_map
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} stores its weights as pickles ({pickles[0]}), expected safetensors; convert them once with "
-            "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), using the class of the model"
-        )
-    raise CheckpointError(
-        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; expected safetensors weights (a model that is "
-        "only available as pickles must be saved once with transformers' save_pretrained)"
-    )
-
-
-def _refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:
+def _refuse_quantized_config(folder: Path, config: Mapping[str, Any], repo_id: str | None) -> None:
     settings = config.get("quantization_config")
     if settings:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         if isinstance(settings, dict) and method == "bitsandbytes":
             method = "bitsandbytes " + ("4-bit" if settings.get("load_in_4bit") else "8-bit")
+        name = repo_id or folder.resolve().name
+        made_from = f"; by its name it was made from {unquantized(name)}" if is_quantized(name) else ""
         raise QuantizedBaseError(
             f"{folder} is quantised ({method or 'unknown method'}): merge into the weights in training precision, "
-            "then quantise the result"
+            f"then quantise the result{made_from}"
         )
 
 

@@ -22,10 +22,16 @@ from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
 from converters.files.staging import check_output
 from converters.methods.peanut.tweaker import Tweaker
 from converters.models import config as model_config
-from converters.models.architecture import Architecture, build_architecture
+from converters.models.architecture import Architecture
 from converters.outputs.base import WriteOptions
 from converters.outputs.manifest import provenance, weights_entry
-from converters.outputs.peft_names import base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import (
+    base_facts,
+    merged_architecture,
+    module_name,
+    saved_modules,
+    saved_tensors,
+)
 from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 
@@ -63,7 +69,7 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
     """
     tweakers = _tweakers(plan)
     settings = _common_settings(tweakers)
-    arch = build_architecture(plan.config, plan.config["architectures"][0])
+    arch = merged_architecture(plan)
     modules = {module_name(arch, name): tweaker for name, tweaker in tweakers.items()}
     saved = saved_tensors(plan, arch)
     config = _config(plan, arch, settings, sorted(modules), saved_modules(arch, saved))

@@ -8,6 +8,7 @@ from torch import Tensor
 from converters.adapters.targeting import PREFIX, Targeting
 from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
+from converters.models.stored_names import architecture_of
 from converters.plans.merge import Plan
 
 # what PEFT adds to modules_to_save (`peft/peft_model.py`)
@@ -16,6 +17,11 @@ _DEFAULT_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+def merged_architecture(plan: Plan) -> Architecture:
+    """The class of the merged model. Raises `TargetError` if transformers cannot build it."""
+    return architecture_of(plan.base, plan.config, {t.name: t.shape for t in plan.tensors if t.source is None})
 
 
 def module_name(arch: Architecture, tensor: str) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from converters.adapters.adapter import Adapter
-from converters.errors import BaseMismatchError, OptionError, TargetError
+from converters.errors import BaseMismatchError, OptionError, TargetError, UnknownModelError
 from converters.models import config as model_config
 from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
+from converters.models.stored_names import architecture_of, refuse_other_names, stored_architecture
 from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
 from converters.plans.saved import check_saved
@@ -46,10 +47,10 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
         OptionError: labels that do not fit the head; two heads.
     """
     head = adapters[find_head(adapters)]
-    arch = _choose_architecture(base, head)
+    arch, notes = _choose_architecture(base, adapters, head)
     switched = bool(head.saved) and arch.name != base.architecture
     names = BaseNames(base, arch, switched)
-    draft = _PendingTargets({**base.config, "architectures": [arch.name]})
+    draft = _PendingTargets({**base.config, "architectures": [arch.name]}, notes=notes)
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
     for position, adapter in enumerate(adapters):
@@ -73,12 +74,29 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     )
 
 
-def _choose_architecture(base: Checkpoint, adapter: Adapter) -> Architecture:
-    """The class of the merged model: the adapter's where it brings a head, else the base's."""
-    brings_head = adapter.saved and (adapter.model_class is not None or adapter.task_type in HEAD_TASKS)
-    if brings_head or base.architecture is None:
-        return build_architecture(base.config, adapter.model_class, adapter.task_type)
-    return build_architecture(base.config, base.architecture)
+def _choose_architecture(
+    base: Checkpoint, adapters: Sequence[Adapter], head: Adapter
+) -> tuple[Architecture, list[str]]:
+    """The class of the merged model, with notes: the adapter's where it brings a head, else the base's."""
+    brings_head = head.saved and (head.model_class is not None or head.task_type in HEAD_TASKS)
+    try:
+        if brings_head or base.architecture is None:
+            return build_architecture(base.config, head.model_class, head.task_type), []
+        return build_architecture(base.config, base.architecture), []
+    except UnknownModelError as unknown:
+        return _take_stored_names(base, adapters, head, unknown)
+
+
+def _take_stored_names(
+    base: Checkpoint, adapters: Sequence[Adapter], head: Adapter, unknown: UnknownModelError
+) -> tuple[Architecture, list[str]]:
+    """The base's names in place of a class that is not known. Raises `UnknownModelError` where code is needed."""
+    if any(adapter.target_parameters for adapter in adapters):
+        raise UnknownModelError(f"{unknown}; target_parameters are not read without it") from None
+    shapes = {name: head.store.shapes[key] for name, key in head.saved.items()}
+    modules = [f"{module}.weight" for adapter in adapters for module in adapter.modules]
+    refuse_other_names(base, modules, shapes, unknown)
+    return stored_architecture(base, shapes, head.task_type, unknown)
 
 
 def _place_updates(
@@ -259,10 +277,11 @@ def _settle_labels(
 
 def _check_complete(draft: _PendingTargets, base: Checkpoint, adapter: Adapter, switched: bool) -> None:
     """Check that the merged tensors have the shapes of the merged class, and that none of its tensors is missing."""
-    arch = build_architecture(draft.config, draft.config["architectures"][0])
+    replaced = {output: adapter.store.shapes[adapter.saved[saved]] for output, saved in draft.replaced.items()}
+    arch = architecture_of(base, draft.config, replaced)
     shapes = {output: base.tensors[name].shape for output, name in draft.kept.items()}
     shapes |= {t.output_name: base.tensors[t.base_name].shape for t in draft.targets}
-    shapes |= {output: adapter.store.shapes[adapter.saved[saved]] for output, saved in draft.replaced.items()}
+    shapes |= replaced
     present = set()
     for output, shape in shapes.items():
         canonical = arch.canonical(output)

@@ -11,7 +11,7 @@ from typing import Any
 
 from converters._version import __version__
 from converters.evaluation.verify import Verification, check_headers
-from converters.files.json_files import write_json
+from converters.files.json_files import parse_json, write_json
 from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
 from converters.files.writer import ShardWriter
 from converters.models.companions import find_companions
@@ -83,9 +83,22 @@ class Draft:
         (self.folder / "README.md").write_text(build_model_card(plan), encoding="utf-8")
         self.journal.remove()
         config = self.folder / f".{MODEL_CONFIG}"
-        write_json(config, plan.config)
+        own_config = plan.base.folder / MODEL_CONFIG
+        if _states(own_config, plan.config):
+            shutil.copyfile(own_config, config)  # byte for byte
+        else:
+            write_json(config, plan.config)
         config.rename(self.folder / MODEL_CONFIG)  # never half a config
         return verification
+
+
+def _states(file: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a file says exactly what `config` does, types included."""
+    try:
+        found = parse_json(file)
+    except (OSError, ValueError):
+        return False
+    return json.dumps(found, sort_keys=True) == json.dumps(config, sort_keys=True)
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -18,11 +18,17 @@ from converters.errors import ConversionError
 from converters.evaluation.factors import rank_of, refuse_full_rank, refuse_parts
 from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorSpec
 from converters.files.staging import check_output
-from converters.models.architecture import Architecture, build_architecture
+from converters.models.architecture import Architecture
 from converters.outputs.lora.biases import find_biases
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
-from converters.outputs.peft_names import base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import (
+    base_facts,
+    merged_architecture,
+    module_name,
+    saved_modules,
+    saved_tensors,
+)
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
@@ -136,7 +142,7 @@ def as_lora(
     """
     options = options or LoraOptions()
     refuse_parts(plan, "a LoRA of modules")
-    arch = build_architecture(plan.config, plan.config["architectures"][0])
+    arch = merged_architecture(plan)
     updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
     if options.rank is None:
