@@ -10,7 +10,7 @@ from converters.hub.errors import hub_errors
 from converters.hub.names import SHORT_NAMES, is_hub_id
 from converters.hub.stream import ShardStream
 from converters.models.checkpoint import read_weight_map
-from converters.models.companions import COMPANION_PATTERNS
+from converters.models.companions.names import COMPANION_PATTERNS
 
 
 @dataclass(frozen=True)
