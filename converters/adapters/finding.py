@@ -8,7 +8,7 @@ from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_WEIGHTS, 
 from converters.hub.download import fetch_snapshot
 from converters.hub.errors import hub_errors
 from converters.hub.names import is_hub_id
-from converters.models.companions import COMPANION_PATTERNS
+from converters.models.companions.names import COMPANION_PATTERNS
 
 # files of an adapter's repository that can be used; weights of other layouts are tried only if none of these exist
 _ADAPTER_WEIGHTS = (*PEFT_WEIGHTS, NATIVE_WEIGHTS, MLX_WEIGHTS)

@@ -121,6 +121,8 @@ class PickleStore(_File):
                 f"{path}: this pickle contains more than tensors and was not opened, because it could run code; "
                 "save the adapter as safetensors where it was trained"
             ) from None
+        except PermissionError as error:
+            raise ThetaError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
         except Exception as error:  # a damaged pickle makes the unpickler raise almost anything
             cause = (str(error).splitlines() or ["it is empty"])[0]
             raise ThetaError(f"{path}: not a complete torch file ({cause}); it may be truncated") from None

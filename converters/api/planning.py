@@ -15,6 +15,7 @@ from converters.hub.twins import repository
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from converters.models.finding import find_base
 from converters.plans.merge import Plan, plan_merge
+from converters.plans.tokens import token_notes
 
 
 def plan_merges(sources: Sources, options: MergeOptions, *, each: bool = False) -> list[Plan]:
@@ -34,6 +35,7 @@ def plan_merges(sources: Sources, options: MergeOptions, *, each: bool = False) 
         )
         for group in groups
     ]
+    plans = [replace(plan, notes=(*plan.notes, *token_notes(plan))) for plan in plans]
     return [replace(plans[0], notes=(*notes, *plans[0].notes)), *plans[1:]]
 
 

@@ -78,8 +78,13 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     """The tensors of a safetensors file in file order, and its metadata.
 
     Raises:
-        CheckpointError: the file is not safetensors or is truncated, or its header does not match its data.
+        CheckpointError: the file may not be read, is not safetensors or is truncated, or its header does not match
+            its data.
     """
+    try:
+        path.open("rb").close()  # safetensors does not tell a file that may not be read from a damaged one
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from None
     try:
         with safe_open(path, framework="np") as checked:  # checks lengths, overlaps and holes
             metadata = dict(checked.metadata() or {})

@@ -1,4 +1,4 @@
-"""Atomic output folders: written next to the output, synced, then renamed.
+"""Atomic output folders: written next to the output, synced, then renamed; or inside it, where it has to stay.
 
 The staging folder is hidden, is on the same file system, and is locked by the run that writes it. A killed run
 leaves only its staging folder, which never has the name of the output; the next run with the same output
@@ -16,7 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.errors import NoSpaceError, OutputBusyError, OutputExistsError
-from converters.files.names import MANIFEST_NAME, MODEL_CONFIG
+from converters.files.inside import discard_half, move_out, sync
+from converters.files.names import MODEL_CONFIG
+from converters.files.places import Place, find_place, staging_of
 
 # space needed besides the weights: tokenizer, manifest, file system overhead
 _SPARE_BYTES = 32 << 20
@@ -26,31 +28,24 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     """Refuse an output that would overwrite files it must not touch.
 
     Raises:
-        OutputExistsError: the output exists and `overwrite` is not set; it is not a folder that peanut-merge wrote;
-            or it contains one of the `inputs`.
+        OutputExistsError: the output exists, is not an empty folder, and `overwrite` is not set; it is not a folder
+            that peanut-merge wrote; or it contains one of the `inputs`.
+        OutputError: nothing can be written there.
     """
     for path in inputs:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputExistsError(f"{output} contains the input {path}; choose another output")
-    if not output.exists() and not output.is_symlink():
-        return
-    if not overwrite:
-        raise OutputExistsError(f"{output} exists; choose another output, or replace it with overwrite=True")
-    if output.is_symlink() or not output.is_dir():
-        raise OutputExistsError(f"{output} is not a folder; only folders that peanut-merge wrote can be overwritten")
-    if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
-        raise OutputExistsError(
-            f"{output} was not written by peanut-merge (no {MANIFEST_NAME}); remove it, or choose another output"
-        )
+    find_place(output, overwrite)
 
 
 def check_space(sizes: Mapping[Path, int]) -> None:
     """Raise `NoSpaceError` if the disks lack space for these outputs, path -> bytes, written at the same time."""
     needed: Counter[int] = Counter()
     for output, size in sizes.items():
-        parent = next(path for path in output.absolute().parents if path.is_dir())
+        # an output that exists may be a mount point, and then is on another disk than its parent
+        parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
         disk = parent.stat().st_dev
-        needed[disk] += size + _SPARE_BYTES - _allocated(_staging_of(output))
+        needed[disk] += size + _SPARE_BYTES - _allocated(output)
         free = shutil.disk_usage(parent).free
         if free < needed[disk]:
             raise NoSpaceError(
@@ -60,13 +55,10 @@ def check_space(sizes: Mapping[Path, int]) -> None:
             )
 
 
-def _staging_of(output: Path) -> Path:
-    return output.absolute().with_name(f".{output.name}.peanut-staging")
-
-
-def _allocated(folder: Path) -> int:
+def _allocated(output: Path) -> int:
     """Disk usage of an earlier run's leftovers, which will be overwritten or reused."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0
+    left = [folder for place in (Place.NEW, Place.FILL) if (folder := staging_of(output, place)).is_dir()]
+    return sum(path.lstat().st_blocks * 512 for folder in left for path in folder.rglob("*"))
 
 
 @contextmanager
@@ -76,19 +68,27 @@ def staged(output: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     On an exception the folder is removed, and an existing `output` is not changed. With `keep`, the folder is not
     removed, and it still contains what an earlier run left in it.
 
-    Raises `OutputBusyError` if another run is writing the same output.
+    Raises:
+        OutputBusyError: another run is writing the same output.
+        OutputError: what `find_place` raises.
     """
+    place = find_place(output, overwrite)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = _staging_of(output)
+    staging = staging_of(output, place)
     was_there = staging.exists()
     lock = None
     try:
         lock = _lock(staging)
+        if place.is_inside:
+            discard_half(staging, output)
         if not keep:
             empty(staging)
         yield staging
         _sync_tree(staging)
-        _publish(staging, output.absolute(), overwrite)
+        if place.is_inside:
+            move_out(staging, output.absolute(), overwrite=place is Place.REFILL)
+        else:
+            _publish(staging, output.absolute(), overwrite)
     except BaseException as error:
         if lock is not None and not keep:
             _remove(staging)
@@ -152,15 +152,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     else:
         _exchange(staging, output)
         _remove(staging)  # now the old output
-    _sync_directory(output.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(output.parent)
 
 
 def _exchange(staging: Path, output: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from converters.files.copying import drop_written, start_writeback, write_at
@@ -50,3 +51,11 @@ class ShardWriter:
     def close(self) -> None:
         """Close the file, whether or not it is finished."""
         os.close(self._file)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in one go, with the rights of every other file: safetensors gives it 0600."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata is not None else None)
+    path.chmod(mode)

@@ -35,6 +35,24 @@ _RUNTIME_KEYS = {"dtype", "torch_dtype", "experts_implementation", "_experts_imp
 _RUNTIME_KEYS |= {f"_attn_implementation{end}" for end in ("", "_internal", "_autoset")}
 
 
+def ends_by_pad_token(model_type: str, by_default: bool) -> bool:
+    """Whether a classifier on this model finds the end of a text by a pad token that its config has to name.
+
+    Args:
+        model_type: as in a config; of a model that transformers does not know, nothing is known.
+        by_default: the config does not say, so that the default of its class counts.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    return not by_default or getattr(CONFIG_MAPPING[model_type](), "pad_token_id", None) is None
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """The tensor names of one model class, as transformers uses them in memory.

@@ -38,6 +38,23 @@ def with_labels(config: Mapping[str, Any], labels: list[str]) -> dict[str, Any]:
     return changed
 
 
+def pad_token_of(config: Mapping[str, Any]) -> int | None:
+    """The id of the pad token that a config states; -1, as in some configs, is none."""
+    text = config.get("text_config")
+    for one in (config, text if isinstance(text, dict) else {}):
+        if isinstance(one.get("pad_token_id"), int):
+            return int(one["pad_token_id"]) if one["pad_token_id"] >= 0 else None
+    return None
+
+
+def with_pad_token(config: Mapping[str, Any], token: int) -> dict[str, Any]:
+    """A copy of `config` with this pad token, in the config of its language model as well."""
+    changed = {**copy.deepcopy(dict(config)), "pad_token_id": token}
+    if isinstance(changed.get("text_config"), dict):
+        changed["text_config"]["pad_token_id"] = token
+    return changed
+
+
 def labels_of(config: Mapping[str, Any]) -> list[str] | None:
     """The class labels of a config in order, or None if it has none or they are not numbered from 0."""
     table = config.get("id2label")

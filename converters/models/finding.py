@@ -9,7 +9,7 @@ from converters.hub.download import fetch_snapshot
 from converters.hub.errors import hub_errors
 from converters.hub.names import SHORT_NAMES, is_hub_id
 from converters.hub.stream import ShardStream
-from converters.models.companions import COMPANION_PATTERNS
+from converters.models.companions.names import COMPANION_PATTERNS
 from converters.models.weight_files import read_weight_map
 
 

@@ -27,6 +27,17 @@ def check_files(folder: Path, hashes: Mapping[str, str]) -> None:
             raise VerificationError(f"{folder}: {name} changed since it was written; write the output again")
 
 
+def check_companions(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the files beside the weights with the manifest; one of an earlier version does not name them.
+
+    Raises `VerificationError` naming the first file that is missing or changed.
+    """
+    files = manifest["companions"].get("files") if isinstance(manifest.get("companions"), Mapping) else {}
+    if not isinstance(files, Mapping) or not all(isinstance(one, Mapping) for one in files.values()):
+        raise damaged_manifest(folder, "its companions have no files")
+    check_files(folder, {name: str(one.get("xxh3_128")) for name, one in files.items()})
+
+
 def verify_adapter(folder: Path, manifest: Mapping[str, Any], full: OpenInputs | None) -> Shown:
     """Verify a folder whose weights lie in one file, beside an adapter_config.json."""
     if full is not None:
@@ -38,6 +49,7 @@ def verify_adapter(folder: Path, manifest: Mapping[str, Any], full: OpenInputs |
         raise VerificationError(f"{folder}: {ADAPTER_CONFIG} is missing; write the output again")
     files = {str(weights["file"]): str(weights["xxh3_128"])}
     check_files(folder, files)
+    check_companions(folder, manifest)
     return show_files(folder, files)
 
 

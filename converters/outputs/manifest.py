@@ -53,6 +53,7 @@ def build_manifest(plan: Plan, hashes: dict[str, str], fingerprint: str, verifie
             for tensor in tensors
         },
         "dropped": dict(plan.dropped),
+        "companions": plan.companions.facts(),
     }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
@@ -20,6 +19,7 @@ from converters.evaluation.factors import refuse_parts
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
 from converters.files.staging import check_output
+from converters.files.writer import save_tensors
 from converters.methods.peanut.tweaker import Tweaker
 from converters.models import config as model_config
 from converters.models.architecture import Architecture
@@ -33,6 +33,7 @@ from converters.outputs.peft_names import (
     saved_tensors,
 )
 from converters.outputs.publishing import publishing
+from converters.plans.beside import own_companions
 from converters.plans.merge import Plan
 
 
@@ -89,13 +90,20 @@ def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -
         staging = folders[output]
         write_json(staging / ADAPTER_CONFIG, converted.config)
         tensors = _state_dict(converted.modules, converted.saved)
-        save_file(tensors, staging / PEFT_WEIGHTS[0], metadata={"format": "pt"})
+        save_tensors(tensors, staging / PEFT_WEIGHTS[0], {"format": "pt"})
         labels = model_config.labels_of(plan.config) if converted.saved else None
         if labels is not None:
             write_json(staging / "labels.json", labels)
         write_base_record(staging, plan.base)
         weights = weights_entry(staging / PEFT_WEIGHTS[0])
-        facts = {**provenance(plan, plan.base.fingerprint), "format": "peft", "weights": weights}
+        beside = own_companions(plan.head)
+        beside.write(staging)
+        facts = {
+            **provenance(plan, plan.base.fingerprint),
+            "format": "peft",
+            "weights": weights,
+            "companions": beside.facts(),
+        }
         write_json(staging / MANIFEST_NAME, facts)
         _check_written(staging, converted.modules)
     return output

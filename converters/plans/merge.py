@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from converters.methods.base import Method
 from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
+from converters.models.companions.companion import Companions
+from converters.plans.beside import companions_of
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
 from converters.plans.language_models import map_language_model
 from converters.plans.orientation import is_transposed, with_shapes
@@ -27,6 +29,7 @@ from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
 from converters.plans.tensor import Action, TensorPlan, Term
+from converters.plans.tokens import settle_pad_token
 from converters.plans.towers import map_tower
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -43,6 +46,7 @@ class Plan:
     config: Mapping[str, Any]
     options: Mapping[str, Any]  # what was chosen, for the manifest
     notes: tuple[str, ...]
+    companions: Companions = field(default_factory=Companions)  # what lies beside the weights
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -148,7 +152,7 @@ def plan_merge(
     ]
     shards = shard_tensors(base, tensors, max_shard_size)
     output_dtype = DTYPE_OPTIONS[dtype] or _main_dtype(tensors)
-    return Plan(
+    plan = Plan(
         base=base,
         adapters=tuple(adapters),
         shards=shards,
@@ -157,6 +161,14 @@ def plan_merge(
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
         notes=(*notes, *found.notes),
     )
+    return _with_companions(plan)
+
+
+def _with_companions(plan: Plan) -> Plan:
+    """The plan with what lies beside the weights, and with a config that agrees with its tokenizer."""
+    companions = companions_of(plan.base, [weighted.adapter for weighted in plan.adapters], plan.head)
+    config, notes = settle_pad_token(plan.config, companions)
+    return replace(plan, companions=companions, config=config, notes=(*plan.notes, *companions.notes, *notes))
 
 
 def _find_targets(

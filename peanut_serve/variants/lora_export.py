@@ -81,7 +81,7 @@ def lora_export(name: str, adapter: Adapter, base: Checkpoint, dtype: str, devic
         converted = plan_lora_adapter(plan, folder)
         if converted.vllm_refuses:
             raise ConversionError(converted.vllm_refuses[0])
-        check = write_lora_adapter(converted, device=device)
+        check = write_lora_adapter(converted, device=device, companions=False)
         took = time.perf_counter() - start
         logger.info("evaluated %s in %.2f s, error %.1e", name, took, check.max_error)
 

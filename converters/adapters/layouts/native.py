@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from converters.adapters.adapter import Adapter, ModuleTheta, check_theta
@@ -29,7 +28,9 @@ from converters.adapters.store import SafetensorsStore
 from converters.errors import AdapterConfigError, OptionError, OutputExistsError, ThetaError
 from converters.files.json_files import read_json, write_json
 from converters.files.names import NATIVE_CONFIG, NATIVE_WEIGHTS
+from converters.files.places import is_empty
 from converters.files.staging import staged
+from converters.files.writer import save_tensors
 from converters.methods.peanut.activations import known_activations
 from converters.methods.peanut.tweaker import Orientation, Tweaker
 from converters.models.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def save_adapter(
     """Save a trained adapter in the native layout, with everything that the formula needs.
 
     Args:
-        folder: where to; it must not exist.
+        folder: where to; it must not exist, or be empty.
         tweakers: module name, as in `model.named_modules()` -> its θ.
         saved: name of a tensor that the adapter replaces whole, as in `model.state_dict()` -> the tensor.
         labels: class labels of a head in `saved`.
@@ -71,7 +72,7 @@ def save_adapter(
         OutputExistsError: `folder` exists.
     """
     folder = Path(folder)
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and is_empty(folder)):
         raise OutputExistsError(f"{folder} exists; choose another folder")
     if not tweakers:
         raise ThetaError("no tweakers to save")
@@ -87,7 +88,7 @@ def save_adapter(
     modules = {module: tweaker.settings for module, tweaker in tweakers.items()}
     with staged(folder, overwrite=False) as staging:
         # a copy each: safetensors refuses tensors that share memory
-        save_file(
+        save_tensors(
             {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, staging / NATIVE_WEIGHTS
         )
         write_json(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from converters.evaluation.verify import Verification, check_headers
 from converters.files.json_files import parse_json, write_json
 from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
 from converters.files.writer import ShardWriter
-from converters.models.companions import find_companions
 from converters.outputs.base import Advance
 from converters.outputs.checkpoint.journal import Journal, WrittenTensor
 from converters.outputs.manifest import build_manifest
@@ -73,10 +71,7 @@ class Draft:
             verification = Verification.of(len(plan.tensors), checks)
         if len(plan.shards) > 1:
             write_json(self.folder / INDEX_FILE, _index(plan))
-        own = plan.head.path if plan.head.path.is_dir() else None
-        for name, source in find_companions(plan.base.folder, own).items():
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, self.folder / name)
+        plan.companions.write(self.folder)
         summary = verification.summary() if verification else None
         hashes = {name: one.digest for name, one in self.written.items()}
         write_json(self.folder / MANIFEST_NAME, build_manifest(plan, hashes, plan.base.fingerprint, summary))

@@ -17,7 +17,7 @@ from converters.files.header import TensorInfo
 from converters.files.reader import TensorReader
 from converters.methods.weight_delta import Reads
 from converters.models.checkpoint import Checkpoint, open_checkpoint
-from converters.outputs.checking import damaged_manifest
+from converters.outputs.checking import check_companions, damaged_manifest
 from converters.outputs.manifest import build_manifest, read_manifest
 from converters.plans.merge import Plan, plan_merge
 from converters.plans.tensor import TensorPlan
@@ -102,6 +102,7 @@ def check_hashes(folder: Path, advance: Callable[[int], None] = lambda size: Non
                     f"{folder}: {name} changed since it was merged ({info.file.name}); merge again"
                 )
             advance(info.nbytes)
+    check_companions(folder, read_manifest(folder))
     return found
 
 

@@ -29,12 +29,14 @@ from converters.files.writer import ShardWriter
 from converters.methods.factors import Factors
 from converters.methods.finite import all_finite
 from converters.models import config as model_config
+from converters.models.companions.companion import Companions
 from converters.outputs.base import Advance, WriteOptions
 from converters.outputs.lora.approximation import Approximation, ModuleError
 from converters.outputs.lora.biases import bias_delta, check_bias
 from converters.outputs.lora.plan import LoraAdapterPlan, bias_name, factor_names, module_shape
 from converters.outputs.manifest import provenance, weights_entry
 from converters.outputs.publishing import publishing
+from converters.plans.beside import own_companions
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ def write_lora_adapter(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    companions: bool = True,
     advance: Advance = lambda size: None,
 ) -> LoraCheck:
     """Write a planned LoRA adapter, read it back and compare its deltas with what θ and the base give.
 
     Only the weights that are updated are read; `advance` is called with their bytes. Of exact factors, a sample of
-    the deltas is recomputed; of approximations, whole deltas.
+    the deltas is recomputed; of approximations, whole deltas. Without `companions`, the tokenizer and other
+    files that lie beside the adapter are not copied.
 
     Raises:
         ConversionError: an approximation loses more than the options allow.
@@ -83,10 +87,13 @@ def write_lora_adapter(
         if labels is not None:
             write_json(staging / "labels.json", labels)
         write_base_record(staging, plan.base)
+        beside = own_companions(plan.head) if companions else Companions()
+        beside.write(staging)
         facts = {
             **provenance(plan, plan.base.fingerprint),
             "format": "lora",
             "weights": weights_entry(staging / PEFT_WEIGHTS[0]),
+            "companions": beside.facts(),
             **({"approximation": check.approximation.facts()} if check.approximation else {}),
             **({"vllm_refuses": list(converted.vllm_refuses)} if converted.vllm_refuses else {}),
         }

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from converters.errors import MissingDependencyError, OptionError
 from converters.outputs.base import OpenInputs, OutputRequest, Progress, Shown, WriteOptions
-from converters.outputs.checking import cannot_recompute, check_files, damaged_manifest, show_files
+from converters.outputs.checking import (
+    cannot_recompute,
+    check_companions,
+    check_files,
+    damaged_manifest,
+    show_files,
+)
 from converters.outputs.onnx.options import DEFAULT_OPSET, ExportOptions, Form
 from converters.plans.merge import Plan
 
@@ -62,6 +68,7 @@ class OnnxFormat:
         if not isinstance(files, Mapping):
             raise damaged_manifest(folder, "no files in it")
         check_files(folder, files)
+        check_companions(folder, manifest)
         return show_files(folder, files)
 
 

@@ -1,7 +1,7 @@
 """The files beside the graphs: config, tokenizer or preprocessor, the manifest, a model card."""
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from converters.files.hashing import hash_file
 from converters.files.json_files import write_json
 from converters.files.names import MANIFEST_NAME
 from converters.models import config as model_config
-from converters.models.companions import find_companions
+from converters.models.companions.companion import Companion, Companions
 from converters.outputs.manifest import provenance
 from converters.outputs.onnx.card import build_onnx_card
 from converters.outputs.onnx.checks import TaskCheck
@@ -24,23 +24,21 @@ _CONFIG = "config.json"
 _WEIGHTS_PATTERNS = ("*.onnx", "*.onnx_data", "*.onnx_adapter", "onnx/*.onnx", "onnx/*.onnx_data")
 
 
-def copy_companions(folder: Path, plans: Sequence[Plan]) -> None:
-    """Copy tokenizer or preprocessor files; the adapter's take precedence over the base's.
+def shared_companions(plans: Sequence[Plan]) -> Companions:
+    """Tokenizer or preprocessor of the tasks in one folder.
 
-    Raises `OptionError` when tasks that share a folder have different ones.
+    Raises `OptionError` when the tasks have different ones.
     """
-    sources: dict[str, Path] = {}
+    shared: dict[str, Companion] = {}
     for plan in plans:
-        own = plan.head.path if plan.head.path.is_dir() else None
-        for name, source in find_companions(plan.base.folder, own).items():
-            known = sources.setdefault(name, source)
-            if known.read_bytes() != source.read_bytes():
+        for name, one in plan.companions.files.items():
+            known = shared.setdefault(name, one)
+            if known.read() != one.read():
                 raise OptionError(
-                    f"{known} and {source} differ, but tasks in one folder share one {name}; export them separately"
+                    f"{known.source} and {one.source} differ, but tasks in one folder share one {name}; export them "
+                    "separately"
                 )
-    for name, source in sources.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, folder / name)
+    return replace(plans[0].companions, files=shared)
 
 
 def write_records(
@@ -75,6 +73,7 @@ def write_records(
         "opset": options.opset,
         "tasks": tasks,
         "files": hashes,
+        "companions": shared_companions(plans).facts(),
     }
     manifest["versions"] |= {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
     write_json(folder / MANIFEST_NAME, manifest)

@@ -15,7 +15,7 @@ from converters.outputs.onnx.graphs.task_weights import evaluate_task
 from converters.outputs.onnx.graphs.template_cache import traced_template
 from converters.outputs.onnx.graphs.traced import TracedBase
 from converters.outputs.onnx.plan import ExportPlan
-from converters.outputs.onnx.records import copy_companions, write_records
+from converters.outputs.onnx.records import shared_companions, write_records
 from converters.outputs.onnx.task_files import TaskFiles, write_tasks
 from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
@@ -84,7 +84,7 @@ class _Writer:
         """Write one folder, and check it."""
         options = self._planned.options
         traced = self._base_of(plans[0], self._planned.image_shapes[output])
-        copy_companions(folder, plans)
+        shared_companions(plans).write(folder)
         prepared = prepare_eval_data(folder, traced.reference.kind, plans[0].config, self._planned.eval_data)
         start = time.perf_counter()
         self._report(f"evaluating and writing {', '.join(plan.name for plan in plans)}")
