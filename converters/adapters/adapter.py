@@ -60,6 +60,7 @@ class Adapter:
         task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...), or IMAGE_CLS.
         model_class: class of transformers that was trained, if recorded.
         base_fingerprint: identity of the base, if it was recorded (see `record_base`).
+        notes: for the user, of what was found in its config.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Adapter:
     task_type: str | None = None
     model_class: str | None = None
     base_fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:

@@ -123,7 +123,7 @@ def plan_merge(
         raise OptionError(f"dtype {dtype!r} is unknown; expected {', '.join(DTYPE_OPTIONS)}")
     opened = [weighted.adapter for weighted in adapters]
     _refuse_weights(adapters)
-    notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
+    notes = [note for adapter in opened for note in (*adapter.notes, *check_base(base, adapter, force_base))]
     found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
         found = find_renamed_targets(base, opened, labels)
@@ -193,8 +193,9 @@ def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]
     if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
         return
     raise LayoutError(
-        f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
-        f"PEANuT authors' LLM code, which saves under the same names; say layout='{adapter.layout}' or "
+        f"{adapter.path}: every adapted weight is square, and its config has no field that only HF PEFT writes, so "
+        f"nothing shows whether this is a plain LoRA or from the PEANuT authors' LLM code, which saves under the same "
+        f"names; say layout='{adapter.layout}' or "
         f"layout='{adapter.rival}' ({adapter.evidence})"
     )
 

@@ -196,10 +196,9 @@ def read_modules(
         OptionError: `scaling` is superfluous; or missing (`MissingScalingError`).
     """
     config, where = source.config or {}, source.config_path or source.path
+    notes: tuple[str, ...] = ()
     if source.config is not None:
-        check_fields(
-            where, config, math, (*inert, TOKENS_FIELD), off=(None, False, [], {})
-        )  # LoRA's many switches are off by default
+        notes = check_fields(where, config, math, (*inert, TOKENS_FIELD))
         if scaling is not None:
             raise OptionError(f"scaling={scaling:g}: {where} states lora_alpha and r; leave it out")
         find_scaling = scaling_of(config)
@@ -221,7 +220,7 @@ def read_modules(
     if targeting is not None:
         whole = {module: theta for module, theta in modules.items() if theta.method is not ExpertLora}
         check_targeting(source.path, targeting, whole, keys.saved, bias)
-    facts = provenance(config) | {"target_parameters": tuple(config.get("target_parameters") or ())}
+    facts = provenance(config) | {"target_parameters": tuple(config.get("target_parameters") or ()), "notes": notes}
     return build_adapter(
         source, layout, evidence, modules | tokens, keys.saved, embedded=keys.embedded, targeting=targeting, **facts
     )
