@@ -26,6 +26,7 @@ from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
 from converters.plans.tensor import Action, TensorPlan, Term
+from converters.plans.trained_base.trained import as_trained
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -124,6 +125,7 @@ def plan_merge(
     opened = [weighted.adapter for weighted in adapters]
     _refuse_weights(adapters)
     notes = [note for adapter in opened for note in (*adapter.notes, *check_base(base, adapter, force_base))]
+    base, trained_notes = as_trained(base, opened, dtype)
     found = find_direct_targets(base, opened) if labels is None else None
     if found is None:
         found = find_renamed_targets(base, opened, labels)
@@ -154,7 +156,7 @@ def plan_merge(
         dropped=found.dropped,
         config=model_config.with_dtype(found.config, output_dtype),
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
-        notes=(*notes, *found.notes),
+        notes=(*notes, *trained_notes, *found.notes),
     )
 
 
