@@ -1,4 +1,4 @@
-"""Adapters that a distributed training saved in pieces, or without their numbers: what happened, and how to save them.
+"""Adapters that a distributed training saved in pieces, or without their numbers: what happened, and what to do.
 
 DeepSpeed ZeRO-3 leaves an empty tensor in place of each parameter that it has partitioned
 (`deepspeed/runtime/zero/partition_parameters.py`). FSDP flattens parameters, and its ranks save what they hold
@@ -12,18 +12,20 @@ from pathlib import Path
 from converters.errors import ThetaError
 
 _ZERO_CURE = (
-    "save it again with \"stage3_gather_16bit_weights_on_model_save\": true in the DeepSpeed config (zero_optimization), "
-    "or inside deepspeed.zero.GatheredParameters, or with accelerate's accelerator.get_state_dict(model); where a "
-    "checkpoint of the training is left, the zero_to_fp32.py in it puts the weights together"
+    'save it again with "stage3_gather_16bit_weights_on_model_save": true in the DeepSpeed config '
+    "(zero_optimization), or inside deepspeed.zero.GatheredParameters, or with accelerate's "
+    "accelerator.get_state_dict(model); where a checkpoint of the training is left, the zero_to_fp32.py in "
+    "it puts the weights together"
 )
 _FSDP_CURE = (
     "save it with FULL_STATE_DICT (accelerate's fsdp_state_dict_type, "
-    "trainer.accelerator.state.fsdp_plugin.set_state_dict_type), or inside FullyShardedDataParallel.summon_full_params; "
-    "what SHARDED_STATE_DICT wrote, `accelerate merge-weights` puts together"
+    "trainer.accelerator.state.fsdp_plugin.set_state_dict_type), or inside "
+    "FullyShardedDataParallel.summon_full_params; what SHARDED_STATE_DICT wrote, `accelerate merge-weights` "
+    "puts together"
 )
 
 # parameters of θ that have two dimensions in every adapter
-_MATRIX = re.compile(r".+\.(lora_[AB]|peanut_[AB])(\.[^.]+)*")
+_MATRIX = re.compile(r".+\.(lora_[AB]|peanut_[AB])(\.[^.]+)?\.weight")
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
 
 # files of checkpoints that no single file of weights is in -> whose they are
@@ -35,9 +37,9 @@ def refuse_unassembled(where: Path, shapes: Mapping[str, tuple[int, ...]]) -> No
     """Raise `ThetaError` for tensors without numbers, and for flattened ones: name -> shape."""
     if empty := [name for name, shape in shapes.items() if shape == (0,)]:
         raise ThetaError(
-            f"{where}: {len(empty)} of {len(shapes)} tensors are empty (the first: {empty[0]}, shape (0,)): DeepSpeed "
-            f"ZeRO-3 had partitioned them, and they were saved without being gathered, so their numbers are not in "
-            f"this file; {_ZERO_CURE}"
+            f"{where}: {len(empty)} of {len(shapes)} tensors are empty (the first: {empty[0]}, shape (0,)): "
+            f"DeepSpeed ZeRO-3 had partitioned them, and they were saved without being gathered, so their numbers "
+            f"are not in this file; {_ZERO_CURE}"
         )
     flat = [name for name in shapes if _FLAT.fullmatch(name)]
     flat += [name for name, shape in shapes.items() if _MATRIX.fullmatch(name) and len(shape) == 1]
@@ -51,8 +53,16 @@ def refuse_unassembled(where: Path, shapes: Mapping[str, tuple[int, ...]]) -> No
 def refuse_pieces(folder: Path) -> None:
     """Raise `ThetaError` if a folder without weights has the files of a distributed checkpoint."""
     for patterns, what, cure in (
-        (_FSDP_FILES, "the part of each process, as FSDP saves it with SHARDED_STATE_DICT or LOCAL_STATE_DICT", _FSDP_CURE),
-        (_ZERO_FILES, "a checkpoint of DeepSpeed ZeRO, whose weights are in the partitions of its optimizer", _ZERO_CURE),
+        (
+            _FSDP_FILES,
+            "the part of each process, as FSDP saves it with SHARDED_STATE_DICT or LOCAL_STATE_DICT",
+            _FSDP_CURE,
+        ),
+        (
+            _ZERO_FILES,
+            "a checkpoint of DeepSpeed ZeRO, whose weights are in the partitions of its optimizer",
+            _ZERO_CURE,
+        ),
     ):
         found = next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
         if found is not None:
@@ -63,7 +73,6 @@ def refuse_sharded_objects(where: Path, kinds: str) -> None:
     """Raise `ThetaError` if what a pickle contains (names of classes) is a process's part of a tensor."""
     if "torch.distributed" in kinds:
         raise ThetaError(
-            f"{where}: contains tensors that are distributed over several processes (torch.distributed), and only the "
-            f"part of one; {_FSDP_CURE}"
+            f"{where}: contains tensors that are distributed over several processes (torch.distributed), and only "
+            f"the part of one; {_FSDP_CURE}"
         )
-

@@ -1,7 +1,7 @@
 """Adapters whose weights are in several files, with an index: `adapter_model-00001-of-00002.safetensors`, ...
 
-The form is transformers' for models (`huggingface_hub.save_torch_state_dict`): `weight_map` of the index says in which
-file each tensor is.
+The form is transformers' for models (`huggingface_hub.save_torch_state_dict`): `weight_map` of the index says in
+which file each tensor is.
 """
 
 import re
@@ -46,8 +46,8 @@ class ShardedStore:
                 self._file_of[key] = name
         if wrong := sorted(set(weight_map.items()) ^ set(self._file_of.items())):
             raise ThetaError(
-                f"{index.parent}: {index.name} and the shards disagree, for example on {wrong[0][0]}; the download is "
-                "incomplete, or files of two adapters were mixed"
+                f"{index.parent}: {index.name} and the shards disagree, for example on {wrong[0][0]}; the download "
+                "is incomplete, or files of two adapters were mixed"
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -87,7 +87,7 @@ def open_weights(path: Path) -> ThetaStore:
     shard = _SHARD.fullmatch(path.name)
     if shard is not None and int(shard["count"]) > 1:
         raise ThetaError(
-            f"{path} is one of {int(shard['count'])} shards, and has a part of the adapter; give the folder, with all "
-            f"shards and their index ({shard['stem']}.<ending>{_INDEX_ENDING})"
+            f"{path} is one of {int(shard['count'])} shards, and has a part of the adapter; give the folder, with "
+            f"all shards and their index ({shard['stem']}.<ending>{_INDEX_ENDING})"
         )
     return open_store(path)

@@ -146,7 +146,9 @@ def build_architecture(
 
 def _plain_attributes(module: Any) -> dict[str, Any]:
     """The class of a module, and its attributes that are numbers or words."""
-    found = {name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str, type(None))}
+    found = {
+        name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str, type(None))
+    }
     return {**found, "class": type(module).__name__}
 
 

@@ -97,8 +97,8 @@ class Checkpoint:
         """Identity of the weights: a SHA-256 over every tensor's name, dtype, shape and sampled bytes.
 
         Small tensors are read whole, large ones as 16 evenly spaced samples of 4 KiB, so a 7B model takes
-        milliseconds. Two fine-tuned versions of one model differ; sharding and file names do not matter. It is that of
-        the checkpoint on disk, whatever a training made of it.
+        milliseconds. Two fine-tuned versions of one model differ; sharding and file names do not matter. It is that
+        of the checkpoint on disk, whatever a training made of it.
         """
         if self.original is not None:
             return self.original.fingerprint

@@ -21,8 +21,9 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def with_vocab_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """A copy of `config` in which every vocabulary size `old` is replaced with `new`."""
-    return _map_nested(config, ("vocab_size",), new, only=old)
+    """A copy of `config` in which every vocabulary size `old` is replaced with `new`, or one is added."""
+    changed = _map_nested(config, ("vocab_size",), new, only=old)
+    return changed if changed != config else {**changed, "vocab_size": new}
 
 
 def with_layers(config: Mapping[str, Any], count: int, sources: Sequence[int]) -> dict[str, Any]:

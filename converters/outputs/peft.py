@@ -24,7 +24,14 @@ from converters.models import config as model_config
 from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.base import WriteOptions
 from converters.outputs.manifest import provenance, weights_entry
-from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import (
+    PREFIX,
+    base_facts,
+    module_name,
+    refuse_changed_base,
+    saved_modules,
+    saved_tensors,
+)
 from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 
@@ -60,6 +67,7 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
         ConversionError: a PeanutConfig cannot express what this adapter does; the message says why.
         OutputExistsError: the folder exists, or contains an input.
     """
+    refuse_changed_base(plan)
     tweakers = _tweakers(plan)
     settings = _common_settings(tweakers)
     arch = build_architecture(plan.config, plan.config["architectures"][0])

@@ -7,8 +7,21 @@ from torch import Tensor
 from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
 from converters.plans.merge import Plan
+from converters.plans.trained_base.trained import describe_changes
 
 PREFIX = "base_model.model."
+
+
+def refuse_changed_base(plan: Plan, stacks_layers: bool = False) -> None:
+    """Raise `ConversionError` if the training changed its base before it began in a way that the output cannot state.
+
+    `stacks_layers`: the output can state `layer_replication`.
+    """
+    if plan.base.changes.keys() - ({"layer_replication"} if stacks_layers else set()):
+        raise ConversionError(
+            f"the adapter was trained on a base whose {describe_changes(plan.base)} before the training, and what is "
+            "written here is loaded on the base as it is; merge it"
+        )
 
 
 def module_name(arch: Architecture, tensor: str) -> str:

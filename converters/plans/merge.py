@@ -125,10 +125,9 @@ def plan_merge(
     opened = [weighted.adapter for weighted in adapters]
     _refuse_weights(adapters)
     notes = [note for adapter in opened for note in (*adapter.notes, *check_base(base, adapter, force_base))]
-    base, trained_notes = as_trained(base, opened, dtype)
-    found = find_direct_targets(base, opened) if labels is None else None
-    if found is None:
-        found = find_renamed_targets(base, opened, labels)
+    base, more = as_trained(base, opened, dtype)
+    direct = find_direct_targets(base, opened) if labels is None else None
+    found = direct or find_renamed_targets(base, opened, labels)
     _refuse_conflicts(found)
     refuse_missing_biases(opened, found)
     adapters = [with_shapes(base, weighted, position, found) for position, weighted in enumerate(adapters)]
@@ -156,7 +155,7 @@ def plan_merge(
         dropped=found.dropped,
         config=model_config.with_dtype(found.config, output_dtype),
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
-        notes=(*notes, *trained_notes, *found.notes),
+        notes=(*notes, *more, *found.notes),
     )
 
 
@@ -195,10 +194,9 @@ def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]
     if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
         return
     raise LayoutError(
-        f"{adapter.path}: every adapted weight is square, and its config has no field that only HF PEFT writes, so "
-        f"nothing shows whether this is a plain LoRA or from the PEANuT authors' LLM code, which saves under the same "
-        f"names; say layout='{adapter.layout}' or "
-        f"layout='{adapter.rival}' ({adapter.evidence})"
+        f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
+        f"PEANuT authors' LLM code, which saves under the same names; say layout='{adapter.layout}' or "
+        f"layout='{adapter.rival}' ({adapter.evidence}; no field of a config that only HF PEFT writes)"
     )
 
 

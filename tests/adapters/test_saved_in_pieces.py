@@ -75,7 +75,10 @@ def outside(adapter: Path, shards: list[Path]) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path, list[Path]], object], str]] = {
-    "missing": (lambda _, shards: shards[1].unlink(), "the shard adapter_model-00002-of-00002.safetensors is missing"),
+    "missing": (
+        lambda _, shards: shards[1].unlink(),
+        "the shard adapter_model-00002-of-00002.safetensors is missing",
+    ),
     "a key less": (without_a_key, "index.json and the shards disagree, for example on base_model"),
     "a key twice": (with_a_key_twice, "is in adapter_model-00001-of-00002.* and in adapter_model-00002-of-00002"),
     "outside": (outside, "is not a file name in the same folder"),
@@ -131,7 +134,10 @@ def test_what_was_not_gathered_is_refused(adapter: Path, change: Callable, messa
     [
         ("pytorch_model_fsdp_0/__0_0.distcp", "as FSDP saves it.*merge-weights"),
         ("pytorch_model_fsdp_rank1.bin", "as FSDP saves it.*FULL_STATE_DICT"),
-        ("global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "a checkpoint of DeepSpeed ZeRO.*zero_to_fp32"),
+        (
+            "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "a checkpoint of DeepSpeed ZeRO.*zero_to_fp32",
+        ),
     ],
 )
 def test_the_files_of_a_distributed_checkpoint_are_named(adapter: Path, file: str, message: str) -> None:

@@ -5,7 +5,6 @@ what their configs mean, is said by the methods (`converters/methods/table.py`).
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -21,7 +21,14 @@ from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.lora.biases import find_biases
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
-from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import (
+    PREFIX,
+    base_facts,
+    module_name,
+    refuse_changed_base,
+    saved_modules,
+    saved_tensors,
+)
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
@@ -131,6 +138,7 @@ def as_lora(
     """
     options = options or LoraOptions()
     refuse_parts(plan, "a LoRA of modules")
+    refuse_changed_base(plan, stacks_layers=True)
     arch = build_architecture(plan.config, plan.config["architectures"][0])
     updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
@@ -145,6 +153,8 @@ def as_lora(
     config = _config(plan, arch, ranks, whole, bool(biases))
     dtype = DTYPE_OPTIONS[plan.options["dtype"]] or "F32"
     refused = vllm_refusals(max(ranks.values()), whole, saved, bool(biases), arch.name)
+    if "layer_replication" in config:
+        refused = (*refused, "it is of stacked layers (layer_replication), which vLLM does not build; merge it")
     return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, biases, options, refused)
 
 
@@ -201,6 +211,7 @@ def _config(
         "use_dora": False,
         "init_lora_weights": True,
         **({"lora_bias": True} if has_biases else {}),
+        **{key: value for key, value in plan.base.changes.items() if key == "layer_replication"},
     }
 
 

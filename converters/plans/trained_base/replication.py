@@ -1,8 +1,8 @@
 """Layers that were stacked before the training: `layer_replication` of a LoraConfig, depth up-scaling.
 
 PEFT (`peft/tuners/tuners_utils.py`, `replicate_layers`) replaces the list of layers by copies of them that share
-their weights and have θ of their own. `[[0, 4], [2, 5]]` makes layers 0, 1, 2, 3, 2, 3, 4. A merged checkpoint has each
-of them with weights of its own.
+their weights and have θ of their own. `[[0, 4], [2, 5]]` makes layers 0, 1, 2, 3, 2, 3, 4. A merged checkpoint has
+each of them with weights of its own.
 """
 
 import re
@@ -80,8 +80,8 @@ def _sources(adapter: Adapter, count: int) -> list[int]:
     for start, end in adapter.layer_replication:
         if not 0 <= start < end <= count:
             raise AdapterConfigError(
-                f"{adapter.path}: layer_replication has [{start}, {end}], and the base has {count} layers; is this the "
-                "base it was trained on?"
+                f"{adapter.path}: layer_replication has [{start}, {end}], and the base has {count} layers; is this "
+                "the base it was trained on?"
             )
     return [layer for start, end in adapter.layer_replication for layer in range(start, end)]
 
@@ -117,13 +117,15 @@ def _check_layers(
         else:
             layer = int(match["index"])
             found.add(layer)
-            origin = f"{match['list']}.{sources[layer]}.{match['rest']}".removesuffix(".") if layer < len(sources) else ""
+            origin = (
+                f"{match['list']}.{sources[layer]}.{match['rest']}".removesuffix(".") if layer < len(sources) else ""
+            )
             same = _comparable(value) == _comparable(arch.shapes.get(origin, arch.settings.get(origin)))
         if not same:
             raise TargetError(
                 f"{adapter.path}: {name} of the layers that layer_replication stacks would be built otherwise by "
-                f"{arch.name} than in the layer that is copied: no checkpoint computes what was trained; serve it with "
-                "PEFT's PeftModel"
+                f"{arch.name} than in the layer that is copied: no checkpoint computes what was trained; serve it "
+                "with PEFT's PeftModel"
             )
     if found != set(range(len(sources))):
         raise TargetError(f"{adapter.path}: {arch.name} cannot be built with {len(sources)} layers from its config")

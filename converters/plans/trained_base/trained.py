@@ -24,3 +24,12 @@ def as_trained(base: Checkpoint, adapters: Sequence[Adapter], dtype: str) -> tup
     stacked, notes = replicate_layers(base, adapters)
     resized, more = resize_vocabulary(stacked, adapters, dtype)
     return resized, [*notes, *more]
+
+
+def describe_changes(base: Checkpoint) -> str:
+    """What was done to a base before the training, as the end of `a base whose ...`."""
+    done = ["layers were stacked (layer_replication)"] if "layer_replication" in base.changes else []
+    if "vocab_size" in base.changes:
+        old, new = base.changes["vocab_size"]
+        done.append(f"vocabulary was resized from {old} to {new}")
+    return " and ".join(done)
