@@ -89,6 +89,12 @@ CASES: dict[str, tuple[Make, list[list[int]], dict[str, object], int]] = {
         {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
         4,
     ),
+    "bert's head alone": (
+        bert,
+        [[0, 2], [1, 3]],
+        {"target_modules": "dummy-target-modules", "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+        4,
+    ),
     "gpt2": (gpt2, [[0, 2], [0, 1]], {"target_modules": ["c_attn"]}, 3),
     "mixtral": (mixtral, [[0, 2], [1, 2]], {"target_modules": ["q_proj"]}, 3),
     "qwen3": (qwen3, [[0, 2], [0, 2]], {"target_modules": ["q_proj"]}, 4),

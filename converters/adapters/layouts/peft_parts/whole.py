@@ -21,6 +21,7 @@ from converters.adapters.layouts.peft_config import (
     trained_biases,
 )
 from converters.adapters.layouts.peft_keys import sort_keys
+from converters.adapters.layouts.peft_parts.stacked import on_stacked_layers
 from converters.adapters.source import AdapterSource
 from converters.errors import OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
@@ -66,7 +67,8 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         check_targeting(source.path, targeting, own, others, bias)
         targeting = replace(targeting, replaces=True) if replaces else None
     facts = provenance(config) | {"targeting": targeting, "notes": notes}
-    return build_adapter(source, "hf-peft", evidence, {}, keys.saved, embedded=keys.embedded, **facts)
+    opened = build_adapter(source, "hf-peft", evidence, {}, keys.saved, embedded=keys.embedded, **facts)
+    return on_stacked_layers(opened, where, config) if source.peft_type == "LORA" else opened
 
 
 LAYOUT = Layout("hf-peft", claims, read)
