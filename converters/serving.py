@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from converters.outputs.lora import VLLM_RANKS, as_lora, plan_lora_adapter, write_lora_adapter
     from converters.plans.merge import plan_merge
     from converters.plans.tensor import TensorPlan
+    from converters.plans.trained_base.trained import describe_changes
 
 _HOME = {
     "ADAPTER_CONFIG": "files.names",
@@ -52,6 +53,7 @@ _HOME = {
     "Worker": "evaluation.worker",
     "as_lora": "outputs.lora",
     "check_base": "adapters.base_record",
+    "describe_changes": "plans.trained_base.trained",
     "find_adapter": "adapters.finding",
     "find_base": "models.finding",
     "find_devices": "evaluation.worker",
@@ -85,6 +87,7 @@ __all__ = [
     "Worker",
     "as_lora",
     "check_base",
+    "describe_changes",
     "find_adapter",
     "find_base",
     "find_devices",

@@ -53,6 +53,8 @@ class Adapter:
         digest: SHA-256 of θ and everything that the mathematics needs.
         target_parameters: parameters that are adapted without their module, as PEFT's config names them; their θ is
             under the module that has them, with `.base_layer` for each wrapper around their own.
+        layer_replication: (start, end) of the layers of its base that it was trained on a stack of, as PEFT's config
+            has them; empty for the base as it is.
         rival: another layout that the weights could be in as well; the shapes of a base decide.
         labels: class labels of its head, if recorded.
         repo_id, revision: where on the Hub it came from, if it did.
@@ -60,6 +62,7 @@ class Adapter:
         task_type: PEFT's task type (CAUSAL_LM, SEQ_CLS, ...), or IMAGE_CLS.
         model_class: class of transformers that was trained, if recorded.
         base_fingerprint: identity of the base, if it was recorded (see `record_base`).
+        notes: for the user, of what was found in its config.
     """
 
     path: Path
@@ -72,6 +75,7 @@ class Adapter:
     embedded: Mapping[str, str] = field(default_factory=dict)
     targeting: Targeting | None = None
     target_parameters: tuple[str, ...] = ()
+    layer_replication: tuple[tuple[int, int], ...] = ()
     rival: str | None = None
     labels: tuple[str, ...] | None = None
     repo_id: str | None = None
@@ -81,6 +85,7 @@ class Adapter:
     task_type: str | None = None
     model_class: str | None = None
     base_fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:

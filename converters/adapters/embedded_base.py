@@ -1,6 +1,7 @@
 """Base weights that were saved together with θ, as `torch.save(model.state_dict())` does."""
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from converters.adapters.adapter import Adapter
+from converters.adapters.layouts.peft_keys import EMBEDDING_NAMES
 from converters.errors import BaseMismatchError, CheckpointError, OptionError
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorSpec
@@ -19,6 +21,8 @@ from converters.files.writer import ShardWriter
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 
 SELF = "self"  # base='self'
+
+_EMBEDDING = re.compile(rf"(.*\.)?({EMBEDDING_NAMES})\.(weight|bias)")
 
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
@@ -57,11 +61,18 @@ def check_embedded(
         f"{base.folder} (the first: {name})"
     )
     if not force:
+        remedy = "give that base" + (
+            "" if _only_embeddings(adapter) else ", or take the saved weights with base='self'"
+        )
         raise BaseMismatchError(
-            f"{message}: this is not the base it was trained on, or training changed more than the adapter; give "
-            "that base, or take the saved weights with base='self'"
+            f"{message}: this is not the base it was trained on, or training changed more than the adapter; {remedy}"
         )
     return [f"forced: {message}"]
+
+
+def _only_embeddings(adapter: Adapter) -> bool:
+    """Whether no more than embeddings of the base were saved along, as PEFT does."""
+    return all(_EMBEDDING.fullmatch(name) for name in adapter.embedded)
 
 
 def _equal(base: Tensor, saved: Tensor) -> bool:
@@ -80,8 +91,13 @@ def open_embedded(adapter: Adapter) -> Checkpoint:
         CheckpointError: there is no config.json next to it.
     """
     names = {n: k for n, k in sorted(adapter.embedded.items()) if adapter.store.dtypes[k] in _DTYPE_NAMES}
-    if not names:
-        raise OptionError(f"base='{SELF}': {adapter.path} contains θ only and no base weights; give the base")
+    if _only_embeddings(adapter):
+        found = (
+            f"θ and {', '.join(names)}, which PEFT saved along, and no other base weights"
+            if names
+            else "θ only and no base weights"
+        )
+        raise OptionError(f"base='{SELF}': {adapter.path} contains {found}; give the base")
     if not (adapter.folder / "config.json").is_file():
         raise CheckpointError(
             f"base='{SELF}': no config.json next to {adapter.path}; copy the base's to it (save_pretrained wrote it, "

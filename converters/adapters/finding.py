@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from converters.adapters.shards import INDEX_NAMES
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError, OptionError
 from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_WEIGHTS, PEFT_WEIGHTS
@@ -43,7 +44,7 @@ def find_adapter(adapter: str, revision: str | None = None, token: str | None = 
     with hub_errors(adapter, revision):
         from huggingface_hub import snapshot_download
 
-        wanted = [*_ADAPTER_FILES, *_ADAPTER_WEIGHTS, *COMPANION_PATTERNS]
+        wanted = [*_ADAPTER_FILES, *_ADAPTER_WEIGHTS, *INDEX_NAMES, *COMPANION_PATTERNS]
         folder = fetch_snapshot(adapter, revision, token, wanted, ADAPTER_CONFIG)
         if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
             snapshot_download(adapter, revision=folder.name, token=token, allow_patterns=list(_OTHER_WEIGHTS))

@@ -8,7 +8,9 @@ from converters.adapters.adapter import Adapter
 from converters.adapters.finding import find_adapter
 from converters.adapters.layouts import native
 from converters.adapters.layouts.layout import Layout
+from converters.adapters.layouts.lora import LORA
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
+from converters.adapters.layouts.peft_parts.lora_fields import proves_peft
 from converters.adapters.layouts.table import LAYOUTS
 from converters.adapters.refusals import refuse_foreign_keys, refuse_others
 from converters.adapters.source import AdapterSource
@@ -68,7 +70,11 @@ def _claims(source: AdapterSource, layout: str | None) -> list[tuple[Layout, str
     if source.config is None:
         refuse_foreign_keys(source)
     asked = [one for one in LAYOUTS if (one.name == layout if layout else not one.asked_only)]
-    return [(one, evidence) for one in asked if (evidence := one.claims(source)) is not None]
+    found = [(one, evidence) for one in asked if (evidence := one.claims(source)) is not None]
+    proof = proves_peft(source.config) if len(found) > 1 else None
+    if proof is None or LORA not in [one for one, _ in found]:
+        return found
+    return [(one, f"{evidence}; {proof}") for one, evidence in found if one is LORA]
 
 
 def _unclaimed(source: AdapterSource, layout: str | None) -> LayoutError:

@@ -27,7 +27,6 @@ NOT_MERGEABLE = {
 # field of a LoraConfig that is in use -> the same
 NOT_MERGEABLE_LORA = {
     "alora_invocation_tokens": "it is an aLoRA, which tokens of the prompt switch on",
-    "layer_replication": "it stacks copies of the base's layers, which makes another model",
     "arrow_config": "it is an Arrow mixture, which chooses among LoRA adapters for every token",
 }
 

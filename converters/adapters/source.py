@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.adapters.store import ThetaStore, open_store
+from converters.adapters.distributed import refuse_pieces, refuse_unassembled
+from converters.adapters.shards import find_index, open_weights
+from converters.adapters.store import ThetaStore
 from converters.errors import AdapterConfigError, LayoutError, ThetaError
 from converters.files.json_files import read_json
 from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_CONFIG, PEFT_WEIGHTS
@@ -69,13 +71,19 @@ class AdapterSource:
 
     @cached_property
     def weights(self) -> Path:
-        """The file that holds the weights. Raises `LayoutError` when there is none, or several."""
+        """The file that holds the weights, or the index of several.
+
+        Raises `LayoutError` when there is none, or several without an index, and `ThetaError` for the files of a
+        distributed checkpoint.
+        """
         if self.path.is_file():
             return self.path
         if self.config is not None:
             for name in (*PEFT_WEIGHTS, MLX_WEIGHTS):
                 if (self.path / name).is_file():
                     return self.path / name
+        if (index := find_index(self.path)) is not None:
+            return index
         found = sorted(
             path
             for path in self.path.iterdir()
@@ -83,6 +91,7 @@ class AdapterSource:
         )
         if len(found) == 1:
             return found[0]
+        refuse_pieces(self.path)
         if found:
             names = ", ".join(path.name for path in found)
             raise LayoutError(
@@ -103,7 +112,9 @@ class AdapterSource:
     @cached_property
     def store(self) -> ThetaStore:
         """The tensors in `weights`."""
-        return open_store(self.weights)
+        store = open_weights(self.weights)
+        refuse_unassembled(self.weights, store.shapes)
+        return store
 
     @cached_property
     def keys(self) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from converters.adapters.distributed import refuse_sharded_objects
 from converters.errors import CheckpointError, ThetaError
 from converters.files.blocks import block_rows
 from converters.files.header import FLOAT_DTYPES, TensorInfo, read_header
@@ -116,7 +117,8 @@ class PickleStore(_File):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of unusual pickle protocols; what cannot be read is an error
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError:
+        except pickle.UnpicklingError as error:
+            refuse_sharded_objects(path, str(error))
             raise ThetaError(
                 f"{path}: this pickle contains more than tensors and was not opened, because it could run code; "
                 "save the adapter as safetensors where it was trained"
@@ -129,6 +131,7 @@ class PickleStore(_File):
         state = _inner_state(state)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ThetaError(f"{path}: contains a {type(state).__name__}; expected a state dict of tensors")
+        refuse_sharded_objects(path, " ".join(type(t).__module__ for t in state.values()))
         self._state: dict[str, Tensor] = {str(key): tensor.detach() for key, tensor in state.items()}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
         self.dtypes = {key: tensor.dtype for key, tensor in self._state.items()}

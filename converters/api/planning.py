@@ -16,6 +16,7 @@ from converters.models.checkpoint import Checkpoint, open_checkpoint
 from converters.models.finding import find_base
 from converters.plans.merge import Plan, plan_merge
 from converters.plans.tokens import token_notes
+from converters.plans.trained_base.trained import describe_changes
 
 
 def plan_merges(sources: Sources, options: MergeOptions, *, each: bool = False) -> list[Plan]:
@@ -36,7 +37,20 @@ def plan_merges(sources: Sources, options: MergeOptions, *, each: bool = False) 
         for group in groups
     ]
     plans = [replace(plan, notes=(*plan.notes, *token_notes(plan))) for plan in plans]
+    if len(plans) > 1:
+        _refuse_changed_bases(plans)
     return [replace(plans[0], notes=(*notes, *plans[0].notes)), *plans[1:]]
+
+
+def _refuse_changed_bases(plans: Sequence[Plan]) -> None:
+    """Refuse several outputs of one base where one was trained on a base that was changed before."""
+    for plan in plans:
+        if plan.base.original is not None:
+            raise OptionError(
+                f"{plan.adapters[0].adapter.path} was trained on a base whose {describe_changes(plan.base)} before "
+                "the training, and several outputs are made of one base as it is; merge or export this "
+                "adapter by itself"
+            )
 
 
 def open_sources(sources: Sources) -> tuple[Weighted, ...]:

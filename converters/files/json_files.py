@@ -11,13 +11,16 @@ _MOST_BYTES = 64 << 20
 
 
 def parse_json(path: Path) -> Any:
-    """Read JSON. Raises `OSError`, and `ValueError` if the file is not JSON, is too large or too deeply nested."""
+    """Read JSON in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, as editors on Windows write it.
+
+    Raises `OSError`, and `ValueError` if the file is not JSON, is too large or too deeply nested.
+    """
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode(json.detect_encoding(data)))
     except RecursionError:
         raise ValueError("it is too deeply nested") from None
 

@@ -65,6 +65,8 @@ class Architecture:
         prefix: its `base_model_prefix` (`vit`, `bert`, `model`), or empty if it has no such submodule.
         num_labels, vocab_size: the sizes that the config states or implies.
         transposed: modules whose parameters of experts are (experts, in, out).
+        settings: module -> its class and its plain attributes, by name.
+        embeddings: names of the weights of the input and the output embedding, as far as it has them.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Architecture:
     num_labels: int
     vocab_size: int | None
     transposed: frozenset[str]
+    settings: Mapping[str, Mapping[str, Any]]
+    embeddings: tuple[str, ...]
     _rename: Callable[[str], tuple[str, str | None]]
     _optional: tuple[str, ...]
     _converters: tuple[Any, ...]
@@ -158,6 +162,8 @@ def build_architecture(
         num_labels=native.num_labels,
         vocab_size=getattr(native.get_text_config(), "vocab_size", None),
         transposed=frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
+        settings={name: _plain_attributes(module) for name, module in model.named_modules()},
+        embeddings=_embeddings(model),
         _rename=rename,
         _optional=tuple(ignored),
         _converters=tuple(converters),
@@ -180,6 +186,24 @@ def _without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _RUNTIME_KEYS
     }
+
+
+def _plain_attributes(module: Any) -> dict[str, Any]:
+    """The class of a module, and its attributes that are numbers or words."""
+    found = {
+        name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str, type(None))
+    }
+    return {**found, "class": type(module).__name__}
+
+
+def _embeddings(model: Any) -> tuple[str, ...]:
+    """The names of the weights of the input and the output embedding."""
+    try:
+        found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # of models without words
+        return ()
+    names = [next((name for name, one in model.named_modules() if one is module), None) for module in found]
+    return tuple(f"{name}.weight" for name, module in zip(names, found, strict=True) if name and module is not None)
 
 
 def _other_base(transformers: Any, model_type: str, class_name: str | None) -> str:

@@ -53,6 +53,9 @@ class Checkpoint:
         holder: an object that keeps a temporary `folder` alive.
         stream: fetches the shards, if they are not on disk.
         samples: tensor -> its digest from `sample_digests`, for streamed tensors.
+        original: the checkpoint on disk, where this one is what a training made of it before it began.
+        changes: what that was, for the manifest.
+        temporary: an object that keeps a temporary file alive, in which a part of `tensors` is.
     """
 
     folder: Path
@@ -66,6 +69,9 @@ class Checkpoint:
     states: Mapping[Path, FileState | None] = field(default_factory=dict)
     stream: "ShardStream | None" = None
     samples: dict[str, str] = field(default_factory=dict)
+    original: "Checkpoint | None" = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    temporary: object = None
 
     @property
     def name(self) -> str:
@@ -93,8 +99,11 @@ class Checkpoint:
         """Identity of the weights: a SHA-256 over every tensor's name, dtype, shape and sampled bytes.
 
         Small tensors are read whole, large ones as 16 evenly spaced samples of 4 KiB, so a 7B model takes
-        milliseconds. Two fine-tuned versions of one model differ; sharding and file names do not matter.
+        milliseconds. Two fine-tuned versions of one model differ; sharding and file names do not matter. It is that
+        of the checkpoint on disk, whatever a training made of it.
         """
+        if self.original is not None:
+            return self.original.fingerprint
         missing = [info for name, info in self.tensors.items() if name not in self.samples]
         samples = {**self.samples, **sample_digests(missing)}
         digest = hashlib.sha256(b"peanut-serve base fingerprint v1")

@@ -1,7 +1,7 @@
 """Changes to a model's config.json that keep it consistent with the merged weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # safetensors dtype -> its name in configs
@@ -9,6 +9,7 @@ CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, and earlier versions
 _TIE = "tie_word_embeddings"
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -20,8 +21,27 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def with_vocab_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """A copy of `config` in which every vocabulary size `old` is replaced with `new`."""
-    return _map_nested(config, ("vocab_size",), new, only=old)
+    """A copy of `config` in which every vocabulary size `old` is replaced with `new`, or one is added."""
+    changed = _map_nested(config, ("vocab_size",), new, only=old)
+    return changed if changed != config else {**changed, "vocab_size": new}
+
+
+def with_layers(config: Mapping[str, Any], count: int, sources: Sequence[int]) -> dict[str, Any]:
+    """A copy of `config` for a stack of layers that are copies of those of `config`.
+
+    Lists with an entry for each layer (`layer_types`) get the entries of the layers that were copied.
+
+    Args:
+        config: of a model with `count` layers.
+        count: their number.
+        sources: for each layer of the stack, the one that it is a copy of.
+    """
+    changed = copy.deepcopy(dict(config))
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, list) and len(value) == count:
+            changed[key] = [value[source] for source in sources]
+    counts = [key for key in _LAYER_COUNTS if config.get(key) == count] or _LAYER_COUNTS[:1]
+    return changed | dict.fromkeys(counts, len(sources))
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

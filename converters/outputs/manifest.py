@@ -74,6 +74,7 @@ def provenance(plan: Plan, fingerprint: str) -> dict[str, Any]:
             "repo_id": base.repo_id,
             "revision": base.revision,
             "fingerprint": fingerprint,
+            **({"changed_before_training": dict(base.changes)} if base.changes else {}),
         },
         "adapters": [_adapter(weighted) for weighted in plan.adapters],
     }

@@ -29,6 +29,7 @@ from converters.outputs.peft_names import (
     base_facts,
     merged_architecture,
     module_name,
+    refuse_changed_base,
     saved_modules,
     saved_tensors,
 )
@@ -68,6 +69,7 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
         ConversionError: a PeanutConfig cannot express what this adapter does; the message says why.
         OutputExistsError: the folder exists, or contains an input.
     """
+    refuse_changed_base(plan)
     tweakers = _tweakers(plan)
     settings = _common_settings(tweakers)
     arch = merged_architecture(plan)

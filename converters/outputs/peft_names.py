@@ -10,6 +10,7 @@ from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
 from converters.models.stored_names import architecture_of
 from converters.plans.merge import Plan
+from converters.plans.trained_base.trained import describe_changes
 
 # what PEFT adds to modules_to_save (`peft/peft_model.py`)
 _DEFAULT_HEADS = {
@@ -22,6 +23,18 @@ _DEFAULT_HEADS = {
 def merged_architecture(plan: Plan) -> Architecture:
     """The class of the merged model. Raises `TargetError` if transformers cannot build it."""
     return architecture_of(plan.base, plan.config, {t.name: t.shape for t in plan.tensors if t.source is None})
+
+
+def refuse_changed_base(plan: Plan, stacks_layers: bool = False) -> None:
+    """Raise `ConversionError` if the training changed its base before it began in a way that the output cannot state.
+
+    `stacks_layers`: the output can state `layer_replication`.
+    """
+    if plan.base.changes.keys() - ({"layer_replication"} if stacks_layers else set()):
+        raise ConversionError(
+            f"the adapter was trained on a base whose {describe_changes(plan.base)} before the training, and what is "
+            "written here is loaded on the base as it is; merge it"
+        )
 
 
 def module_name(arch: Architecture, tensor: str) -> str:

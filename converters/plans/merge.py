@@ -31,6 +31,7 @@ from converters.plans.targets import Target, Targets, find_direct_targets, find_
 from converters.plans.tensor import Action, TensorPlan, Term
 from converters.plans.tokens import settle_pad_token
 from converters.plans.towers import map_tower
+from converters.plans.trained_base.trained import as_trained
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -129,7 +130,8 @@ def plan_merge(
         raise OptionError(f"dtype {dtype!r} is unknown; expected {', '.join(DTYPE_OPTIONS)}")
     opened = [weighted.adapter for weighted in adapters]
     _refuse_weights(adapters)
-    notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
+    notes = [note for adapter in opened for note in (*adapter.notes, *check_base(base, adapter, force_base))]
+    base, more = as_trained(base, opened, dtype)
     adapters, found = _find_targets(base, adapters, labels)
     opened = [weighted.adapter for weighted in adapters]
     _refuse_conflicts(found)
@@ -159,7 +161,7 @@ def plan_merge(
         dropped=found.dropped,
         config=model_config.with_dtype(found.config, output_dtype),
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
-        notes=(*notes, *found.notes),
+        notes=(*notes, *more, *found.notes),
     )
     return _with_companions(plan)
 
@@ -224,7 +226,7 @@ def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]
     raise LayoutError(
         f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
         f"PEANuT authors' LLM code, which saves under the same names; say layout='{adapter.layout}' or "
-        f"layout='{adapter.rival}' ({adapter.evidence})"
+        f"layout='{adapter.rival}' ({adapter.evidence}; no field of a config that only HF PEFT writes)"
     )
 
 

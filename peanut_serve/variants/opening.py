@@ -21,6 +21,7 @@ from converters.serving import (
     Worker,
     as_lora,
     check_base,
+    describe_changes,
     find_adapter,
     find_devices,
     plan_merge,
@@ -196,6 +197,11 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
     adapter = replace(adapter, store=theta)
     check_base(base, adapter, force=False)
     plan = plan_merge(base, [Weighted(adapter)])
+    if plan.base.original is not None:
+        raise VariantError(
+            f"{name} was trained on a base whose {describe_changes(plan.base)} before the training, so it does not "
+            "fit the model in the engine; merge it with peanut-merge, and serve the result as a base of its own"
+        )
     if opener.lora is not None:
         refusal = _lora_refusal(plan, opener.lora)
         if refusal is None:

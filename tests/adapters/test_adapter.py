@@ -79,7 +79,7 @@ def test_the_digest_knows_theta_and_the_mathematics_and_nothing_else(pair: Pair)
 
 CONFIGS = {
     "unknown setting": ({"alpha": 0.1}, r"'alpha' = 0.1 is not a setting known to this version"),
-    "unknown switch": ({"residual": False}, r"'residual' = False is not a setting"),
+    "unknown switch": ({"residual": True}, r"'residual' = True is not a setting"),
     "prelu": ({"act_fn": "prelu"}, "'prelu' has trained parameters of its own, and PEFT did not save them"),
     "xielu": ({"act_fn": "xielu"}, "'xielu' has trained parameters of its own"),
     "unknown activation": ({"act_fn": "sine"}, "act_fn 'sine' is unknown; known are gelu, "),

@@ -180,9 +180,15 @@ def square_llama() -> tf.LlamaForCausalLM:
     return tiny_llama(num_key_value_heads=4)
 
 
+# what the authors' fork writes as well
+FIELDS_OF_FORK = ("peft_type", "r", "lora_alpha", "target_modules", "bias", "fan_in_fan_out", "task_type")
+
+
 def test_a_square_adapter_could_be_either_and_is_never_guessed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_lora(square_llama(), tmp_path)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({key: json.loads(config.read_text())[key] for key in FIELDS_OF_FORK}))
     adapter = load_adapter(tmp_path / "adapter")
     assert adapter.rival is not None
     with pytest.raises(LayoutError, match=r"every adapted weight is square.* layout='authors-llm' or layout='lora'"):

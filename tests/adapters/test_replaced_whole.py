@@ -148,7 +148,7 @@ def test_a_head_that_is_not_alone_is_refused(tmp_path: Path) -> None:
     extra = {"base_model.model.bert.pooler.dense.lora_A.weight": torch.ones(2, 32)}
     refused("head", tmp_path / "a", "lora_A.weight is neither θ nor in modules_to_save", lambda w: w.update(extra))
     refused("head", tmp_path / "b", "contain no θ", lambda w: w.clear())
-    refused("head", tmp_path / "c", "layer_replication", layer_replication=[[0, 2], [1, 2]])
+    refused("head", tmp_path / "c", "layer_replication = 2; expected a list of pairs", layer_replication=2)
     refused("bitfit", tmp_path / "d", "is neither θ nor in modules_to_save", bias="none")
     # a config that targets modules needs their θ: a head in its place is an incomplete adapter
     refused("head", tmp_path / "e", "contain no θ", target_modules=["query"])

@@ -26,6 +26,7 @@ from converters.adapters.layouts.peft_parts.embeddings import (
     is_embedding,
     read_embedding,
 )
+from converters.adapters.layouts.peft_parts.stacked import on_stacked_layers
 from converters.adapters.layouts.peft_parts.tokens import TOKENS, TOKENS_FIELD, TOKENS_PARAMETER, read_tokens
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
@@ -65,6 +66,7 @@ INERT_FIELDS = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
+    "layer_replication",
     "megatron_core",
     "qalora_group_size",
     "ensure_weight_tying",
@@ -196,10 +198,9 @@ def read_modules(
         OptionError: `scaling` is superfluous; or missing (`MissingScalingError`).
     """
     config, where = source.config or {}, source.config_path or source.path
+    notes: tuple[str, ...] = ()
     if source.config is not None:
-        check_fields(
-            where, config, math, (*inert, TOKENS_FIELD), off=(None, False, [], {})
-        )  # LoRA's many switches are off by default
+        notes = check_fields(where, config, math, (*inert, TOKENS_FIELD))
         if scaling is not None:
             raise OptionError(f"scaling={scaling:g}: {where} states lora_alpha and r; leave it out")
         find_scaling = scaling_of(config)
@@ -221,10 +222,11 @@ def read_modules(
     if targeting is not None:
         whole = {module: theta for module, theta in modules.items() if theta.method is not ExpertLora}
         check_targeting(source.path, targeting, whole, keys.saved, bias)
-    facts = provenance(config) | {"target_parameters": tuple(config.get("target_parameters") or ())}
-    return build_adapter(
+    facts = provenance(config) | {"target_parameters": tuple(config.get("target_parameters") or ()), "notes": notes}
+    opened = build_adapter(
         source, layout, evidence, modules | tokens, keys.saved, embedded=keys.embedded, targeting=targeting, **facts
     )
+    return on_stacked_layers(opened, where, config)
 
 
 def _read_updates(

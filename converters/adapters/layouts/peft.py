@@ -52,7 +52,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         ThetaError: weights are missing, extra, misshapen, damaged or not finite.
     """
     config, where = source.config or {}, source.config_path or source.path
-    _check_config(where, config)
+    notes = _check_config(where, config)
     if scaling is not None:
         raise OptionError(f"scaling={scaling:g}: {where} states the scaling ({config['scaling']}); leave it out")
     keys = sort_keys(source, _PARAMETERS, "peanut_")
@@ -68,6 +68,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         keys.saved,
         embedded=keys.embedded,
         targeting=targeting,
+        notes=notes,
         **provenance(config),
     )
 
@@ -75,8 +76,9 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
 LAYOUT = Layout("hf-peft", claims, read)
 
 
-def _check_config(where: Path, config: Mapping[str, Any]) -> None:
-    check_fields(where, config, _MATH_FIELDS)
+def _check_config(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The notes of `check_fields`."""
+    notes = check_fields(where, config, _MATH_FIELDS)
     for key, low in (("r", 1), ("depth", 0)):
         integer(where, key, config[key], low)
     number(where, "scaling", config["scaling"])
@@ -90,6 +92,7 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> None:
         )
     if act_fn not in ACTIVATIONS:
         raise AdapterConfigError(f"{where}: act_fn {act_fn!r} is unknown; known are {', '.join(sorted(ACTIVATIONS))}")
+    return notes
 
 
 def _module(name: str, keys: dict[str, str], store: ThetaStore, config: Mapping[str, Any]) -> ModuleTheta:

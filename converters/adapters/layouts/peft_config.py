@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapters.layouts.peft_keys import EMBEDDING_NAMES
+from converters.adapters.layouts.peft_parts.lora_fields import SINCE
 from converters.adapters.targeting import Targeting
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import as_boolean, as_integer, as_number
@@ -36,19 +37,24 @@ _COPY = re.compile(r"(^|\.)(modules_to_save|original_module)\.")
 _EMBEDDING = re.compile(rf"(.*\.)?({EMBEDDING_NAMES})\.(weight|bias)")
 
 
-def check_fields(
-    where: Path,
-    config: Mapping[str, Any],
-    math: Collection[str],
-    inert: Collection[str] = (),
-    off: Collection[Any] = (None, [], {}),
-) -> None:
-    """Refuse a config that lacks a field of the mathematics (`math`), or has one that may be and is not known.
+# fields of HF PEFT that are refused where they are on, and in every config of their type
+_OFF_BY_DEFAULT = frozenset({*SINCE, "target_svd_config"})
 
-    Unknown fields pass if their value is one of `off`. Raises `AdapterConfigError`.
+
+def is_off(value: Any) -> bool:
+    """Whether the value of a field turns nothing on: null, false, zero, or empty."""
+    return value is None or (isinstance(value, bool | int | float | str | list | dict) and not value)
+
+
+def check_fields(
+    where: Path, config: Mapping[str, Any], math: Collection[str], inert: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Refuse a config that lacks a field of the mathematics (`math`), or has one that is on and not known.
+
+    Returns notes on unknown fields that are off. Raises `AdapterConfigError`.
     """
     unknown = set(config) - set(math) - TARGET_FIELDS - INERT_FIELDS - set(inert)
-    risky = sorted(key for key in unknown if config[key] not in off)
+    risky = sorted(key for key in unknown if not is_off(config[key]))
     if risky:
         raise AdapterConfigError(
             f"{where}: '{risky[0]}' = {config[risky[0]]!r} is not a setting known to this version, and may "
@@ -60,6 +66,10 @@ def check_fields(
         kind = dict if key == "auto_mapping" else str
         if not isinstance(config.get(key), kind | None):
             raise AdapterConfigError(f"{where}: {key} = {config[key]!r}; expected a {kind.__name__} or null")
+    strange = ", ".join(f"'{key}' = {config[key]!r}" for key in sorted(unknown - _OFF_BY_DEFAULT))
+    if not strange:
+        return ()
+    return (f"{where}: this version does not know {strange}; by its value it is off, and it was left out of account",)
 
 
 def adapts_nothing(config: Mapping[str, Any] | None) -> bool:

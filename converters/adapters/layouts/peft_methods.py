@@ -5,7 +5,6 @@ what their configs mean, is said by the methods (`converters/methods/table.py`).
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ from converters.methods.table import PEFT_METHODS, find_peft_method
 
 _LORA = ("lora_A", "lora_B")  # what plain LoRA has as well
 _INCOMPLETE = "the adapter is incomplete"
-_OFF: tuple[Any, ...] = (None, False, [], {})  # values of fields that are not in use
 
 
 def claims(source: AdapterSource) -> str | None:
@@ -59,7 +57,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     """
     config, where = source.config or {}, source.config_path or source.path
     method, form = find_peft_method(config)
-    check_fields(where, config, form.fields, ("fan_in_fan_out", "bias", *form.inert), off=_OFF)
+    notes = check_fields(where, config, form.fields, ("fan_in_fan_out", "bias", *form.inert))
     if scaling is not None:
         raise OptionError(f"scaling={scaling:g}: {where} states all that {form.peft_type} needs; leave it out")
     transposed = boolean(where, "fan_in_fan_out", config.get("fan_in_fan_out") or False)
@@ -79,7 +77,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         check_targeting(source.path, targeting, modules, keys.saved, bias)
     return build_adapter(
         source, "hf-peft", evidence, modules, keys.saved, embedded=keys.embedded, targeting=targeting,
-        **provenance(config),
+        notes=notes, **provenance(config),
     )  # fmt: skip
 
 

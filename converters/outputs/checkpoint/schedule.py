@@ -93,6 +93,8 @@ def _content(tensors: Sequence[TensorPlan]) -> _Content | None:
 
 def _base_file(base: Checkpoint, tensors: Sequence[TensorPlan]) -> list[TensorInfo] | None:
     """The tensors of the file of the base that an unchanged shard is, if it is one."""
+    if base.original is not None:
+        return None  # its tensors are not all, or not under their names, in the files
     file = tensors[0].source.file if tensors[0].source is not None else None
     whole = [info for info in base.tensors.values() if info.file == file]
     same = [(tensor.name, tensor.source) for tensor in tensors] == [(info.name, info) for info in whole]

@@ -26,6 +26,7 @@ from converters.outputs.peft_names import (
     base_facts,
     merged_architecture,
     module_name,
+    refuse_changed_base,
     saved_modules,
     saved_tensors,
 )
@@ -142,6 +143,7 @@ def as_lora(
     """
     options = options or LoraOptions()
     refuse_parts(plan, "a LoRA of modules")
+    refuse_changed_base(plan, stacks_layers=True)
     arch = merged_architecture(plan)
     updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
@@ -156,6 +158,8 @@ def as_lora(
     config = _config(plan, arch, ranks, whole, bool(biases))
     dtype = DTYPE_OPTIONS[plan.options["dtype"]] or "F32"
     refused = vllm_refusals(max(ranks.values()), whole, saved, bool(biases), arch.name)
+    if "layer_replication" in config:
+        refused = (*refused, "it is of stacked layers (layer_replication), which vLLM does not build; merge it")
     return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, biases, options, refused)
 
 
@@ -212,6 +216,7 @@ def _config(
         "use_dora": False,
         "init_lora_weights": True,
         **({"lora_bias": True} if has_biases else {}),
+        **{key: value for key, value in plan.base.changes.items() if key == "layer_replication"},
     }
 
 

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, ViTForImageClassification
 
 from converters import load_adapter, merge
 from converters.api.exporting import export_onnx
-from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, LayoutError, ThetaError
+from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, ThetaError
 from converters.methods.lora.qalora import QaLora
 from converters.outputs.onnx.plan import ExportOptions, Form
 
@@ -197,11 +197,4 @@ def test_variants_are_not_combined(tmp_path: Path) -> None:
     adapter = trained(tmp_path, use_dora=True)
     edit_json(adapter / "adapter_config.json", lora_bias=True)
     with pytest.raises(AdapterConfigError, match="use_dora and lora_bias are variants of LoRA that HF PEFT does not"):
-        load_adapter(adapter)
-
-
-def test_stacked_layers_are_refused(tmp_path: Path) -> None:
-    adapter = trained(tmp_path)
-    edit_json(adapter / "adapter_config.json", layer_replication=[[0, 2], [1, 2]])
-    with pytest.raises(LayoutError, match="has layer_replication: it stacks copies of the base's layers"):
         load_adapter(adapter)

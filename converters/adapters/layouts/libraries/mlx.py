@@ -15,7 +15,7 @@ from typing import Any
 from converters.adapters.adapter import Adapter, ModuleTheta
 from converters.adapters.layouts.layout import Layout, build_adapter
 from converters.adapters.layouts.libraries.transposed_store import TransposedStore
-from converters.adapters.layouts.peft_config import boolean, integer, number
+from converters.adapters.layouts.peft_config import boolean, integer, is_off, number
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
@@ -28,7 +28,6 @@ _FIRST_KEY = re.compile(r".+\.lora_a")  # torchtune's end in .weight
 
 _PARAMETERS = {"rank", "scale", "dropout", "keys", "alpha"}  # fields of `lora_parameters`
 _ABOUT_LORA = {"lora_parameters", "lora_layers", "use_dora"}  # fields of the config whose name speaks of LoRA
-_OFF: tuple[Any, ...] = (None, False, [], {})
 
 # modules that look rows up: their weight is lora_a lora_b, not its transpose
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_in", "embeddings")
@@ -97,7 +96,7 @@ def _is_dora(where: Path, config: Mapping[str, Any]) -> bool:
     # all others are options of the training command, which `load_adapters` does not read
     about = sorted(key for key in config if "lora" in key or "dora" in key)
     for key in about:
-        if key not in _ABOUT_LORA and config[key] not in _OFF:
+        if key not in _ABOUT_LORA and not is_off(config[key]):
             raise _unknown(where, key, config[key])
     return kind == "dora" or boolean(where, "use_dora", config.get("use_dora") or False)
 
@@ -108,7 +107,7 @@ def _rank_and_scale(where: Path, config: Mapping[str, Any]) -> tuple[int, float]
     if not isinstance(fields, dict):
         raise AdapterConfigError(f"{where}: lora_parameters = {fields!r}; expected an object with rank and scale")
     for key, value in fields.items():
-        if key not in _PARAMETERS and value not in _OFF:
+        if key not in _PARAMETERS and not is_off(value):
             raise _unknown(where, f"lora_parameters.{key}", value)
     for key in ("rank", "scale"):
         if key not in fields:

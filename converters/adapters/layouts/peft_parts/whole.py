@@ -21,6 +21,7 @@ from converters.adapters.layouts.peft_config import (
     trained_biases,
 )
 from converters.adapters.layouts.peft_keys import sort_keys
+from converters.adapters.layouts.peft_parts.stacked import on_stacked_layers
 from converters.adapters.source import AdapterSource
 from converters.errors import OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
@@ -28,7 +29,6 @@ from converters.methods.table import PEFT_METHODS, find_peft_method
 
 LN_TUNING = "LN_TUNING"
 _REPLACED = "ln_tuning_layers"
-_OFF: tuple[Any, ...] = (None, False, [], {})
 _LORA_FIELDS = (*INERT_FIELDS, "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _PEANUT_FIELDS = ("r", "depth", "act_fn", "scaling")
 
@@ -53,7 +53,7 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
     """
     config, where = source.config or {}, source.config_path or source.path
     replaces = not adapts_nothing(config)
-    check_fields(where, config, (), _fields_without_effect(config), off=_OFF)
+    notes = check_fields(where, config, (), _fields_without_effect(config))
     if scaling is not None:
         raise OptionError(f"scaling={scaling:g}: the adapter replaces tensors, and nothing is scaled; leave it out")
     bias = trained_biases(where, config)
@@ -66,9 +66,9 @@ def read(source: AdapterSource, evidence: str, scaling: float | None) -> Adapter
         others = [name for name in keys.saved if name.rpartition(".")[0] not in own]
         check_targeting(source.path, targeting, own, others, bias)
         targeting = replace(targeting, replaces=True) if replaces else None
-    return build_adapter(
-        source, "hf-peft", evidence, {}, keys.saved, embedded=keys.embedded, targeting=targeting, **provenance(config)
-    )
+    facts = provenance(config) | {"targeting": targeting, "notes": notes}
+    opened = build_adapter(source, "hf-peft", evidence, {}, keys.saved, embedded=keys.embedded, **facts)
+    return on_stacked_layers(opened, where, config) if source.peft_type == "LORA" else opened
 
 
 LAYOUT = Layout("hf-peft", claims, read)

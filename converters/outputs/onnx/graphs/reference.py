@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from converters.errors import ConversionError
+from converters.files.reader import TensorReader
 from converters.inference.kinds import ModelKind
+from converters.models.checkpoint import Checkpoint
 from converters.plans.merge import Plan
 
 _LABELS = ("id2label", "label2id", "num_labels")  # keys of a config
@@ -92,8 +94,8 @@ def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
     logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
-            plan.base.folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+            **_weights_of(plan.base), config=config, dtype=torch.float32, attn_implementation="eager",
+            local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # transformers raises many kinds for weights it cannot use
         cause = (str(error).splitlines() or [type(error).__name__])[0]
@@ -106,6 +108,15 @@ def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
         if bars:
             logging.enable_progress_bar()
     return model.eval(), frozenset(info["missing_keys"]) | {_name(key) for key in info["mismatched_keys"]}
+
+
+def _weights_of(base: Checkpoint) -> dict[str, Any]:
+    """Where transformers takes a base's weights from: the folder, or its tensors where those in there are others."""
+    if base.original is None:
+        return {"pretrained_model_name_or_path": base.folder}
+    with TensorReader() as reader:
+        tensors = {name: reader.whole(info) for name, info in base.tensors.items()}
+    return {"pretrained_model_name_or_path": None, "state_dict": tensors}
 
 
 def _name(mismatched: str | Sequence[Any]) -> str:
