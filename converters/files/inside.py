@@ -32,7 +32,8 @@ def move_out(staging: Path, output: Path, overwrite: bool) -> None:
         )
     new = sorted({path.name for path in staging.iterdir()}, key=_order)
     old = staging / MOVED_AWAY
-    old.mkdir()
+    if before:
+        old.mkdir()
     _write_synced(staging / MOVED, "\0".join(sorted({*before, *new})))
     done: list[tuple[Path, Path]] = []
     try:
@@ -44,7 +45,7 @@ def move_out(staging: Path, output: Path, overwrite: bool) -> None:
         for source, target in reversed(done):
             target.rename(source)
         (staging / MOVED).unlink()
-        old.rmdir()
+        _delete(old)
         raise
     sync(output)
     shutil.rmtree(staging, ignore_errors=True)

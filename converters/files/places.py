@@ -74,6 +74,8 @@ def half_moved(folder: Path) -> list[str]:
     staging = folder / INSIDE
     if not (staging / MOVED).is_file() or {path.name for path in staging.iterdir()} <= {MOVED, MOVED_AWAY}:
         return []  # nothing was moved yet, or everything
+    if (staging / MOVED_AWAY).is_dir() and not any((staging / MOVED_AWAY).iterdir()):
+        return []  # the earlier output is still complete
     return (staging / MOVED).read_text().split("\0")
 
 
