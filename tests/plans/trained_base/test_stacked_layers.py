@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Make, list[list[int]], dict[str, object], int]] = {
 }
 
 
-FAST = ("llama", "bert", "gemma2")
+FAST = ("llama", "bert")
 
 
 @pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
@@ -194,6 +194,7 @@ def test_what_is_no_stack_of_the_base_is_refused(tmp_path: Path, case: str) -> N
         prepare_merge(tmp_path / "base", adapter)
 
 
+@pytest.mark.slow
 def test_layers_whose_kind_follows_from_their_place_are_refused(tmp_path: Path) -> None:
     """PEFT on today's transformers takes the masks by place, and the windows from the copied layer."""
     adapter = train(gemma2, [[0, 2], [1, 3]], tmp_path, target_modules=["q_proj"])
