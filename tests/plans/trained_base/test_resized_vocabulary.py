@@ -77,10 +77,8 @@ def test_of_a_tied_base_the_saved_rows_are_those_of_the_embedding(tmp_path: Path
     found = merged_logits(tmp_path / "merged", ids)
     saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.base_layer.weight"]
     assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[EMBEDDING], saved)
-    old = ids.clamp(max=OLD - 1)
-    assert close(merged_logits(tmp_path / "merged", old), in_peft(tmp_path, 99, old))
+    assert close(found, in_peft(tmp_path, 99, ids))
     assert not any(note.startswith("WARNING") for note in result.plan.notes)
-    assert found.isfinite().all()
 
 
 CASES = {
@@ -92,6 +90,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_merged_logits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     new, dtype, settings = CASES[case]
@@ -114,6 +113,7 @@ def test_rows_of_another_base_are_refused(tmp_path: Path) -> None:
         merge("self", adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_who_changed_the_rows_gets_another_manifest(tmp_path: Path) -> None:
     """The rows are not in the digest of θ."""
     adapter = train(tmp_path, 100)
@@ -137,6 +137,7 @@ def test_other_outputs_say_that_they_cannot(tmp_path: Path) -> None:
         merge_each(tmp_path / "base", [second, adapter], tmp_path / "outputs")
 
 
+@pytest.mark.slow
 def test_two_vocabularies_have_no_sum(tmp_path: Path) -> None:
     first, second = train(tmp_path / "a", 100), train(tmp_path / "b", 104)
     with pytest.raises(BaseMismatchError, match="trained with a vocabulary of 100, .* with one of 104"):

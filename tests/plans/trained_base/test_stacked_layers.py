@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers as tf
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from support.tiny_models import edit_config, tiny_llama
 
 from converters import load_adapter, merge, merge_each, prepare_merge
+from converters.api.exporting import export_onnx
 from converters.errors import AdapterConfigError, BaseMismatchError, OptionError, TargetError
 from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
 
@@ -103,7 +106,10 @@ CASES: dict[str, tuple[Make, list[list[int]], dict[str, object], int]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("llama", "bert")
+
+
+@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_merged_logits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     make, ranges, settings, count = CASES[case]
     adapter = train(make, ranges, tmp_path, **settings)
@@ -118,6 +124,23 @@ def test_merged_logits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     manifest = json.loads((tmp_path / "merged" / "peanut_manifest.json").read_text())
     assert manifest["base"]["changed_before_training"] == {"layer_replication": ranges}
     assert manifest["base"]["fingerprint"] == prepare_merge(tmp_path / "base", adapter).base.original.fingerprint
+
+
+@pytest.mark.slow
+def test_a_graph_of_stacked_layers(tmp_path: Path) -> None:
+    """ONNX Runtime against PEFT: the graph has the stack, and each layer its own copy of the weights."""
+    settings, folder = (
+        {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+        tmp_path,
+    )
+    adapter = train(bert, [[0, 2], [1, 3]], folder, **settings)
+    export_onnx(folder / "base", adapter, folder / "onnx")
+    ids = np.arange(24).reshape(2, 12)
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    graph = onnxruntime.InferenceSession(next((folder / "onnx").rglob("model.onnx")))
+    found = torch.from_numpy(graph.run(None, inputs)[0])
+    expected = in_peft(bert, folder)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_file_of_the_base_is_not_copied_as_a_shard(tmp_path: Path) -> None:
@@ -171,6 +194,7 @@ def test_what_is_no_stack_of_the_base_is_refused(tmp_path: Path, case: str) -> N
         prepare_merge(tmp_path / "base", adapter)
 
 
+@pytest.mark.slow
 def test_layers_whose_kind_follows_from_their_place_are_refused(tmp_path: Path) -> None:
     """PEFT on today's transformers takes the masks by place, and the windows from the copied layer."""
     adapter = train(gemma2, [[0, 2], [1, 3]], tmp_path, target_modules=["q_proj"])
