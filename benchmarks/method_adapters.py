@@ -32,6 +32,7 @@ ROWS: dict[str, PeftConfig] = {
     "bd-lora": _on_llama(peft.LoraConfig, r=16, use_bdlora=_BD_LORA),
     "kasa": _on_llama(peft.LoraConfig, r=16, kasa_config=KasaConfig()),
     "lora-embedding": _on_llama(peft.LoraConfig, r=16, target_modules=["embed_tokens"]),
+    "dora-embedding": _on_llama(peft.LoraConfig, r=16, use_dora=True, target_modules=["embed_tokens"]),
     "trainable-tokens": _on_llama(
         peft.TrainableTokensConfig, target_modules=["embed_tokens"], token_indices=list(range(8))
     ),

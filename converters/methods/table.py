@@ -29,6 +29,7 @@ from converters.methods.low_rank.vera import Pvera, Vera
 from converters.methods.multiplicative.boft import Boft
 from converters.methods.multiplicative.deft import Deft
 from converters.methods.multiplicative.dora import Dora
+from converters.methods.multiplicative.embedding_dora import EmbeddingDora
 from converters.methods.multiplicative.glora import GLora
 from converters.methods.multiplicative.hira import HiRa
 from converters.methods.multiplicative.hra import Hra
@@ -52,7 +53,7 @@ _ALL: tuple[type[Method], ...] = (
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
-    Beft, TrainableTokens, EmbeddingLora, ConvLora,
+    Beft, TrainableTokens, EmbeddingLora, EmbeddingDora, ConvLora,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

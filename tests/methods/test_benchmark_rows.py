@@ -25,8 +25,8 @@ def method_of(config: Mapping[str, Any]) -> str:
         return find_peft_method(config)[0].name
     if config["init_lora_weights"] in LORA_INITS:
         return LORA_INITS[config["init_lora_weights"]].name
-    of_embedding = ["lora-embedding"] if "embed_tokens" in config["target_modules"] else []
-    return next(iter([m.name for flag, (m, _) in LORA_VARIANTS.items() if config.get(flag)] + of_embedding), "lora")
+    name = next((method.name for flag, (method, _) in LORA_VARIANTS.items() if config.get(flag)), "lora")
+    return f"{name}-embedding" if "embed_tokens" in config["target_modules"] else name
 
 
 def test_every_method_has_a_row_or_a_reason(benchmark: Any) -> None:

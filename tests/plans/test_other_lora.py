@@ -9,6 +9,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from support.commands import Run
+from support.damage import without
 from support.paths import DATA
 from support.peft_methods import MODELS, close, logits, reloaded, train
 from support.tiny_models import edit_weights
@@ -37,13 +38,23 @@ def config_for(model: str, **settings: object) -> LoraConfig:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("form", ["both", "alone", "with the head", "ensured", "rslora"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("both", "alone", "with the head", "ensured", "rslora", "dora"),
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("dora alone", "dora and the head", "dora ensured")),
+    ],
+)
 def test_embeddings(form: str, model: str, tied: bool, tmp_path: Path) -> None:
     settings: dict[str, object] = {
         "both": {},
         "alone": {"target_modules": [EMBEDDING[model]]},
         "with the head": {"target_modules": [EMBEDDING[model], "lm_head"]},
         "ensured": {"ensure_weight_tying": True},
+        "dora": {"use_dora": True, "lora_alpha": 6},
+        "dora alone": {"use_dora": True, "target_modules": [EMBEDDING[model]]},
+        "dora and the head": {"use_dora": True, "target_modules": [EMBEDDING[model], "lm_head"]},
+        "dora ensured": {"use_dora": True, "ensure_weight_tying": True},
         "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {EMBEDDING[model]: 3}},
     }[form]
     config = config_for(model, **settings)
@@ -150,7 +161,10 @@ def test_refusals(tmp_path: Path) -> None:
     refused("base weights saved in .* differ", lambda w: w[f"{embedding}base_layer.weight"].add_(1))
 
     train(language_model("llama", False), config_for("llama", use_dora=True), tmp_path / "b", tmp_path / "dora")
-    with pytest.raises(PeanutError, match="LoRA on an embedding, with .* beside it, is not read here"):
+    edit_weights(tmp_path / "dora" / "adapter_model.safetensors", without("embed_tokens.lora_magnitude_vector"))
+    with pytest.raises(
+        PeanutError, match="embed_tokens: lora_magnitude_vector is missing; the adapter is incomplete"
+    ):
         merge(tmp_path / "b", tmp_path / "dora", tmp_path / "merged")
     base, adapter = vit(tmp_path / "vit")
     grouped = {}

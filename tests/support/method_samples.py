@@ -10,6 +10,7 @@ from converters import Orientation, Tweaker
 from converters.methods.base import Method
 from converters.methods.dense.shira import ShiRa
 from converters.methods.multiplicative.dora import Dora
+from converters.methods.multiplicative.embedding_dora import EmbeddingDora
 from converters.methods.multiplicative.ia3 import Ia3
 from converters.methods.spectral.adamss import Adamss
 from converters.methods.spectral.frod import Frod
@@ -164,6 +165,7 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     ),
     "beft": lambda: stored("beft", {"b": (1, OUT)}),
     "trainable tokens": lambda: stored("trainable-tokens", {"rows": (3, IN)}, token_indices=[7, 0, 5]),
+    "dora embedding": lambda: EmbeddingDora(torch.randn(R, OUT), torch.randn(IN, R), torch.rand(IN) + 0.5, 0.7),
     "lora embedding": lambda: stored("lora-embedding", {"A": (R, OUT), "B": (IN, R)}, scaling=1.5),
     "lora convolution": lambda: stored("lora-convolution", {"A": (R, 2, 7), "B": (OUT, R, 1)}, scaling=1.5),
 }

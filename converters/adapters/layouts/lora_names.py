@@ -147,6 +147,14 @@ def check_parts(
         )
 
 
+def _check_embedding(
+    source: AdapterSource, module: str, parts: Mapping[str, str], variant: tuple[type[Method], PeftForm] | None
+) -> None:
+    """As `check_parts`, for an embedding: PEFT has DoRA for those, and no other variant."""
+    if variant is not None and variant[1].flag == "use_dora":
+        check_parts(source, module, {part.removeprefix("embedding_"): key for part, key in parts.items()}, variant)
+
+
 def says(source: AdapterSource) -> str:
     """The part of the evidence that both layouts share."""
     if source.config is None or source.config_path is None:
@@ -216,11 +224,12 @@ def read_modules(
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"{where}: bias = {bias!r}; expected none, all or lora_only")
     keys = sort_keys(source, PARTS, "lora_", bias, ignored=_left_behind(source))
-    modules = _read_updates(source, keys.parts, find_scaling, theta_of, transposed)
+    tied_heads = find_tied_heads(source, keys.parts)
+    modules = _read_updates(source, keys.parts, find_scaling, theta_of, transposed, tied_heads)
     tokens = read_tokens(source, keys.parts)
     targeting = targeting_of(where, config)
     if targeting is not None:
-        whole = {module: theta for module, theta in modules.items() if theta.method is not ExpertLora}
+        whole = {m: theta for m, theta in modules.items() if theta.method is not ExpertLora and m not in tied_heads}
         check_targeting(source.path, targeting, whole, keys.saved, bias)
     facts = provenance(config) | {"target_parameters": tuple(config.get("target_parameters") or ()), "notes": notes}
     opened = build_adapter(
@@ -235,13 +244,15 @@ def _read_updates(
     scaling_of: ScalingOf,
     theta_of: ThetaOf,
     transposed: bool,
+    tied_heads: Mapping[str, str],
 ) -> dict[str, ModuleTheta]:
     """θ of the modules with LoRA, linear and embeddings, without heads that share an embedding's by their tie."""
-    modules, tied_heads, variant = {}, find_tied_heads(source, parts), find_variant(source)
+    modules, variant = {}, find_variant(source)
     for module, keys in sorted(parts.items()):
-        if TOKENS in keys or module in tied_heads:
+        if TOKENS in keys or (module in tied_heads and set(keys) == {"A", "B"}):
             continue
         if is_embedding(keys):
+            _check_embedding(source, module, keys, variant)
             keeps_ties = module in tied_heads.values()
             modules[module] = read_embedding(source, module, keys, scaling_of, keeps_ties)
             continue

@@ -5,8 +5,8 @@ Every row is divided by another number, so the delta has the rank of W0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Dora(Method):
 
     name = "dora"
     formula = "`W = m ⊙ (W0 + s·BA) / ‖W0 + s·BA‖` (DoRA, [arXiv 2402.09353](https://arxiv.org/abs/2402.09353))"
-    peft = PeftForm(
+    peft: ClassVar[PeftForm | None] = PeftForm(
         peft_type="LORA",
         flag="use_dora",
         parameters={"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "magnitude_vector"},
@@ -52,7 +52,7 @@ class Dora(Method):
             raise ThetaError(f"A has shape {a}, B {b}, the magnitude {m}; expected (r, in), (out, r) and (out,)")
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Dora":
+    def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         """From A, B and magnitude_vector; see `Method.from_parts`."""
         return cls(parts["A"], parts["B"], parts["magnitude_vector"], settings["scaling"])
 
@@ -92,13 +92,13 @@ class Dora(Method):
         """See `WeightDelta.full_rank_reason`."""
         return "divides every row by its norm (DoRA), so it is not of low rank"
 
-    def with_parts(self, parts: Mapping[str, Tensor]) -> "Dora":
+    def with_parts(self, parts: Mapping[str, Tensor]) -> Self:
         """See `WeightDelta.with_parts`."""
-        return Dora(parts["A"], parts["B"], parts["magnitude_vector"], self.scaling, self.is_transposed)
+        return replace(self, a=parts["A"], b=parts["B"], magnitude=parts["magnitude_vector"])
 
-    def transposed(self) -> "Dora":
+    def transposed(self) -> Self:
         """See `WeightDelta.transposed`."""
-        return Dora(self.a, self.b, self.magnitude, self.scaling, not self.is_transposed)
+        return replace(self, is_transposed=not self.is_transposed)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
