@@ -14,7 +14,7 @@ from torch import Tensor
 from converters.adapters.store import ThetaStore, open_store
 from converters.errors import CheckpointError, ThetaError
 from converters.files.names import PEFT_WEIGHTS
-from converters.models.checkpoint import read_weight_map
+from converters.models.weight_files import read_weight_map
 
 _INDEX_ENDING = ".index.json"
 INDEX_NAMES = tuple(name + _INDEX_ENDING for name in PEFT_WEIGHTS)

@@ -15,7 +15,6 @@ from converters.hub.twins import repository
 from converters.models.checkpoint import Checkpoint, open_checkpoint
 from converters.models.finding import find_base
 from converters.plans.merge import Plan, plan_merge
-from converters.plans.tokens import token_notes
 from converters.plans.trained_base.trained import describe_changes
 
 
@@ -36,7 +35,6 @@ def plan_merges(sources: Sources, options: MergeOptions, *, each: bool = False) 
         )
         for group in groups
     ]
-    plans = [replace(plan, notes=(*plan.notes, *token_notes(plan))) for plan in plans]
     if len(plans) > 1:
         _refuse_changed_bases(plans)
     return [replace(plans[0], notes=(*notes, *plans[0].notes)), *plans[1:]]

@@ -121,13 +121,7 @@ def build_architecture(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    model_type = str(config.get("model_type"))
-    if model_type not in transformers.CONFIG_MAPPING:
-        raise UnknownModelError(
-            f"the tensor names of adapter and base differ, and transformers {transformers.__version__}, which would "
-            f"translate them, does not know the model type {model_type!r}"
-            + (" (models with remote code are not run)" if config.get("auto_map") else "")
-        )
+    model_type = _known_type(config)
     try:
         native = transformers.CONFIG_MAPPING[model_type].from_dict(_without_runtime(config))
         native._attn_implementation = "eager"  # in nested configs as well
@@ -168,6 +162,19 @@ def build_architecture(
         _optional=tuple(ignored),
         _converters=tuple(converters),
     )
+
+
+def _known_type(config: Mapping[str, Any]) -> str:
+    import transformers
+
+    model_type = str(config.get("model_type"))
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise UnknownModelError(
+            f"the tensor names of adapter and base differ, and transformers {transformers.__version__}, which would "
+            f"translate them, does not know the model type {model_type!r}"
+            + (" (models with remote code are not run)" if config.get("auto_map") else "")
+        )
+    return model_type
 
 
 def part_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from converters.outputs.peft_names import (
     saved_tensors,
 )
 from converters.outputs.publishing import publishing
-from converters.plans.beside import own_companions
+from converters.plans.beside_weights.companions import own_companions
 from converters.plans.merge import Plan
 
 

@@ -20,17 +20,17 @@ from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.models.companions.companion import Companions
-from converters.plans.beside import companions_of
+from converters.plans.beside_weights.companions import companions_of
+from converters.plans.beside_weights.tokens import settle_pad_token, token_notes
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
-from converters.plans.language_models import map_language_model
+from converters.plans.multimodal.language_models import map_language_model
+from converters.plans.multimodal.towers import map_tower
 from converters.plans.orientation import is_transposed, with_shapes
 from converters.plans.parts import part_of, part_term
 from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
 from converters.plans.tensor import Action, TensorPlan, Term
-from converters.plans.tokens import settle_pad_token
-from converters.plans.towers import map_tower
 from converters.plans.trained_base.trained import as_trained
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -140,13 +140,7 @@ def plan_merge(
     opened = [weighted.adapter for weighted in adapters]
     for position, adapter in enumerate(opened):
         _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
-    if base.stream is not None and found.embedded:
-        raise OptionError(
-            "stream=True: the adapter contains weights of its base, which have to be compared with the base first; "
-            "leave out stream="
-        )
-    if base.holder is None:  # else those weights are the base
-        notes += check_embedded(base, opened, found.embedded, force_base)
+    notes += _check_embedded(base, opened, found, force_base)
     tensors = [
         *_kept(base, found, dtype),
         *_updated(base, opened, found, dtype),
@@ -166,10 +160,21 @@ def plan_merge(
     return _with_companions(plan)
 
 
+def _check_embedded(base: Checkpoint, opened: Sequence[Adapter], found: Targets, force_base: bool) -> list[str]:
+    """Notes of the comparison of weights of the base that the adapters contain with the base."""
+    if base.stream is not None and found.embedded:
+        raise OptionError(
+            "stream=True: the adapter contains weights of its base, which have to be compared with the base first; "
+            "leave out stream="
+        )
+    return check_embedded(base, opened, found.embedded, force_base) if base.holder is None else []  # else the base
+
+
 def _with_companions(plan: Plan) -> Plan:
     """The plan with what lies beside the weights, and with a config that agrees with its tokenizer."""
     companions = companions_of(plan.base, [weighted.adapter for weighted in plan.adapters], plan.head)
     config, notes = settle_pad_token(plan.config, companions)
+    notes += token_notes(config, {tensor.name: tensor.shape for tensor in plan.tensors}, companions)
     return replace(plan, companions=companions, config=config, notes=(*plan.notes, *companions.notes, *notes))
 
 

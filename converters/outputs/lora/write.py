@@ -36,7 +36,7 @@ from converters.outputs.lora.biases import bias_delta, check_bias
 from converters.outputs.lora.plan import LoraAdapterPlan, bias_name, factor_names, module_shape
 from converters.outputs.manifest import provenance, weights_entry
 from converters.outputs.publishing import publishing
-from converters.plans.beside import own_companions
+from converters.plans.beside_weights.companions import own_companions
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
 """Whether tokenizer and model agree: a row of the embedding for every token, and a pad token for a classifier."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters.models import config as model_config
 from converters.models.architecture import ends_by_pad_token
 from converters.models.companions.companion import Companions
 from converters.models.companions.vocabulary import pad_token, read_tokens
-
-if TYPE_CHECKING:
-    from converters.plans.merge import Plan
 
 _CLASSIFIER = "ForSequenceClassification"
 # names of the input embedding in the models of transformers; a model may have more rows than its config says
@@ -49,13 +46,15 @@ def settle_pad_token(config: Mapping[str, Any], companions: Companions) -> tuple
     ]
 
 
-def token_notes(plan: "Plan") -> list[str]:
-    """A note about the tokens of the tokenizer that the embedding has no row for."""
-    rows = _vocab_size(plan.config)
+def token_notes(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], companions: Companions
+) -> list[str]:
+    """A note about the tokens of the tokenizer that the embedding has no row for; `shapes` are of the output."""
+    rows = _vocab_size(config)
     if rows is None:
         return []
-    rows = max([rows, *(tensor.shape[0] for tensor in plan.tensors if tensor.name.endswith(_EMBEDDINGS))])
-    tokens = read_tokens(plan.companions)
+    rows = max([rows, *(shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS))])
+    tokens = read_tokens(companions)
     if not (beyond := sorted(token for token in tokens if token >= rows)):
         return []
     shown = ", ".join(f"{token} {tokens[token]!r}" for token in beyond[:_SHOWN])

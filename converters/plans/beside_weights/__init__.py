@@ -1,0 +1,1 @@
+"""What lies beside the weights of an output, and whether it agrees with them."""
