@@ -1,6 +1,7 @@
 """Whether a base is the one an adapter was trained on: `f(W0; θ)` is only right on that W0."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from converters.adapters.adapter import Adapter
@@ -95,8 +96,10 @@ def trained_revision(adapter: Adapter) -> str | None:
 
 def _compare_names(base: Checkpoint, trained_on: str, revision: str | None) -> tuple[str | None, str | None]:
     """What speaks against the base, by the names that were recorded; and a note, where nothing does."""
-    cached = cached_repository(trained_on)
+    cached, held = cached_repository(trained_on), cached_repository(str(base.folder.resolve()))
     trained_on = trained_on if cached is None else cached[0]
+    if base.repo_id is None and held is not None:
+        base = replace(base, repo_id=held[0], revision=held[1])
     rounded = " (quantized, by its name, so θ was trained on rounded weights)" if is_quantized(trained_on) else ""
     short = trained_on.rstrip("/").rsplit("/", 1)[-1]
     if base.repo_id is not None and is_hub_id(trained_on):

@@ -113,8 +113,8 @@ def build_architecture(
 
     Attention is eager in it, whichever kernel the config names.
 
-    Raises `TargetError` if transformers cannot build it; `UnknownModelError` if it lacks the model type, or supports
-    it only with remote code.
+    Raises `TargetError` if transformers cannot build it; `UnknownModelError` if it lacks the model type or the class,
+    or supports it only with remote code.
     """
     import torch
     import transformers
@@ -131,7 +131,8 @@ def build_architecture(
         raise
     except Exception as error:  # constructors of models raise anything for a config they cannot use
         cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TargetError(
+        kind = UnknownModelError if config.get("auto_map") else TargetError  # its own code may use other settings
+        raise kind(
             f"transformers {transformers.__version__} cannot build {class_name or model_type} from the base's "
             f"config ({type(error).__name__}: {cause}){_other_base(transformers, model_type, class_name)}"
         ) from None
@@ -229,7 +230,7 @@ def _build(transformers: Any, config: Any, class_name: str | None, task_type: st
     if class_name is not None:
         model_class = getattr(transformers, class_name, None)
         if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-            raise TargetError(f"transformers {transformers.__version__} has no model class {class_name}")
+            raise UnknownModelError(f"transformers {transformers.__version__} has no model class {class_name}")
         return model_class(config)
     auto = getattr(transformers, AUTO_CLASSES.get(task_type or "", "AutoModel"))
     try:

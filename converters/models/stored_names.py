@@ -1,4 +1,4 @@
-"""A base whose model type transformers does not know: the names and shapes of its checkpoint stand for its class.
+"""A base whose class transformers does not know: the names and shapes of its checkpoint stand for its class.
 
 What adapts or replaces tensors by the names that the checkpoint has needs no model code. Everything else does, and
 code that comes with a checkpoint (`auto_map`) is never run.
@@ -56,8 +56,8 @@ def stored_architecture(
             f"{unknown}; neither do its config's architectures and auto_map say {what}: name it there"
         )
     notes = [
-        f"transformers does not know the model type {base.config.get('model_type')!r}: the names of the adapter are "
-        "those of the base's files, and no model code was needed"
+        f"transformers cannot build {name} ({base.config.get('model_type')}) without remote code: the names of the "
+        "adapter are those of the base's files, and no code was needed"
     ]
     if new:
         notes.append(

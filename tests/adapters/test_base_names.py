@@ -73,6 +73,18 @@ def test_a_folder_of_the_cache_is_its_repository(pair: Pair) -> None:
         notes_on(pair, "org/b", base_model_name_or_path=cached)
 
 
+def test_a_base_in_the_cache_is_its_repository(pair: Pair) -> None:
+    folder = pair.base.parent / "models--org--a" / "snapshots" / COMMIT
+    folder.parent.mkdir(parents=True)
+    pair.base.rename(folder)
+    here = replace(pair, base=folder)
+    assert notes_on(here, None, base_model_name_or_path="org/a", revision=COMMIT) == []
+    (note,) = notes_on(here, None, revision=OTHER)
+    assert note == f"the adapter was trained on revision {OTHER} of org/a, this is {COMMIT}"
+    with pytest.raises(BaseMismatchError, match="was trained on org/b, the base is org/a"):
+        notes_on(here, None, base_model_name_or_path="org/b")
+
+
 @pytest.mark.parametrize(
     ("recorded", "given"),
     [

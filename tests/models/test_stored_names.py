@@ -13,7 +13,7 @@ from support.tiny_models import Pair, edit_config, edit_json, edit_weights, save
 from support.zoo import IDS, output_of
 
 from converters import merge, prepare_merge
-from converters.errors import BaseMismatchError, UnknownModelError
+from converters.errors import BaseMismatchError, TargetError, UnknownModelError
 from converters.outputs.lora import plan_lora_adapter, write_lora_adapter
 
 AUTO_MAP = {
@@ -48,7 +48,9 @@ def test_what_has_the_names_of_the_files_needs_no_code(
     expected = output_of(unmerged(tf.LlamaForCausalLM, pair.base, pair.adapter), {"input_ids": IDS})
     disguise(pair.base, tie_word_embeddings=False)
     result = merge(pair.base, pair.adapter, pair.output)
-    assert not saved or any("does not know the model type 'mine'" in note for note in result.plan.notes)
+    assert not saved or any(
+        "cannot build LlamaForCausalLM (mine) without remote code" in note for note in result.plan.notes
+    )
     assert (pair.output / "modeling_mine.py").read_bytes() == (pair.base / "modeling_mine.py").read_bytes()
     assert_close(logits_of(pair.output, tf.LlamaForCausalLM), expected)
 
@@ -103,6 +105,21 @@ def test_where_code_would_be_needed_it_is_refused(make_pair: Callable[..., Pair]
         lambda w: {name.replace("self_attn", "attention"): tensor for name, tensor in w.items()},
     )
     with pytest.raises(UnknownModelError, match=r"remote code are not run.*the base has no .*attention.q_proj"):
+        prepare_merge(pair.base, pair.adapter)
+
+
+def test_a_class_of_its_own_of_a_known_model_type(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair(modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    expected = output_of(unmerged(tf.LlamaForCausalLM, pair.base, pair.adapter), {"input_ids": IDS})
+    known = {"model_type": "llama", "architectures": ["MyLlamaForCausalLM"], "tie_word_embeddings": False}
+    disguise(pair.base, **known)
+    merge(pair.base, pair.adapter, pair.output)
+    assert json.loads((pair.output / "config.json").read_text())["architectures"] == ["MyLlamaForCausalLM"]
+    assert_close(logits_of(pair.output, tf.LlamaForCausalLM), expected)
+    edit_json(pair.base / "config.json", architectures=["LlamaForCausalLM"], hidden_size="its own")
+    prepare_merge(pair.base, pair.adapter)
+    edit_json(pair.base / "config.json", auto_map=None)
+    with pytest.raises(TargetError, match="cannot build LlamaForCausalLM from the base's config"):
         prepare_merge(pair.base, pair.adapter)
 
 

@@ -36,7 +36,7 @@ def map_language_model(base: Checkpoint, weighted: Weighted) -> tuple[Weighted, 
         return weighted, None
     is_wrapped = any(_is_wrapped(name) for name in names)
     multimodal = any(isinstance(base.config.get(tower), dict) for tower in _TOWERS)
-    if is_wrapped == multimodal:
+    if is_wrapped == multimodal or (is_wrapped and all(name in base.tensors for name in names)):
         return weighted, None
     stored = _language_model(base, multimodal)
     if multimodal and (adapter.model_class == base.architecture or not _is_alone(names, stored, base)):
