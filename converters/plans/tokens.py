@@ -1,15 +1,13 @@
 """Whether tokenizer and model agree: a row of the embedding for every token, and a pad token for a classifier."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from converters.models import config as model_config
 from converters.models.architecture import ends_by_pad_token
 from converters.models.companions.companion import Companions
 from converters.models.companions.vocabulary import pad_token, read_tokens
-
-if TYPE_CHECKING:
-    from converters.plans.merge import Plan
+from converters.plans.tensor import TensorPlan
 
 _CLASSIFIER = "ForSequenceClassification"
 # names of the input embedding in the models of transformers; a model may have more rows than its config says
@@ -49,13 +47,13 @@ def settle_pad_token(config: Mapping[str, Any], companions: Companions) -> tuple
     ]
 
 
-def token_notes(plan: "Plan") -> list[str]:
+def token_notes(config: Mapping[str, Any], tensors: Iterable[TensorPlan], companions: Companions) -> list[str]:
     """A note about the tokens of the tokenizer that the embedding has no row for."""
-    rows = _vocab_size(plan.config)
+    rows = _vocab_size(config)
     if rows is None:
         return []
-    rows = max([rows, *(tensor.shape[0] for tensor in plan.tensors if tensor.name.endswith(_EMBEDDINGS))])
-    tokens = read_tokens(plan.companions)
+    rows = max([rows, *(tensor.shape[0] for tensor in tensors if tensor.name.endswith(_EMBEDDINGS))])
+    tokens = read_tokens(companions)
     if not (beyond := sorted(token for token in tokens if token >= rows)):
         return []
     shown = ", ".join(f"{token} {tokens[token]!r}" for token in beyond[:_SHOWN])
