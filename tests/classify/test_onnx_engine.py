@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from support.commands import Run
+from support.companions.preprocessor_folders import text_model
 from support.paths import DATA
-from support.preprocessor_folders import text_model
 from support.tiny_models import Pair, edit_json
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 

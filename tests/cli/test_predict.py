@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from support.commands import Run
-from support.preprocessor_folders import image_model, text_model
+from support.companions.preprocessor_folders import image_model, text_model
 
 from converters.errors import CheckpointError, OptionError, PeanutError, VerificationError
 from converters.files.hashing import hash_file

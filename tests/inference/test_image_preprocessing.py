@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.preprocessor_folders import (
+from support.companions.preprocessor_folders import (
     IMAGES,
     MEAN,
     STD,

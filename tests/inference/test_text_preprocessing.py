@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.preprocessor_folders import (
+from support.companions.preprocessor_folders import (
     BAD,
     CLS,
     END,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.preprocessor_folders import IMAGES, LABELS, TEXTS, refusal, save_picture, write
+from support.companions.preprocessor_folders import IMAGES, LABELS, TEXTS, refusal, save_picture, write
 
 from converters.errors import OptionError
 from converters.inference.kinds import INPUTS, ModelKind

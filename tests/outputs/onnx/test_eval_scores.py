@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.preprocessor_folders import IMAGES, VIT, image_model, refusal, save_picture
+from support.companions.preprocessor_folders import IMAGES, VIT, image_model, refusal, save_picture
 
 from converters.errors import VerificationError
 from converters.inference.preprocessing import open_preprocessor
