@@ -39,23 +39,24 @@ class Reference(torch.nn.Module):
         self._vocab_size = int(getattr(text, "vocab_size", 0))
         self._longest = int(getattr(text, "max_position_embeddings", 512)) - 2  # RoBERTa's positions begin at 2
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The output of the kind, for its inputs in order."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the kind, for its inputs in order."""
         settings = {"use_cache": False} if self.kind.task == "text-generation" else {}
         named = dict(zip(self.kind.inputs, inputs, strict=True))
-        output: Tensor = self.model(**named, **settings)[self.kind.output]
-        return output
+        found = self.model(**named, **settings)
+        return tuple(found[name] for name in self.kind.outputs)
 
     def weights(self) -> dict[str, Tensor]:
         """Every floating tensor of the state dict, by its name in transformers' memory."""
         return {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Tensor:
-        """The output with the tensors `changed`, which may have other sizes, instead of the base's."""
+    def run(self, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs with the tensors `changed`, which may have other sizes, instead of the base's."""
         tensors = {f"model.{name}": tensor for name, tensor in changed.items()}
-        output: Tensor = torch.func.functional_call(self, tensors, tuple(inputs[name] for name in self.kind.inputs))
-        return output
+        given = tuple(inputs[name] for name in self.kind.inputs)
+        outputs: tuple[Tensor, ...] = torch.func.functional_call(self, tensors, given)
+        return outputs
 
     def random_inputs(self, seed: int = 0) -> list[dict[str, Tensor]]:
         """Inputs of several batch sizes; texts also of several lengths, some of them padded."""
