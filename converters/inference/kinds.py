@@ -1,16 +1,16 @@
 """The models that can be exported, with the inputs and outputs of their graphs. Imports neither onnx nor torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from converters.errors import ConversionError
 from converters.inference.media_models import MEDIA_MODELS
-from converters.inference.text_models import TEXT_MODELS
+from converters.inference.text_models import TEXT_MODELS, TOKEN_TYPES
 
 # model type -> inputs of its graph; a test exports each type and compares it with torch
 INPUTS = {**MEDIA_MODELS, **{name: model.inputs for name, model in TEXT_MODELS.items()}}
-_DECODERS = tuple(name for name, model in TEXT_MODELS.items() if model.generates)
+_DECODERS = tuple(name for name, model in TEXT_MODELS.items() if model.decodes)
 
 # suffix of a class name -> (task in the Hub's terms, names of the outputs)
 _TASKS = {
@@ -31,16 +31,22 @@ class ModelKind:
 
     Attributes:
         task: in the Hub's terms: `image-classification`, `text-classification`, `token-classification`,
-            `question-answering`, `text-generation` or `feature-extraction`.
+            `question-answering`, `text-generation`, `feature-extraction` or `sentence-similarity`.
         inputs: `pixel_values` float32 (batch, channels, height, width); or `input_ids`, `attention_mask` and, for
             some models, `token_type_ids`, int64 (batch, sequence).
         outputs: `logits` (batch, labels), or (batch, sequence, labels) for tokens; `start_logits` and `end_logits`
-            (batch, sequence); or `last_hidden_state` (batch, sequence, hidden); float32.
+            (batch, sequence); `last_hidden_state` (batch, sequence, hidden), or `sentence_embedding`
+            (batch, width); float32.
+        finds_end: whether the graph finds the last token of a padded text, which a classifier on a decoder reads.
+            Otherwise it reads the last column, so texts must not be padded.
+        single: whether the graph takes one text at a time.
     """
 
     task: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    finds_end: bool = True
+    single: bool = False
 
     @property
     def takes_files(self) -> bool:
@@ -52,6 +58,16 @@ class ModelKind:
         """Whether the last dimension of the output indexes labels."""
         return self.task.endswith("classification")
 
+    def record(self) -> dict[str, Any]:
+        """For the config of an export: JSON values, which `from_record` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "ModelKind":
+        """What `record` gave. Raises `TypeError` for unknown or missing fields."""
+        fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in record.items()}
+        return cls(**fields)
+
 
 def find_kind(config: Mapping[str, Any]) -> ModelKind:
     """The kind of the model that a config.json describes.
@@ -61,12 +77,14 @@ def find_kind(config: Mapping[str, Any]) -> ModelKind:
     model_type, name = str(config.get("model_type")), str((config.get("architectures") or ["Model"])[0])
     end = max((end for end in _TASKS if name.endswith(end)), key=len, default=None)
     generates = end is not None and _TASKS[end][0] == "text-generation"
-    if model_type not in INPUTS or end is None or generates != (model_type in _DECODERS):
-        encoders = ", ".join(known for known in INPUTS if known not in _DECODERS)
+    if model_type not in INPUTS or end is None or (generates and model_type not in _DECODERS):
         raise ConversionError(
-            f"{name} ({model_type}) cannot be exported to ONNX; supported are image, sequence and token classifiers, "
-            f"question answering and headless models of {encoders}, and causal language models of "
-            f"{', '.join(_DECODERS)}; a merged checkpoint can be written for every model"
+            f"{name} ({model_type}) cannot be exported to ONNX; supported are classifiers, question answering and "
+            f"headless models of {', '.join(INPUTS)}, and causal language models of {', '.join(_DECODERS)}; a merged "
+            "checkpoint can be written for every model"
         )
     task, outputs = _TASKS[end]
-    return ModelKind(task, INPUTS[model_type], outputs)
+    inputs = INPUTS[model_type]
+    if model_type in TEXT_MODELS and TEXT_MODELS[model_type].optional_types and config.get("type_vocab_size", 0) > 1:
+        inputs = (*inputs, TOKEN_TYPES)
+    return ModelKind(task, inputs, outputs)

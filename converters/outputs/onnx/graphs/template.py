@@ -101,7 +101,9 @@ def trace_module(
 
 def _dynamic_shapes(kind: ModelKind) -> tuple[tuple[dict[int, object], ...]]:
     dynamic = torch.export.Dim.DYNAMIC
-    axes: dict[int, object] = {0: dynamic} if kind.takes_files else {0: dynamic, 1: dynamic}
+    axes: dict[int, object] = {} if kind.single else {0: dynamic}
+    if not kind.takes_files:
+        axes[1] = dynamic
     return (tuple(axes for _ in kind.inputs),)  # of forward's *inputs
 
 
