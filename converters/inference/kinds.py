@@ -1,73 +1,72 @@
 """The models that can be exported, with the inputs and outputs of their graphs. Imports neither onnx nor torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from converters.errors import ConversionError
-
-_IMAGE = ("pixel_values",)
-_TEXT = ("input_ids", "attention_mask")
-_TEXT_PAIR = (*_TEXT, "token_type_ids")
+from converters.inference.media_models import MEDIA_MODELS
+from converters.inference.text_models import TEXT_MODELS, TOKEN_TYPES
 
 # model type -> inputs of its graph; a test exports each type and compares it with torch
-INPUTS = {
-    "vit": _IMAGE,
-    "deit": _IMAGE,
-    "dinov2": _IMAGE,
-    "dinov2_with_registers": _IMAGE,
-    "swin": _IMAGE,
-    "beit": _IMAGE,
-    "bert": _TEXT_PAIR,
-    "roberta": _TEXT,
-    "xlm-roberta": _TEXT,
-    "camembert": _TEXT,
-    "distilbert": _TEXT,
-    "electra": _TEXT_PAIR,
-    "llama": _TEXT,
-    "qwen2": _TEXT,
-    "gpt2": _TEXT,
-}
-_DECODERS = ("llama", "qwen2", "gpt2")  # for text generation, without a cache; the others support all other tasks
+INPUTS = {**MEDIA_MODELS, **{name: model.inputs for name, model in TEXT_MODELS.items()}}
+_DECODERS = tuple(name for name, model in TEXT_MODELS.items() if model.decodes)
 
-# suffix of a class name -> (task in the Hub's terms, name of the output)
+# suffix of a class name -> (task in the Hub's terms, names of the outputs)
 _TASKS = {
-    "ForImageClassification": ("image-classification", "logits"),
-    "ForImageClassificationWithTeacher": ("image-classification", "logits"),
-    "ForSequenceClassification": ("text-classification", "logits"),
-    "ForTokenClassification": ("token-classification", "logits"),
-    "ForCausalLM": ("text-generation", "logits"),
-    "LMHeadModel": ("text-generation", "logits"),
-    "Model": ("feature-extraction", "last_hidden_state"),
+    "ForImageClassification": ("image-classification", ("logits",)),
+    "ForImageClassificationWithTeacher": ("image-classification", ("logits",)),
+    "ForSequenceClassification": ("text-classification", ("logits",)),
+    "ForTokenClassification": ("token-classification", ("logits",)),
+    "ForQuestionAnswering": ("question-answering", ("start_logits", "end_logits")),
+    "ForCausalLM": ("text-generation", ("logits",)),
+    "LMHeadModel": ("text-generation", ("logits",)),
+    "Model": ("feature-extraction", ("last_hidden_state",)),
 }
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """The task, inputs and output of a graph.
+    """The task, inputs and outputs of a graph.
 
     Attributes:
         task: in the Hub's terms: `image-classification`, `text-classification`, `token-classification`,
-            `text-generation` or `feature-extraction`.
+            `question-answering`, `text-generation`, `feature-extraction` or `sentence-similarity`.
         inputs: `pixel_values` float32 (batch, channels, height, width); or `input_ids`, `attention_mask` and, for
             some models, `token_type_ids`, int64 (batch, sequence).
-        output: `logits` (batch, labels), or (batch, sequence, labels) for tokens, or `last_hidden_state`
-            (batch, sequence, hidden); float32.
+        outputs: `logits` (batch, labels), or (batch, sequence, labels) for tokens; `start_logits` and `end_logits`
+            (batch, sequence); `last_hidden_state` (batch, sequence, hidden), or `sentence_embedding`
+            (batch, width); float32.
+        finds_end: whether the graph finds the last token of a padded text, which a classifier on a decoder reads.
+            Otherwise it reads the last column, so texts must not be padded.
+        single: whether the graph takes one text at a time.
     """
 
     task: str
     inputs: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
+    finds_end: bool = True
+    single: bool = False
 
     @property
-    def takes_images(self) -> bool:
-        """Whether the input is an image rather than text."""
-        return self.inputs == _IMAGE
+    def takes_files(self) -> bool:
+        """Whether an input is a file, such as an image, rather than a text."""
+        return "input_ids" not in self.inputs
 
     @property
     def has_labels(self) -> bool:
         """Whether the last dimension of the output indexes labels."""
         return self.task.endswith("classification")
+
+    def record(self) -> dict[str, Any]:
+        """For the config of an export: JSON values, which `from_record` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "ModelKind":
+        """What `record` gave. Raises `TypeError` for unknown or missing fields."""
+        fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in record.items()}
+        return cls(**fields)
 
 
 def find_kind(config: Mapping[str, Any]) -> ModelKind:
@@ -78,11 +77,14 @@ def find_kind(config: Mapping[str, Any]) -> ModelKind:
     model_type, name = str(config.get("model_type")), str((config.get("architectures") or ["Model"])[0])
     end = max((end for end in _TASKS if name.endswith(end)), key=len, default=None)
     generates = end is not None and _TASKS[end][0] == "text-generation"
-    if model_type not in INPUTS or end is None or generates != (model_type in _DECODERS):
-        encoders = ", ".join(known for known in INPUTS if known not in _DECODERS)
+    if model_type not in INPUTS or end is None or (generates and model_type not in _DECODERS):
         raise ConversionError(
-            f"{name} ({model_type}) cannot be exported to ONNX; supported are image, sequence and token classifiers "
-            f"and headless models of {encoders}, and causal language models of {', '.join(_DECODERS)}; a merged "
+            f"{name} ({model_type}) cannot be exported to ONNX; supported are classifiers, question answering and "
+            f"headless models of {', '.join(INPUTS)}, and causal language models of {', '.join(_DECODERS)}; a merged "
             "checkpoint can be written for every model"
         )
-    return ModelKind(_TASKS[end][0], INPUTS[model_type], _TASKS[end][1])
+    task, outputs = _TASKS[end]
+    inputs = INPUTS[model_type]
+    if model_type in TEXT_MODELS and TEXT_MODELS[model_type].optional_types and config.get("type_vocab_size", 0) > 1:
+        inputs = (*inputs, TOKEN_TYPES)
+    return ModelKind(task, inputs, outputs)

@@ -16,4 +16,4 @@ def open_preprocessor(
 
     Raises `CheckpointError` or `MissingDependencyError` if it cannot be created; see the two classes.
     """
-    return ImagePreprocessor(folder, config) if kind.takes_images else TextPreprocessor(folder, kind, config)
+    return ImagePreprocessor(folder, config) if kind.takes_files else TextPreprocessor(folder, kind, config)

@@ -60,12 +60,16 @@ class Session:
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, arrays: Arrays, adapter: LoadedAdapter | None = None) -> NDArray[np.float32]:
-        """The first output for the named inputs. `adapter` is active in this run only.
+        """The first output for the named inputs. `adapter` is active in this run only."""
+        return self.run_all(arrays, adapter)[0]
+
+    def run_all(self, arrays: Arrays, adapter: LoadedAdapter | None = None) -> list[NDArray[np.float32]]:
+        """Every output for the named inputs. `adapter` is active in this run only.
 
         This does not use I/O binding, with which ONNX Runtime 1.32 silently ignores adapters.
         """
         feed = {name: arrays[name] for name in self.inputs}
-        found: NDArray[np.float32] = self._session.run(None, feed, adapter.options if adapter else None)[0]
+        found: list[NDArray[np.float32]] = self._session.run(None, feed, adapter.options if adapter else None)
         return found
 
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from converters.errors import CheckpointError, OptionError
 from converters.inference.examples import Example, brief, full_config
 from converters.inference.kinds import ModelKind
+from converters.inference.text_models import TEXT_MODELS
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
-_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert")  # the first token is at position pad_token_id + 1
 
 
 class TextPreprocessor:
@@ -40,7 +40,7 @@ class TextPreprocessor:
         self._tokenizer = _load_tokenizer(folder)
         self._vocab_size: int = model.vocab_size
         positions = model.max_position_embeddings
-        if model.model_type in _POSITIONS_AFTER_PAD:
+        if TEXT_MODELS[model.model_type].positions_after_pad:
             positions -= model.pad_token_id + 1
         self.max_length = int(min(self._tokenizer.model_max_length, positions))
         known = (model.pad_token_id, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)

@@ -166,6 +166,7 @@ def _read(file: Path, name: str) -> OnnxTask:
         files = {str(path): str(digest) for path, digest in own["files"].items()}
         base, adapter = str(own["base"]), None if own["adapter"] is None else str(own["adapter"])
         form = own["form"]
+        kind = ModelKind.from_record(own["kind"]) if "kind" in own else find_kind(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: its section 'peanut' is damaged ({error!r}); export again") from None
     if form not in _FORMS or (form in _HAVE_ADAPTERS) != (adapter is not None):
@@ -173,7 +174,6 @@ def _read(file: Path, name: str) -> OnnxTask:
             f"{file}: the form is {form!r} and the adapter {adapter}; expected one of {', '.join(_FORMS)}, and an "
             "adapter only with swappable; export again, or update peanut-serve"
         )
-    kind = find_kind(config)
     labels = labels_of(config) if kind.has_labels else None
     rest = {key: value for key, value in config.items() if key != "peanut"}
     return OnnxTask(name, file.parent, rest, kind, tuple(labels or ()), base, models, adapter, files)

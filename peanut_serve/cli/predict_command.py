@@ -58,7 +58,7 @@ def _predict(
     if kind.task == "token-classification":
         name, found = "entities", [list(map(asdict, entities)) for entities in engine.entities(given, task)]
     else:
-        examples = [Path(one) if kind.takes_images else one for one in given]
+        examples = [Path(one) if kind.takes_files else one for one in given]
         name, found = "predictions", [list(map(asdict, bests)) for bests in engine.predict(examples, task, top_k)]
     if as_json:
         answers = [{"input": one, name: rows} for one, rows in zip(given, found, strict=True)]

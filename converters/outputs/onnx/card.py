@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 
 from converters.files.names import MANIFEST_NAME
-from converters.inference.kinds import find_kind
 from converters.outputs.model_card import adapter_rows, base_id_of, formulas_of
 from converters.outputs.onnx.checks import TaskCheck
+from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
@@ -30,7 +30,7 @@ def build_onnx_card(
     head = [f"library_name: {library}", "tags:", "- onnx", "- peanut", "- peft"]
     if base_id is not None:
         head = [f"base_model: {json.dumps(base_id)}", "base_model_relation: finetune", *head]
-    head.append(f"pipeline_tag: {find_kind(plans[0].config).task}")
+    head.append(f"pipeline_tag: {kind_of(plans[0]).task}")
     formulas = "; ".join(dict.fromkeys(formula for plan in plans for formula in formulas_of(plan)))
     lines = [
         f"# {base.name} with {', '.join(plan.name for plan in plans)}, as ONNX",

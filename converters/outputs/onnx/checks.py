@@ -1,7 +1,8 @@
 """What is checked and measured of a written task before its folder appears."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from converters.evaluation.verify import Verification
 from converters.inference.kinds import ModelKind
 from converters.inference.preprocessing import open_preprocessor
 from converters.inference.session import Arrays, LoadedAdapter, Session
-from converters.outputs.onnx.eval_data import Batch, EvalData, Score, agreement, batches, score_of
+from converters.outputs.onnx.eval_data import DEFAULT_BATCH, Batch, EvalData, Score, agreement, batches, score_of
 from converters.outputs.onnx.graphs.reference import Reference
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.parity import Parity, check_parity
@@ -56,7 +57,10 @@ class TaskCheck:
 
 def prepare_eval_data(folder: Path, kind: ModelKind, config: Mapping[str, Any], data: EvalData | None) -> list[Batch]:
     """The eval data as inputs, by the preprocessor or tokenizer in the output folder."""
-    return list(batches(data, open_preprocessor(folder, kind, config))) if data is not None else []
+    if data is None:
+        return []
+    size = DEFAULT_BATCH if kind.finds_end else 1
+    return list(batches(data, open_preprocessor(folder, kind, config), size))
 
 
 def check_task(
@@ -74,24 +78,20 @@ def check_task(
     for precision, model in files.models.items():
         if verify:
             _check_valid(folder / model)  # before there is a session: each holds the weights twice while it loads
-        run = _by_onnx(folder, model, files.adapter)
+        session = Session(folder / model)
+        adapter = LoadedAdapter(folder / files.adapter) if files.adapter else None
         if verify and precision == "fp32":
             real = [_as_tensors(batch.inputs) for batch in prepared[:_REAL_BATCHES]]
+            run = partial(session.run_all, adapter=adapter)
             parity = check_parity(f"{files.task} ({model})", run, reference, task.tensors, real)
         if prepared:
-            scores[precision] = score_of(run, prepared)
+            scores[precision] = score_of(partial(session.run, adapter=adapter), prepared)
     return TaskCheck(task.verification, parity, scores)
 
 
 def _by_torch(reference: Reference, task: TaskWeights, inputs: Arrays) -> NDArray[np.float32]:
-    output: NDArray[np.float32] = reference.run(_as_tensors(inputs), task.tensors).numpy()
-    return output
-
-
-def _by_onnx(folder: Path, model: str, adapter: str | None) -> Callable[[Arrays], NDArray[np.float32]]:
-    session = Session(folder / model)
-    loaded = LoadedAdapter(folder / adapter) if adapter else None
-    return lambda inputs: session.run(inputs, loaded)
+    logits: NDArray[np.float32] = reference.run(_as_tensors(inputs), task.tensors)[0].numpy()
+    return logits
 
 
 def _as_tensors(inputs: Arrays) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from converters.inference.kinds import ModelKind
 
 Logits = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 
+DEFAULT_BATCH = 8
 _LABELS_SHOWN = 6
 _FIRST_COLUMNS = ("text", "sentence", "sentence1")
 _COLUMNS_WANTED = (
@@ -91,7 +92,7 @@ def read_eval_data(path: Path, kind: ModelKind, labels: Sequence[str]) -> EvalDa
     return EvalData(path.resolve().name, *readers[kind.task](path, labels))
 
 
-def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = 8) -> Iterator[Batch]:
+def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = DEFAULT_BATCH) -> Iterator[Batch]:
     """The preprocessed data; as a list it can be used for several models (at 224 x 224, 600 kB per image)."""
     for start in range(0, len(data.examples), batch_size):
         part = slice(start, start + batch_size)

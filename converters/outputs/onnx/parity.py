@@ -1,6 +1,6 @@
 """A written graph compared with the merged torch model, on inputs of several sizes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Parity:
 
 def check_parity(
     what: str,
-    run: Callable[[Arrays], NDArray[np.float32]],
+    run: Callable[[Arrays], Sequence[NDArray[np.float32]]],
     reference: Reference,
     changed: Mapping[str, Tensor],
     real: Iterable[Mapping[str, Tensor]] = (),
@@ -52,7 +52,7 @@ def check_parity(
 
     Args:
         what: the name of the graph, for messages.
-        run: computes its output for inputs by name.
+        run: computes its outputs for inputs by name.
         reference: the base in torch.
         changed: the task's tensors, which replace the base's.
         real: batches of real inputs.
@@ -62,13 +62,16 @@ def check_parity(
     random, genuine = reference.random_inputs(seed=1), list(real)
     differences, scales, same = [], [1.0], []
     for inputs in (*random, *genuine):
-        wanted = reference.run(inputs, changed).numpy()
-        found = run({name: tensor.numpy() for name, tensor in inputs.items()})
-        if found.shape != wanted.shape:
-            raise VerificationError(f"{what}: the output has shape {found.shape}, torch's has {wanted.shape}")
-        differences.append(float(np.abs(found - wanted).max()))
-        scales.append(float(np.abs(wanted).max()))
-        same.append((found.argmax(-1) == wanted.argmax(-1)).mean())
+        outputs = run({name: tensor.numpy() for name, tensor in inputs.items()})
+        equal = []
+        for found, tensor in zip(outputs, reference.run(inputs, changed), strict=True):
+            wanted = tensor.numpy()
+            if found.shape != wanted.shape:
+                raise VerificationError(f"{what}: the output has shape {found.shape}, torch's has {wanted.shape}")
+            differences.append(float(np.abs(found - wanted).max()))
+            scales.append(float(np.abs(wanted).max()))
+            equal.append((found.argmax(-1) == wanted.argmax(-1)).mean())
+        same.append(np.mean(equal))
     sizes = [len(next(iter(inputs.values()))) for inputs in (*random, *genuine)]
     tolerance = TOLERANCE * max(scales)
     parity = Parity(

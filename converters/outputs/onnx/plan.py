@@ -9,10 +9,11 @@ from converters.evaluation.factors import refuse_parts
 from converters.evaluation.worker import find_devices
 from converters.files.staging import check_output, check_space
 from converters.inference.images import image_shape
-from converters.inference.kinds import ModelKind, find_kind
+from converters.inference.kinds import ModelKind
 from converters.models import config as model_config
 from converters.outputs.onnx.eval_data import EvalData, read_eval_data
 from converters.outputs.onnx.graphs.merged import BASE_DATA
+from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.opset import check_opset
 from converters.outputs.onnx.options import ExportOptions, Form
 from converters.plans.merge import Plan
@@ -71,7 +72,7 @@ def plan_export(
         OptionError: an option does not apply here; the eval data does not match the labels.
         OutputError: the output exists, or there is no room for it.
     """
-    kinds = [find_kind(plan.config) for plan in plans]
+    kinds = [kind_of(plan) for plan in plans]
     for plan in plans:
         refuse_parts(plan, "ONNX")
     _check_options(plans, options)
@@ -134,7 +135,7 @@ def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dic
 
 
 def _image_shape(plan: Plan, kind: ModelKind) -> tuple[int, int, int] | None:
-    if not kind.takes_images:
+    if not kind.takes_files:
         return None
     own = plan.head.path
     folder = own if (own / "preprocessor_config.json").is_file() else plan.base.folder

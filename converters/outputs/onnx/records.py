@@ -16,6 +16,7 @@ from converters.outputs.manifest import provenance
 from converters.outputs.onnx.card import build_onnx_card
 from converters.outputs.onnx.checks import TaskCheck
 from converters.outputs.onnx.graphs.merged import BASE_DATA
+from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.options import ExportOptions, Form
 from converters.outputs.onnx.task_files import TaskFiles
 from converters.plans.merge import Plan
@@ -86,6 +87,7 @@ def _for_the_loader(plan: Plan, written: TaskFiles, form: Form, hashes: dict[str
     own = {written.adapter} if written.adapter else {*written.models.values(), BASE_DATA}
     return {
         "base": plan.base.fingerprint,
+        "kind": kind_of(plan).record(),
         "form": form.value,
         "models": dict(written.models),
         "adapter": written.adapter,

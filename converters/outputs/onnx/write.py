@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.evaluation.worker import find_devices
-from converters.inference.kinds import find_kind
 from converters.models.architecture import build_architecture
 from converters.outputs.base import Report, WriteOptions
 from converters.outputs.onnx.checks import TaskCheck, check_task, prepare_eval_data
@@ -14,6 +13,7 @@ from converters.outputs.onnx.graphs.reference import Reference
 from converters.outputs.onnx.graphs.task_weights import evaluate_task
 from converters.outputs.onnx.graphs.template_cache import traced_template
 from converters.outputs.onnx.graphs.traced import TracedBase
+from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.plan import ExportPlan
 from converters.outputs.onnx.records import shared_companions, write_records
 from converters.outputs.onnx.task_files import TaskFiles, write_tasks
@@ -110,7 +110,7 @@ class _Writer:
         if key not in self._traced:
             start = time.perf_counter()
             self._report("loading the base")
-            reference = Reference(plan, find_kind(plan.config), shape)
+            reference = Reference(plan, kind_of(plan), shape)
             self._report("tracing it")
             template = traced_template(reference, plan.config, self._planned.options.opset, shape)
             self._traced[key] = TracedBase(build_architecture(plan.config, name), reference, template)

@@ -184,5 +184,5 @@ def test_what_is_no_folder_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("task", ["token-classification", "text-generation", "feature-extraction"])
 def test_other_kinds_are_refused(tmp_path: Path, task: str):
     with pytest.raises(OptionError) as error:
-        read_eval_data(tmp_path, ModelKind(task, INPUTS["bert"], "logits"), LABELS)
+        read_eval_data(tmp_path, ModelKind(task, INPUTS["bert"], ("logits",)), LABELS)
     assert refusal(error) == f"eval data is for classifiers of images and of texts, but this model does {task}"

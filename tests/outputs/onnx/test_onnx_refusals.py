@@ -12,8 +12,8 @@ import pytest
 import torch
 from support.commands import Run
 from support.paths import DATA
-from support.tiny_models import Pair, edit_json, save_adapter
-from transformers import Qwen3Config, Qwen3ForCausalLM, ViTConfig, ViTForImageClassification, ViTModel
+from support.tiny_models import Pair, edit_json, save_adapter, tiny_llama
+from transformers import CohereConfig, CohereForCausalLM, ViTConfig, ViTForImageClassification, ViTModel
 
 from converters import ExportOptions, Form, Orientation, Tweaker, open_checkpoint
 from converters import save_adapter as save_native
@@ -46,11 +46,33 @@ def test_an_architecture_that_does_not_work(
     refuse: Callable[..., str], make_pair: Callable[..., Pair], tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    pair = make_pair(Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=96, num_key_value_heads=2, head_dim=8)))
+    pair = make_pair(CohereForCausalLM(CohereConfig(**sizes, vocab_size=96, num_key_value_heads=2)))
     said = refuse(base=pair.base, adapter=pair.adapter)
-    assert "Qwen3ForCausalLM (qwen3) cannot be exported" in said
+    assert "CohereForCausalLM (cohere) cannot be exported" in said
     for known in ("vit", "swin", "roberta", "distilbert", "llama"):
         assert known in said
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        },
+    ],
+)
+def test_positions_that_depend_on_the_length(
+    refuse: Callable[..., str], make_pair: Callable[..., Pair], rope: dict[str, object]
+) -> None:
+    settings = {"max_position_embeddings": 64, "rope_parameters": rope}
+    pair = make_pair(tiny_llama(**settings))
+    said = refuse(base=pair.base, adapter=pair.adapter)
+    assert f"its positions are of the type {rope['rope_type']}, which depends on the length of each text" in said
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from converters.inference.texts import TextPreprocessor
 VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]
 SETTINGS = {"size": {"height": 6, "width": 8}, "image_mean": MEAN, "image_std": STD}
-IMAGES = ModelKind("image-classification", INPUTS["vit"], "logits")
-TEXTS = ModelKind("text-classification", INPUTS["bert"], "logits")
+IMAGES = ModelKind("image-classification", INPUTS["vit"], ("logits",))
+TEXTS = ModelKind("text-classification", INPUTS["bert"], ("logits",))
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "<end>")
 PAD, UNK, CLS, SEP, GOOD, BAD, FILM, END = range(8)
 LABELS = ("cat", "dog", "horse")
@@ -65,7 +65,7 @@ def text_model(
 
 
 def texts_of(model_type: str, folder: Path, **settings: Any) -> TextPreprocessor:
-    kind = ModelKind("text-classification", INPUTS[model_type], "logits")
+    kind = ModelKind("text-classification", INPUTS[model_type], ("logits",))
     found = open_preprocessor(folder, kind, {"model_type": model_type, "vocab_size": len(WORDS), **settings})
     assert isinstance(found, TextPreprocessor)
     return found

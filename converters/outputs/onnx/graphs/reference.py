@@ -13,6 +13,7 @@ from torch import Tensor
 from converters.errors import ConversionError
 from converters.files.reader import TensorReader
 from converters.inference.kinds import ModelKind
+from converters.inference.text_models import TEXT_MODELS
 from converters.models.checkpoint import Checkpoint
 from converters.plans.merge import Plan
 
@@ -37,32 +38,35 @@ class Reference(torch.nn.Module):
         self.kind = kind
         self._image_shape = image_shape
         self.model, self.missing = _load(plan)
+        known = TEXT_MODELS.get(plan.config["model_type"])
+        self._settings = {"use_cache": False} if known is not None and known.decodes else {}
         text = self.model.config.get_text_config()
+        self._pad_id: int | None = getattr(text, "pad_token_id", None)
         self._vocab_size = int(getattr(text, "vocab_size", 0))
         self._longest = int(getattr(text, "max_position_embeddings", 512)) - 2  # RoBERTa's positions begin at 2
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The output of the kind, for its inputs in order."""
-        settings = {"use_cache": False} if self.kind.task == "text-generation" else {}
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the kind, for its inputs in order."""
         named = dict(zip(self.kind.inputs, inputs, strict=True))
-        output: Tensor = self.model(**named, **settings)[self.kind.output]
-        return output
+        found = self.model(**named, **self._settings)
+        return tuple(found[name] for name in self.kind.outputs)
 
     def weights(self) -> dict[str, Tensor]:
         """Every floating tensor of the state dict, by its name in transformers' memory."""
         return {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Tensor:
-        """The output with the tensors `changed`, which may have other sizes, instead of the base's."""
+    def run(self, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs with the tensors `changed`, which may have other sizes, instead of the base's."""
         tensors = {f"model.{name}": tensor for name, tensor in changed.items()}
-        output: Tensor = torch.func.functional_call(self, tensors, tuple(inputs[name] for name in self.kind.inputs))
-        return output
+        given = tuple(inputs[name] for name in self.kind.inputs)
+        outputs: tuple[Tensor, ...] = torch.func.functional_call(self, tensors, given)
+        return outputs
 
     def random_inputs(self, seed: int = 0) -> list[dict[str, Tensor]]:
-        """Inputs of several batch sizes; texts also of several lengths, some of them padded."""
+        """Inputs of several batch sizes; texts also of several lengths, some of them padded left or right."""
         generator = torch.Generator().manual_seed(seed)
-        return [self._random(batch, length, generator) for batch, length in _SHAPES]
+        return [self._random(1 if self.kind.single else batch, length, generator) for batch, length in _SHAPES]
 
     def _random(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         if self._image_shape is not None:
@@ -70,7 +74,11 @@ class Reference(torch.nn.Module):
         length = min(length, self._longest)
         ids = torch.randint(0, self._vocab_size, (batch, length), generator=generator)
         mask = torch.ones(batch, length, dtype=torch.long)
-        mask[-1, max(1, length // 2) :] = 0 if batch > 1 else 1
+        if batch > 1:
+            mask[-1, max(1, length // 2) :] = 0
+            mask[0, : length // 3] = 0
+        if self._pad_id is not None and 0 <= self._pad_id < self._vocab_size:  # what a decoder's classifier looks for
+            ids[mask == 0] = self._pad_id
         types = torch.zeros_like(ids)
         types[:, length // 2 :] = int(getattr(self.model.config, "type_vocab_size", 1) > 1)
         made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

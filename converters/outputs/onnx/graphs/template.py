@@ -55,10 +55,10 @@ def trace(reference: Reference, opset: int) -> Template:
     kind, weights = reference.kind, {_WRAPPED + name for name in reference.weights()}
     inputs = tuple(reference.random_inputs()[1].values())
     proto = trace_module(
-        reference, inputs, kind.inputs, [kind.output], opset, dynamic_shapes=_dynamic_shapes(kind), weights=weights
+        reference, inputs, kind.inputs, kind.outputs, opset, dynamic_shapes=_dynamic_shapes(kind), weights=weights
     )
     for value in (*proto.graph.input, *proto.graph.output):
-        if value.name in (*kind.inputs, kind.output):
+        if value.name in (*kind.inputs, *kind.outputs):
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if dim.dim_param:
                     dim.dim_param = _AXES[axis]
@@ -101,7 +101,9 @@ def trace_module(
 
 def _dynamic_shapes(kind: ModelKind) -> tuple[tuple[dict[int, object], ...]]:
     dynamic = torch.export.Dim.DYNAMIC
-    axes: dict[int, object] = {0: dynamic} if kind.takes_images else {0: dynamic, 1: dynamic}
+    axes: dict[int, object] = {} if kind.single else {0: dynamic}
+    if not kind.takes_files:
+        axes[1] = dynamic
     return (tuple(axes for _ in kind.inputs),)  # of forward's *inputs
 
 

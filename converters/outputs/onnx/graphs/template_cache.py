@@ -63,7 +63,7 @@ def traced_template(
     """
     kind = reference.kind
     facts = {
-        "kind": [kind.task, kind.inputs, kind.output],
+        "kind": kind.record(),
         "config": {key: value for key, value in config.items() if key not in _INDIFFERENT},
         "opset": opset,
         "image_shape": image_shape,
