@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.companions.tiny_tokenizers import WORDS, tiny_tokenizer
 from support.tiny_models import Pair, edit_json, unmerged
-from support.tiny_tokenizers import WORDS, tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from converters import merge, prepare_merge

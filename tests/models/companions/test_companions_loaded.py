@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_tokenizers import WORDS, said, said_by_processor, tiny_processor, tiny_tokenizer
+from support.companions.tiny_tokenizers import WORDS, said, said_by_processor, tiny_processor, tiny_tokenizer
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from converters.models.companions.choice import choose_companions
