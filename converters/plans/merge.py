@@ -146,12 +146,11 @@ def plan_merge(
         *_updated(base, opened, found, dtype),
         *_replaced(base, opened[find_head(opened)], found, dtype),
     ]
-    shards = shard_tensors(base, tensors, max_shard_size)
     output_dtype = DTYPE_OPTIONS[dtype] or _main_dtype(tensors)
     plan = Plan(
         base=base,
         adapters=tuple(adapters),
-        shards=shards,
+        shards=shard_tensors(base, tensors, max_shard_size),
         dropped=found.dropped,
         config=model_config.with_dtype(found.config, output_dtype),
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
