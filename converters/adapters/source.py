@@ -10,7 +10,7 @@ from typing import Any
 from converters.adapters.store import ThetaStore, open_store
 from converters.errors import AdapterConfigError, LayoutError, ThetaError
 from converters.files.json_files import read_json
-from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_CONFIG, PEFT_WEIGHTS
+from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_CONFIG, PEFT_WEIGHTS, RED_WEIGHTS
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # files that a Trainer writes next to the weights (transformers/trainer.py)
@@ -76,6 +76,8 @@ class AdapterSource:
             for name in (*PEFT_WEIGHTS, MLX_WEIGHTS):
                 if (self.path / name).is_file():
                     return self.path / name
+        if (self.path / RED_WEIGHTS).is_file():
+            return self.path / RED_WEIGHTS
         found = sorted(
             path
             for path in self.path.iterdir()
