@@ -12,7 +12,7 @@ from converters.adapters.shards import find_index, open_weights
 from converters.adapters.store import ThetaStore
 from converters.errors import AdapterConfigError, LayoutError, ThetaError
 from converters.files.json_files import read_json
-from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_CONFIG, PEFT_WEIGHTS
+from converters.files.names import ADAPTER_CONFIG, MLX_WEIGHTS, NATIVE_CONFIG, PEFT_WEIGHTS, RED_WEIGHTS
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # files that a Trainer writes next to the weights (transformers/trainer.py)
@@ -84,6 +84,8 @@ class AdapterSource:
                     return self.path / name
         if (index := find_index(self.path)) is not None:
             return index
+        if (self.path / RED_WEIGHTS).is_file():
+            return self.path / RED_WEIGHTS
         found = sorted(
             path
             for path in self.path.iterdir()

@@ -36,6 +36,7 @@ from converters.methods.multiplicative.hra import Hra
 from converters.methods.multiplicative.ia3 import Ia3
 from converters.methods.multiplicative.miss_bat import MissBat
 from converters.methods.multiplicative.oft import Oft
+from converters.methods.multiplicative.red import Red
 from converters.methods.multiplicative.road import RoAd
 from converters.methods.multiplicative.trainable_tokens import TrainableTokens
 from converters.methods.peanut.tweaker import Tweaker
@@ -53,7 +54,7 @@ _ALL: tuple[type[Method], ...] = (
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
-    Beft, TrainableTokens, EmbeddingLora, EmbeddingDora, ConvLora,
+    Beft, TrainableTokens, EmbeddingLora, EmbeddingDora, ConvLora, Red,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

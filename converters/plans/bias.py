@@ -35,12 +35,13 @@ def refuse_missing_biases(adapters: Sequence[Adapter], found: Targets) -> None:
     """Raise `BaseMismatchError` for a module whose bias θ adds to, and which has none in the base."""
     present = {(target.adapter, target.module) for target in found.targets if target.parameter == "bias"}
     for target in found.targets:
-        missing = (target.adapter, target.module) not in present
-        if missing and adapters[target.adapter].describe(target.module).needs_bias:
+        described = adapters[target.adapter].describe(target.module)
+        if (target.adapter, target.module) not in present and described.needs_bias:
+            server = "PEFT's PeftModel" if described.peft is not None else "the code that trained it"
             raise BaseMismatchError(
                 f"{target.module}: θ adds to the bias of this module, and the base has none beside "
                 f"{target.base_name}; a merged checkpoint has no place for it. If it was trained on this base, "
-                "serve it with PEFT's PeftModel"
+                f"serve it with {server}"
             )
 
 

@@ -46,7 +46,7 @@ def test_the_readme_leads_to_every_document() -> None:
 def test_every_layout_stands_in_the_table() -> None:
     table = CONVERTERS.section("Adapter layouts").split("`peanut-inspect` shows")[0]
     told = {"hf-peft": "peft_type: PEANUT", "authors-vision": "authors' vision code", "authors-glue": "GLUE code"}
-    told |= {"peanut": "peanut_config.json", "lora": "PEFT's LoRA"}
+    told |= {"peanut": "peanut_config.json", "lora": "PEFT's LoRA", "red": "authors of RED"}
     for layout in LAYOUT_SUMMARIES:
         assert told.get(layout, layout) in table
 

@@ -166,6 +166,8 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "beft": lambda: stored("beft", {"b": (1, OUT)}),
     "trainable tokens": lambda: stored("trainable-tokens", {"rows": (3, IN)}, token_indices=[7, 0, 5]),
     "dora embedding": lambda: EmbeddingDora(torch.randn(R, OUT), torch.randn(IN, R), torch.rand(IN) + 0.5, 0.7),
+    "red": lambda: stored("red", {"scaling": (1, OUT), "bias": (1, OUT)}),
+    "red scaling": lambda: stored("red", {"scaling": (1, OUT)}),
     "lora embedding": lambda: stored("lora-embedding", {"A": (R, OUT), "B": (IN, R)}, scaling=1.5),
     "lora convolution": lambda: stored("lora-convolution", {"A": (R, 2, 7), "B": (OUT, R, 1)}, scaling=1.5),
 }

@@ -9,5 +9,6 @@ LAYOUT_SUMMARIES = {
     "lora": "LoRA and DoRA as PEFT writes them: peft_type LORA, lora_A (r, in) and lora_B (out, r)",
     "nonlinear-lora": "the paper's ablation W0 + relu(A) B in LoRA's names (lora_B is A); only if asked for",
     "multiplicative-lora": "the paper's ablation W0 + W0 A B in the names of authors-llm; only if asked for",
+    "red": "RED of its authors' code: delta_vector.pth, with classifier.pth beside it for a classifier",
     "mlx": "LoRA and DoRA of mlx-lm: adapters.safetensors, lora_a (in, r) and lora_b (r, out)",
 }

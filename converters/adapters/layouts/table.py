@@ -3,7 +3,7 @@
 from converters.adapters.layouts import authors_glue, authors_vision, native, peft, peft_methods
 from converters.adapters.layouts.authors_llm import AUTHORS_LLM, MULTIPLICATIVE_LORA
 from converters.adapters.layouts.layout import Layout
-from converters.adapters.layouts.libraries import mlx
+from converters.adapters.layouts.libraries import mlx, red
 from converters.adapters.layouts.lora import LORA, NONLINEAR_LORA
 from converters.adapters.layouts.peft_parts import whole
 
@@ -19,4 +19,5 @@ LAYOUTS: tuple[Layout, ...] = (
     NONLINEAR_LORA,
     MULTIPLICATIVE_LORA,
     mlx.LAYOUT,
+    red.LAYOUT,
 )

@@ -87,6 +87,11 @@ def vision_and_text_folders(folder: Path) -> None:
     shutil.copy(GLUE / "peanut_l_scale0.1" / "theta.safetensors", folder / "mrpc.safetensors")
     theta = load_file(folder / "mrpc.safetensors")
     torch.save(theta, folder / "mrpc.bin")
+    (folder / "red").mkdir()
+    module = "encoder.layer.0.output.dense.delta_vector"
+    width = json.loads((folder / "roberta-base" / "config.json").read_text())["hidden_size"]
+    vectors = {f"{module}.activation_{part}": torch.rand(1, width) for part in ("scaling", "bias")}
+    torch.save(vectors, folder / "red" / "delta_vector.pth")
     model = ViTForImageClassification.from_pretrained(folder / "vit-base", num_labels=5)
     save_adapter(model, folder / "pets", modules_to_save=["classifier"])
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
