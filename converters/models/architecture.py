@@ -42,6 +42,7 @@ class Architecture:
         prefix: its `base_model_prefix` (`vit`, `bert`, `model`), or empty if it has no such submodule.
         num_labels, vocab_size: the sizes that the config states or implies.
         transposed: modules whose parameters of experts are (experts, in, out).
+        standardized: convolutions that standardise their weight whenever they compute.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Architecture:
     num_labels: int
     vocab_size: int | None
     transposed: frozenset[str]
+    standardized: frozenset[str]
     _rename: Callable[[str], tuple[str, str | None]]
     _optional: tuple[str, ...]
     _converters: tuple[Any, ...]
@@ -132,6 +134,7 @@ def build_architecture(
         num_labels=native.num_labels,
         vocab_size=getattr(native.get_text_config(), "vocab_size", None),
         transposed=frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
+        standardized=frozenset(n for n, m in model.named_modules() if "WeightStandardized" in type(m).__name__),
         _rename=rename,
         _optional=tuple(ignored),
         _converters=tuple(converters),

@@ -47,7 +47,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     """
     head = adapters[find_head(adapters)]
     arch = _choose_architecture(base, head)
-    switched = bool(head.saved) and arch.name != base.architecture
+    switched = _replaces(head) and arch.name != base.architecture
     names = BaseNames(base, arch, switched)
     draft = _PendingTargets({**base.config, "architectures": [arch.name]})
     if switched:
@@ -75,10 +75,15 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
 
 def _choose_architecture(base: Checkpoint, adapter: Adapter) -> Architecture:
     """The class of the merged model: the adapter's where it brings a head, else the base's."""
-    brings_head = adapter.saved and (adapter.model_class is not None or adapter.task_type in HEAD_TASKS)
-    if brings_head or base.architecture is None:
+    names_class = adapter.model_class is not None or adapter.task_type in HEAD_TASKS
+    if (names_class and _replaces(adapter)) or base.architecture is None:
         return build_architecture(base.config, adapter.model_class, adapter.task_type)
     return build_architecture(base.config, base.architecture)
+
+
+def _replaces(adapter: Adapter) -> bool:
+    """Whether it replaces modules whole, or should: PEFT's default heads may be none of the model's."""
+    return bool(adapter.saved or (adapter.targeting is not None and adapter.targeting.modules_to_save))
 
 
 def _place_updates(
@@ -94,6 +99,11 @@ def _place_updates(
         source = names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
+        if canonical.removesuffix(".weight") in arch.standardized:
+            raise TargetError(
+                f"{module} standardises its weight in its forward pass, and PEFT adds the update beside that: no "
+                "weight does the same; use the adapter in PEFT, unmerged"
+            )
         output = canonical if canonical in arch.tied else names.output(source)
         described = adapter.describe(module)
         part = split_part(module, canonical, source, stored[source], arch) if arch.converted(source) else None
