@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx soak clean
+.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -57,6 +57,11 @@ bench-swapping: $(VENV)/.test
 bench-onnx: $(VENV)/.test
 	rm -f build/bench/onnx.jsonl
 	$(VENV)/bin/python benchmarks/onnx_export.py
+
+# every architecture that builds small, with PEFT's defaults: what is merged, beside what PEFT computes
+zoo: $(VENV)/.test
+	rm -f build/bench/zoo.jsonl
+	$(VENV)/bin/python benchmarks/zoo.py
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak --timeout 3600

@@ -6,6 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+# what PEFT adds to modules_to_save by the task type, whether or not the model has it (`peft/peft_model.py`)
+DEFAULT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 ALL_LINEAR = "all-linear"
 
 PREFIX = "base_model.model."  # of every module name in a PeftModel

@@ -67,6 +67,7 @@ class Architecture:
         transposed: modules whose parameters of experts are (experts, in, out).
         settings: module -> its class and its plain attributes, by name.
         embeddings: names of the weights of the input and the output embedding, as far as it has them.
+        standardized: convolutions that standardise their weight whenever they compute.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Architecture:
     transposed: frozenset[str]
     settings: Mapping[str, Mapping[str, Any]]
     embeddings: tuple[str, ...]
+    standardized: frozenset[str]
     _rename: Callable[[str], tuple[str, str | None]]
     _optional: tuple[str, ...]
     _converters: tuple[Any, ...]
@@ -159,6 +161,7 @@ def build_architecture(
         transposed=frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
         settings={name: _plain_attributes(module) for name, module in model.named_modules()},
         embeddings=_embeddings(model),
+        standardized=frozenset(n for n, m in model.named_modules() if "WeightStandardized" in type(m).__name__),
         _rename=rename,
         _optional=tuple(ignored),
         _converters=tuple(converters),

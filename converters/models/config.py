@@ -54,7 +54,8 @@ def with_labels(config: Mapping[str, Any], labels: list[str]) -> dict[str, Any]:
     changed = copy.deepcopy(dict(config))
     changed["id2label"] = {str(i): label for i, label in enumerate(labels)}
     changed["label2id"] = {label: i for i, label in enumerate(labels)}
-    changed.pop("num_labels", None)
+    if "num_labels" in changed:  # some classes take this number rather than count the labels
+        changed["num_labels"] = len(labels)
     return changed
 
 

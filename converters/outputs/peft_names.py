@@ -5,19 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.adapters.targeting import PREFIX, Targeting
+from converters.adapters.targeting import DEFAULT_HEADS, PREFIX, Targeting
 from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
 from converters.models.stored_names import architecture_of
 from converters.plans.merge import Plan
 from converters.plans.trained_base.trained import describe_changes
-
-# what PEFT adds to modules_to_save (`peft/peft_model.py`)
-_DEFAULT_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def merged_architecture(plan: Plan) -> Architecture:
@@ -64,7 +57,7 @@ def base_facts(plan: Plan, arch: Architecture, whole: Collection[str]) -> dict[s
     Where PEFT would add modules to `whole`, the modules_to_save, because of the task type, the class stands for it.
     """
     task_type = plan.head.task_type or ""
-    caught = _caught(arch, [*whole, *_DEFAULT_HEADS.get(task_type, ())])
+    caught = _caught(arch, [*whole, *DEFAULT_HEADS.get(task_type, ())])
     adds = not caught <= {name.removeprefix(PREFIX) for name in whole}
     known = task_type in AUTO_CLASSES and task_type != "IMAGE_CLS" and not adds
     return {

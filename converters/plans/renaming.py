@@ -48,7 +48,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     """
     head = adapters[find_head(adapters)]
     arch, notes = _choose_architecture(base, adapters, head)
-    switched = bool(head.saved) and arch.name != base.architecture
+    switched = _replaces(head) and arch.name != base.architecture
     names = BaseNames(base, arch, switched)
     draft = _PendingTargets({**base.config, "architectures": [arch.name]}, notes=notes)
     if switched:
@@ -78,7 +78,7 @@ def _choose_architecture(
     base: Checkpoint, adapters: Sequence[Adapter], head: Adapter
 ) -> tuple[Architecture, list[str]]:
     """The class of the merged model, with notes: the adapter's where it brings a head, else the base's."""
-    brings_head = head.saved and (head.model_class is not None or head.task_type in HEAD_TASKS)
+    brings_head = _replaces(head) and (head.model_class is not None or head.task_type in HEAD_TASKS)
     try:
         if brings_head or base.architecture is None:
             return build_architecture(base.config, head.model_class, head.task_type), []
@@ -99,6 +99,11 @@ def _take_stored_names(
     return stored_architecture(base, shapes, head.task_type, unknown)
 
 
+def _replaces(adapter: Adapter) -> bool:
+    """Whether it replaces modules whole, or should: PEFT's default heads may be none of the model's."""
+    return bool(adapter.saved or (adapter.targeting is not None and adapter.targeting.modules_to_save))
+
+
 def _place_updates(
     draft: _PendingTargets, base: Checkpoint, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
 ) -> None:
@@ -112,6 +117,11 @@ def _place_updates(
         source = names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
+        if canonical.removesuffix(".weight") in arch.standardized:
+            raise TargetError(
+                f"{module} standardises its weight in its forward pass, and PEFT adds the update beside that: no "
+                "weight does the same; use the adapter in PEFT, unmerged"
+            )
         output = canonical if canonical in arch.tied else names.output(source)
         described = adapter.describe(module)
         part = split_part(module, canonical, source, stored[source], arch) if arch.converted(source) else None

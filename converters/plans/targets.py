@@ -77,6 +77,8 @@ def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Target
     for position, adapter in enumerate(adapters):
         if adapter.saved or adapter.embedded or adapter.target_parameters:
             return None  # class, labels, ties and sizes have to be checked, base weights compared, parameters found
+        if adapter.targeting is not None and adapter.targeting.modules_to_save:
+            return None  # whether the model has them
         pairs = {module: f"{module}.weight" for module in adapter.modules}
         if any(not adapter.describe(module).changes_weight for module in pairs):
             return None  # the biases have to be there

@@ -8,7 +8,7 @@ from typing import Any
 
 from converters.adapters.layouts.peft_keys import EMBEDDING_NAMES
 from converters.adapters.layouts.peft_parts.lora_fields import SINCE
-from converters.adapters.targeting import Targeting
+from converters.adapters.targeting import DEFAULT_HEADS, Targeting
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import as_boolean, as_integer, as_number
 
@@ -188,7 +188,8 @@ def check_targeting(
             whole.add(name)
         elif parameter != "bias" or bias == "none" or (bias == "lora_only" and module not in modules):
             raise ThetaError(f"{where}: {name} is neither θ nor in modules_to_save of the config")
-    if targeting.modules_to_save and not whole:
+    defaults = {head for heads in DEFAULT_HEADS.values() for head in heads}  # which the model may not have
+    if set(targeting.modules_to_save) - defaults and not whole:
         raise ThetaError(
             f"{where}: modules_to_save is {list(targeting.modules_to_save)}, but the weights contain none of them"
         )

@@ -234,3 +234,34 @@ def test_peft_loads_what_is_written_as_an_adapter(kind: str, name: str, tmp_path
         write_peft_adapter(plan_peft_adapter(plan, tmp_path / "out"))
     wanted = reloaded(case, tmp_path / "base", tmp_path / "adapter")
     assert close(reloaded(case, tmp_path / "base", tmp_path / "out"), wanted)
+
+
+def test_a_lost_head_is_missed_and_one_that_the_model_does_not_have_is_not(tmp_path: Path) -> None:
+    xlnet = tf.XLNetConfig(d_model=32, n_layer=1, n_head=4, d_inner=48, vocab_size=96, num_labels=3)
+    for name, case in {
+        "xlnet": Case(
+            lambda: tf.XLNetForSequenceClassification(xlnet), lambda: peanut(["layer_1"], task_type="SEQ_CLS"), set()
+        ),
+        "bert": Case(bert("SequenceClassification"), lambda: peanut(["query"], task_type="SEQ_CLS"), set()),
+    }.items():
+        folder = tmp_path / name
+        trained(case, folder)
+        if name == "xlnet":
+            merge(folder / "base", folder / "adapter", folder / "merged")
+            merged = type(case.model()).from_pretrained(folder / "merged").eval()
+            assert close(answers(merged), reloaded(case, folder / "base", folder / "adapter"))
+            continue
+        edit_weights(
+            folder / "adapter" / "adapter_model.safetensors",
+            lambda weights: {key: tensor for key, tensor in weights.items() if "classifier" not in key},
+        )
+        with pytest.raises(PeanutError, match="classifier.bias and 1 more tensors should be among the weights"):
+            merge(folder / "base", folder / "adapter", folder / "merged")
+
+
+def test_convolutions_that_standardise_their_weight_are_refused(tmp_path: Path) -> None:
+    bit = tf.BitConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_groups=4, num_labels=3)
+    config = peft.LoraConfig(r=2, target_modules=["conv1", "conv2"], modules_to_save=["classifier"])
+    trained(Case(lambda: tf.BitForImageClassification(bit), lambda: config, set()), tmp_path)
+    with pytest.raises(PeanutError, match="standardises its weight"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
