@@ -20,8 +20,6 @@ from peanut_serve.classify.entities import Entity, find_entities
 from peanut_serve.classify.predictions import Prediction, check_logits, predictions
 from peanut_serve.classify.tasks import OnnxTask, find_tasks
 
-_BATCH = 8
-
 
 @dataclass(frozen=True)
 class _Ready:
@@ -108,13 +106,13 @@ class OnnxEngine:
         return self.tasks[task]
 
     def predict(self, examples: Sequence[Example], task: str | None = None, top_k: int = 5) -> list[list[Prediction]]:
-        """Predict labels with scores for images (paths) or texts, best first; a value if the task has one label.
+        """Predict labels with scores for images, sounds (paths) or texts, best first; a value if there is one label.
 
-        Raises `OptionError` if the task does not classify images or texts, or an input cannot be read; and the errors
-        of `run`.
+        Raises `OptionError` if the task does not classify images, sounds or texts, or an input cannot be read; and
+        the errors of `run`.
         """
         found = self.find(task)
-        if found.kind.task not in ("image-classification", "text-classification"):
+        if found.kind.task not in ("image-classification", "audio-classification", "text-classification"):
             raise OptionError(
                 f"{found.name} does {found.kind.task}, which has no label for a whole input; use entities() for "
                 "token classifiers, run() for other models"
@@ -146,8 +144,9 @@ class OnnxEngine:
     def _logits(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[NDArray[np.float32]]:
         """The logits of each example, computed in batches; those of tokens include rows for padding."""
         preprocessor = self._preprocessor(task)
-        for start in range(0, len(examples), _BATCH):
-            yield from self.run(preprocessor(examples[start : start + _BATCH]), task.name)
+        size = task.kind.batch_size
+        for start in range(0, len(examples), size):
+            yield from self.run(preprocessor(examples[start : start + size]), task.name)
 
     def _preprocessor(self, task: OnnxTask) -> Preprocessor:
         with self._lock:
