@@ -21,7 +21,7 @@ from converters.models.architecture import Architecture, build_architecture
 from converters.outputs.lora.biases import find_biases
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
-from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
+from converters.outputs.peft_names import PREFIX, base_facts, by_module, by_saved, saved_modules, saved_tensors
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
@@ -38,6 +38,7 @@ class LoraAdapterPlan:
         modules: module name, as PEFT has it -> the weight it updates.
         ranks: module name -> rank of its factors.
         saved: tensor of modules_to_save -> the tensor.
+        saved_names: the same -> tensor of the plan.
         biases: module name -> the bias that changes as well.
         options: what it may be.
         vllm_refuses: why vLLM would not load it.
@@ -50,6 +51,7 @@ class LoraAdapterPlan:
     modules: Mapping[str, TensorPlan]
     ranks: Mapping[str, int]
     saved: Mapping[str, Tensor]
+    saved_names: Mapping[str, str]
     biases: Mapping[str, TensorPlan] = field(default_factory=dict)
     options: LoraOptions = field(default_factory=LoraOptions)
     vllm_refuses: tuple[str, ...] = ()
@@ -132,7 +134,7 @@ def as_lora(
     options = options or LoraOptions()
     refuse_parts(plan, "a LoRA of modules")
     arch = build_architecture(plan.config, plan.config["architectures"][0])
-    updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
+    updated = by_module(arch, ((tensor.name, tensor) for tensor in plan.tensors if tensor.terms))
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
     if options.rank is None:
         refuse_full_rank(plan, modules, remedy)
@@ -145,7 +147,8 @@ def as_lora(
     config = _config(plan, arch, ranks, whole, bool(biases))
     dtype = DTYPE_OPTIONS[plan.options["dtype"]] or "F32"
     refused = vllm_refusals(max(ranks.values()), whole, saved, bool(biases), arch.name)
-    return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, biases, options, refused)
+    names = {name: planned.name for name, planned in by_saved(plan, arch).items()}
+    return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, names, biases, options, refused)
 
 
 def factor_names(module: str) -> tuple[str, str]:
