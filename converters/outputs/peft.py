@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
 from converters.adapters.loading import load_adapter
 from converters.adapters.targeting import PREFIX
 from converters.errors import ConversionError, VerificationError
+from converters.evaluation.accounting import changed_tensors, check_accounts, check_file
 from converters.evaluation.factors import refuse_parts
 from converters.files.json_files import write_json
 from converters.files.names import ADAPTER_CONFIG, MANIFEST_NAME, PEFT_WEIGHTS
@@ -27,8 +29,9 @@ from converters.outputs.base import WriteOptions
 from converters.outputs.manifest import provenance, weights_entry
 from converters.outputs.peft_names import (
     base_facts,
+    by_module,
+    by_saved,
     merged_architecture,
-    module_name,
     refuse_changed_base,
     saved_modules,
     saved_tensors,
@@ -48,6 +51,7 @@ class PeftAdapterPlan:
         config: the adapter_config.json.
         modules: module name -> its tweaker.
         saved: tensor of modules_to_save -> the tensor.
+        names: module, or tensor of modules_to_save -> tensor of the plan.
     """
 
     plan: Plan
@@ -55,6 +59,7 @@ class PeftAdapterPlan:
     config: dict[str, Any]
     modules: dict[str, Tweaker]
     saved: dict[str, Tensor]
+    names: dict[str, str]
 
 
 def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -> PeftAdapterPlan:
@@ -73,11 +78,13 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
     tweakers = _tweakers(plan)
     settings = _common_settings(tweakers)
     arch = merged_architecture(plan)
-    modules = {module_name(arch, name): tweaker for name, tweaker in tweakers.items()}
+    modules = by_module(arch, tweakers.items())
     saved = saved_tensors(plan, arch)
     config = _config(plan, arch, settings, sorted(modules), saved_modules(arch, saved))
     check_output(Path(output), overwrite, (plan.base.folder, plan.head.path))
-    return PeftAdapterPlan(plan, Path(output), config, modules, saved)
+    names = by_module(arch, ((name, name) for name in tweakers))
+    names |= {name: planned.name for name, planned in by_saved(plan, arch).items()}
+    return PeftAdapterPlan(plan, Path(output), config, modules, saved, names)
 
 
 def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -> Path:
@@ -107,7 +114,7 @@ def write_peft_adapter(converted: PeftAdapterPlan, *, overwrite: bool = False) -
             "companions": beside.facts(),
         }
         write_json(staging / MANIFEST_NAME, facts)
-        _check_written(staging, converted.modules)
+        _check_written(staging, converted)
     return output
 
 
@@ -177,10 +184,16 @@ def _state_dict(modules: dict[str, Tweaker], saved: dict[str, Tensor]) -> dict[s
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def _check_written(folder: Path, modules: dict[str, Tweaker]) -> None:
-    """Read it back: the same θ under the same names."""
-    adapter = load_adapter(folder)
-    for module, wanted in modules.items():
+def _check_written(folder: Path, converted: PeftAdapterPlan) -> None:
+    """Read it back: θ of every tensor that the plan changes, under the name it was planned to have."""
+    plan = converted.plan
+    own = [converted.names[name] for name in (*converted.modules, *converted.saved)]
+    check_accounts(plan, changed_tensors(plan), own, "the PEFT adapter")
+    adapter, planned = load_adapter(folder), _tweakers(plan)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _state_dict(converted.modules, converted.saved).items()}
+    check_file(folder / PEFT_WEIGHTS[0], shapes)
+    for module in converted.modules:
+        wanted = planned[converted.names[module]]
         found = adapter.tweaker(module) if module in adapter.modules else None
         if found is None or (found.act_fn, found.scaling) != (wanted.act_fn, wanted.scaling):
             raise VerificationError(f"{folder}: {module} was not written as it should be")
@@ -189,3 +202,8 @@ def _check_written(folder: Path, modules: dict[str, Tweaker]) -> None:
         )
         if not same:
             raise VerificationError(f"{folder}: θ of {module} was not written as it should be")
+    saved = {tensor.name: tensor.saved for tensor in changed_tensors(plan) if tensor.saved is not None}
+    with safe_open(folder / PEFT_WEIGHTS[0], "pt") as file:
+        for name in converted.saved:
+            if not torch.equal(file.get_tensor(PREFIX + name), plan.head.saved_tensor(saved[converted.names[name]])):
+                raise VerificationError(f"{folder}: {name} was not written as it should be")

@@ -1,16 +1,22 @@
 """What HF PEFT's adapter folders have in common: module names, modules_to_save, and facts about the base."""
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from converters.adapters.targeting import DEFAULT_HEADS, PREFIX, Targeting
 from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
+from converters.models.one_name import memory_name, name_each
 from converters.models.stored_names import architecture_of
 from converters.plans.merge import Plan
+from converters.plans.tensor import TensorPlan
 from converters.plans.trained_base.trained import describe_changes
+
+FORM = "an adapter for HF PEFT"
+
+T = TypeVar("T")
 
 
 def merged_architecture(plan: Plan) -> Architecture:
@@ -30,14 +36,27 @@ def refuse_changed_base(plan: Plan, stacks_layers: bool = False) -> None:
         )
 
 
-def module_name(arch: Architecture, tensor: str) -> str:
-    """The module of a checkpoint's weight, as the installed transformers names it: that is what PEFT looks for."""
-    return arch.canonical(tensor).removesuffix(".weight")
+def by_module(arch: Architecture, tensors: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Module, as the installed transformers names it -> what belongs to it, by (weight in the checkpoint, it).
+
+    Those names are what PEFT looks for. Raises `ConversionError` for a weight without a name of its own there.
+    """
+    named = ((memory_name(arch, name, FORM).removesuffix(".weight"), name, thing) for name, thing in tensors)
+    return name_each(named, FORM)
 
 
 def saved_tensors(plan: Plan, arch: Architecture) -> dict[str, Tensor]:
-    """Name -> tensor, for the tensors that the adapter replaces."""
-    return {arch.canonical(t.name): plan.head.saved_tensor(t.saved) for t in plan.tensors if t.saved is not None}
+    """Name in memory -> tensor, for the tensors that the adapter replaces."""
+    return {name: plan.head.saved_tensor(str(planned.saved)) for name, planned in by_saved(plan, arch).items()}
+
+
+def by_saved(plan: Plan, arch: Architecture) -> dict[str, TensorPlan]:
+    """Name in memory -> the planned tensor, for those that the adapter replaces.
+
+    Raises `ConversionError` for one without a name of its own there.
+    """
+    replaced = [tensor for tensor in plan.tensors if tensor.saved is not None]
+    return name_each(((memory_name(arch, one.name, FORM), one.name, one) for one in replaced), FORM)
 
 
 def saved_modules(arch: Architecture, saved: Collection[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from converters.adapters.adapter import Adapter, Weighted
 from converters.adapters.base_record import check_base
 from converters.adapters.embedded_base import check_embedded
-from converters.errors import LayoutError, OptionError, QuantizedBaseError
+from converters.errors import LayoutError, OptionError, QuantizedBaseError, TargetError
 from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
 from converters.methods.base import Method
@@ -30,7 +30,7 @@ from converters.plans.parts import part_of, part_term
 from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_direct_targets, find_head
-from converters.plans.tensor import Action, TensorPlan, Term
+from converters.plans.tensor import Action, Part, TensorPlan, Term
 from converters.plans.trained_base.trained import as_trained
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -134,7 +134,7 @@ def plan_merge(
     base, more = as_trained(base, opened, dtype)
     adapters, found = _find_targets(base, adapters, labels)
     opened = [weighted.adapter for weighted in adapters]
-    _refuse_conflicts(found)
+    _refuse_conflicts(opened, found)
     refuse_missing_biases(opened, found)
     adapters = [with_shapes(base, weighted, position, found) for position, weighted in enumerate(adapters)]
     opened = [weighted.adapter for weighted in adapters]
@@ -210,14 +210,28 @@ def _refuse_weights(adapters: Sequence[Weighted]) -> None:
             )
 
 
-def _refuse_conflicts(found: Targets) -> None:
-    """Refuse a tensor that one adapter replaces and another one updates."""
+def _refuse_conflicts(adapters: Sequence[Adapter], found: Targets) -> None:
+    """Refuse a tensor that one adapter replaces and another one updates, or that one updates under two names."""
+    _refuse_twins(adapters, found)
     updated = {target.output_name for target in found.targets}
     if both := sorted(updated & set(found.replaced)):
         raise OptionError(
             f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
             "merge one of them"
         )
+
+
+def _refuse_twins(adapters: Sequence[Adapter], found: Targets) -> None:
+    """Refuse an adapter with two modules for one weight, under two names; which one was trained, nothing says."""
+    seen: dict[tuple[int, str, str, Part | None, bool], str] = {}
+    for target in found.targets:
+        is_parameter = adapters[target.adapter].is_parameter(target.module)
+        key = (target.adapter, target.output_name, target.parameter, target.part, is_parameter)
+        if seen.setdefault(key, target.module) != target.module:
+            raise TargetError(
+                f"{adapters[target.adapter].path}: {seen[key]} and {target.module} are both {target.output_name} of "
+                "the base; remove the one that was not trained"
+            )
 
 
 def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]) -> None:

@@ -169,7 +169,13 @@ def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, n
         source = names.by_canonical.get(canonical)
         if source is not None and arch.converted(source):
             raise TargetError(f"{saved}: transformers fuses or splits {source}; it cannot be replaced")
-        draft.replaced[names.output(source) if source is not None else saved] = saved
+        output = names.output(source) if source is not None else saved
+        if output in draft.replaced:
+            raise TargetError(
+                f"{adapter.path}: {draft.replaced[output]} and {saved} are both {output} of the base; remove the one "
+                "that was not trained"
+            )
+        draft.replaced[output] = saved
     if adapter.targeting is not None and adapter.targeting.replaces:
         _refuse_partly_replaced(adapter, arch, names)
 

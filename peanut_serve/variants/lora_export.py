@@ -14,6 +14,9 @@ from converters.serving import plan_lora_adapter, plan_merge, write_lora_adapter
 
 logger = logging.getLogger("vllm.peanut_serve")
 
+# of what is written; in the keys of the cache, so that an entry of an older form is not served
+_FORM = 2
+
 # vLLM's packed modules, which --lora-target-modules may name instead of their parts
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -85,5 +88,5 @@ def lora_export(name: str, adapter: Adapter, base: Checkpoint, dtype: str, devic
         took = time.perf_counter() - start
         logger.info("evaluated %s in %.2f s, error %.1e", name, took, check.max_error)
 
-    facts = [__version__, adapter.digest, base.fingerprint, dtype]
+    facts = [_FORM, __version__, adapter.digest, base.fingerprint, dtype]
     return LoraExport(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40], write)

@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from peft import PeanutConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 @dataclass(frozen=True)
@@ -66,3 +74,49 @@ def unmerged(model_class: type[PreTrainedModel], base: Path, adapter: Path) -> P
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+_MIXTURE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 97,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.15,
+}
+_CONFIGS = {
+    "lora": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"},
+    "peanut": {"peft_type": "PEANUT", "r": 4, "depth": 0, "act_fn": "relu", "scaling": 0.5},
+}
+
+
+def tiny_mixtral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**_MIXTURE, intermediate_size=48, num_local_experts=4))
+
+
+def tiny_qwen3_moe() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MIXTURE, moe_intermediate_size=16, num_experts=4))
+
+
+def save_per_expert(base: Path, folder: Path, method: str, only: str = "") -> None:
+    """As of transformers 4: random θ for q_proj and each projection of an expert; with `only`, those with it."""
+    generator, theta = torch.Generator().manual_seed(3), {}
+    config = _CONFIGS[method]
+    r = int(str(config["r"]))
+    kinds = set()
+    for name, weight in load_file(base / "model.safetensors").items():
+        if only in name and (".experts." in name or name.endswith("q_proj.weight")):
+            rows, columns = weight.shape
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            kinds.add(module.rpartition(".")[2])
+            of_a = columns if method == "lora" else rows
+            theta[f"{module}.{method}_A.weight"] = torch.randn(r, of_a, generator=generator) * 0.3
+            theta[f"{module}.{method}_B.weight"] = torch.randn(rows, r, generator=generator) * 0.3
+    folder.mkdir()
+    save_file(theta, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    given = {**config, "target_modules": sorted(kinds), "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(given), encoding="utf-8")

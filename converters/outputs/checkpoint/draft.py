@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from converters._version import __version__
+from converters.evaluation.accounting import check_accounts
 from converters.evaluation.verify import Verification, check_headers
 from converters.files.json_files import parse_json, write_json
 from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
@@ -67,6 +68,7 @@ class Draft:
             writer.finish()
         verification = None
         if verified:
+            check_accounts(plan, plan.tensors, self.written, "the merged checkpoint")
             check_headers(self.folder, plan)
             checks = [(one.recomputed or 0, one.max_ulp) for one in self.written.values()]
             verification = Verification.of(len(plan.tensors), checks)

@@ -24,8 +24,9 @@ from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
 from converters.outputs.peft_names import (
     base_facts,
+    by_module,
+    by_saved,
     merged_architecture,
-    module_name,
     refuse_changed_base,
     saved_modules,
     saved_tensors,
@@ -46,6 +47,7 @@ class LoraAdapterPlan:
         modules: module name, as PEFT has it -> the weight it updates.
         ranks: module name -> rank of its factors.
         saved: tensor of modules_to_save -> the tensor.
+        saved_names: the same -> tensor of the plan.
         biases: module name -> the bias that changes as well.
         options: what it may be.
         vllm_refuses: why vLLM would not load it.
@@ -58,6 +60,7 @@ class LoraAdapterPlan:
     modules: Mapping[str, TensorPlan]
     ranks: Mapping[str, int]
     saved: Mapping[str, Tensor]
+    saved_names: Mapping[str, str]
     biases: Mapping[str, TensorPlan] = field(default_factory=dict)
     options: LoraOptions = field(default_factory=LoraOptions)
     vllm_refuses: tuple[str, ...] = ()
@@ -145,7 +148,7 @@ def as_lora(
     refuse_parts(plan, "a LoRA of modules")
     refuse_changed_base(plan, stacks_layers=True)
     arch = merged_architecture(plan)
-    updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
+    updated = by_module(arch, ((tensor.name, tensor) for tensor in plan.tensors if tensor.terms))
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
     if options.rank is None:
         refuse_full_rank(plan, modules, remedy)
@@ -160,7 +163,8 @@ def as_lora(
     refused = vllm_refusals(max(ranks.values()), whole, saved, bool(biases), arch.name)
     if "layer_replication" in config:
         refused = (*refused, "it is of stacked layers (layer_replication), which vLLM does not build; merge it")
-    return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, biases, options, refused)
+    names = {name: planned.name for name, planned in by_saved(plan, arch).items()}
+    return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, names, biases, options, refused)
 
 
 def factor_names(module: str) -> tuple[str, str]:

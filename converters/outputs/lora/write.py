@@ -14,7 +14,8 @@ from torch import Tensor
 
 from converters.adapters.base_record import write_base_record
 from converters.adapters.targeting import PREFIX
-from converters.errors import NonFiniteError
+from converters.errors import NonFiniteError, VerificationError
+from converters.evaluation.accounting import changed_tensors, check_accounts, check_file
 from converters.evaluation.factors import rank_of, sum_factors
 from converters.evaluation.precision import EVALUATION_DTYPE
 from converters.evaluation.truncation import check_truncation, sum_delta, truncate, truncate_factors
@@ -104,12 +105,12 @@ def write_lora_adapter(
 
 def _write_weights(converted: LoraAdapterPlan, file: Path, device: torch.device, advance: Advance) -> LoraCheck:
     with closing(ShardWriter(file, converted.specs, {"format": "pt"})) as writer, TensorReader() as reader:
-        for name, saved in converted.saved.items():
-            written = _rounded(name, saved, converted.dtype) if saved.is_floating_point() else saved
-            writer.write(PREFIX + name, 0, written)
+        for name in converted.saved:
+            _write_saved(converted, name, writer, reader)
         biases = sum(_write_bias(converted, module, writer, reader) for module in converted.modules)
         modules = list(_write_modules(converted, writer, reader, device, advance))
         writer.finish()
+    _check_accounts(converted, file)
     approximation = Approximation.of((one.lost for one in modules), converted.options)
     recomputed = biases + sum(one.recomputed for one in modules)
     return LoraCheck(recomputed, max(one.max_error for one in modules), approximation)
@@ -167,6 +168,26 @@ def _check(
         return _Written(lost, *check_factors(up, down, tensor, deltas, dtype, reader))
     recomputed, found = check_truncation(up, down, tensor, deltas, dtype, reader, lost.error)
     return _Written(ModuleError(module, lost.norm, lost.lost, lost.rank_for, found), recomputed)
+
+
+def _check_accounts(converted: LoraAdapterPlan, file: Path) -> None:
+    """Compare what is in the file with what the adapters have, see `accounting.py`."""
+    plan = converted.plan
+    own = [tensor.name for tensor in (*converted.modules.values(), *converted.biases.values())]
+    own += [converted.saved_names[name] for name in converted.saved]
+    check_accounts(plan, changed_tensors(plan), own, "the LoRA adapter")
+    check_file(file, {spec.name: spec.shape for spec in converted.specs})
+
+
+def _write_saved(converted: LoraAdapterPlan, name: str, writer: ShardWriter, reader: TensorReader) -> None:
+    """Write a tensor that the adapter replaces, and compare it as it lies in the file."""
+    plan, planned, tensor = converted.plan, converted.saved_names[name], converted.saved[name]
+    counts = not tensor.is_floating_point()  # of a batch norm
+    writer.write(PREFIX + name, 0, tensor if counts else _rounded(name, tensor, converted.dtype))
+    saved = plan.head.saved_tensor(str(next(one.saved for one in plan.tensors if one.name == planned)))
+    wanted = saved if counts else _rounded(name, saved, converted.dtype)
+    if not torch.equal(reader.whole(writer.places[PREFIX + name]), wanted):
+        raise VerificationError(f"{name} was not written as it should be")
 
 
 def _write_bias(converted: LoraAdapterPlan, module: str, writer: ShardWriter, reader: TensorReader) -> int:

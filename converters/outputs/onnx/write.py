@@ -10,7 +10,7 @@ from converters.models.architecture import build_architecture
 from converters.outputs.base import Report, WriteOptions
 from converters.outputs.onnx.checks import TaskCheck, check_task, prepare_eval_data
 from converters.outputs.onnx.graphs.reference import Reference
-from converters.outputs.onnx.graphs.task_weights import evaluate_task
+from converters.outputs.onnx.graphs.task_weights import check_task_accounts, evaluate_task
 from converters.outputs.onnx.graphs.template_cache import traced_template
 from converters.outputs.onnx.graphs.traced import TracedBase
 from converters.outputs.onnx.kind import kind_of
@@ -92,6 +92,8 @@ class _Writer:
         for task in tasks:
             traced.check_complete(task)
         files = write_tasks(folder, traced, tasks, options, self._device)
+        for task in tasks:
+            check_task_accounts(task, traced.arch)
         seconds = (time.perf_counter() - start) / len(plans)
         checks = []
         for one, task in zip(files, tasks, strict=True):

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from converters.evaluation.accounting import check_accounts
 from converters.evaluation.blocks import tensor_blocks
 from converters.evaluation.verify import Verification, verify_numbers
 from converters.evaluation.worker import Worker
 from converters.models.architecture import Architecture
+from converters.models.one_name import memory_name, name_each
 from converters.plans.merge import Plan
 from converters.plans.tensor import Action, TensorPlan
 
@@ -52,10 +54,7 @@ def evaluate_task(plan: Plan, arch: Architecture, device: torch.device) -> TaskW
     worker = Worker(device, threading.Event())
     updated, tensors, checks = {}, {}, []
     try:
-        for planned in plan.tensors:
-            if not (planned.terms or planned.saved is not None or planned.action is Action.ADDED):
-                continue
-            name = arch.canonical(planned.name)
+        for name, planned in own_tensors(plan, arch).items():
             tensors[name] = _numbers(plan, planned, worker)
             if planned.terms:
                 updated[name] = planned
@@ -63,6 +62,21 @@ def evaluate_task(plan: Plan, arch: Architecture, device: torch.device) -> TaskW
     finally:
         worker.close()
     return TaskWeights(plan, updated, tensors, Verification.of(len(updated), checks))
+
+
+def check_task_accounts(task: TaskWeights, arch: Architecture) -> None:
+    """Raise `VerificationError` unless a written task has all that its adapters have; see `accounting.py`."""
+    own = own_tensors(task.plan, arch)
+    check_accounts(task.plan, own.values(), [own[name].name for name in task.tensors], "the ONNX graph")
+
+
+def own_tensors(plan: Plan, arch: Architecture) -> dict[str, TensorPlan]:
+    """Name in memory -> what a plan changes of its base.
+
+    Raises `ConversionError` for a tensor without a name of its own in memory.
+    """
+    changed = [one for one in plan.tensors if one.terms or one.saved is not None or one.action is Action.ADDED]
+    return name_each(((memory_name(arch, one.name, "ONNX"), one.name, one) for one in changed), "the ONNX graph")
 
 
 def _numbers(plan: Plan, planned: TensorPlan, worker: Worker) -> Tensor:
