@@ -128,7 +128,7 @@ def plan_merge(
     base, more = as_trained(base, opened, dtype)
     direct = find_direct_targets(base, opened) if labels is None else None
     found = direct or find_renamed_targets(base, opened, labels)
-    _refuse_conflicts(found)
+    _refuse_conflicts(found, single=len(opened) == 1)
     refuse_missing_biases(opened, found)
     adapters = [with_shapes(base, weighted, position, found) for position, weighted in enumerate(adapters)]
     opened = [weighted.adapter for weighted in adapters]
@@ -176,10 +176,15 @@ def _refuse_weights(adapters: Sequence[Weighted]) -> None:
             )
 
 
-def _refuse_conflicts(found: Targets) -> None:
-    """Refuse a tensor that one adapter replaces and another one updates."""
+def _refuse_conflicts(found: Targets, single: bool) -> None:
+    """Refuse a tensor that one adapter replaces and another one, or the same if it is the only one, updates."""
     updated = {target.output_name for target in found.targets}
     if both := sorted(updated & set(found.replaced)):
+        if single:
+            raise OptionError(
+                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of a "
+                "LoraConfig together); merge it with PEFT's merge_and_unload"
+            )
         raise OptionError(
             f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
             "merge one of them"
