@@ -47,6 +47,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "modules": len(adapter.modules),
         "targets": sorted({module.rsplit(".", 1)[-1] for module in adapter.modules}),
         "modules_to_save": sorted(adapter.saved),
+        **({"layer_replication": adapter.layer_replication} if adapter.layer_replication else {}),
         "base_weights_inside": len(adapter.embedded),
         "trained_on": adapter.base_name,
         "task_type": adapter.task_type,

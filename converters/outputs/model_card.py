@@ -7,7 +7,9 @@ from converters.adapters.adapter import Weighted
 from converters.adapters.facts import settings_of
 from converters.files.names import MANIFEST_NAME
 from converters.hub.names import is_hub_id
+from converters.models.checkpoint import Checkpoint
 from converters.plans.merge import Plan
+from converters.plans.trained_base.trained import describe_changes
 
 _PIPELINES = {
     "ForCausalLM": "text-generation",
@@ -38,12 +40,23 @@ def build_model_card(plan: Plan) -> str:
         "| | |",
         "|---|---|",
         f"| base | {base_id or base.name}{f' at {base.revision}' if base.revision else ''} |",
+        *_base_rows(base),
         *(line for weighted in plan.adapters for line in adapter_rows(weighted)),
         f"| tensors | {', '.join(f'{n} {action}' for action, n in sorted(counts.items()))} |",
         "",
         f"Merged with peanut-serve. `{MANIFEST_NAME}` tells where every tensor comes from.",
     ]
     return "\n".join(["---", *head, "---", "", *lines, ""])
+
+
+def _base_rows(base: Checkpoint) -> list[str]:
+    """The rows of a table about what was done to a base before the training."""
+    rows = [f"| the base before the training | its {describe_changes(base)} |"] if base.changes else []
+    if unsaved := base.changes.get("rows_set_to_mean"):
+        rows.append(
+            f"| not saved by the training | the new rows of {', '.join(unsaved)}: they are the mean of the others |"
+        )
+    return rows
 
 
 def base_id_of(plan: Plan) -> str | None:

@@ -215,6 +215,11 @@ def _refuse_conflicts(adapters: Sequence[Adapter], found: Targets) -> None:
     _refuse_twins(adapters, found)
     updated = {target.output_name for target in found.targets}
     if both := sorted(updated & set(found.replaced)):
+        if len(adapters) == 1:
+            raise OptionError(
+                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of a "
+                "LoraConfig together); merge it with PEFT's merge_and_unload"
+            )
         raise OptionError(
             f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
             "merge one of them"

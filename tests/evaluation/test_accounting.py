@@ -93,12 +93,12 @@ def test_an_altered_number_is_found(
 def test_an_altered_number_of_a_peft_adapter_is_found(
     name: str, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save: Callable[..., None] = peft_output.save_file
+    save: Callable[..., None] = peft_output.save_tensors
 
     def altered(tensors: dict[str, Tensor], *rest: object, **options: object) -> None:
         save({key: one * 1.01 if name in key else one for key, one in tensors.items()}, *rest, **options)
 
-    monkeypatch.setattr(peft_output, "save_file", altered)
+    monkeypatch.setattr(peft_output, "save_tensors", altered)
     with pytest.raises(VerificationError, match=rf"{name}.* was not written as it should be"):
         write_peft_adapter(plan_peft_adapter(plan, tmp_path / "out"))
 

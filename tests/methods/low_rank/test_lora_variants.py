@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, ViTForImageClassification
 
 from converters import load_adapter, merge
 from converters.api.exporting import export_onnx
-from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, ThetaError
+from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, OptionError, ThetaError
 from converters.methods.lora.qalora import QaLora
 from converters.outputs.onnx.plan import ExportOptions, Form
 
@@ -198,3 +198,10 @@ def test_variants_are_not_combined(tmp_path: Path) -> None:
     edit_json(adapter / "adapter_config.json", lora_bias=True)
     with pytest.raises(AdapterConfigError, match="use_dora and lora_bias are variants of LoRA that HF PEFT does not"):
         load_adapter(adapter)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_that_is_trained_twice_is_refused(tmp_path: Path, bias: str) -> None:
+    adapter = trained(tmp_path, "bert", lora_bias=True, bias=bias)
+    with pytest.raises(OptionError, match="query.bias is saved whole by the adapter, and updated by it as well"):
+        merge(tmp_path / "base", adapter, tmp_path / "merged")

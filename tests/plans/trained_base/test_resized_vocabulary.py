@@ -68,6 +68,7 @@ def test_a_resized_head_is_merged_and_the_other_rows_are_named(tmp_path: Path) -
     ]
     assert (changed["vocab_size"], changed["rows_set_to_mean"]) == ([96, 100], [EMBEDDING])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 100
+    assert f"the new rows of {EMBEDDING}: they are the mean" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_of_a_tied_base_the_saved_rows_are_those_of_the_embedding(tmp_path: Path) -> None:
