@@ -20,14 +20,12 @@ from converters.methods.weight_delta import WeightDelta
 from converters.models import config as model_config
 from converters.models.checkpoint import Checkpoint
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
-from converters.plans.language_models import map_language_model
 from converters.plans.orientation import is_transposed, with_shapes
+from converters.plans.other_class.finding import find_targets
 from converters.plans.parts import part_of, part_term
-from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
-from converters.plans.targets import Target, Targets, find_direct_targets, find_head
+from converters.plans.targets import Target, Targets, find_head
 from converters.plans.tensor import Action, TensorPlan, Term
-from converters.plans.towers import map_tower
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -126,7 +124,7 @@ def plan_merge(
     opened = [weighted.adapter for weighted in adapters]
     _refuse_weights(adapters)
     notes = [note for adapter in opened for note in check_base(base, adapter, force_base)]
-    adapters, found = _find_targets(base, adapters, labels)
+    adapters, found = find_targets(base, adapters, labels)
     opened = [weighted.adapter for weighted in adapters]
     _refuse_conflicts(found)
     refuse_missing_biases(opened, found)
@@ -157,22 +155,6 @@ def plan_merge(
         options={"dtype": dtype, "max_shard_size": max_shard_size, "labels": labels, "force_base": force_base},
         notes=(*notes, *found.notes),
     )
-
-
-def _find_targets(
-    base: Checkpoint, adapters: Sequence[Weighted], labels: list[str] | None
-) -> tuple[Sequence[Weighted], Targets]:
-    """What is updated and replaced; the adapters are under the base's names where they were trained on other ones."""
-    direct = find_direct_targets(base, [weighted.adapter for weighted in adapters]) if labels is None else None
-    if direct is not None:
-        return adapters, direct
-    notes: list[str] = []
-    for map_names in (map_tower, map_language_model):
-        mapped = [map_names(base, weighted) for weighted in adapters]
-        adapters = [weighted for weighted, _ in mapped]
-        notes += [note for _, note in mapped if note is not None]
-    found = find_renamed_targets(base, [weighted.adapter for weighted in adapters], labels)
-    return adapters, replace(found, notes=(*notes, *found.notes))
 
 
 def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
