@@ -22,16 +22,10 @@ from converters.files.staging import check_output
 from converters.methods.peanut.tweaker import Tweaker
 from converters.models import config as model_config
 from converters.models.architecture import Architecture
+from converters.models.stored_names import architecture_of
 from converters.outputs.base import WriteOptions
 from converters.outputs.manifest import provenance, weights_entry
-from converters.outputs.peft_names import (
-    PREFIX,
-    base_facts,
-    merged_architecture,
-    module_name,
-    saved_modules,
-    saved_tensors,
-)
+from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
 from converters.outputs.publishing import publishing
 from converters.plans.merge import Plan
 
@@ -69,7 +63,8 @@ def plan_peft_adapter(plan: Plan, output: str | Path, overwrite: bool = False) -
     """
     tweakers = _tweakers(plan)
     settings = _common_settings(tweakers)
-    arch = merged_architecture(plan)
+    added = {tensor.name: tensor.shape for tensor in plan.tensors if tensor.source is None}
+    arch = architecture_of(plan.base, plan.config, added)
     modules = {module_name(arch, name): tweaker for name, tweaker in tweakers.items()}
     saved = saved_tensors(plan, arch)
     config = _config(plan, arch, settings, sorted(modules), saved_modules(arch, saved))

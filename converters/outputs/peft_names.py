@@ -6,15 +6,9 @@ from torch import Tensor
 
 from converters.errors import ConversionError
 from converters.models.architecture import AUTO_CLASSES, Architecture
-from converters.models.stored_names import architecture_of
 from converters.plans.merge import Plan
 
 PREFIX = "base_model.model."
-
-
-def merged_architecture(plan: Plan) -> Architecture:
-    """The class of the merged model. Raises `TargetError` if transformers cannot build it."""
-    return architecture_of(plan.base, plan.config, {t.name: t.shape for t in plan.tensors if t.source is None})
 
 
 def module_name(arch: Architecture, tensor: str) -> str:

@@ -18,17 +18,11 @@ from converters.evaluation.factors import rank_of, refuse_full_rank, refuse_part
 from converters.files.header import FLOAT_DTYPES, TensorSpec
 from converters.files.staging import check_output
 from converters.models.architecture import Architecture
+from converters.models.stored_names import architecture_of
 from converters.outputs.lora.biases import find_biases
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
-from converters.outputs.peft_names import (
-    PREFIX,
-    base_facts,
-    merged_architecture,
-    module_name,
-    saved_modules,
-    saved_tensors,
-)
+from converters.outputs.peft_names import PREFIX, base_facts, module_name, saved_modules, saved_tensors
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
 
@@ -138,7 +132,8 @@ def as_lora(
     """
     options = options or LoraOptions()
     refuse_parts(plan, "a LoRA of modules")
-    arch = merged_architecture(plan)
+    added = {tensor.name: tensor.shape for tensor in plan.tensors if tensor.source is None}
+    arch = architecture_of(plan.base, plan.config, added)
     updated = {module_name(arch, tensor.name): tensor for tensor in plan.tensors if tensor.terms}
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
     if options.rank is None:
