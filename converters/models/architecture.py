@@ -132,12 +132,8 @@ def build_architecture(
     except PeanutError:
         raise
     except Exception as error:  # constructors of models raise anything for a config they cannot use
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
         kind = UnknownModelError if config.get("auto_map") else TargetError  # its own code may use other settings
-        raise kind(
-            f"transformers {transformers.__version__} cannot build {class_name or model_type} from the base's "
-            f"config ({type(error).__name__}: {cause}){_other_base(transformers, model_type, class_name)}"
-        ) from None
+        raise kind(_not_built(error, model_type, class_name)) from None
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -215,6 +211,16 @@ def _embeddings(model: Any) -> tuple[str, ...]:
         return ()
     names = [next((name for name, one in model.named_modules() if one is module), None) for module in found]
     return tuple(f"{name}.weight" for name, module in zip(names, found, strict=True) if name and module is not None)
+
+
+def _not_built(error: Exception, model_type: str, class_name: str | None) -> str:
+    import transformers
+
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"transformers {transformers.__version__} cannot build {class_name or model_type} from the base's "
+        f"config ({type(error).__name__}: {cause}){_other_base(transformers, model_type, class_name)}"
+    )
 
 
 def _other_base(transformers: Any, model_type: str, class_name: str | None) -> str:

@@ -23,13 +23,11 @@ from converters.models.companions.companion import Companions
 from converters.plans.beside_weights.companions import companions_of
 from converters.plans.beside_weights.tokens import settle_pad_token, token_notes
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
-from converters.plans.multimodal.language_models import map_language_model
-from converters.plans.multimodal.towers import map_tower
 from converters.plans.orientation import is_transposed, with_shapes
+from converters.plans.other_class.finding import find_targets
 from converters.plans.parts import part_of, part_term
-from converters.plans.renaming import find_renamed_targets
 from converters.plans.shards import shard_tensors
-from converters.plans.targets import Target, Targets, find_direct_targets, find_head
+from converters.plans.targets import Target, Targets, find_head
 from converters.plans.tensor import Action, Part, TensorPlan, Term
 from converters.plans.trained_base.trained import as_trained
 
@@ -132,7 +130,7 @@ def plan_merge(
     _refuse_weights(adapters)
     notes = [note for adapter in opened for note in (*adapter.notes, *check_base(base, adapter, force_base))]
     base, more = as_trained(base, opened, dtype)
-    adapters, found = _find_targets(base, adapters, labels)
+    adapters, found = find_targets(base, adapters, labels)
     opened = [weighted.adapter for weighted in adapters]
     _refuse_conflicts(opened, found)
     refuse_missing_biases(opened, found)
@@ -175,22 +173,6 @@ def _with_companions(plan: Plan) -> Plan:
     config, notes = settle_pad_token(plan.config, companions)
     notes += token_notes(config, {tensor.name: tensor.shape for tensor in plan.tensors}, companions)
     return replace(plan, companions=companions, config=config, notes=(*plan.notes, *companions.notes, *notes))
-
-
-def _find_targets(
-    base: Checkpoint, adapters: Sequence[Weighted], labels: list[str] | None
-) -> tuple[Sequence[Weighted], Targets]:
-    """What is updated and replaced; the adapters are under the base's names where they were trained on other ones."""
-    direct = find_direct_targets(base, [weighted.adapter for weighted in adapters]) if labels is None else None
-    if direct is not None:
-        return adapters, direct
-    notes: list[str] = []
-    for map_names in (map_tower, map_language_model):
-        mapped = [map_names(base, weighted) for weighted in adapters]
-        adapters = [weighted for weighted, _ in mapped]
-        notes += [note for _, note in mapped if note is not None]
-    found = find_renamed_targets(base, [weighted.adapter for weighted in adapters], labels)
-    return adapters, replace(found, notes=(*notes, *found.notes))
 
 
 def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:

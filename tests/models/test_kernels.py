@@ -14,7 +14,7 @@ from support.zoo import IDS, llava, output_of
 from converters import merge
 from converters.models.architecture import build_architecture
 
-KERNELS = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn", "no_such_kernel")
+KERNELS = ("flash_attention_2", "kernels-community/flash-attn")
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
@@ -37,6 +37,7 @@ def test_names_do_not_depend_on_kernels_of_nested_configs(key: str) -> None:
     assert build_architecture(config, "LlavaForConditionalGeneration").shapes == names
 
 
+@pytest.mark.slow
 def test_an_adapter_with_a_head_on_such_a_base(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tiny_llama(pad_token_id=0).save_pretrained(tmp_path / "base")

@@ -40,7 +40,10 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("saved", [None, ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize(
+    "saved",
+    [["lm_head"], *(pytest.param(saved, marks=pytest.mark.slow) for saved in (None, ["embed_tokens", "lm_head"]))],
+)
 def test_what_has_the_names_of_the_files_needs_no_code(
     make_pair: Callable[..., Pair], saved: list[str] | None
 ) -> None:
@@ -74,6 +77,7 @@ def test_a_new_head_gets_the_class_that_the_auto_map_names(make_pair: Callable[.
         prepare_merge(pair.base, tmp_path / "head")
 
 
+@pytest.mark.slow
 def test_a_head_that_the_base_has_may_get_other_labels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = tiny_llama(pad_token_id=0).config
@@ -108,6 +112,7 @@ def test_where_code_would_be_needed_it_is_refused(make_pair: Callable[..., Pair]
         prepare_merge(pair.base, pair.adapter)
 
 
+@pytest.mark.slow
 def test_a_class_of_its_own_of_a_known_model_type(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair(modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     expected = output_of(unmerged(tf.LlamaForCausalLM, pair.base, pair.adapter), {"input_ids": IDS})
@@ -136,6 +141,7 @@ def test_a_resized_vocabulary_has_to_be_whole(make_pair: Callable[..., Pair]) ->
         prepare_merge(pair.base, pair.adapter)
 
 
+@pytest.mark.slow
 def test_lora_for_such_a_base(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair()
     expected = output_of(unmerged(tf.LlamaForCausalLM, pair.base, pair.adapter), {"input_ids": IDS})

@@ -10,7 +10,7 @@ from converters.adapters.adapter import Weighted
 from converters.errors import TargetError
 from converters.models.architecture import build_architecture, part_config
 from converters.models.checkpoint import Checkpoint
-from converters.plans.multimodal.language_models import with_names
+from converters.plans.other_class.language_models import with_names
 from converters.plans.targets import refuse_untrained, untrained_modules
 
 

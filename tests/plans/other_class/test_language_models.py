@@ -140,6 +140,7 @@ def test_another_language_model_is_refused(tmp_path: Path) -> None:
         prepare_merge(tmp_path / "whole", tmp_path / "deep")
 
 
+@pytest.mark.slow
 def test_what_is_not_in_a_language_model_is_refused(tmp_path: Path) -> None:
     classes = both("llava", tmp_path)
     save_adapter(classes["whole"].from_pretrained(tmp_path / "whole"), tmp_path / "adapter", target_modules=LISTED)
@@ -147,6 +148,7 @@ def test_what_is_not_in_a_language_model_is_refused(tmp_path: Path) -> None:
         prepare_merge(tmp_path / "text", tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_two_counterparts_are_refused(tmp_path: Path) -> None:
     classes = both("llava", tmp_path)
     save_adapter(classes["text"].from_pretrained(tmp_path / "text"), tmp_path / "adapter")
