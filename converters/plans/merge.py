@@ -193,14 +193,14 @@ def _refuse_weights(adapters: Sequence[Weighted]) -> None:
 
 
 def _refuse_conflicts(adapters: Sequence[Adapter], found: Targets) -> None:
-    """Refuse a tensor that one adapter replaces and another one updates, or that one updates under two names."""
+    """Refuse a tensor that is replaced and updated as well, or that one adapter updates under two names."""
     _refuse_twins(adapters, found)
     updated = {target.output_name for target in found.targets}
     if both := sorted(updated & set(found.replaced)):
         if len(adapters) == 1:
             raise OptionError(
-                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of a "
-                "LoraConfig together); merge it with PEFT's merge_and_unload"
+                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of "
+                "a LoraConfig together); merge it with PEFT's merge_and_unload"
             )
         raise OptionError(
             f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
