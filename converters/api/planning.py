@@ -34,9 +34,7 @@ def plan_merges(sources: Sources, options: MergeOptions, *, each: bool = False) 
         )
         for group in groups
     ]
-    plans = [
-        replace(plan, notes=(*plan.notes, *token_notes(plan.config, plan.tensors, plan.companions))) for plan in plans
-    ]
+    plans = [replace(plan, notes=(*plan.notes, *token_notes(plan.tensors, plan.companions))) for plan in plans]
     return [replace(plans[0], notes=(*notes, *plans[0].notes)), *plans[1:]]
 
 

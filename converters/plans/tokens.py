@@ -47,12 +47,11 @@ def settle_pad_token(config: Mapping[str, Any], companions: Companions) -> tuple
     ]
 
 
-def token_notes(config: Mapping[str, Any], tensors: Iterable[TensorPlan], companions: Companions) -> list[str]:
+def token_notes(tensors: Iterable[TensorPlan], companions: Companions) -> list[str]:
     """A note about the tokens of the tokenizer that the embedding has no row for."""
-    rows = _vocab_size(config)
-    if rows is None:
+    rows = max((tensor.shape[0] for tensor in tensors if tensor.name.endswith(_EMBEDDINGS)), default=None)
+    if rows is None:  # a model of images or sounds, whose tokenizer writes its answers
         return []
-    rows = max([rows, *(tensor.shape[0] for tensor in tensors if tensor.name.endswith(_EMBEDDINGS))])
     tokens = read_tokens(companions)
     if not (beyond := sorted(token for token in tokens if token >= rows)):
         return []
