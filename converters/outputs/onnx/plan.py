@@ -121,8 +121,8 @@ def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dic
             raise OptionError(f"two adapters are called {twice}; rename one of the folders")
         if too_long := next((name for name in names if len(os.fsencode(name)) > _MOST_NAME_BYTES), None):
             raise OptionError(
-                f"{too_long[:40]}... is too long for the names of its files (at most {_MOST_NAME_BYTES} bytes); rename "
-                "the folder of the adapter"
+                f"{too_long[:40]}... is too long for the names of its files (at most {_MOST_NAME_BYTES} bytes); "
+                "rename the folder of the adapter"
             )
         if _BASE in names:
             raise OptionError(
