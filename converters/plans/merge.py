@@ -171,7 +171,7 @@ def _with_companions(plan: Plan) -> Plan:
     """The plan with what lies beside the weights, and with a config that agrees with its tokenizer."""
     companions = companions_of(plan.base, [weighted.adapter for weighted in plan.adapters], plan.head)
     config, notes = settle_pad_token(plan.config, companions)
-    notes += token_notes(config, {tensor.name: tensor.shape for tensor in plan.tensors}, companions)
+    notes += token_notes({tensor.name: tensor.shape for tensor in plan.tensors}, companions)
     return replace(plan, companions=companions, config=config, notes=(*plan.notes, *companions.notes, *notes))
 
 

@@ -168,3 +168,20 @@ def test_the_same_bytes_whatever_the_blocks_and_workers(
         monkeypatch.setattr(executor, "find_devices", lambda device, n=workers: [torch.device("cpu")] * n)
         found = files(merge(pair.base, pair.adapter, pair.output, dtype=dtype, overwrite=True).output)
         assert found == wanted
+
+
+def test_an_interrupted_run_in_an_empty_folder(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its staging folder is inside, and does not make the folder one that is not empty."""
+    pair.output.mkdir()
+
+    def fail(plan: object) -> str:
+        raise OSError("disk on fire")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="disk on fire"):
+        patch.setattr("converters.outputs.checkpoint.draft.build_model_card", fail)
+        merge(pair.base, pair.adapter, pair.output, resume=True)
+    assert [path.name for path in pair.output.iterdir()] == [".peanut-staging"]
+    result = merge(pair.base, pair.adapter, pair.output, resume=True)
+    assert result.taken_over == len(result.plan.tensors)
+    assert (pair.output / "config.json").is_file()
+    assert not (pair.output / ".peanut-staging").exists()

@@ -39,7 +39,7 @@ SETS: dict[str, tuple[str, ...]] = {
     BASE_ONLY: ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 }
 # folders of the modules that sentence-transformers applies after the model
-MODULE_FOLDERS = "[0-9]*_*/*"
+MODULE_FOLDERS = "[1-9]*_*/*"
 # what is downloaded of a base or an adapter on the Hub
 COMPANION_PATTERNS = (*(pattern for patterns in SETS.values() for pattern in patterns), MODULE_FOLDERS)
 

@@ -1,5 +1,6 @@
 """What an export writes, and where. Everything that can be refused before a model is loaded is refused here."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from converters.plans.merge import Plan
 # precision -> name of its graph (https://huggingface.co/docs/transformers.js/guides/dtypes)
 MODEL_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 _BASE = BASE_DATA.removesuffix(".onnx_data")
+_MOST_NAME_BYTES = 255 - len(".onnx_adapter")  # each task has a file of its name
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
@@ -118,6 +120,11 @@ def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dic
         names = [plan.name for plan in plans]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise OptionError(f"two adapters are called {twice}; rename one of the folders")
+        if too_long := next((name for name in names if len(os.fsencode(name)) > _MOST_NAME_BYTES), None):
+            raise OptionError(
+                f"{too_long[:40]}... is too long for the names of its files (at most {_MOST_NAME_BYTES} bytes); "
+                "rename the folder of the adapter"
+            )
         if _BASE in names:
             raise OptionError(
                 f"an adapter is called {_BASE}, as is the file of the base's weights; rename its folder"

@@ -46,14 +46,11 @@ def settle_pad_token(config: Mapping[str, Any], companions: Companions) -> tuple
     ]
 
 
-def token_notes(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], companions: Companions
-) -> list[str]:
+def token_notes(shapes: Mapping[str, tuple[int, ...]], companions: Companions) -> list[str]:
     """A note about the tokens of the tokenizer that the embedding has no row for; `shapes` are of the output."""
-    rows = _vocab_size(config)
-    if rows is None:
+    rows = max((shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS)), default=None)
+    if rows is None:  # a model of images or sounds, whose tokenizer writes its answers
         return []
-    rows = max([rows, *(shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS))])
     tokens = read_tokens(companions)
     if not (beyond := sorted(token for token in tokens if token >= rows)):
         return []

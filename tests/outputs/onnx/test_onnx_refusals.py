@@ -229,3 +229,9 @@ def test_a_changed_file_is_found_later(tmp_path: Path, run_here: Run) -> None:
     assert "oddeven.onnx_adapter changed since it was written" in done.stderr
     file.unlink()
     assert "oddeven.onnx_adapter is missing" in run_here("peanut-inspect", tmp_path / "out", "--verify").stderr
+
+
+def test_a_task_whose_files_would_have_too_long_names(refuse: Callable[..., str], tmp_path: Path) -> None:
+    adapter = tmp_path / ("x" * 250)
+    shutil.copytree(VIT / "oddeven", adapter)
+    assert "is too long for the names of its files (at most 242 bytes)" in refuse("--swappable", adapter=adapter)
