@@ -131,7 +131,8 @@ def _parameters(arch: Architecture, owner: str) -> list[str]:
 
 def _keys(arch: Architecture, adapted: Iterable[str]) -> dict[str, str]:
     """Parameter -> module of its factors: PEFT wraps the module once for each, the last one outermost."""
-    adapted, keys = set(adapted), {}
+    adapted = set(adapted)
+    keys: dict[str, str] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in arch.shapes if name in adapted):
         own = [name for name in _parameters(arch, owner) if name in adapted]
         keys |= {name: owner + ".base_layer" * (len(own) - 1 - i) for i, name in enumerate(own)}
