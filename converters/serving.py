@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from converters.models.checkpoint import sample_digests
     from converters.models.config import labels_of
     from converters.models.finding import find_base
-    from converters.outputs.lora import VLLM_RANKS, as_lora, plan_lora_adapter, write_lora_adapter
+    from converters.outputs.lora import VLLM_RANKS, LoraOptions, as_lora, plan_lora_adapter, write_lora_adapter
     from converters.plans.merge import plan_merge
     from converters.plans.tensor import TensorPlan
     from converters.plans.trained_base.trained import describe_changes
@@ -50,6 +50,7 @@ _HOME = {
     "TensorSpec": "files.header",
     "ThetaStore": "adapters.store",
     "VLLM_RANKS": "outputs.lora",
+    "LoraOptions": "outputs.lora",
     "Worker": "evaluation.worker",
     "as_lora": "outputs.lora",
     "check_base": "adapters.base_record",
@@ -78,6 +79,7 @@ __all__ = [
     "SHORT_NAMES",
     "SINGLE_FILE",
     "VLLM_RANKS",
+    "LoraOptions",
     "Pipeline",
     "TensorInfo",
     "TensorPlan",

@@ -96,7 +96,10 @@ MaxError = Annotated[
         "--max-error", help="LoRA: what --rank may lose of each module's delta; default 0.01, which is 1 %."
     ),
 ]
-Runtime = Annotated[str | None, typer.Option("--for", help="LoRA: vllm refuses what vLLM would not load.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--for", help="LoRA: vllm names experts as vLLM does, and refuses what it would not load."),
+]
 
 # peanut-merge: ONNX
 Opset = Annotated[int | None, typer.Option("--opset", help="ONNX: by default 18, which runs nearly everywhere.")]

@@ -36,13 +36,20 @@ def refuse_changed_base(plan: Plan, stacks_layers: bool = False) -> None:
         )
 
 
-def by_module(arch: Architecture, tensors: Iterable[tuple[str, T]]) -> dict[str, T]:
+def by_module(arch: Architecture, tensors: Iterable[tuple[str, T]], experts: bool = False) -> dict[str, T]:
     """Module, as the installed transformers names it -> what belongs to it, by (weight in the checkpoint, it).
 
-    Those names are what PEFT looks for. Raises `ConversionError` for a weight without a name of its own there.
+    Those names are what PEFT looks for. With `experts`, one of them has its name in the checkpoint.
+
+    Raises `ConversionError` for a weight without a name of its own there.
     """
-    named = ((memory_name(arch, name, FORM).removesuffix(".weight"), name, thing) for name, thing in tensors)
-    return name_each(named, FORM)
+
+    def module(name: str) -> str:
+        found = arch.conversion(name) if experts and name not in arch.shapes and arch.converted(name) else None
+        is_expert = found is not None and found.expert is not None
+        return (name if is_expert else memory_name(arch, name, FORM)).removesuffix(".weight")
+
+    return name_each(((module(name), name, thing) for name, thing in tensors), FORM)
 
 
 def saved_tensors(plan: Plan, arch: Architecture) -> dict[str, Tensor]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import Adapter, Checkpoint, Weighted, __version__
-from converters.errors import ConversionError
-from converters.serving import plan_lora_adapter, plan_merge, write_lora_adapter
+from converters.serving import LoraOptions, plan_lora_adapter, plan_merge, write_lora_adapter
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -81,9 +80,7 @@ def lora_export(name: str, adapter: Adapter, base: Checkpoint, dtype: str, devic
         start = time.perf_counter()
         base.check_unchanged()
         plan = plan_merge(base, [Weighted(adapter)], dtype=dtype)
-        converted = plan_lora_adapter(plan, folder)
-        if converted.vllm_refuses:
-            raise ConversionError(converted.vllm_refuses[0])
+        converted = plan_lora_adapter(plan, folder, options=LoraOptions(runtime="vllm"), otherwise="")
         check = write_lora_adapter(converted, device=device, companions=False)
         took = time.perf_counter() - start
         logger.info("evaluated %s in %.2f s, error %.1e", name, took, check.max_error)

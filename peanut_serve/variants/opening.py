@@ -12,6 +12,7 @@ from torch import Tensor
 from converters import Plan, Weighted, load_adapter, open_checkpoint
 from converters.errors import ConversionError, MissingScalingError, PeanutError
 from converters.serving import (
+    LoraOptions,
     Pipeline,
     TensorInfo,
     TensorPlan,
@@ -227,7 +228,7 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
 def _lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
     """Why vLLM cannot serve a planned merge as LoRA; None if it can."""
     try:
-        converted = as_lora(plan, plan.base.folder)
+        converted = as_lora(plan, plan.base.folder, LoraOptions(runtime="vllm"))
     except ConversionError as error:
         return str(error)
     kinds = frozenset(module.rsplit(".", 1)[-1] for module in converted.modules)

@@ -103,7 +103,7 @@ def tiny_qwen3_moe() -> PreTrainedModel:
 
 
 def save_per_expert(base: Path, folder: Path, method: str, only: str = "") -> None:
-    """As of transformers 4: random θ for q_proj and each projection of an expert; with `only`, those with it."""
+    """As of transformers 4: random θ for q_proj and each projection of an expert, or some of them."""
     generator, theta = torch.Generator().manual_seed(3), {}
     config = _CONFIGS[method]
     r = int(str(config["r"]))

@@ -17,7 +17,8 @@ class LoraOptions:
         rank: the largest rank that a module may have. An update of a larger rank, or without exact factors, is
             approximated. None to write exact factors of any rank, and nothing else.
         max_error: how much of a module's delta an approximation may lose, relative to the delta (Frobenius norm).
-        runtime: refuse what this runtime does not load: `vllm`, or None for what PEFT loads.
+        runtime: write it as this runtime loads it, and refuse what that does not load: `vllm`, or None for PEFT. They
+            differ in mixtures of experts, see `experts.py`.
     """
 
     rank: int | None = None

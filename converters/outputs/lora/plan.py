@@ -6,7 +6,7 @@ The folder is in HF PEFT's layout (`peft/tuners/lora/config.py`), which vLLM rea
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorSpec
 from converters.files.staging import check_output
 from converters.models.architecture import Architecture
 from converters.outputs.lora.biases import find_biases
+from converters.outputs.lora.experts import ExpertGroup, find_groups, is_expert, refusals
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
 from converters.outputs.peft_names import (
@@ -33,6 +34,12 @@ from converters.outputs.peft_names import (
 )
 from converters.plans.merge import DTYPE_OPTIONS, Plan
 from converters.plans.tensor import TensorPlan
+
+_PEFT = "0.19.1"  # the first version that has in and out of experts in this order
+_PEFT_EXPERTS = (
+    "the experts of a layer are in one pair of factors, as HF PEFT has them with transformers 5; for vLLM, write "
+    "it with runtime='vllm'"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,7 @@ class LoraAdapterPlan:
         saved: tensor of modules_to_save -> the tensor.
         saved_names: the same -> tensor of the plan.
         biases: module name -> the bias that changes as well.
+        groups: experts whose factors are joined; those of other modules are apart.
         options: what it may be.
         vllm_refuses: why vLLM would not load it.
     """
@@ -62,13 +70,20 @@ class LoraAdapterPlan:
     saved: Mapping[str, Tensor]
     saved_names: Mapping[str, str]
     biases: Mapping[str, TensorPlan] = field(default_factory=dict)
+    groups: tuple[ExpertGroup, ...] = ()
     options: LoraOptions = field(default_factory=LoraOptions)
     vllm_refuses: tuple[str, ...] = ()
 
     @property
     def r(self) -> int:
         """The largest rank."""
-        return max(self.ranks.values())
+        return max(_written_ranks(self.ranks, self.groups).values())
+
+    @property
+    def apart(self) -> dict[str, TensorPlan]:
+        """The modules that have factors of their own."""
+        joined = {module for group in self.groups for module in group.places}
+        return {module: tensor for module, tensor in self.modules.items() if module not in joined}
 
     @property
     def max_lora_rank(self) -> int | None:
@@ -89,11 +104,13 @@ class LoraAdapterPlan:
     def specs(self) -> list[TensorSpec]:
         """The tensors of the weights file."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for module, tensor in self.modules.items():
+        for module, tensor in self.apart.items():
             r, (out, width) = self.ranks[module], module_shape(tensor)
             shapes |= zip(factor_names(module), ((out, r), (r, width)), strict=True)
             if self.biases:
                 shapes[bias_name(module)] = (out,)
+        for group in self.groups:
+            shapes |= zip(factor_names(group.key), group.factor_shapes, strict=True)
         itemsize = FLOAT_DTYPES[self.dtype].itemsize
         specs = [TensorSpec(name, self.dtype, shape, math.prod(shape) * itemsize) for name, shape in shapes.items()]
         for name, saved in self.saved.items():
@@ -110,6 +127,7 @@ def plan_lora_adapter(
     options: LoraOptions | None = None,
     *,
     remedy: str = "merge it",
+    otherwise: str = "; without runtime= it is written for PEFT",
 ) -> LoraAdapterPlan:
     """Plan to write the sum of the plan's adapters as one LoRA adapter, its factors in the plan's dtype, or float32.
 
@@ -119,6 +137,7 @@ def plan_lora_adapter(
         overwrite: replace an earlier output of this toolkit.
         options: what it may be; by default exact, and what PEFT loads.
         remedy: what the error says to do where exact factors are missing.
+        otherwise: the same, where the runtime would not load it.
 
     Raises:
         ConversionError: see `as_lora`; or the runtime of the options would not load it.
@@ -127,10 +146,7 @@ def plan_lora_adapter(
     options = options or LoraOptions()
     converted = as_lora(plan, Path(output), options, remedy=remedy)
     if options.runtime is not None and converted.vllm_refuses:
-        raise ConversionError(
-            f"vLLM would refuse this LoRA adapter: {'; '.join(converted.vllm_refuses)}; without runtime= it is "
-            "written for PEFT"
-        )
+        raise ConversionError(f"vLLM would refuse this LoRA adapter: {'; '.join(converted.vllm_refuses)}{otherwise}")
     inputs = [plan.base.folder, *(weighted.adapter.path for weighted in plan.adapters)]
     check_output(Path(output), overwrite, inputs)
     return converted
@@ -148,7 +164,8 @@ def as_lora(
     refuse_parts(plan, "a LoRA of modules")
     refuse_changed_base(plan, stacks_layers=True)
     arch = merged_architecture(plan)
-    updated = by_module(arch, ((tensor.name, tensor) for tensor in plan.tensors if tensor.terms))
+    for_vllm = options.runtime == "vllm"
+    updated = by_module(arch, ((tensor.name, tensor) for tensor in plan.tensors if tensor.terms), experts=True)
     modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
     if options.rank is None:
         refuse_full_rank(plan, modules, remedy)
@@ -158,13 +175,21 @@ def as_lora(
     inside = {f"{module}.bias" for module in biases}
     saved = {name: tensor for name, tensor in saved_tensors(plan, arch).items() if name not in inside}
     whole = saved_modules(arch, saved)
-    config = _config(plan, arch, ranks, whole, bool(biases))
+    groups = find_groups(arch, modules, ranks)
+    if groups and biases:
+        raise ConversionError("the adapter changes experts and biases: it cannot be expressed as LoRA; merge it")
+    joined = () if for_vllm else groups
+    config = _config(plan, arch, _written_ranks(ranks, joined), joined, whole, bool(biases))
     dtype = DTYPE_OPTIONS[plan.options["dtype"]] or "F32"
     refused = vllm_refusals(max(ranks.values()), whole, saved, bool(biases), arch.name)
     if "layer_replication" in config:
         refused = (*refused, "it is of stacked layers (layer_replication), which vLLM does not build; merge it")
+    if groups:
+        refused = (*refused, *(refusals(arch, groups, ranks) if for_vllm else [_PEFT_EXPERTS]))
     names = {name: planned.name for name, planned in by_saved(plan, arch).items()}
-    return LoraAdapterPlan(plan, output, dtype, config, modules, ranks, saved, names, biases, options, refused)
+    return LoraAdapterPlan(
+        plan, output, dtype, config, modules, ranks, saved, names, biases, joined, options, refused
+    )
 
 
 def factor_names(module: str) -> tuple[str, str]:
@@ -188,7 +213,7 @@ def _refuse_other_layers(arch: Architecture, modules: Mapping[str, TensorPlan]) 
     if not modules:
         raise ConversionError("the adapter updates no weight: it cannot be expressed as LoRA; merge it")
     for module, tensor in modules.items():
-        if module not in arch.linear and not tensor.terms[0].transposed:
+        if module not in arch.linear and not tensor.terms[0].transposed and not is_expert(arch, tensor.name):
             raise ConversionError(
                 f"{module} is not a linear layer of {arch.name}: its update cannot be written as LoRA here; merge it"
             )
@@ -203,7 +228,12 @@ def _rank(plan: Plan, tensor: TensorPlan, most: int | None) -> int:
 
 
 def _config(
-    plan: Plan, arch: Architecture, ranks: Mapping[str, int], whole: list[str], has_biases: bool
+    plan: Plan,
+    arch: Architecture,
+    ranks: Mapping[str, int],
+    joined: Sequence[ExpertGroup],
+    whole: list[str],
+    has_biases: bool,
 ) -> dict[str, Any]:
     """The adapter_config.json (`peft/tuners/lora/config.py`, `LoraConfig`)."""
     transposed = any(term.transposed for tensor in plan.tensors for term in tensor.terms)
@@ -211,7 +241,8 @@ def _config(
         **base_facts(plan, arch, whole),
         "peft_type": "LORA",
         **_ranks(ranks),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - {group.parameter for group in joined}),
+        **({"target_parameters": [group.parameter for group in joined], "peft_version": _PEFT} if joined else {}),
         "modules_to_save": whole or None,
         "fan_in_fan_out": transposed,
         "bias": "none",
@@ -222,6 +253,13 @@ def _config(
         **({"lora_bias": True} if has_biases else {}),
         **{key: value for key, value in plan.base.changes.items() if key == "layer_replication"},
     }
+
+
+def _written_ranks(ranks: Mapping[str, int], joined: Sequence[ExpertGroup]) -> dict[str, int]:
+    """Module, or parameter of experts whose factors are joined -> rank."""
+    inside = {module for group in joined for module in group.places}
+    apart = {module: rank for module, rank in ranks.items() if module not in inside}
+    return apart | {group.parameter: group.rank for group in joined}
 
 
 def _ranks(ranks: Mapping[str, int]) -> dict[str, Any]:

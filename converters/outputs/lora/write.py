@@ -34,6 +34,7 @@ from converters.models.companions.companion import Companions
 from converters.outputs.base import Advance, WriteOptions
 from converters.outputs.lora.approximation import Approximation, ModuleError
 from converters.outputs.lora.biases import bias_delta, check_bias
+from converters.outputs.lora.experts import ExpertGroup
 from converters.outputs.lora.plan import LoraAdapterPlan, bias_name, factor_names, module_shape
 from converters.outputs.manifest import provenance, weights_entry
 from converters.outputs.publishing import publishing
@@ -120,12 +121,35 @@ def _write_modules(
     converted: LoraAdapterPlan, writer: ShardWriter, reader: TensorReader, device: torch.device, advance: Advance
 ) -> Iterator[_Written]:
     """Write the factors of each module, and check them."""
-    for module, tensor in converted.modules.items():
+    for group in converted.groups:
+        yield from _write_group(converted, group, writer, reader, device, advance)
+    for module, tensor in converted.apart.items():
         up, down, lost = _factors(converted, module, reader, device)
         for name, factor in zip(factor_names(module), (up, down), strict=True):
             writer.write(name, 0, _rounded(name, factor, converted.dtype))
-        yield _check(converted, module, lost, writer, reader)
+        written_up, written_down = (_read(writer.places[name], reader) for name in factor_names(module))
+        yield _check(converted, module, lost, (written_up, written_down), reader)
         advance(tensor.source.nbytes if tensor.source else 0)
+
+
+def _write_group(
+    converted: LoraAdapterPlan,
+    group: ExpertGroup,
+    writer: ShardWriter,
+    reader: TensorReader,
+    device: torch.device,
+    advance: Advance,
+) -> Iterator[_Written]:
+    """Write the joined factors of experts, and check those of each in them."""
+    found = {module: _factors(converted, module, reader, device) for module in group.places}
+    joined = group.join({module: (up, down) for module, (up, down, _) in found.items()})
+    for name, factor in zip(factor_names(group.key), joined, strict=True):
+        writer.write(name, 0, _rounded(name, factor, converted.dtype))
+    up, down = (_read(writer.places[name], reader) for name in factor_names(group.key))
+    for module, (_, _, lost) in found.items():
+        yield _check(converted, module, lost, group.factors_of(module, up, down), reader)
+        source = converted.modules[module].source
+        advance(source.nbytes if source else 0)
 
 
 def _factors(
@@ -154,13 +178,13 @@ def _factors(
 
 
 def _check(
-    converted: LoraAdapterPlan, module: str, lost: ModuleError, writer: ShardWriter, reader: TensorReader
+    converted: LoraAdapterPlan, module: str, lost: ModuleError, read: tuple[Tensor, Tensor], reader: TensorReader
 ) -> _Written:
     """Compare the factors of one module, as they lie in the file, with what θ and the base give."""
     if lost.error > converted.options.max_error:  # nothing of it will be published
         return _Written(lost)
     tensor = converted.modules[module]
-    up, down = (_read(writer.places[name], reader) for name in factor_names(module))
+    up, down = read
     if tensor.terms[0].transposed:
         up, down = down.T, up.T
     deltas, dtype = converted.plan.deltas_of(tensor), FLOAT_DTYPES[converted.dtype]
