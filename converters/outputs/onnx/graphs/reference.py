@@ -13,6 +13,7 @@ from torch import Tensor
 from converters.errors import ConversionError
 from converters.inference.kinds import ModelKind
 from converters.inference.text_models import TEXT_MODELS
+from converters.outputs.onnx.graphs.pooling import pool
 from converters.plans.merge import Plan
 
 _LABELS = ("id2label", "label2id", "num_labels")  # keys of a config
@@ -47,6 +48,8 @@ class Reference(torch.nn.Module):
         """The outputs of the kind, for its inputs in order."""
         named = dict(zip(self.kind.inputs, inputs, strict=True))
         found = self.model(**named, **self._settings)
+        if self.kind.sentences is not None:
+            return (pool(found["last_hidden_state"], named["attention_mask"], self.kind.sentences),)
         return tuple(found[name] for name in self.kind.outputs)
 
     def weights(self) -> dict[str, Tensor]:
