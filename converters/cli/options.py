@@ -106,7 +106,13 @@ Quantize = Annotated[
 ]
 EvalData = Annotated[
     Path | None,
-    typer.Option("--eval-data", help="ONNX: measure the graphs on DIR/<label>/image.png, or on a CSV of texts."),
+    typer.Option("--eval-data", help="ONNX: measure the graphs on DIR/<label>/image.png, or sound.wav, or a CSV."),
+]
+InterpolatePosEncoding = Annotated[
+    bool,
+    typer.Option(
+        "--interpolate-pos-encoding", help="ONNX: images of another size than the config's, as in transformers."
+    ),
 ]
 TransformersJs = Annotated[
     bool, typer.Option("--transformersjs", help="ONNX: put the files where transformers.js looks for them.")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from converters.errors import CheckpointError
 
-Example = Path | str | tuple[str, str]  # an image file, a text, a pair of texts
+Example = Path | str | tuple[str, str]  # a file (image or sound), a text, a pair of texts
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 

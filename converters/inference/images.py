@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from converters.errors import CheckpointError, MissingDependencyError, OptionError
 from converters.inference.examples import Example, brief, full_config
+from converters.inference.media_models import image_config
 
 PROCESSOR_FILE = "preprocessor_config.json"
 _FORMATS = (
@@ -50,7 +51,7 @@ class ImagePreprocessor:
                 f"{folder}: no {PROCESSOR_FILE}; expected the one the model was trained with, as saved by "
                 "transformers' image processors: it defines how images are resized and normalised"
             )
-        self._channels: int = full_config(folder, config).num_channels
+        self._channels: int = image_config(full_config(folder, config)).num_channels
         if self._channels not in _MODES:
             raise CheckpointError(f"{folder}: the model takes images of {self._channels} channels, expected 1 or 3")
         dummies = [np.zeros((self._channels, *size), np.uint8) for size in _DUMMY_SIZES]
@@ -85,12 +86,17 @@ class ImagePreprocessor:
 def image_shape(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(channels, height, width) of the input of the model in `folder`, from its preprocessor or else its config.
 
-    Raises the same errors as `ImagePreprocessor`, except that preprocessor_config.json may be missing.
+    Raises the same errors as `ImagePreprocessor`; preprocessor_config.json may be missing if the config has a size.
     """
     if (folder / PROCESSOR_FILE).is_file():
         return ImagePreprocessor(folder, config).shape
-    model = full_config(folder, config)
-    size = model.image_size
+    model = image_config(full_config(folder, config))
+    size = getattr(model, "image_size", None)
+    if size is None:
+        raise CheckpointError(
+            f"{folder}: no {PROCESSOR_FILE}, and no image_size in config.json; expected the preprocessor the model "
+            "was trained with: it defines the size of the images"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return model.num_channels, height, width
 

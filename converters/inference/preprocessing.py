@@ -1,9 +1,10 @@
-"""Opening the image preprocessor or tokenizer of a model."""
+"""Opening the image preprocessor, feature extractor or tokenizer of a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.inference.audio import AudioPreprocessor
 from converters.inference.images import ImagePreprocessor
 from converters.inference.kinds import ModelKind
 from converters.inference.texts import TextPreprocessor
@@ -11,9 +12,13 @@ from converters.inference.texts import TextPreprocessor
 
 def open_preprocessor(
     folder: Path, kind: ModelKind, config: Mapping[str, Any]
-) -> ImagePreprocessor | TextPreprocessor:
+) -> AudioPreprocessor | ImagePreprocessor | TextPreprocessor:
     """The preprocessor for graphs of this kind, for the model in `folder` with this config.json.
 
-    Raises `CheckpointError` or `MissingDependencyError` if it cannot be created; see the two classes.
+    Raises `CheckpointError` or `MissingDependencyError` if it cannot be created; see the classes.
     """
-    return ImagePreprocessor(folder, config) if kind.takes_files else TextPreprocessor(folder, kind, config)
+    if not kind.takes_files:
+        return TextPreprocessor(folder, kind, config)
+    if kind.inputs == ("pixel_values",):
+        return ImagePreprocessor(folder, config)
+    return AudioPreprocessor(folder, kind, config)

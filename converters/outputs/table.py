@@ -46,13 +46,17 @@ class FormatRow:
                 raise OptionError(f"{name}= is for {others}, not for format={self.name!r}")
 
 
+_ONNX_OPTIONS = (
+    "each", "share", "opset", "quantize", "eval_data", "interpolate_pos_encoding", "transformersjs", "swappable",
+    "self_merging",
+)  # fmt: skip
 _ROWS = (
     FormatRow("merged", "checkpoint.format", "a checkpoint", frozenset({"each", "share", "resume", "stream"})),
     FormatRow(
         "onnx",
         "onnx.format",
         "ONNX graphs",
-        frozenset({"each", "share", "opset", "quantize", "eval_data", "transformersjs", "swappable", "self_merging"}),
+        frozenset(_ONNX_OPTIONS),
         auto_dtype="fp32",
         joins_outputs=True,
     ),

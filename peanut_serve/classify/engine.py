@@ -21,8 +21,6 @@ from peanut_serve.classify.entities import Entity, find_entities
 from peanut_serve.classify.predictions import Prediction, check_logits, predictions
 from peanut_serve.classify.tasks import OnnxTask, find_tasks
 
-_BATCH = 8
-
 
 @dataclass(frozen=True)
 class _Ready:
@@ -114,13 +112,13 @@ class OnnxEngine:
         return self.tasks[task]
 
     def predict(self, examples: Sequence[Example], task: str | None = None, top_k: int = 5) -> list[list[Prediction]]:
-        """Predict labels with scores for images (paths) or texts, best first; a value if the task has one label.
+        """Predict labels with scores for images, sounds (paths) or texts, best first; a value if there is one label.
 
-        Raises `OptionError` if the task does not classify images or texts, or an input cannot be read; and the errors
-        of `run`.
+        Raises `OptionError` if the task does not classify images, sounds or texts, or an input cannot be read; and
+        the errors of `run`.
         """
         found = self.find(task)
-        if found.kind.task not in ("image-classification", "text-classification"):
+        if found.kind.task not in ("image-classification", "audio-classification", "text-classification"):
             raise OptionError(
                 f"{found.name} does {found.kind.task}, which has no label for a whole input; use entities() for "
                 "token classifiers, answers(), embeddings() or next_tokens() for other models"
@@ -200,7 +198,7 @@ class OnnxEngine:
 
     def _outputs(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[tuple[NDArray[np.float32], ...]]:
         """The outputs of each example, as `_logits`."""
-        preprocessor, size = self._preprocessor(task), _BATCH if task.kind.finds_end else 1
+        preprocessor, size = self._preprocessor(task), task.kind.batch_size
         for start in range(0, len(examples), size):
             yield from zip(*self.run_all(preprocessor(examples[start : start + size]), task.name), strict=True)
 

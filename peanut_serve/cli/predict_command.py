@@ -1,4 +1,4 @@
-"""The command `peanut-serve predict`: what an ONNX export says of images or texts."""
+"""The command `peanut-serve predict`: what an ONNX export says of images, sounds or texts."""
 
 import json
 import sys
@@ -25,6 +25,8 @@ Examples:
 
   peanut-serve predict ./tasks-onnx beagle.png --task pets --top-k 1
 
+  peanut-serve predict ./keywords-onnx yes.wav no.wav
+
   peanut-serve predict ./sentiment-onnx 'A well executed spy thriller.' --precision int8
 
   peanut-serve predict ./sentiment-onnx --text-file reviews.txt --json
@@ -42,7 +44,9 @@ class _Precision(str, Enum):
 
 def _predict(
     folder: Annotated[Path, typer.Argument(help="Folder of an ONNX export.")],
-    inputs: Annotated[list[str] | None, typer.Argument(help="Image files, or texts for a text model.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Image files, WAV files, or texts, as the model takes.")
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", help="Name of the task, if the folder has several.")] = None,
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graph to run.")
@@ -65,7 +69,7 @@ def _predict(
     lines = _lines(text_file) if text_file is not None else []
     given: list[str | tuple[str, str]] = [*_pairs(inputs or [], lines)] if pairs else [*(inputs or []), *lines]
     if not given:
-        raise OptionError("nothing to predict; give image files, texts, or --text-file")
+        raise OptionError("nothing to predict; give image files, sound files, texts, or --text-file")
     engine = OnnxEngine(folder, precision=precision.value, threads=threads)
     name, found, columns = _run(engine, given, task, top_k)
     if as_json:

@@ -91,7 +91,9 @@ class ConvLora(_OtherLora):
         """See `StoredMethod.sizes`. Raises `ThetaError` when A and B do not fit each other."""
         a, b = (tuple(self.theta[part].shape) for part in ("A", "B"))
         if not 3 <= len(a) == len(b) <= 5 or a[0] != b[1] or set(b[2:]) != {1} or 0 in (*a, *b):
-            raise ThetaError(f"A has shape {a}, B has shape {b}; expected A (r, in, *kernel), B (out, r, 1, ...)")
+            raise ThetaError(
+                f"A has shape {a}, B has shape {b}; expected A (r, in, *kernel), B (out, r, 1, ...){_groups(a, b)}"
+            )
         return {"out": b[0], "in": math.prod(a[1:]), "r": a[0]}
 
     @property
@@ -112,3 +114,13 @@ class ConvLora(_OtherLora):
                 f"{name}: the weight has shape {tuple(shape)}, θ was trained for {wanted} without groups; with "
                 "groups, PEFT's update is not a convolution of the same kind; else this is another base"
             )
+
+
+def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """The end of a message, if the shapes are those of a convolution with groups, as wav2vec2 has for positions."""
+    if len(b) < 3 or not 0 < b[1] < a[0] or a[0] % b[1]:
+        return ""
+    return (
+        f". It is of a convolution with {a[0] // b[1]} groups, whose update PEFT cannot merge either: train "
+        "without it in target_modules"
+    )

@@ -17,7 +17,7 @@ from converters.evaluation.verify import Verification
 from converters.inference.kinds import ModelKind
 from converters.inference.preprocessing import open_preprocessor
 from converters.inference.session import Arrays, LoadedAdapter, Session
-from converters.outputs.onnx.eval_data import DEFAULT_BATCH, Batch, EvalData, Score, agreement, batches, score_of
+from converters.outputs.onnx.eval_data import Batch, EvalData, Score, agreement, batches, score_of
 from converters.outputs.onnx.graphs.reference import Reference
 from converters.outputs.onnx.graphs.task_weights import TaskWeights
 from converters.outputs.onnx.parity import Parity, check_parity
@@ -59,8 +59,7 @@ def prepare_eval_data(folder: Path, kind: ModelKind, config: Mapping[str, Any], 
     """The eval data as inputs, by the preprocessor or tokenizer in the output folder."""
     if data is None:
         return []
-    size = DEFAULT_BATCH if kind.finds_end else 1
-    return list(batches(data, open_preprocessor(folder, kind, config), size))
+    return list(batches(data, open_preprocessor(folder, kind, config), kind.batch_size))
 
 
 def check_task(

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from converters.errors import OptionError, VerificationError
 from converters.inference.examples import IMAGE_SUFFIXES, Example, Preprocessor
 from converters.inference.kinds import ModelKind
+from converters.inference.sounds import SOUND_SUFFIXES
 
 Logits = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 
-DEFAULT_BATCH = 8
+_SUFFIXES = {"image-classification": IMAGE_SUFFIXES, "audio-classification": SOUND_SUFFIXES}  # of files, by task
 _LABELS_SHOWN = 6
 _FIRST_COLUMNS = ("text", "sentence", "sentence1")
 _COLUMNS_WANTED = (
@@ -73,26 +74,27 @@ class Score:
 
 
 def read_eval_data(path: Path, kind: ModelKind, labels: Sequence[str]) -> EvalData:
-    """Labelled examples of a folder `path/LABEL/IMAGE` or, for texts, of a CSV file in UTF-8 with a header.
+    """Labelled examples of a folder `path/LABEL/FILE` or, for texts, of a CSV file in UTF-8 with a header.
 
     The CSV has a column `label`, and `text` or `sentence` (perhaps with `text_pair`), or `sentence1` and `sentence2`;
     other columns are ignored. A label is given by its name or, if there is no such name, by its index. For texts and
     a single label the model predicts a value, and `label` is that value.
 
-    In a class folder, files with the suffix of an image (`IMAGE_SUFFIXES`) are used; hidden files are not. The
-    images are opened when they are preprocessed.
+    In a class folder, files with the suffix of an image (`IMAGE_SUFFIXES`) or of a sound (`SOUND_SUFFIXES`) are used;
+    hidden files are not. They are opened when they are preprocessed.
 
-    Raises `OptionError` for a kind that is not a classifier of images or texts, and for data that is not as above.
+    Raises `OptionError` for a kind that does not classify images, sounds or texts, and for data that is not as above.
     """
-    readers = {"image-classification": _read_folder, "text-classification": _read_csv}
-    if kind.task not in readers:
-        raise OptionError(f"eval data is for classifiers of images and of texts, but this model does {kind.task}")
+    if kind.task not in (*_SUFFIXES, "text-classification"):
+        raise OptionError(f"eval data is for classifiers of images, sounds and texts, not for {kind.task}")
     if not labels:
         raise OptionError(f"{path}: the model's config.json names no labels, expected an id2label from '0' on")
-    return EvalData(path.resolve().name, *readers[kind.task](path, labels))
+    suffixes = _SUFFIXES.get(kind.task)
+    examples, targets = _read_csv(path, labels) if suffixes is None else _read_folder(path, labels, suffixes)
+    return EvalData(path.resolve().name, examples, targets)
 
 
-def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = DEFAULT_BATCH) -> Iterator[Batch]:
+def batches(data: EvalData, preprocessor: Preprocessor, batch_size: int = 8) -> Iterator[Batch]:
     """The preprocessed data; as a list it can be used for several models (at 224 x 224, 600 kB per image)."""
     for start in range(0, len(data.examples), batch_size):
         part = slice(start, start + batch_size)
@@ -147,24 +149,26 @@ def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
     return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else None
 
 
-def _read_folder(path: Path, labels: Sequence[str]) -> tuple[tuple[Example, ...], NDArray[np.int64]]:
+def _read_folder(
+    path: Path, labels: Sequence[str], suffixes: Sequence[str]
+) -> tuple[tuple[Example, ...], NDArray[np.int64]]:
     if len(labels) == 1:
         raise OptionError(f"{path}: folders name classes, but the model predicts a single value, {_quoted(labels)}")
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        raise OptionError(f"{path} {found}, expected a folder with a folder of images for each class")
+        raise OptionError(f"{path} {found}, expected a folder with a folder of files for each class")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
     if not folders:
-        raise OptionError(f"{path}: no class folders in it, expected {path.name}/LABEL/IMAGE")
+        raise OptionError(f"{path}: no class folders in it, expected {path.name}/LABEL/FILE")
     examples: list[Example] = []
     targets = []
     for folder in folders:
         target = _index(folder.name, labels, f"{folder}: no label has this name")
-        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
-        if not images:
-            raise OptionError(f"{folder}: no images in it, expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        examples += images
-        targets += [target] * len(images)
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != ".")
+        if not files:
+            raise OptionError(f"{folder}: no examples in it, expected files that end in {', '.join(suffixes)}")
+        examples += files
+        targets += [target] * len(files)
     return tuple(examples), np.array(targets, np.int64)
 
 

@@ -86,6 +86,7 @@ def _export_options(request: OutputRequest) -> ExportOptions:
         quantize=tuple(dict.fromkeys(own.get("quantize", ()))),
         transformersjs=own.get("transformersjs", False),
         eval_data=own.get("eval_data"),
+        interpolate_pos_encoding=own.get("interpolate_pos_encoding", False),
         verify=write.verify,
         device=write.device,
     )

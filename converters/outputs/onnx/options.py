@@ -28,7 +28,8 @@ class ExportOptions:
         opset: of the graphs.
         quantize: precisions to write besides float32: `int8` (dynamic, per channel), `fp16`.
         transformersjs: put graphs under `onnx/`, where transformers.js looks for them.
-        eval_data: labelled images or texts to measure every graph on.
+        eval_data: labelled images, sounds or texts to measure every graph on.
+        interpolate_pos_encoding: interpolate embeddings of positions for images of another size than the config's.
         verify: compare every graph with torch.
         device: where f is evaluated.
     """
@@ -38,5 +39,6 @@ class ExportOptions:
     quantize: tuple[str, ...] = ()
     transformersjs: bool = False
     eval_data: Path | None = None
+    interpolate_pos_encoding: bool = False
     verify: bool = True
     device: str = "auto"

@@ -8,14 +8,13 @@ from converters.errors import ConversionError, OptionError
 from converters.evaluation.factors import refuse_parts
 from converters.evaluation.worker import find_devices
 from converters.files.staging import check_output, check_space
-from converters.inference.images import image_shape
-from converters.inference.kinds import ModelKind
 from converters.models import config as model_config
 from converters.outputs.onnx.eval_data import EvalData, read_eval_data
 from converters.outputs.onnx.graphs.merged import BASE_DATA
 from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.opset import check_opset
 from converters.outputs.onnx.options import ExportOptions, Form
+from converters.outputs.onnx.shapes import example_shape
 from converters.plans.merge import Plan
 
 # precision -> name of its graph (https://huggingface.co/docs/transformers.js/guides/dtypes)
@@ -31,13 +30,13 @@ class ExportPlan:
     Attributes:
         outputs: folder -> the tasks in it.
         options: what was chosen.
-        image_shapes: folder -> (channels, height, width) of its images; None for models of texts.
+        shapes: folder -> shape of the images or spectrograms that its graphs take; None for inputs of any length.
         eval_data: for the only task.
     """
 
     outputs: Mapping[Path, tuple[Plan, ...]]
     options: ExportOptions
-    image_shapes: Mapping[Path, tuple[int, int, int] | None]
+    shapes: Mapping[Path, tuple[int, ...] | None]
     eval_data: EvalData | None
 
     @property
@@ -82,7 +81,8 @@ def plan_export(
     eval_data = None
     if options.eval_data is not None:
         eval_data = read_eval_data(options.eval_data, kinds[0], model_config.labels_of(plans[0].config) or [])
-    shapes = {folder: _image_shape(tasks[0], kinds[0]) for folder, tasks in outputs.items()}
+    interpolates = options.interpolate_pos_encoding
+    shapes = {folder: example_shape(tasks[0], kind_of(tasks[0]), interpolates) for folder, tasks in outputs.items()}
     planned = ExportPlan(outputs, options, shapes, eval_data)
     inputs = [plans[0].base.folder, *(weighted.adapter.path for plan in plans for weighted in plan.adapters)]
     for folder in outputs:
@@ -132,11 +132,3 @@ def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dic
             raise OptionError(f"two adapters would be written to {folder}; rename one of their folders")
         outputs[folder] = (plan,)
     return outputs
-
-
-def _image_shape(plan: Plan, kind: ModelKind) -> tuple[int, int, int] | None:
-    if not kind.takes_files:
-        return None
-    own = plan.head.path
-    folder = own if (own / "preprocessor_config.json").is_file() else plan.base.folder
-    return image_shape(folder, plan.config)

@@ -20,7 +20,7 @@ def show_plan(planned: ExportPlan) -> Shown:
             "form": options.form.value,
             "opset": options.opset,
             "bytes_at_most": planned.sizes[folder],
-            "image_shape": planned.image_shapes[folder],
+            "image_shape": planned.shapes[folder],
         }
         for folder, plans in planned.outputs.items()
     ]

@@ -83,12 +83,12 @@ class _Writer:
     def write(self, folder: Path, output: Path, plans: Sequence[Plan]) -> list[ExportedTask]:
         """Write one folder, and check it."""
         options = self._planned.options
-        traced = self._base_of(plans[0], self._planned.image_shapes[output])
+        traced = self._base_of(plans[0], self._planned.shapes[output])
         copy_companions(folder, plans)
         prepared = prepare_eval_data(folder, traced.reference.kind, plans[0].config, self._planned.eval_data)
         start = time.perf_counter()
         self._report(f"evaluating and writing {', '.join(plan.name for plan in plans)}")
-        tasks = [evaluate_task(plan, traced.arch, self._device) for plan in plans]
+        tasks = [traced.within(evaluate_task(plan, traced.arch, self._device)) for plan in plans]
         for task in tasks:
             traced.check_complete(task)
         files = write_tasks(folder, traced, tasks, options, self._device)
@@ -103,14 +103,14 @@ class _Writer:
             for plan, one, check in zip(plans, files, checks, strict=True)
         ]
 
-    def _base_of(self, plan: Plan, shape: tuple[int, int, int] | None) -> TracedBase:
+    def _base_of(self, plan: Plan, shape: tuple[int, ...] | None) -> TracedBase:
         """The base, loaded as the class of a plan and traced."""
         name = plan.config["architectures"][0]
         key = f"{name} {shape} {plan.config.get('vocab_size')} {plan.config.get('tie_word_embeddings')}"
         if key not in self._traced:
             start = time.perf_counter()
             self._report("loading the base")
-            reference = Reference(plan, kind_of(plan), shape)
+            reference = Reference(plan, kind_of(plan), shape, self._planned.options.interpolate_pos_encoding)
             self._report("tracing it")
             template = traced_template(reference, plan.config, self._planned.options.opset, shape)
             self._traced[key] = TracedBase(build_architecture(plan.config, name), reference, template)

@@ -154,14 +154,14 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path):
     [
         (["cow/a.png"], LABELS, f"/pets/cow: no label has this name, {CHOICES}"),
         (["3/a.png"], LABELS, f"/pets/3: no label has this name, {CHOICES}"),
-        (["a.png"], LABELS, "/pets: no class folders in it, expected pets/LABEL/IMAGE"),
+        (["a.png"], LABELS, "/pets: no class folders in it, expected pets/LABEL/FILE"),
         (["cat/a.png"], ["LABEL_0"], "/pets: folders name classes, but the model predicts a single value, 'LABEL_0'"),
         (["cat/a.png"], (), "/pets: the model's config.json names no labels, expected an id2label from '0' on"),
         (
             ["cat/a.png", "dog/deeper/a.png"],
             LABELS,
-            "/pets/dog: no images in it, expected files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, "
-            ".tiff, .webp",
+            "/pets/dog: no examples in it, expected files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, "
+            ".tif, .tiff, .webp",
         ),
     ],
 )
@@ -178,11 +178,11 @@ def test_what_is_no_folder_is_refused(tmp_path: Path):
     for path, found in ((file, "is a file"), (tmp_path / "none", "does not exist")):
         with pytest.raises(OptionError) as error:
             read_eval_data(path, IMAGES, LABELS)
-        assert refusal(error) == f"{path} {found}, expected a folder with a folder of images for each class"
+        assert refusal(error) == f"{path} {found}, expected a folder with a folder of files for each class"
 
 
 @pytest.mark.parametrize("task", ["token-classification", "text-generation", "feature-extraction"])
 def test_other_kinds_are_refused(tmp_path: Path, task: str):
     with pytest.raises(OptionError) as error:
         read_eval_data(tmp_path, ModelKind(task, INPUTS["bert"], ("logits",)), LABELS)
-    assert refusal(error) == f"eval data is for classifiers of images and of texts, but this model does {task}"
+    assert refusal(error) == f"eval data is for classifiers of images, sounds and texts, not for {task}"

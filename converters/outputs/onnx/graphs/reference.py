@@ -12,6 +12,7 @@ from torch import Tensor
 
 from converters.errors import ConversionError
 from converters.inference.kinds import ModelKind
+from converters.inference.media_models import receptive_field
 from converters.inference.text_models import TEXT_MODELS
 from converters.outputs.onnx.graphs.pooling import pool
 from converters.plans.merge import Plan
@@ -27,18 +28,26 @@ class Reference(torch.nn.Module):
     Args:
         plan: it has the config and the base.
         kind: what the graph computes.
-        image_shape: (channels, height, width), where it takes images.
+        shape: of one image or spectrogram, where it takes these.
+        interpolates: whether embeddings of positions are interpolated for images of another size.
+
+    Attributes:
+        settings: what the model's forward pass gets besides its inputs.
 
     Raises `ConversionError` when transformers cannot load the base into that class.
     """
 
-    def __init__(self, plan: Plan, kind: ModelKind, image_shape: tuple[int, int, int] | None) -> None:
+    def __init__(
+        self, plan: Plan, kind: ModelKind, shape: tuple[int, ...] | None, interpolates: bool = False
+    ) -> None:
         super().__init__()
         self.kind = kind
-        self._image_shape = image_shape
+        self._shape = shape
         self.model, self.missing = _load(plan)
         known = TEXT_MODELS.get(plan.config["model_type"])
-        self._settings = {"use_cache": False} if known is not None and known.decodes else {}
+        self.settings: dict[str, bool] = {"use_cache": False} if known is not None and known.decodes else {}
+        if interpolates:
+            self.settings["interpolate_pos_encoding"] = True
         text = self.model.config.get_text_config()
         self._pad_id: int | None = getattr(text, "pad_token_id", None)
         self._vocab_size = int(getattr(text, "vocab_size", 0))
@@ -47,7 +56,9 @@ class Reference(torch.nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the kind, for its inputs in order."""
         named = dict(zip(self.kind.inputs, inputs, strict=True))
-        found = self.model(**named, **self._settings)
+        if "image_embeds" in self.kind.outputs and hasattr(self.model, "get_image_features"):
+            return (self.model.get_image_features(**named, **self.settings).pooler_output,)
+        found = self.model(**named, **self.settings)
         if self.kind.sentences is not None:
             return (pool(found["last_hidden_state"], named["attention_mask"], self.kind.sentences),)
         return tuple(found[name] for name in self.kind.outputs)
@@ -70,8 +81,9 @@ class Reference(torch.nn.Module):
         return [self._random(1 if self.kind.single else batch, length, generator) for batch, length in _SHAPES]
 
     def _random(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-        if self._image_shape is not None:
-            return {"pixel_values": torch.randn(batch, *self._image_shape, generator=generator)}
+        if self.kind.takes_files:
+            shape = self._shape or _samples(self.model.config, length)
+            return {self.kind.inputs[0]: torch.randn(batch, *shape, generator=generator)}
         length = min(length, self._longest)
         ids = torch.randint(0, self._vocab_size, (batch, length), generator=generator)
         mask = torch.ones(batch, length, dtype=torch.long)
@@ -84,6 +96,12 @@ class Reference(torch.nn.Module):
         types[:, length // 2 :] = int(getattr(self.model.config, "type_vocab_size", 1) > 1)
         made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         return {name: made[name] for name in self.kind.inputs}
+
+
+def _samples(config: Any, frames: int) -> tuple[int]:
+    """The shape of a sound that a model of samples makes some frames of."""
+    field, hop = receptive_field(config)
+    return (field + hop * frames - 1,)
 
 
 def _load(plan: Plan) -> tuple[Any, frozenset[str]]:

@@ -23,6 +23,7 @@ from converters.outputs.onnx.graphs.reference import Reference
 
 _WRAPPED = "model."  # before every name in a trace: `Reference.model`
 _AXES = ("batch_size", "sequence_length")
+_FRAMES = ("batch_size", "frame_count")  # of outputs for sounds, whose inputs are sequences of samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +60,10 @@ def trace(reference: Reference, opset: int) -> Template:
     )
     for value in (*proto.graph.input, *proto.graph.output):
         if value.name in (*kind.inputs, *kind.outputs):
+            axes = _FRAMES if kind.takes_waves and value.name in kind.outputs else _AXES
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if dim.dim_param:
-                    dim.dim_param = _AXES[axis]
+                    dim.dim_param = axes[axis]
     return Template(proto, kind)
 
 
@@ -102,7 +104,7 @@ def trace_module(
 def _dynamic_shapes(kind: ModelKind) -> tuple[tuple[dict[int, object], ...]]:
     dynamic = torch.export.Dim.DYNAMIC
     axes: dict[int, object] = {} if kind.single else {0: dynamic}
-    if not kind.takes_files:
+    if kind.takes_waves or not kind.takes_files:
         axes[1] = dynamic
     return (tuple(axes for _ in kind.inputs),)  # of forward's *inputs
 

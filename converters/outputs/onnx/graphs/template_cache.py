@@ -55,7 +55,7 @@ def cached_graph(facts: Mapping[str, Any], make: Callable[[], ModelProto]) -> Mo
 
 
 def traced_template(
-    reference: Reference, config: Mapping[str, Any], opset: int, image_shape: tuple[int, int, int] | None
+    reference: Reference, config: Mapping[str, Any], opset: int, shape: tuple[int, ...] | None
 ) -> Template:
     """The graph of a model, from the cache, or traced and stored there.
 
@@ -66,6 +66,7 @@ def traced_template(
         "kind": kind.record(),
         "config": {key: value for key, value in config.items() if key not in _INDIFFERENT},
         "opset": opset,
-        "image_shape": image_shape,
+        "shape": shape,
+        "settings": reference.settings,
     }
     return Template(cached_graph(facts, lambda: trace(reference, opset).proto), kind)

@@ -1,6 +1,6 @@
 """One traced base: what all its tasks share while they are written."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from onnx import GraphProto
@@ -39,6 +39,20 @@ class TracedBase:
         """(out, in) of a linear layer; a Conv1D stores its weight as (in, out)."""
         out, width = self.template.shapes[weight]
         return (out, width) if weight.removesuffix(".weight") in self.arch.linear else (width, out)
+
+    def within(self, task: TaskWeights) -> TaskWeights:
+        """A task without the updates that the graph lacks: of the tower for texts, in a graph of an image encoder.
+
+        Raises `ConversionError` if the graph has nothing of what the task changes.
+        """
+        aliases = {*self.arch.tied, *self.arch.tied.values()}  # a graph has one of their names
+        inside = {*self.template.shapes, *aliases}
+        if not inside & task.tensors.keys():
+            raise ConversionError(
+                f"{task.plan.name} changes {next(iter(task.tensors), 'nothing')} and no weight that the graph of "
+                f"{', '.join(self.template.kind.outputs)} depends on; it would be the base's"
+            )
+        return replace(task, updated={name: one for name, one in task.updated.items() if name in inside})
 
     def check_complete(self, task: TaskWeights) -> None:
         """Raise `ConversionError` if the graph has a weight that neither the base nor the task holds."""
