@@ -85,6 +85,7 @@ COMMANDS = (
     "converters.cli.merge_command.run_command",
     "converters.cli.inspect_command.run_command",
     "peanut_serve.cli.main._serve",
+    "peanut_serve.cli.predict_command._predict",
 )
 
 MODULES = modules()

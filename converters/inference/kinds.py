@@ -6,6 +6,7 @@ from typing import Any
 
 from converters.errors import ConversionError
 from converters.inference.media_models import MEDIA_MODELS, is_wave
+from converters.inference.sentences import Sentences
 from converters.inference.text_models import TEXT_MODELS, TOKEN_TYPES
 
 # model type -> inputs of its graph; a test exports each type and compares it with torch
@@ -45,6 +46,7 @@ class ModelKind:
         finds_end: whether the graph finds the last token of a padded text, which a classifier on a decoder reads.
             Otherwise it reads the last column, so texts must not be padded.
         single: whether the graph takes one text at a time.
+        sentences: how texts become embeddings, of a model of sentence-transformers.
         takes_waves: whether the input is the samples of a sound, of any length. Padding would change the outputs.
     """
 
@@ -53,6 +55,7 @@ class ModelKind:
     outputs: tuple[str, ...]
     finds_end: bool = True
     single: bool = False
+    sentences: Sentences | None = None
     takes_waves: bool = False
 
     @property
@@ -77,8 +80,14 @@ class ModelKind:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "ModelKind":
         """What `record` gave. Raises `TypeError` for unknown or missing fields."""
-        fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in record.items()}
+        fields = _with_tuples(record)
+        if fields.get("sentences") is not None:
+            fields["sentences"] = Sentences(**_with_tuples(fields["sentences"]))
         return cls(**fields)
+
+
+def _with_tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
 def find_kind(config: Mapping[str, Any]) -> ModelKind:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from converters.errors import CheckpointError, OptionError
 from converters.inference.examples import Example, brief, full_config
 from converters.inference.kinds import ModelKind
+from converters.inference.sentences import Sentences
 from converters.inference.text_models import TEXT_MODELS
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
@@ -42,7 +43,9 @@ class TextPreprocessor:
         positions = model.max_position_embeddings
         if TEXT_MODELS[model.model_type].positions_after_pad:
             positions -= model.pad_token_id + 1
-        self.max_length = int(min(self._tokenizer.model_max_length, positions))
+        self._sentences = kind.sentences or Sentences(())
+        limits = (self._tokenizer.model_max_length, positions, self._sentences.max_length)
+        self.max_length = int(min(limit for limit in limits if limit is not None))
         known = (model.pad_token_id, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
         pad_id = next((one for one in known if one is not None and 0 <= one < self._vocab_size), None)
         if pad_id is None:
@@ -73,8 +76,8 @@ class TextPreprocessor:
             )
         return arrays
 
-    def spans(self, text: str) -> list[tuple[int, int] | None]:
-        """The (start, end) of each token of a row in its text; None for special tokens.
+    def spans(self, text: str | tuple[str, str]) -> list[tuple[int, int] | None]:
+        """The (start, end) of each token of a row in its text, of a pair in the second; None for all other tokens.
 
         Raises:
             OptionError: the text is longer than the model's limit.
@@ -84,20 +87,30 @@ class TextPreprocessor:
             raise CheckpointError(
                 f"{self._folder}: the tokenizer does not report the positions of tokens; use one with tokenizer.json"
             )
-        found = self._tokenizer([text], return_offsets_mapping=True, return_special_tokens_mask=True)
+        texts = [[one] for one in (text if isinstance(text, tuple) else (text,))]
+        found = self._tokenizer(*texts, return_offsets_mapping=True, return_special_tokens_mask=True)
         places, special = found["offset_mapping"][0], found["special_tokens_mask"][0]
         if len(places) > self.max_length:
             raise OptionError(
                 f"the text {brief(repr(text))} has {len(places)} tokens, and the model takes {self.max_length}; "
                 "split it: the rest would be ignored"
             )
-        return [None if mask else tuple(place) for place, mask in zip(places, special, strict=True)]
+        of_text = [number == len(texts) - 1 for number in found.sequence_ids(0)]
+        return [
+            tuple(place) if own and not mask else None
+            for place, mask, own in zip(places, special, of_text, strict=True)
+        ]
+
+    def token(self, index: int) -> str:
+        """The text of a token."""
+        text: str = self._tokenizer.decode([index])
+        return text
 
     def _encode(self, example: Example) -> Mapping[str, list[int]]:
         if isinstance(example, Path):
             raise OptionError(f"{example} is a file, expected a text: the model takes texts")
         # as lists: transformers 5.19 does not treat a single text with an empty second text as a pair
-        texts = ([example[0]], [example[1]]) if isinstance(example, tuple) else ([example],)
+        texts = [[self._prepared(text)] for text in (example if isinstance(example, tuple) else (example,))]
         wanted = {
             f"return_{name}": True for name in self._names if name != "input_ids"
         }  # by default the tokenizer does not return all of them
@@ -105,6 +118,11 @@ class TextPreprocessor:
         if not found["input_ids"][0]:
             raise OptionError(f"the text {brief(repr(texts[0][0]))} has no tokens, expected at least one")
         return {name: found[name][0] for name in self._names}
+
+    def _prepared(self, text: str) -> str:
+        """As sentence-transformers does it; other texts are as they are."""
+        whole = self._sentences.prompt + text
+        return whole.lower() if self._sentences.lowercase else whole
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -16,6 +16,7 @@ from converters.inference.examples import Example, Preprocessor
 from converters.inference.preprocessing import open_preprocessor
 from converters.inference.session import Arrays, LoadedAdapter, Session
 from converters.inference.texts import TextPreprocessor
+from peanut_serve.classify.answers import Answer, find_answers
 from peanut_serve.classify.entities import Entity, find_entities
 from peanut_serve.classify.predictions import Prediction, check_logits, predictions
 from peanut_serve.classify.tasks import OnnxTask, find_tasks
@@ -54,7 +55,7 @@ class OnnxEngine:
         self._preprocessors: dict[str, Preprocessor] = {}
 
     def run(self, arrays: Arrays, task: str | None = None) -> NDArray[np.float32]:
-        """Run a task's graph and return its output; see `converters.inference.kinds.ModelKind`.
+        """Run a task's graph and return its first output; see `converters.inference.kinds.ModelKind`.
 
         Args:
             arrays: inputs by name.
@@ -66,17 +67,22 @@ class OnnxEngine:
                 output has NaN or infinity, or its number of labels differs from the config.
             BaseMismatchError: the graph and the task have different bases.
         """
+        return self.run_all(arrays, task)[0]
+
+    def run_all(self, arrays: Arrays, task: str | None = None) -> list[NDArray[np.float32]]:
+        """Every output of a task's graph. Takes the arguments of `run`, and raises the same errors."""
         ready = self.load(task)
         name = ready.task.name
         if missing := [one for one in ready.session.inputs if one not in arrays]:
             raise OptionError(f"{name} needs the inputs {', '.join(ready.session.inputs)}; {missing[0]} is missing")
         try:
-            found = ready.session.run(arrays, ready.adapter)
+            found = ready.session.run_all(arrays, ready.adapter)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             shapes = ", ".join(f"{one} {arrays[one].dtype}{arrays[one].shape}" for one in ready.session.inputs)
             cause = " ".join(str(error).split())[:300]
             raise OptionError(f"{name} cannot run on {shapes}: {cause}") from None
-        check_logits(found, ready.task.labels, name)
+        for output in found:
+            check_logits(output, ready.task.labels, name)
         return found
 
     def load(self, task: str | None = None) -> _Ready:
@@ -115,7 +121,7 @@ class OnnxEngine:
         if found.kind.task not in ("image-classification", "audio-classification", "text-classification"):
             raise OptionError(
                 f"{found.name} does {found.kind.task}, which has no label for a whole input; use entities() for "
-                "token classifiers, run() for other models"
+                "token classifiers, answers(), embeddings() or next_tokens() for other models"
             )
         if top_k < 1:
             raise OptionError(f"top_k is {top_k}; expected 1 or more")
@@ -141,12 +147,60 @@ class OnnxEngine:
             find_entities(text, row, where, found.labels) for text, row, where in zip(texts, rows, spans, strict=True)
         ]
 
+    def answers(
+        self, pairs: Sequence[tuple[str, str]], task: str | None = None, top_k: int = 5
+    ) -> list[list[Answer]]:
+        """Find the parts of texts that answer a question, best first; the pairs are (question, text).
+
+        Raises `OptionError` if the task does not answer questions, or a pair is longer than its limit; and the errors
+        of `run`.
+        """
+        found, preprocessor = self._texts(task, "question-answering")
+        spans = [preprocessor.spans(pair) for pair in pairs]
+        rows = self._outputs(found, pairs)
+        return [
+            find_answers(pair[1], row[0], row[1], where, top_k)
+            for pair, row, where in zip(pairs, rows, spans, strict=True)
+        ]
+
+    def embeddings(self, texts: Sequence[str], task: str | None = None) -> list[NDArray[np.float32]]:
+        """Compute the embeddings (width,) of texts, for models of sentence-transformers.
+
+        Raises `OptionError` if the task is another; and the errors of `run`.
+        """
+        found, _ = self._texts(task, "sentence-similarity")
+        return list(self._logits(found, texts))
+
+    def next_tokens(self, texts: Sequence[str], task: str | None = None, top_k: int = 5) -> list[list[Prediction]]:
+        """Predict the token after each text, best first.
+
+        Raises `OptionError` if the task is not a language model; and the errors of `run`.
+        """
+        found, preprocessor = self._texts(task, "text-generation")
+        tokens = []
+        for text in texts:
+            last = self.run(preprocessor([text]), found.name)[0, -1]
+            best = predictions(last, [str(index) for index in range(len(last))], top_k)
+            tokens.append([Prediction(preprocessor.token(int(one.label)), one.score) for one in best])
+        return tokens
+
+    def _texts(self, task: str | None, wanted: str) -> tuple[OnnxTask, TextPreprocessor]:
+        found = self.find(task)
+        if found.kind.task != wanted:
+            raise OptionError(f"{found.name} does {found.kind.task}, expected a model for {wanted}")
+        preprocessor = self._preprocessor(found)
+        assert isinstance(preprocessor, TextPreprocessor)
+        return found, preprocessor
+
     def _logits(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[NDArray[np.float32]]:
         """The logits of each example, computed in batches; those of tokens include rows for padding."""
-        preprocessor = self._preprocessor(task)
-        size = task.kind.batch_size
+        return (row[0] for row in self._outputs(task, examples))
+
+    def _outputs(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        """The outputs of each example, as `_logits`."""
+        preprocessor, size = self._preprocessor(task), task.kind.batch_size
         for start in range(0, len(examples), size):
-            yield from self.run(preprocessor(examples[start : start + size]), task.name)
+            yield from zip(*self.run_all(preprocessor(examples[start : start + size]), task.name), strict=True)
 
     def _preprocessor(self, task: OnnxTask) -> Preprocessor:
         with self._lock:

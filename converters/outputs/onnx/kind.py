@@ -7,6 +7,7 @@ from typing import Any
 from converters.errors import ConversionError
 from converters.inference.examples import full_config
 from converters.inference.kinds import ModelKind, find_kind
+from converters.inference.sentences import MODULES, read_sentences
 from converters.inference.text_models import TEXT_MODELS
 from converters.plans.merge import Plan
 
@@ -33,6 +34,11 @@ def kind_of(plan: Plan) -> ModelKind:
         # without a pad token transformers refuses batches; with a negative one it reads the last column
         pad_id = model.pad_token_id
         return replace(kind, finds_end=pad_id is not None and pad_id >= 0, single=pad_id is None)
+    if kind.task == "feature-extraction":
+        own = plan.head.path
+        sentences = read_sentences(own if (own / MODULES).is_file() else plan.base.folder)
+        if sentences is not None:
+            return replace(kind, task="sentence-similarity", outputs=("sentence_embedding",), sentences=sentences)
     return kind
 
 

@@ -16,6 +16,7 @@ from converters.inference.kinds import ModelKind
 from converters.inference.media_models import receptive_field
 from converters.inference.text_models import TEXT_MODELS
 from converters.models.checkpoint import Checkpoint
+from converters.outputs.onnx.graphs.pooling import pool
 from converters.plans.merge import Plan
 
 _LABELS = ("id2label", "label2id", "num_labels")  # keys of a config
@@ -60,6 +61,8 @@ class Reference(torch.nn.Module):
         if "image_embeds" in self.kind.outputs and hasattr(self.model, "get_image_features"):
             return (self.model.get_image_features(**named, **self.settings).pooler_output,)
         found = self.model(**named, **self.settings)
+        if self.kind.sentences is not None:
+            return (pool(found["last_hidden_state"], named["attention_mask"], self.kind.sentences),)
         return tuple(found[name] for name in self.kind.outputs)
 
     def weights(self) -> dict[str, Tensor]:
