@@ -46,7 +46,7 @@ class AudioPreprocessor:
                 "transformers' feature extractors: it defines how sounds are sampled and normalised"
             )
         try:
-            self._extractor = _load_extractor(folder)
+            self._extractor = _load_extractor(folder, model)
             self.rate = int(self._extractor.sampling_rate)
             noise = np.random.default_rng(0).random(max(self.rate, self._shortest), np.float32) - 0.5
             shape = self._extract(noise).shape[1:]
@@ -92,7 +92,8 @@ class AudioPreprocessor:
         return values
 
 
-def _load_extractor(folder: Path) -> Any:
+def _load_extractor(folder: Path, model: Any) -> Any:
     from transformers import AutoFeatureExtractor
 
-    return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # with the config: files of older versions, such as wav2vec2-base's, do not name the class
+    return AutoFeatureExtractor.from_pretrained(folder, config=model, local_files_only=True, trust_remote_code=False)

@@ -55,6 +55,14 @@ def test_as_transformers(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(row, wanted[extractor.model_input_names[0]][0])
 
 
+def test_a_file_that_does_not_name_the_class(tmp_path: Path) -> None:
+    """As that of wav2vec2-base, in a folder without a config.json."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, "sampling_rate": 16000}))
+    (values,) = opened(tmp_path, WAV2VEC2)([save_sound(tmp_path / "a.wav", sound(500))]).values()
+    assert values.shape == (1, 500)
+    assert abs(values.std() - 1) < 1e-3
+
+
 def test_samples_of_different_lengths(tmp_path: Path) -> None:
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     files = [save_sound(tmp_path / f"{length}.wav", sound(length)) for length in (500, 600)]
@@ -83,6 +91,6 @@ def test_extractors_that_do_not_fit(tmp_path: Path) -> None:
         opened(tmp_path, WAV2VEC2)
     with pytest.raises(CheckpointError, match="cannot be used"):
         opened(tmp_path, WHISPERS)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"feature_extractor_type": "Nothing"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": "high"}))
     with pytest.raises(CheckpointError, match="cannot be used"):
         opened(tmp_path, AST)
