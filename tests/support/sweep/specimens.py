@@ -64,7 +64,7 @@ def examine(task_name: str, model_type: str, folder: Path) -> Outcome:
         wanted = _adapted(task, model, inputs, folder)
     except _UnusableError as unusable:
         return unusable.outcome
-    if _far(base, wanted) < 100 * CLOSE:
+    if _far(base, wanted) < 10 * CLOSE:
         return Outcome("no effect")
     try:
         merge(folder / "base", load_adapter(folder / "adapter", layout="lora"), folder / "merged")
@@ -146,7 +146,7 @@ def _adapted(task: Task, model: Any, inputs: dict[str, torch.Tensor], folder: Pa
 def _targets(model: Any) -> list[str] | str:
     """PEFT's default targets; without any, the linear layers below the head, or the convolutions."""
     if found := TARGETS.get(model.config.model_type):
-        return list(found)
+        return found if isinstance(found, str) else list(found)
     for kind in (torch.nn.Linear, torch.nn.Conv2d):
         modules = {name for name, module in model.base_model.named_modules() if isinstance(module, kind)}
         inside = [name for name in modules if model.base_model is not model]
