@@ -182,8 +182,8 @@ def _refuse_conflicts(found: Targets, single: bool) -> None:
     if both := sorted(updated & set(found.replaced)):
         if single:
             raise OptionError(
-                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of a "
-                "LoraConfig together); merge it with PEFT's merge_and_unload"
+                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of "
+                "a LoraConfig together); merge it with PEFT's merge_and_unload"
             )
         raise OptionError(
             f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
