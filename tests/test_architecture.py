@@ -68,7 +68,7 @@ THIRD_PARTY = {
     "matplotlib": ("converters.inspection",),
     "typer": ("converters.cli", "peanut_serve.cli"),
     "rich": ("converters.cli", "peanut_serve.cli"),
-    "httpx": ("peanut_serve.cli",),
+    "httpx": ("peanut_serve.cli", "peanut_serve.ray"),
     "pydantic": ("peanut_serve.settings", "peanut_serve.variants", "peanut_serve.web", "peanut_serve.cli"),
     "fastapi": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
