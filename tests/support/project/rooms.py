@@ -26,6 +26,7 @@ PEANUT_SERVE = (
     "web",  # the HTTP side of a server
     "classify",  # predictions of exported classifiers
     "vllm_plugin",  # everything that is loaded into vLLM
+    "ray",  # many engines on Ray Serve
     "cli",  # peanut-serve
 )
 ORDER = {"converters": CONVERTERS, "peanut_serve": PEANUT_SERVE}

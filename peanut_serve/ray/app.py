@@ -1,0 +1,46 @@
+"""The Serve application of a fleet: `import_path: peanut_serve.ray.app:build`, with FleetSettings as `args`."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from peanut_serve.ray.front import Front
+from peanut_serve.ray.replica import EngineReplica
+from peanut_serve.ray.settings import FleetSettings
+
+_ROUTING: dict[str, Any] = {
+    "request_router_class": "peanut_serve.ray.router:VariantRouter",
+    "request_routing_stats_period_s": 0.5,  # how often replicas tell what is resident; Ray's default is 10
+}
+_ONGOING = 4096  # the engines queue, as they know what a swap costs; Ray must not
+_QUIET = {"enable_access_log": False}
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The front and its engines. Raises `pydantic.ValidationError` for wrong settings, before anything starts."""
+    settings = FleetSettings.model_validate(args)
+    engine = serve.deployment(
+        name="Engine",
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        max_ongoing_requests=_ONGOING,
+        max_queued_requests=settings.most_waiting,
+        max_constructor_retry_count=1,  # what failed once, after minutes, would fail again
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=settings.engine.stop_seconds + 10,
+        graceful_shutdown_wait_loop_s=0.2,
+        request_router_config=RequestRouterConfig(**_ROUTING),
+        logging_config=_QUIET,
+    )(EngineReplica)
+    front = serve.deployment(
+        name="Front",
+        num_replicas=1,  # the router knows what was sent where; a second one would not see it
+        max_ongoing_requests=_ONGOING,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=_QUIET,
+    )(Front)
+    key_file = str(settings.key_file) if settings.key_file else None
+    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), str(settings.logs)), key_file)

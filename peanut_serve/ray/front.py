@@ -1,0 +1,117 @@
+"""The address of the fleet: an HTTP application that passes each request on to the replica that the router chose."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from peanut_serve.errors import RequestBodyError, ServingError
+from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
+from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.request_body import parse_body, variant_of
+from peanut_serve.web.routes import Access, access_to
+
+logger = logging.getLogger("ray.serve")
+
+_TRIES = 3  # replicas, until a request has had its first byte
+_TAKEN = 30.0  # seconds until a replica has taken a request
+_PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
+_MOST_BYTES = 64 << 20  # of a body
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+_GONE = (RayError, ReplicaUnavailableError)
+_LOST = "the replica that answered was lost; send the request again"
+
+
+async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The rest of a stream; if the replica is lost, an event says so, instead of an end that looks like any other."""
+    try:
+        async for part in answer:
+            yield part
+    except _GONE as error:
+        logger.warning("a stream was cut: %s", type(error).__name__)
+        yield f"data: {json.dumps(_error(503, _LOST))}\n\n".encode()
+
+
+async def _read(request: Request) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > _MOST_BYTES:
+            raise RequestBodyError(f"the body is larger than {_MOST_BYTES >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    kind = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}.get(status, "ServiceError")
+    return {"error": {"message": message, "type": kind, "code": status}}
+
+
+def refusal(status: int, message: str, retry_after: int | None = None) -> JSONResponse:
+    """An error as OpenAI's clients expect it."""
+    headers = {"Retry-After": str(retry_after)} if retry_after is not None else None
+    return JSONResponse(_error(status, message), status, headers)
+
+
+# Ray copies the class and what it uses as soon as it is decorated, so that it comes last
+_application = FastAPI(openapi_url=None)
+
+
+@serve.ingress(_application)
+class Front:
+    """The callable of the Serve deployment `Front`."""
+
+    def __init__(self, engines: DeploymentHandle[EngineReplica], key_file: str | None) -> None:
+        self._engines = engines.options(stream=True, method_name="handle")
+        keys = Path(key_file).read_text().split() if key_file else []
+        self._keys = BearerKeys(keys) if keys else None
+
+    @_application.api_route("/{path:path}", methods=_METHODS)
+    async def answer(self, request: Request) -> Response:
+        """Pass a request on; errors have the form of OpenAI's API."""
+        path = request.url.path
+        access = access_to(path)
+        if access is Access.REFUSED:
+            return refusal(404, f"{request.method} {path} is not served")
+        if self._keys is not None and access is not Access.OPEN and not self._keys.include(request.scope):
+            return refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
+        try:
+            body = await _read(request)
+            variant = variant_of(parse_body(body), request.scope) if request.method == "POST" else None
+        except ServingError as error:
+            return refusal(error.status, str(error))
+        target = f"{path}?{request.url.query}" if request.url.query else path
+        return await self._pass_on(variant or "", (request.method, target, list(request.scope["headers"]), body))
+
+    async def _pass_on(self, variant: str, request: tuple[str, str, Headers, bytes]) -> Response:
+        for last in [False] * (_TRIES - 1) + [True]:
+            answer: AsyncIterator[Any] = aiter(
+                self._engines.options(multiplexed_model_id=variant).remote(variant, request)  # type: ignore[arg-type]
+            )
+            try:
+                async with asyncio.timeout(_TAKEN):
+                    await anext(answer)  # taken by a replica
+                status, headers = await anext(answer)
+            except BackPressureError:
+                return refusal(429, "too many requests are waiting", 1)
+            except (TimeoutError, DeploymentUnavailableError):
+                return refusal(503, "no replica is ready", 5)
+            except _GONE:
+                if last:
+                    return refusal(503, _LOST, 1)
+                await asyncio.sleep(_PAUSE)
+                continue
+            streams = any(key == b"content-type" and value.startswith(b"text/event-stream") for key, value in headers)
+            response = StreamingResponse(_events(answer) if streams else answer, status)
+            response.raw_headers = end_to_end(headers)
+            return response
+        raise AssertionError("the last try returns")

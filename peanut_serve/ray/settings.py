@@ -1,0 +1,54 @@
+"""What a fleet is started with: Ray Serve's `args`, checked before anything starts."""
+
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+_SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
+
+
+class EngineSettings(BaseModel):
+    """One engine: a `peanut-serve` process.
+
+    Attributes:
+        options: its command line, without the ports and keys, which each replica chooses.
+        variables: added to its environment.
+        slots: how many variants it answers at once; 1 where weights are swapped.
+        command: the program that gets the options.
+        start_seconds: how long it may take until it is ready.
+        stop_seconds: how long it may take to answer what it runs when it is stopped.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    options: tuple[str, ...]
+    variables: dict[str, str] = Field(default_factory=dict)
+    slots: PositiveInt = 1
+    command: tuple[str, ...] = _SERVER
+    start_seconds: PositiveFloat = 1800.0
+    stop_seconds: PositiveFloat = 30.0
+
+
+class FleetSettings(BaseModel):
+    """A fleet.
+
+    Attributes:
+        engine: what each replica runs.
+        replicas: how many.
+        gpus: of each replica.
+        cpus: of each replica.
+        most_waiting: requests that may wait for a replica before the next one is answered with 429.
+        key_file: file with the API keys of clients, one in a line; without it no key is needed.
+        logs: folder for the output of the engines.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: EngineSettings
+    replicas: PositiveInt = 1
+    gpus: float = Field(default=0.0, ge=0)
+    cpus: float = Field(default=1.0, ge=0)
+    most_waiting: PositiveInt = 1024
+    key_file: Path | None = None
+    logs: Path = Path("/tmp/ray/peanut-serve")

@@ -1,0 +1,141 @@
+"""A fleet on a real Ray Serve cluster, with fake engines: what clients see of residency, losses and refusals."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from support.engines.remains import until
+from support.fleet import fake_server
+
+from peanut_serve.ray.app import build
+from peanut_serve.ray.child import free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+KEY = "a-key"
+REPLICAS = 3
+COMPLETIONS = "/v1/completions"
+
+
+class Fleet:
+    def __init__(self, address: str, journal: Path) -> None:
+        self.client = httpx.Client(base_url=address, timeout=60, headers={"Authorization": f"Bearer {KEY}"})
+        self.address, self.journal = address, journal
+
+    def ask(self, variant: str) -> tuple[str, int]:
+        """Who answered: variant and process."""
+        answer = self.client.post(COMPLETIONS, json={"model": variant})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["variant"], answer.json()["pid"]
+
+    def events(self) -> list[str]:
+        return self.journal.read_text().splitlines() if self.journal.exists() else []
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    journal, keys, port = folder / "journal", folder / "keys", free_port()
+    keys.write_text(f"{KEY}\nanother-key\n")
+    os.environ |= {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
+    engine = {
+        "command": [sys.executable, fake_server.__file__],
+        "options": ["--swap", "0.2", "--journal", str(journal)],
+    }
+    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
+        args = {"engine": engine, "replicas": REPLICAS, "cpus": 0.1, "key_file": str(keys), "logs": str(folder)}
+        serve.run(build(args))
+        yield Fleet(f"http://127.0.0.1:{port}", journal)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def test_a_variant_stays_where_its_weights_are(fleet: Fleet) -> None:
+    first = {variant: fleet.ask(variant) for variant in ["v0", "v1", "v2"]}
+    swaps = len(fleet.events())
+    for _ in range(5):
+        for variant, answered in first.items():
+            assert fleet.ask(variant) == answered
+    assert len({pid for _, pid in first.values()}) == REPLICAS
+    assert len(fleet.events()) == swaps, "a variant was swapped in again"
+
+
+def test_another_name_of_a_variant_goes_where_its_weights_are(fleet: Fleet) -> None:
+    answered = fleet.ask("v0")
+    time.sleep(2)  # until the front has been told the names of what is resident
+    assert fleet.ask("prod") == answered
+
+
+def test_requests_and_answers_pass_byte_for_byte(fleet: Fleet) -> None:
+    body = '{"model": "v1",  "prompt": "ü\\u0000"}'.encode()
+    answer = fleet.client.post("/tokenize?a=1&b=%2F", content=body)
+    assert answer.status_code == 418
+    assert answer.content == bytes(range(256))
+    assert answer.headers["x-body"] == body.hex()
+    assert answer.headers["x-query"] == "a=1&b=%2F"
+    assert answer.headers["x-odd"] == "a, b;c"
+    assert KEY not in answer.headers["x-key"], "engines have keys of their own"
+    assert len(answer.headers.get_list("date")) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "key", "status"),
+    [
+        (COMPLETIONS, b'{"model": "v0"}', "wrong", 401),
+        (COMPLETIONS, b'{"model": "v0"}', "another-key", 200),
+        (COMPLETIONS, b"{", KEY, 400),
+        (COMPLETIONS, b'{"model": 3}', KEY, 400),
+        (COMPLETIONS, b'{"model": "nobody"}', KEY, 404),
+        ("/v1/load_lora_adapter", b"{}", KEY, 404),
+        ("/no/such/route", b"{}", KEY, 404),
+    ],
+)
+def test_refusals(fleet: Fleet, path: str, content: bytes, key: str, status: int) -> None:
+    answer = httpx.post(fleet.address + path, content=content, headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["message"]
+
+
+def test_a_client_that_goes_away_ends_its_request(fleet: Fleet) -> None:
+    body = {"model": "v1", "stream": True, "max_tokens": 10_000}
+    with fleet.client.stream("POST", COMPLETIONS, json=body) as answer:
+        next(answer.iter_lines())
+    assert until(lambda: any("cancelled" in event for event in fleet.events()), 20)
+
+
+def test_a_lost_engine_is_told_and_replaced(fleet: Fleet) -> None:
+    """The stream that it answered ends with an error, the next request is answered by another, the fleet is whole."""
+    body = {"model": "v2", "stream": True, "max_tokens": 10_000}
+    with fleet.client.stream("POST", COMPLETIONS, json=body) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        lost = int(next(lines).partition('"pid": ')[2].strip("}"))
+        os.kill(lost, signal.SIGKILL)
+        assert "the replica that answered was lost" in list(lines)[-1]
+    for _ in range(10):
+        variant, pid = fleet.ask("v2")
+        assert variant == "v2"
+        assert pid != lost
+    assert until(lambda: len(living(fleet) - {lost}) == REPLICAS, 60)
+
+
+def living(fleet: Fleet) -> set[int]:
+    """The engines that run."""
+    found = set()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = command.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(fleet.journal).encode() in arguments and b"peanut_serve.ray.watchdog" not in arguments:
+            found.add(int(command.parent.name))
+    return found

@@ -1,0 +1,90 @@
+"""A `peanut-serve` for tests: one variant is resident, a swap takes a moment, answers tell who gave them.
+
+    python fake_server.py --swap SECONDS --journal FILE --port PORT --admin-port PORT
+
+Variants: base, v0 to v9, and `prod`, which is another name of v0. The journal gets a line for each event.
+"""
+
+import argparse
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+NAMES = {"base": "base", "prod": "v0"} | {f"v{number}": f"v{number}" for number in range(10)}  # name -> digest
+
+
+class FakeServer:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.active, self.lock = options, "base", asyncio.Lock()
+
+    def note(self, event: str) -> None:
+        with self.options.journal.open("a") as journal:
+            print(os.getpid(), event, file=journal, flush=True)
+
+    async def health(self, _: Request) -> Response:
+        return Response()
+
+    async def engine(self, _: Request) -> Response:
+        return JSONResponse({"active": self.active, "digest": self.active})
+
+    async def variants(self, _: Request) -> Response:
+        return JSONResponse([{"name": name, "digest": digest} for name, digest in NAMES.items()])
+
+    async def echo(self, request: Request) -> Response:
+        """What came in, byte for byte, and an odd answer."""
+        headers = {"x-body": (await request.body()).hex(), "x-query": request.url.query, "x-odd": "a, b;c"}
+        return Response(bytes(range(256)), 418, headers | {"x-key": request.headers["authorization"]})
+
+    async def complete(self, request: Request) -> Response:
+        body = await request.json()
+        digest = NAMES.get(body["model"])
+        if digest is None:
+            return JSONResponse({"error": {"message": "no such variant"}}, 404)
+        async with self.lock:
+            if digest != self.active:
+                await asyncio.sleep(self.options.swap)
+                self.active = digest
+                self.note(f"swapped {digest}")
+        if body.get("stream"):
+            return StreamingResponse(self.events(body.get("max_tokens", 3)), media_type="text/event-stream")
+        return JSONResponse({"variant": self.active, "pid": os.getpid()})
+
+    async def events(self, count: int) -> AsyncIterator[str]:
+        try:
+            for number in range(count):
+                yield f'data: {{"token": {number}, "pid": {os.getpid()}}}\n\n'
+                await asyncio.sleep(0.05)
+            self.note("finished")
+        except asyncio.CancelledError:
+            self.note("cancelled")
+            raise
+
+    def run(self) -> None:
+        admin = Starlette(routes=[Route("/admin/v1/engine", self.engine), Route("/admin/v1/variants", self.variants)])
+        config = uvicorn.Config(admin, port=self.options.admin_port, log_level="warning")
+        threading.Thread(target=uvicorn.Server(config).run, daemon=True).start()
+        app = Starlette(
+            routes=[
+                Route("/health", self.health),
+                Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/tokenize", self.echo, methods=["POST"]),
+            ]
+        )
+        uvicorn.run(app, port=self.options.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--swap", type=float)
+    parser.add_argument("--journal", type=Path)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--admin-port", type=int)
+    FakeServer(parser.parse_args()).run()
