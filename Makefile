@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo soak clean
+.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo onnx-models soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -62,6 +62,10 @@ bench-onnx: $(VENV)/.test
 zoo: $(VENV)/.test
 	rm -f build/bench/zoo.jsonl
 	$(VENV)/bin/python benchmarks/zoo.py
+
+# the table of models in converters/README.md, and what it is made from; half an hour
+onnx-models: $(VENV)/.test
+	cd tests && PYTHONPATH=. ../$(VENV)/bin/python -m support.onnx_zoo
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak --timeout 3600

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
+from support.onnx_zoo.record import models_table, read_record
 from support.paths import ROOT
 from support.project.documents import ALL, CONTRIBUTING, CONVERTERS, README, SECURITY, SERVING, Document, rows
 from support.project.methods_table import methods_table
@@ -14,6 +15,7 @@ from support.project.rooms import ORDER
 
 import converters
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
+from converters.inference.text_models import TEXT_MODELS
 from peanut_serve.settings import environment
 from peanut_serve.swapping import metrics
 from peanut_serve.web.routes import _ACCESS, Access
@@ -54,6 +56,14 @@ def test_every_layout_stands_in_the_table() -> None:
 def test_the_table_of_methods_is_what_the_methods_say() -> None:
     table = CONVERTERS.section("Adapter methods").split("\n\n")
     assert "\n".join(methods_table()) in table
+
+
+def test_the_table_of_onnx_models_is_what_a_run_found() -> None:
+    table = CONVERTERS.section("ONNX models").split("\n\n")
+    assert "\n".join(models_table()) in table
+    found = read_record()
+    assert {entry["model_type"] for entry in found.values()} >= set(TEXT_MODELS)
+    assert all(difference <= 1e-4 for entry in found.values() for difference in entry["differences"].values())
 
 
 def test_the_public_names_exist() -> None:

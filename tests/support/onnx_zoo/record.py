@@ -1,13 +1,15 @@
 """What a run of all rows found, in tests/data, and the table in converters/README.md that is made from it."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from support.onnx_zoo.rows import Row
 from support.paths import DATA
 
 from converters.inference.kinds import find_kind
 from converters.outputs.onnx.options import Form
+
+if TYPE_CHECKING:  # it imports transformers
+    from support.onnx_zoo.rows import Row
 
 RECORD = DATA / "onnx_models.json"
 _FORMS = {
@@ -18,7 +20,7 @@ _FORMS = {
 }
 
 
-def entry_of(row: Row, differences: dict[str, float]) -> dict[str, Any]:
+def entry_of(row: "Row", differences: dict[str, float]) -> dict[str, Any]:
     """What is kept of a run of a row."""
     config = {**row.config().to_dict(), "architectures": [row.model_class.__name__]}
     return {
