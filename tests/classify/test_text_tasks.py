@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from support.commands import Run
-from support.preprocessor_folders import WORDS, text_model
+from support.companions.preprocessor_folders import WORDS, text_model
 from support.tiny_models import save_adapter, tiny_llama, unmerged
 from transformers import (
     AutoTokenizer,

@@ -12,7 +12,7 @@ from typing import Any
 from converters._version import __version__
 from converters.evaluation.accounting import check_accounts
 from converters.evaluation.verify import Verification, check_headers
-from converters.files.json_files import parse_json, write_json
+from converters.files.json_files import write_json
 from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
 from converters.files.writer import ShardWriter
 from converters.outputs.base import Advance
@@ -91,9 +91,9 @@ class Draft:
 
 
 def _states(file: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a file says exactly what `config` does, types included."""
+    """Whether a file says exactly what `config` does, types included, in the encoding that transformers reads."""
     try:
-        found = parse_json(file)
+        found = json.loads(file.read_bytes().decode("utf-8"))  # a byte-order mark is an error
     except (OSError, ValueError):
         return False
     return json.dumps(found, sort_keys=True) == json.dumps(config, sort_keys=True)

@@ -75,7 +75,7 @@ def test_weights_are_those_that_were_trained(init: str, tmp_path: Path) -> None:
     changed = [name for name in found if not torch.equal(found[name], before[name])]
     assert {name.split(".")[-2] for name in changed} == set(TARGETS["llama"])
     for name in found:
-        assert (found[name] - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
+        assert (found[name] - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
+from support.companions.preprocessor_folders import picture, save_picture
 from support.media.onnx_media import MEDIA_ROWS, MediaRow
 from support.media.sound_files import save_sound, sound
-from support.preprocessor_folders import picture, save_picture
 from transformers import PreTrainedModel
 
 from converters.api.exporting import export_onnx

@@ -8,8 +8,8 @@ import torch
 from peft import PeanutConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.commands import Run
+from support.companions.preprocessor_folders import picture, save_picture
 from support.media.onnx_media import HEAD, QV, TOWERS, VISION, whole
-from support.preprocessor_folders import picture, save_picture
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
