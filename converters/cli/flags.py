@@ -10,7 +10,7 @@ _WITH_VALUES = (
 )
 _SWITCHES = (
     *("force_base", "stream", "overwrite", "each", "share", "resume", "full", "private"),
-    *("transformersjs", "swappable", "self_merging"),
+    *("transformersjs", "swappable", "self_merging", "interpolate_pos_encoding"),
 )
 # parameters whose flag has another name
 _RENAMED = {"branch": "--push-revision", "repo_id": "--push-to-hub", "runtime": "--for"}

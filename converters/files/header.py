@@ -31,6 +31,7 @@ INTEGER_DTYPES: dict[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+_TORCH_DTYPES = FLOAT_DTYPES | {name: dtype for dtype, name in INTEGER_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of a floating-point tensor. Raises `KeyError` for any other."""
-        return FLOAT_DTYPES[self.dtype]
+        """The torch dtype of floating-point or whole numbers. Raises `KeyError` for any other."""
+        return _TORCH_DTYPES[self.dtype]
 
     @property
     def row_size(self) -> int:
