@@ -71,6 +71,7 @@ def test_base_self_without_a_base(tmp_path: Path) -> None:
         prepare_merge("self", CASE.folder / "theta.bin")
 
 
+@pytest.mark.slow
 def test_base_self_without_room_for_it(tmp_path: Path) -> None:
     shutil.copy(CASE.adapter, tmp_path / "pets.bin")
     shutil.copy(CASE.base / "config.json", tmp_path)

@@ -36,6 +36,7 @@ def test_a_broken_download_resumes_where_it_broke(hub: Hub, pair: Pair, no_waits
     assert (pair.output / MODEL).read_bytes() == (local / MODEL).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_for_good(hub: Hub, pair: Pair, no_waits: dict[str, str]) -> None:
     hub.broken[MODEL] = [0] * 6
     refused = merge_from(hub, pair, "org/model", "--force-base", **no_waits)

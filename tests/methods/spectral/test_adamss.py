@@ -37,6 +37,7 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_a_bias_changes_too_also_as_lora(tmp_path: Path) -> None:
     train(MODELS["bert"](), config("bert"), tmp_path / "base", tmp_path / "adapter")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
@@ -51,6 +52,7 @@ def test_a_bias_changes_too_also_as_lora(tmp_path: Path) -> None:
     assert close(logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "lora")), wanted)
 
 
+@pytest.mark.slow
 def test_a_base_in_half_precision(tmp_path: Path) -> None:
     """Its singular vectors were saved in it, too."""
     train(tiny_llama().bfloat16(), config("llama"), tmp_path / "base", tmp_path / "adapter")
