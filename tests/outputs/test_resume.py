@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.commands import Run
-from support.tiny_models import Pair, save_adapter, tiny_llama
+from support.tiny_models import Pair, edit_config, save_adapter, tiny_llama
 
 from converters import merge, merge_each
 from converters.errors import OutputError, OutputExistsError
@@ -102,6 +103,19 @@ def test_another_merge_takes_nothing_over(interrupted: Pair, what: str) -> None:
     assert result.taken_over == (6 if what == "torn journal" else 0)
     whole = merge(interrupted.base, interrupted.adapter, interrupted.output.with_name("whole"), **options)
     assert files(result.output) == files(whole.output)
+
+
+def test_another_stack_of_layers_takes_nothing_over(pair: Pair, fail_after: Callable[[int | None], None]) -> None:
+    """θ, names and shapes are the same; the layers of the base that are copied are not."""
+    shutil.rmtree(pair.adapter)
+    stack = {"layer_replication": [[0, 2], [0, 1]], "target_modules": ["q_proj"], "init_lora_weights": False}
+    get_peft_model(tiny_llama(), LoraConfig(r=2, **stack)).save_pretrained(pair.adapter)
+    fail_after(7)
+    with pytest.raises(OutputError):
+        merge(pair.base, pair.adapter, pair.output, resume=True)
+    fail_after(None)
+    edit_config(pair.adapter, layer_replication=[[0, 2], [1, 2]])
+    assert merge(pair.base, pair.adapter, pair.output, resume=True).taken_over == 0
 
 
 def test_without_resume_it_starts_anew(interrupted: Pair) -> None:

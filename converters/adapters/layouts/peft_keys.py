@@ -89,7 +89,8 @@ def sort_keys(
         elif match := saved_key.fullmatch(name):
             adapter, parameter = _split_saved(match["module"], match["rest"], copied)
             adapters.add(adapter)
-            found.saved[f"{match['module']}.{parameter}"] = key
+            saved = f"{match['module']}.{parameter}"
+            found.saved[saved] = source.keys.get(saved, key)  # PEFT loads the shorter one, where both are there
             found.replaced |= {match["module"]} if match["holder"] == whole else set()
         elif mark in name:
             raise ThetaError(f"{where}: the key {key} does not have PEFT's form")
@@ -137,7 +138,9 @@ def _place_plain(found: PeftKeys, name: str, key: str, bias: str, whole_model: b
 def _is_whole_model(source: AdapterSource) -> bool:
     """Whether it has the weights of the base, other than of embeddings, which PEFT may save along."""
     bases = [name for name in source.keys if name.endswith(".base_layer.weight")]
-    replaced = any(_ORIGINAL.fullmatch(name) and name.endswith(".weight") for name in source.keys)
+    originals = [match for match in map(_ORIGINAL.fullmatch, source.keys) if match and match[0].endswith(".weight")]
+    # of a resized embedding, PEFT saves the original and the trained copy once more beside `lm_head.weight`
+    replaced = any(f"{match['module']}.{match['rest']}" not in source.keys for match in originals)
     return replaced or not all(map(_EMBEDDING_BASE.fullmatch, bases))
 
 

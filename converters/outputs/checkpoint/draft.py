@@ -112,6 +112,7 @@ def _identity(plan: Plan) -> str:
         "base": f"{base.repo_id}@{base.revision}" if base.stream else base.fingerprint,
         "files": {str(file): str(state) for file, state in base.states.items()},
         "adapters": [(weighted.adapter.digest, weighted.weight) for weighted in plan.adapters],
+        "changes": dict(base.changes),  # before the training; the names of stacked layers do not tell them apart
         "options": dict(plan.options),
         "shards": {shard: [asdict(tensor.spec) for tensor in tensors] for shard, tensors in plan.shards.items()},
     }

@@ -12,6 +12,7 @@ from converters.files.staging import check_output, check_space
 from converters.models import config as model_config
 from converters.outputs.onnx.eval_data import EvalData, read_eval_data
 from converters.outputs.onnx.graphs.merged import BASE_DATA
+from converters.outputs.onnx.graphs.template_cache import graph_config
 from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.opset import check_opset
 from converters.outputs.onnx.options import ExportOptions, Form
@@ -106,6 +107,7 @@ def _check_options(plans: Sequence[Plan], options: ExportOptions) -> None:
         if len(classes) > 1:
             found = ", ".join(f"{task} is a {name}" for name, task in classes.items())
             raise ConversionError(f"tasks in one folder must be of one class: {found}; export them separately")
+        _refuse_other_graphs(plans)
     if options.eval_data is not None and len(plans) > 1:
         raise OptionError("eval_data= measures one task, but several are exported; export them one by one")
     if options.eval_data is not None and plans[0].config.get("problem_type") == "multi_label_classification":
@@ -113,6 +115,20 @@ def _check_options(plans: Sequence[Plan], options: ExportOptions) -> None:
     for plan in plans:
         if (dtype := plan.options["dtype"]) != "fp32":
             raise OptionError(f"{plan.name}: ONNX graphs are written in float32, not {dtype}; see quantize=")
+
+
+def _refuse_other_graphs(plans: Sequence[Plan]) -> None:
+    """Raise `ConversionError` unless one graph is that of all tasks: its ties, sizes and pad token are in it."""
+    first, *others = plans
+    own = graph_config(first.config)
+    for other in others:
+        found = graph_config(other.config)
+        for key in sorted(own.keys() | found.keys()):
+            if own.get(key) != found.get(key):
+                raise ConversionError(
+                    f"tasks in one folder share a graph, and {key} is {found.get(key)} for {other.name}, "
+                    f"{own.get(key)} for {first.name}; export them separately"
+                )
 
 
 def _name_outputs(plans: Sequence[Plan], output: Path | None, form: Form) -> dict[Path, tuple[Plan, ...]]:

@@ -1,5 +1,6 @@
 """Carrying out an export: all output folders appear at the end, complete, or none does."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from converters.outputs.base import Report, WriteOptions
 from converters.outputs.onnx.checks import TaskCheck, check_task, prepare_eval_data
 from converters.outputs.onnx.graphs.reference import Reference
 from converters.outputs.onnx.graphs.task_weights import check_task_accounts, evaluate_task
-from converters.outputs.onnx.graphs.template_cache import traced_template
+from converters.outputs.onnx.graphs.template_cache import graph_config, traced_template
 from converters.outputs.onnx.graphs.traced import TracedBase
 from converters.outputs.onnx.kind import kind_of
 from converters.outputs.onnx.plan import ExportPlan
@@ -108,7 +109,7 @@ class _Writer:
     def _base_of(self, plan: Plan, shape: tuple[int, ...] | None) -> TracedBase:
         """The base, loaded as the class of a plan and traced."""
         name = plan.config["architectures"][0]
-        key = f"{name} {shape} {plan.config.get('vocab_size')} {plan.config.get('tie_word_embeddings')}"
+        key = json.dumps([graph_config(plan.config), shape], sort_keys=True)
         if key not in self._traced:
             start = time.perf_counter()
             self._report("loading the base")

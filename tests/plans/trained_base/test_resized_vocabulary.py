@@ -143,3 +143,31 @@ def test_two_vocabularies_have_no_sum(tmp_path: Path) -> None:
     first, second = train(tmp_path / "a", 100), train(tmp_path / "b", 104)
     with pytest.raises(BaseMismatchError, match="trained with a vocabulary of 100, .* with one of 104"):
         prepare_merge(tmp_path / "a" / "base", [first, second])
+
+
+@pytest.mark.parametrize(
+    ("saved", "tied"),
+    [
+        (["embed_tokens", "lm_head"], True),
+        *(
+            pytest.param(saved, tied, marks=pytest.mark.slow)
+            for saved, tied in ((["embed_tokens", "lm_head"], False), (["embed_tokens"], True), (["lm_head"], False))
+        ),
+    ],
+)
+def test_trained_embeddings_that_peft_saves_three_times(saved: list[str], tied: bool, tmp_path: Path) -> None:
+    """Where the base on disk has another vocabulary, PEFT adds the original and the copy to `lm_head.weight`."""
+    torch.manual_seed(0)
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert any("original_module" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    ids = torch.arange(76, 100).reshape(2, 12)
+    assert close(merged_logits(tmp_path / "merged", ids), in_peft(tmp_path, 100, ids))

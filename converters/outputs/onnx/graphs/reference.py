@@ -136,7 +136,18 @@ def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    return model.eval(), frozenset(info["missing_keys"]) | {_name(key) for key in info["mismatched_keys"]}
+    missing = frozenset(info["missing_keys"]) | {_name(key) for key in info["mismatched_keys"]}
+    return model.eval(), missing - _fill_untied(plan, model, missing)
+
+
+def _fill_untied(plan: Plan, model: Any, missing: frozenset[str]) -> set[str]:
+    """Give a head that is no longer tied the weight that it shared in the base; returns the names of those."""
+    state = model.state_dict()
+    found = {tensor.name: tensor.source for tensor in plan.tensors if tensor.source and tensor.name in missing}
+    with TensorReader() as reader, torch.no_grad():
+        for name, source in found.items():
+            state[name].copy_(reader.whole(source))
+    return set(found)
 
 
 def _weights_of(base: Checkpoint) -> dict[str, Any]:

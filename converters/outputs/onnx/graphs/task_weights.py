@@ -67,7 +67,9 @@ def evaluate_task(plan: Plan, arch: Architecture, device: torch.device) -> TaskW
 def check_task_accounts(task: TaskWeights, arch: Architecture) -> None:
     """Raise `VerificationError` unless a written task has all that its adapters have; see `accounting.py`."""
     own = own_tensors(task.plan, arch)
-    check_accounts(task.plan, own.values(), [own[name].name for name in task.tensors], "the ONNX graph")
+    tied = {name: other for pair in arch.tied.items() for name, other in (pair, pair[::-1])}
+    found = [own[name if name in own else tied[name]].name for name in task.tensors]
+    check_accounts(task.plan, own.values(), found, "the ONNX graph")
 
 
 def own_tensors(plan: Plan, arch: Architecture) -> dict[str, TensorPlan]:

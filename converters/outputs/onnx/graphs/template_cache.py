@@ -54,6 +54,11 @@ def cached_graph(facts: Mapping[str, Any], make: Callable[[], ModelProto]) -> Mo
     return found
 
 
+def graph_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model's config that its graph depends on."""
+    return {key: value for key, value in config.items() if key not in _INDIFFERENT}
+
+
 def traced_template(
     reference: Reference, config: Mapping[str, Any], opset: int, shape: tuple[int, ...] | None
 ) -> Template:
@@ -64,7 +69,7 @@ def traced_template(
     kind = reference.kind
     facts = {
         "kind": kind.record(),
-        "config": {key: value for key, value in config.items() if key not in _INDIFFERENT},
+        "config": graph_config(config),
         "opset": opset,
         "shape": shape,
         "settings": reference.settings,

@@ -43,6 +43,8 @@ class TracedBase:
     def within(self, task: TaskWeights) -> TaskWeights:
         """A task without the updates that the graph lacks: of the tower for texts, in a graph of an image encoder.
 
+        Of tensors that are tied, it has the one whose name the graph has.
+
         Raises `ConversionError` if the graph has nothing of what the task changes.
         """
         aliases = {*self.arch.tied, *self.arch.tied.values()}  # a graph has one of their names
@@ -52,7 +54,20 @@ class TracedBase:
                 f"{task.plan.name} changes {next(iter(task.tensors), 'nothing')} and no weight that the graph of "
                 f"{', '.join(self.template.kind.outputs)} depends on; it would be the base's"
             )
-        return replace(task, updated={name: one for name, one in task.updated.items() if name in inside})
+        names = {name: self._name_in_graph(name, task) for name in task.tensors}
+        return replace(
+            task,
+            updated={names[name]: one for name, one in task.updated.items() if name in inside},
+            tensors={names[name]: tensor for name, tensor in task.tensors.items()},
+        )
+
+    def _name_in_graph(self, name: str, task: TaskWeights) -> str:
+        """The name of a tensor of a task in the graph: its own, or of one that is tied to it."""
+        if name in self.template.shapes:
+            return name
+        tied = [{alias, source} for alias, source in self.arch.tied.items() if name in (alias, source)]
+        partners = sorted(set().union(*tied) - {name})
+        return next((one for one in partners if one in self.template.shapes and one not in task.tensors), name)
 
     def check_complete(self, task: TaskWeights) -> None:
         """Raise `ConversionError` if the graph has a weight that neither the base nor the task holds."""
