@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 
 from converters import merge
 from converters.errors import PeanutError
@@ -51,12 +51,15 @@ def test_an_update_beside_groups_reads_the_inputs_of_all_groups() -> None:
 
 
 def saved(model: tf.PreTrainedModel, folder: Path, targets: list[str], **settings: object) -> None:
-    """A base, and a LoRA of it with random factors."""
+    """A base, and a LoRA of it with random factors, or another adapter."""
     model.save_pretrained(folder / "base")
-    given = {"r": 4, "target_modules": targets, "init_lora_weights": False, **settings}
+    given = {"target_modules": targets, "init_weights": False, **settings}
+    kind = given.pop("kind", LoraConfig)
+    if kind is LoraConfig:
+        given = {"r": 4, "init_lora_weights": given.pop("init_weights"), **given}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_peft_model(model, LoraConfig(**given)).save_pretrained(folder / "adapter")
+        get_peft_model(model, kind(**given)).save_pretrained(folder / "adapter")
 
 
 def wav2vec2(groups: int) -> tf.PreTrainedModel:
@@ -66,9 +69,13 @@ def wav2vec2(groups: int) -> tf.PreTrainedModel:
     return tf.Wav2Vec2Model(tf.Wav2Vec2Config(**sizes, **layers, **places))
 
 
-def mobilenet() -> tf.PreTrainedModel:
-    sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4, "image_size": 32}
-    return tf.MobileNetV1Model(tf.MobileNetV1Config(**sizes))
+def convnext() -> tf.PreTrainedModel:
+    return tf.ConvNextModel(tf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, image_size=32))
+
+
+def resnet() -> tf.PreTrainedModel:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    return tf.ResNetModel(tf.ResNetConfig(**sizes))
 
 
 def informer() -> tf.PreTrainedModel:
@@ -84,8 +91,10 @@ REFUSED = {
     "groups": (lambda: wav2vec2(2), ["pos_conv_embed.conv"], {}, "with 2 groups, where PEFT's update"),
     "groups with DoRA": (lambda: wav2vec2(2), ["pos_conv_embed.conv"], {"use_dora": True}, "with 2 groups"),
     "weight norm": (lambda: wav2vec2(1), ["pos_conv_embed.conv"], {}, r"other tensors \(weight_norm\)"),
-    "depthwise": (mobilenet, ["layer.0.convolution"], {"r": 8}, "with 4 groups"),
+    "depthwise": (convnext, ["dwconv"], {"r": 8}, "with 8 groups"),
     "circular": (informer, ["downConv"], {}, "padding_mode='circular', and PEFT"),
+    "LoHa": (resnet, ["layer.0.convolution"], {"kind": LoHaConfig, "r": 2}, "no matrix .* and this method is merged"),
+    "a bias": (resnet, ["layer.0.convolution"], {"lora_bias": True}, "and lora_bias is read on linear layers only"),
     "standardised, by names that are the base's": (bit, ["conv1"], {}, "standardises its weight"),
 }
 

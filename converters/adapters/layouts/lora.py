@@ -87,6 +87,11 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
             method, form = variant
             if len(a) > 2 and method is Dora:
                 return ModuleTheta(ConvDora, keys, {"scaling": s})
+            if len(a) > 2:
+                raise ThetaError(
+                    f"{module}: lora_A has shape {a}, as of a convolution, and {form.flag} is read on linear layers "
+                    "only; use the adapter in PEFT, unmerged"
+                )
             with located(source.config_path):
                 settings = form.settings(source.config or {}, module, {"A": a, "B": b})
             return ModuleTheta(method, keys, {"scaling": s, **settings}, fan_in_fan_out)
