@@ -14,6 +14,7 @@ from converters.methods.dense.shira import ShiRa
 from converters.methods.dense.supertuning import SuperTuning
 from converters.methods.dense.waveft import WaveFt
 from converters.methods.lora.bdlora import BdLora
+from converters.methods.lora.conv_dora import ConvDora
 from converters.methods.lora.lora_bias import LoraBias
 from converters.methods.lora.other_lora import ConvLora, EmbeddingLora
 from converters.methods.lora.qalora import QaLora
@@ -54,7 +55,7 @@ _ALL: tuple[type[Method], ...] = (
     HiRa, GLora, Hra, Deft, MissBat, Oft, Boft, RoAd,
     Osf, Psoft, Frod, Adamss,
     LoHa, LoKr, FourierFt, WaveFt, C3a, ShiRa, SuperTuning, RandLora,
-    Beft, TrainableTokens, EmbeddingLora, EmbeddingDora, ConvLora, Red,
+    Beft, TrainableTokens, EmbeddingLora, EmbeddingDora, ConvLora, ConvDora, Red,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

@@ -92,9 +92,11 @@ class WeightDelta(ABC):
             return
         found = " x ".join(f"{axis} = {size}" for axis, size in zip(("out", "in"), trained, strict=True) if size)
         rank = f" (r = {self.rank})" if self.rank is not None else ""
+        cause = self._mismatch_cause(shape)
+        if len(shape) > 2:
+            cause = "it is no matrix (a convolution's is not), and this method is merged into matrices only"
         raise BaseMismatchError(
-            f"{name}: the weight has shape {tuple(shape)}, θ was trained for {found}{rank}; "
-            f"{self._mismatch_cause(shape)}"
+            f"{name}: the weight has shape {tuple(shape)}, θ was trained for {found}{rank}; {cause}"
         )
 
     def _mismatch_cause(self, shape: tuple[int, ...]) -> str:

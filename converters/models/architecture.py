@@ -12,7 +12,9 @@ from functools import cache
 from typing import Any
 
 from converters.errors import PeanutError, TargetError, UnknownModelError
+from converters.models.config import untagged
 from converters.models.conversion import Conversion, find_conversion
+from converters.models.convolutions import find_obstacles
 
 # PEFT's task types (peft/utils/peft_types.py) and the auto classes that load such models
 AUTO_CLASSES = {
@@ -67,7 +69,7 @@ class Architecture:
         transposed: modules whose parameters of experts are (experts, in, out).
         settings: module -> its class and its plain attributes, by name.
         embeddings: names of the weights of the input and the output embedding, as far as it has them.
-        standardized: convolutions that standardise their weight whenever they compute.
+        obstacles: convolutions whose weight cannot do what PEFT computes beside them -> why.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Architecture:
     transposed: frozenset[str]
     settings: Mapping[str, Mapping[str, Any]]
     embeddings: tuple[str, ...]
-    standardized: frozenset[str]
+    obstacles: Mapping[str, str]
     _rename: Callable[[str], tuple[str, str | None]]
     _optional: tuple[str, ...]
     _converters: tuple[Any, ...]
@@ -125,7 +127,7 @@ def build_architecture(
 
     model_type = _known_type(config)
     try:
-        native = transformers.CONFIG_MAPPING[model_type].from_dict(_without_runtime(config))
+        native = transformers.CONFIG_MAPPING[model_type].from_dict(untagged(_without_runtime(config)))
         native._attn_implementation = "eager"  # in nested configs as well
         with torch.device("meta"):
             model = _build(transformers, native, class_name, task_type)
@@ -157,7 +159,7 @@ def build_architecture(
         transposed=frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
         settings={name: _plain_attributes(module) for name, module in model.named_modules()},
         embeddings=_embeddings(model),
-        standardized=frozenset(n for n, m in model.named_modules() if "WeightStandardized" in type(m).__name__),
+        obstacles=find_obstacles(model),
         _rename=rename,
         _optional=tuple(ignored),
         _converters=tuple(converters),

@@ -12,6 +12,20 @@ _TIE = "tie_word_embeddings"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
+# how transformers writes numbers that JSON does not have (`configuration_utils.py`, `_encode_special_floats`)
+_TAGGED = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def untagged(value: Any) -> Any:
+    """A config, or a value of one, with the numbers that stand in it as `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        tag = value.get("__float__") if len(value) == 1 else None
+        if isinstance(tag, str) and tag in _TAGGED:
+            return _TAGGED[tag]
+        return {key: untagged(one) for key, one in value.items()}
+    return [untagged(one) for one in value] if isinstance(value, list) else value
+
+
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A copy of `config` with this dtype, under either key and in every nested config that states one."""
     changed = _map_nested(config, _DTYPE_KEYS, CONFIG_DTYPES[dtype])

@@ -106,7 +106,7 @@ def _stand_in(name: str, base: Checkpoint, config: Mapping[str, Any], others: Sh
         num_labels=int(config.get("num_labels") or (len(labels) if isinstance(labels, dict) else 2)),
         vocab_size=size if isinstance(size, int) else None,
         transposed=frozenset(),
-        standardized=frozenset(),
+        obstacles={},
         settings={},
         embeddings=(),
         _rename=lambda stored: (stored, None),

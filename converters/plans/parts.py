@@ -70,8 +70,9 @@ def _is_transposed(adapter: Adapter, module: str, parameter: str, arch: Architec
     if len(shape) == 2:
         described.check_fits(shape, parameter)
         return False
-    if described.experts == 1:
-        raise TargetError(f"{parameter} has a single expert, and PEFT defines no update for one; adapt its module")
+    if described.experts == 1:  # PEFT adds B·A as it is, whatever the axes of the parameter are
+        described.check_fits(shape, parameter)
+        return False
     plain, swapped = described, described.transposed()
     fitting = [is_swapped for is_swapped, one in ((False, plain), (True, swapped)) if _fits(one, shape)]
     if len(fitting) == 1:

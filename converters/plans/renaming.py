@@ -115,13 +115,9 @@ def _place_updates(
     for module in (module for module in adapter.modules if not adapter.is_parameter(module)):
         canonical = arch.canonical(f"{module}.weight")
         source = names.find(canonical)
+        _refuse_obstacles(module, canonical.removesuffix(".weight"), arch)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
-        if canonical.removesuffix(".weight") in arch.standardized:
-            raise TargetError(
-                f"{module} standardises its weight in its forward pass, and PEFT adds the update beside that: no "
-                "weight does the same; use the adapter in PEFT, unmerged"
-            )
         output = canonical if canonical in arch.tied else names.output(source)
         described = adapter.describe(module)
         part = split_part(module, canonical, source, stored[source], arch) if arch.converted(source) else None
@@ -146,6 +142,20 @@ def _place_updates(
     }
     spelled = [*adapted, *adapted.values(), *adapter.modules]
     refuse_untrained(adapter, sorted({others[m] for m in untrained_modules(adapter, others, spelled)}))
+
+
+def _refuse_obstacles(module: str, canonical: str, arch: Architecture) -> None:
+    """Raise `TargetError` for a module whose weight cannot do what PEFT computes beside it."""
+    if f"{canonical}.parametrizations.weight.original0" in arch.shapes or f"{canonical}.weight_g" in arch.shapes:
+        raise TargetError(
+            f"{module} computes its weight from other tensors (weight_norm), and PEFT adds the update beside that: "
+            "the checkpoint has no weight that takes it; use the adapter in PEFT, unmerged, or train without this "
+            "module in target_modules"
+        )
+    if canonical in arch.obstacles:
+        raise TargetError(
+            f"{module} {arch.obstacles[canonical]}: no weight does the same; use the adapter in PEFT, unmerged"
+        )
 
 
 def _place_embedded(

@@ -85,6 +85,8 @@ def find_direct_targets(base: Checkpoint, adapters: Sequence[Adapter]) -> Target
         inside_layers = all(re.search(r"\.\d+\.", module) for module in pairs)
         if not inside_layers or not all(name in base.tensors for name in pairs.values()):
             return None
+        if any(len(base.tensors[name].shape) > 2 for name in pairs.values()):
+            return None  # what a convolution does with its weight
         if untrained_modules(adapter, linear - set(pairs), pairs):
             return None
         targets += [Target(position, module, name, name) for module, name in pairs.items()]

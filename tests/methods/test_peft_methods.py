@@ -36,7 +36,7 @@ def trained(name: str, model: str, tmp_path: Path) -> tuple[Path, Path]:
 def test_every_method_of_the_table_is_here() -> None:
     tried = {str(case.config.__name__.removesuffix("Config")).upper() for case in CASES.values()}
     assert (tried | {"IA3", "BEFT", "TRAINABLE_TOKENS"}) - {"LORA"} == {name.upper() for name in PEFT_METHODS}
-    others = {"peanut", "red", "lora-embedding", "dora-embedding", "lora-convolution"}
+    others = {"peanut", "red", "lora-embedding", "dora-embedding", "lora-convolution", "dora-convolution"}
     assert len(METHODS) == len(PEFT_METHODS) + len(PEFT_VARIANTS) + len(LORA_VARIANTS) + len(others & set(METHODS))
 
 

@@ -144,6 +144,14 @@ def test_logits_are_those_of_peft(name: str, fused: bool, tmp_path: Path) -> Non
     compare(tmp_path, set_up(tmp_path, name, fused, {}))
 
 
+@pytest.mark.parametrize(("square", "fused"), [(True, True), (False, False)])
+def test_a_single_expert(square: bool, fused: bool, tmp_path: Path) -> None:
+    """HunYuan's config has one by default; PEFT adds the product as it is."""
+    sizes = {"hidden_size": 20, "moe_intermediate_size": 10} if square else {}
+    changes = {**sizes, "num_experts": 1, "num_experts_per_tok": 1}
+    compare(tmp_path, set_up(tmp_path, "qwen3_moe", fused, changes))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_square_experts(name: str, fused: bool, tmp_path: Path) -> None:

@@ -139,6 +139,33 @@ def test_the_patch_embedding_of_a_vit(tmp_path: Path, run_here: Run) -> None:
         plan_lora_adapter(prepare_merge(base, load_adapter(adapter)), tmp_path / "lora")
 
 
+def test_dora_on_the_patch_embedding_of_a_vit(tmp_path: Path) -> None:
+    base, adapter = vit(tmp_path, use_dora=True)
+    fresh = tf.ViTForImageClassification.from_pretrained(base, dtype=torch.float64)
+    name = next(n for n in fresh.state_dict() if n.endswith("projection.weight"))
+    w0 = fresh.state_dict()[name].clone()
+    model = PeftModel.from_pretrained(fresh, adapter).double().eval()
+    with torch.no_grad():
+        wanted = model(PIXELS.double()).logits
+    result = merge(base, adapter, tmp_path / "merged")
+    assert result.verification is not None
+    assert result.verification.max_ulp <= 0.5 + 2**-10
+    with torch.no_grad():
+        merged = tf.ViTForImageClassification.from_pretrained(tmp_path / "merged").eval()
+        assert close(merged(PIXELS).logits.double(), wanted)
+    method = load_adapter(adapter).method(name.removesuffix(".weight")).to("cpu", torch.float64)
+    assert method.name == "dora-convolution"
+    found = w0 + method.delta(w0.flatten(1)).view_as(w0)
+    peft_merged = model.merge_and_unload().state_dict()[name]
+    assert (found - peft_merged).abs().max() <= 1e-9 * (peft_merged - w0).abs().max()
+    with pytest.raises(ConversionError, match="cannot be expressed as LoRA"):
+        plan_lora_adapter(prepare_merge(base, load_adapter(adapter)), tmp_path / "lora")
+    file, magnitude = adapter / "adapter_model.safetensors", "projection.lora_magnitude_vector"
+    edit_weights(file, lambda w: w.update({k: v.flatten() for k, v in w.items() if magnitude in k}))
+    with pytest.raises(PeanutError, match="the magnitude has shape"):
+        merge(base, adapter, tmp_path / "damaged")
+
+
 def test_refusals(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     train(language_model("llama", True), config_for("llama"), base, adapter)

@@ -169,6 +169,9 @@ SAMPLES: dict[str, Callable[[], Method]] = {
     "red": lambda: stored("red", {"scaling": (1, OUT), "bias": (1, OUT)}),
     "red scaling": lambda: stored("red", {"scaling": (1, OUT)}),
     "lora embedding": lambda: stored("lora-embedding", {"A": (R, OUT), "B": (IN, R)}, scaling=1.5),
+    "dora convolution": lambda: stored(
+        "dora-convolution", {"A": (R, 2, 7), "B": (OUT, R, 1), "magnitude_vector": (1, OUT, 1)}, scaling=1.5
+    ),
     "lora convolution": lambda: stored("lora-convolution", {"A": (R, 2, 7), "B": (OUT, R, 1)}, scaling=1.5),
 }
 

@@ -26,8 +26,10 @@ from converters.adapters.parameters import find_ranks, owners
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.base import Method
+from converters.methods.lora.conv_dora import ConvDora
 from converters.methods.lora.expert_lora import ExpertLora
 from converters.methods.lora.other_lora import ConvLora
+from converters.methods.multiplicative.dora import Dora
 from converters.methods.peanut.tweaker import Orientation, Tweaker
 from converters.methods.peft_form import first_match
 from converters.methods.table import LORA_INITS
@@ -83,6 +85,13 @@ def read(source: AdapterSource, evidence: str, scaling: float | None, nonlinear:
         a, b = source.store.shapes[keys["A"]], source.store.shapes[keys["B"]]
         if variant is not None:
             method, form = variant
+            if len(a) > 2 and method is Dora:
+                return ModuleTheta(ConvDora, keys, {"scaling": s})
+            if len(a) > 2:
+                raise ThetaError(
+                    f"{module}: lora_A has shape {a}, as of a convolution, and {form.flag} is read on linear layers "
+                    "only; use the adapter in PEFT, unmerged"
+                )
             with located(source.config_path):
                 settings = form.settings(source.config or {}, module, {"A": a, "B": b})
             return ModuleTheta(method, keys, {"scaling": s, **settings}, fan_in_fan_out)

@@ -83,18 +83,13 @@ class ConvLora(_OtherLora):
 
     name = "lora-convolution"
     formula = "`W = W0 + s·B·A` (LoRA on a convolution, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685))"
-    remark = "Not with groups: what PEFT trains there fits no weight"
+    remark = "Not with groups, dilation or padding other than zeros: what PEFT trains there fits no weight"
     axes: ClassVar[Mapping[str, Axes]] = {}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """See `StoredMethod.sizes`. Raises `ThetaError` when A and B do not fit each other."""
-        a, b = (tuple(self.theta[part].shape) for part in ("A", "B"))
-        if not 3 <= len(a) == len(b) <= 5 or a[0] != b[1] or set(b[2:]) != {1} or 0 in (*a, *b):
-            raise ThetaError(
-                f"A has shape {a}, B has shape {b}; expected A (r, in, *kernel), B (out, r, 1, ...){_groups(a, b)}"
-            )
-        return {"out": b[0], "in": math.prod(a[1:]), "r": a[0]}
+        return convolution_sizes(self.theta["A"], self.theta["B"])
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -108,12 +103,27 @@ class ConvLora(_OtherLora):
 
     def check_fits(self, shape: tuple[int, ...], name: str = "w0") -> None:
         """See `WeightDelta.check_fits`: the kernel as well, and no groups."""
-        wanted = (self.sizes["out"], *self.theta["A"].shape[1:])
-        if tuple(shape) != wanted:
-            raise BaseMismatchError(
-                f"{name}: the weight has shape {tuple(shape)}, θ was trained for {wanted} without groups; with "
-                "groups, PEFT's update is not a convolution of the same kind; else this is another base"
-            )
+        check_kernel(self.theta["A"], self.sizes["out"], shape, name)
+
+
+def convolution_sizes(factor_a: Tensor, factor_b: Tensor) -> dict[str, int]:
+    """The sizes of the factors of a convolution as matrices. Raises `ThetaError` when they do not fit each other."""
+    a, b = tuple(factor_a.shape), tuple(factor_b.shape)
+    if not 3 <= len(a) == len(b) <= 5 or a[0] != b[1] or set(b[2:]) != {1} or 0 in (*a, *b):
+        raise ThetaError(
+            f"A has shape {a}, B has shape {b}; expected A (r, in, *kernel), B (out, r, 1, ...){_groups(a, b)}"
+        )
+    return {"out": b[0], "in": math.prod(a[1:]), "r": a[0]}
+
+
+def check_kernel(factor_a: Tensor, out: int, shape: tuple[int, ...], name: str) -> None:
+    """Raise `BaseMismatchError` unless a weight has the inputs and the kernel of A, and `out` outputs."""
+    wanted = (out, *factor_a.shape[1:])
+    if tuple(shape) != wanted:
+        raise BaseMismatchError(
+            f"{name}: the weight has shape {tuple(shape)}, θ was trained for {wanted} without groups; with "
+            "groups, PEFT's update is not a convolution of the same kind; else this is another base"
+        )
 
 
 def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> str:
@@ -121,6 +131,7 @@ def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     if len(b) < 3 or not 0 < b[1] < a[0] or a[0] % b[1]:
         return ""
     return (
-        f". It is of a convolution with {a[0] // b[1]} groups, whose update PEFT cannot merge either: train "
-        "without it in target_modules"
+        f". It is of a convolution with {a[0] // b[1]} groups, where PEFT's update of an output reads the inputs of "
+        "all groups, and the weight only those of its own: no weight does the same, and PEFT does not merge it "
+        "either; use the adapter in PEFT, unmerged, or train without this module in target_modules"
     )

@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[PeftConfig, str]] = {
     "ia3": (IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]), "l ⊙ W0"),
     "beft": (BeftConfig(target_modules=["q_proj"]), "b_trained"),
     "lora-convolution": (LoraConfig(r=4, target_modules=["projection"]), "LoRA on a convolution"),
+    "dora-convolution": (LoraConfig(r=4, use_dora=True, target_modules=["projection"]), "DoRA on a convolution"),
     "ln": (LNTuningConfig(target_modules=["layernorm_before", "layernorm_after"]), "W_trained"),
 }
 

@@ -16,6 +16,8 @@ SLOW = pytest.mark.slow
         ("image", "resnet"),
         pytest.param("causal", "qwen3_next", marks=SLOW),
         pytest.param("causal", "deepseek_v3", marks=SLOW),
+        pytest.param("causal", "nemotron_h", marks=SLOW),
+        pytest.param("causal", "hunyuan_v1_moe", marks=SLOW),
         pytest.param("sequence", "xlnet", marks=SLOW),
         pytest.param("token", "electra", marks=SLOW),
         pytest.param("image", "swinv2", marks=SLOW),

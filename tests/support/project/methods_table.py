@@ -35,6 +35,7 @@ def _adapter(method: type[Method]) -> str:
     if form is None:
         others = {"lora-embedding": "`LORA` on embeddings", "lora-convolution": "`LORA` on convolutions"}
         others["red"] = "`delta_vector.pth` of the authors of RED"
+        others["dora-convolution"] = "`LORA` with `use_dora` on convolutions"
         others["dora-embedding"] = "`LORA` with `use_dora` on embeddings"
         return others.get(method.name, "`PEANUT`, `LORA`, and more layouts")
     if form.flag is not None:

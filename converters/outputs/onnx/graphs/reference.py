@@ -16,6 +16,7 @@ from converters.inference.kinds import ModelKind
 from converters.inference.media_models import receptive_field
 from converters.inference.text_models import TEXT_MODELS
 from converters.models.checkpoint import Checkpoint
+from converters.models.config import untagged
 from converters.outputs.onnx.graphs.pooling import pool
 from converters.plans.merge import Plan
 
@@ -116,7 +117,7 @@ def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
     if name == plan.base.architecture:  # it has a head, whose labels may differ from the task's
         settings = {key: value for key, value in settings.items() if key not in _LABELS}
         settings |= {key: value for key, value in plan.base.config.items() if key in _LABELS}
-    config = transformers.CONFIG_MAPPING[str(plan.config["model_type"])].from_dict(settings)
+    config = transformers.CONFIG_MAPPING[str(plan.config["model_type"])].from_dict(untagged(settings))
     model_class = getattr(transformers, name)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # no warning about a missing head: it is handled
