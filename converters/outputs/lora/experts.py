@@ -81,12 +81,6 @@ class ExpertGroup:
         return up[part * rows : (part + 1) * rows], down
 
 
-def is_expert(arch: Architecture, tensor: str) -> bool:
-    """Whether a tensor of a checkpoint is one expert of a parameter."""
-    found = arch.conversion(tensor) if tensor not in arch.shapes and arch.converted(tensor) else None
-    return found is not None and found.expert is not None
-
-
 def find_groups(
     plan: Plan,
     arch: Architecture,
@@ -108,7 +102,7 @@ def find_groups(
     places = {name: {own.name: (expert, 0) for expert, own in matrices(one)} for name, one in stacks.items()}
     parts = dict.fromkeys(stacks, 1)
     for module, tensor in modules.items():
-        if is_expert(arch, tensor.name):
+        if arch.is_expert(tensor.name):
             parameter, count, place = _place(arch, tensor)
             places.setdefault(parameter, {})[module] = place
             parts[parameter] = count

@@ -20,7 +20,7 @@ from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorSpec
 from converters.files.staging import check_output
 from converters.models.architecture import Architecture
 from converters.outputs.lora.biases import find_biases
-from converters.outputs.lora.experts import ExpertGroup, find_groups, is_expert
+from converters.outputs.lora.experts import ExpertGroup, find_groups
 from converters.outputs.lora.options import LoraOptions
 from converters.outputs.lora.stacks import find_stacks, matrices
 from converters.outputs.lora.vllm_experts import expert_refusals, takes_joined
@@ -230,7 +230,7 @@ def _refuse_other_layers(
         raise ConversionError("the adapter updates no weight: it cannot be expressed as LoRA; merge it")
     for module, tensor in modules.items():
         known = module in arch.linear or tensor.is_transposed or module in inside
-        if not known and not is_expert(arch, tensor.name):
+        if not known and not arch.is_expert(tensor.name):
             raise ConversionError(
                 f"{module} is not a linear layer of {arch.name}: its update cannot be written as LoRA here; merge it"
             )

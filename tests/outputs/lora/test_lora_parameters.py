@@ -122,6 +122,14 @@ def test_a_sum_with_a_module_for_each_expert(rank: int | None, tmp_path: Path) -
         merge(tmp_path / "base", [tmp_path / "adapter", tmp_path / "other"], tmp_path / "merged")
         wanted = logits(load(tmp_path / "merged"))
         compare(adapted(tmp_path, "lora"), wanted, logits(load(tmp_path / "base")))
+        for part in ("adapter", "other"):  # which are merged in other ways each
+            merge(tmp_path / "base", tmp_path / part, tmp_path / f"merged-{part}")
+        base, both, *each = (
+            load_file(tmp_path / part / "model.safetensors")
+            for part in ("base", "merged", "merged-adapter", "merged-other")
+        )
+        for key, w0 in base.items():
+            assert torch.allclose(both[key] - w0, sum(one[key] - w0 for one in each), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
