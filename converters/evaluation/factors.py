@@ -10,8 +10,6 @@ from converters.errors import ConversionError
 from converters.evaluation.precision import EVALUATION_DTYPE
 from converters.files.blocks import block_rows
 from converters.files.reader import TensorReader
-from converters.methods.base import Method
-from converters.methods.lora.expert_lora import ExpertLora
 from converters.plans.merge import Plan
 from converters.plans.tensor import TensorPlan, Term
 
@@ -28,7 +26,8 @@ def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str 
         raise ConversionError(f"the adapter updates no weight: it cannot be expressed as LoRA; {remedy}")
     for module, tensor in modules.items():
         for term in tensor.terms:
-            reason = None if rank_of_term(plan, term) is not None else _described(plan, term).full_rank_reason
+            described = plan.adapters[term.adapter].adapter.describe(term.module)
+            reason = described.full_rank_reason if rank_of_term(plan, term) is None else None
             if reason is None and term.parameter == "bias":
                 reason = "is one of a bias, beside that of the weight"
             if reason is not None:
@@ -62,14 +61,7 @@ def rank_of(plan: Plan, tensor: TensorPlan) -> int | None:
 
 def rank_of_term(plan: Plan, term: Term) -> int | None:
     """The rank of the exact factors of one update of one weight; None if it has none."""
-    described = _described(plan, term)
-    if isinstance(described, ExpertLora) and term.part is not None:  # of one expert
-        return described.expert_rank
-    return described.rank
-
-
-def _described(plan: Plan, term: Term) -> Method:
-    return plan.adapters[term.adapter].adapter.describe(term.module)
+    return plan.adapters[term.adapter].adapter.rank(term.module)
 
 
 def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: torch.device) -> tuple[Tensor, Tensor]:
