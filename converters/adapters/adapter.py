@@ -115,8 +115,9 @@ class Adapter:
         return self.modules[module].method is ExpertLora
 
     def rank(self, module: str) -> int | None:
-        """The rank of the exact factors of one module's delta; None if it has none."""
-        return self.describe(module).rank
+        """The rank of the exact factors of one module's delta, or of one expert's; None if it has none."""
+        described = self.describe(module)
+        return described.expert_rank if isinstance(described, ExpertLora) else described.rank
 
     def weight_shape(self, module: str) -> WeightShape:
         """(out, in) of the weight that θ of `module` was trained for, as far as θ says."""

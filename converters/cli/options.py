@@ -98,7 +98,7 @@ MaxError = Annotated[
 ]
 Runtime = Annotated[
     str | None,
-    typer.Option("--for", help="LoRA: vllm names experts as vLLM does, and refuses what it would not load."),
+    typer.Option("--for", help="LoRA: vllm writes experts as vLLM loads them, and refuses what it would not load."),
 ]
 
 # peanut-merge: ONNX

@@ -11,7 +11,7 @@ from converters.evaluation.precision import EVALUATION_DTYPE
 from converters.files.blocks import block_rows
 from converters.files.reader import TensorReader
 from converters.plans.merge import Plan
-from converters.plans.tensor import TensorPlan
+from converters.plans.tensor import TensorPlan, Term
 
 
 def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str = "merge it") -> None:
@@ -26,7 +26,8 @@ def refuse_full_rank(plan: Plan, modules: Mapping[str, TensorPlan], remedy: str 
         raise ConversionError(f"the adapter updates no weight: it cannot be expressed as LoRA; {remedy}")
     for module, tensor in modules.items():
         for term in tensor.terms:
-            reason = plan.adapters[term.adapter].adapter.describe(term.module).full_rank_reason
+            described = plan.adapters[term.adapter].adapter.describe(term.module)
+            reason = described.full_rank_reason if rank_of_term(plan, term) is None else None
             if reason is None and term.parameter == "bias":
                 reason = "is one of a bias, beside that of the weight"
             if reason is not None:
@@ -53,9 +54,14 @@ def refuse_parts(plan: Plan, form: str) -> None:
 
 def rank_of(plan: Plan, tensor: TensorPlan) -> int | None:
     """The rank of the exact factors of all updates of one weight together; None if one of them has none."""
-    ranks = [plan.adapters[term.adapter].adapter.rank(term.module) for term in tensor.terms]
+    ranks = [rank_of_term(plan, term) for term in tensor.terms]
     known = [rank for rank in ranks if rank is not None]
     return sum(known) if len(known) == len(ranks) else None
+
+
+def rank_of_term(plan: Plan, term: Term) -> int | None:
+    """The rank of the exact factors of one update of one weight; None if it has none."""
+    return plan.adapters[term.adapter].adapter.rank(term.module)
 
 
 def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -70,4 +76,4 @@ def sum_factors(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: to
         ups.append(found.up.cpu())
         downs.append(found.down.cpu())
     up, down = torch.cat(ups, dim=1), torch.cat(downs)
-    return (down.T, up.T) if tensor.terms[0].transposed else (up, down)
+    return (down.T, up.T) if tensor.is_transposed else (up, down)

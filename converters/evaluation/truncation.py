@@ -69,7 +69,7 @@ def sum_delta(plan: Plan, tensor: TensorPlan, reader: TensorReader, device: torc
             total[start : start + len(rows)] += rows
     if not all_finite(total):
         raise NonFiniteError(f"{tensor.name}: its update is not finite; is this the base it was trained on?")
-    return total.T if tensor.terms[0].transposed else total
+    return total.T if tensor.is_transposed else total
 
 
 def truncate(delta: Tensor, rank: int) -> Truncation:

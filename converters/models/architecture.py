@@ -105,6 +105,11 @@ class Architecture:
         canonical, pattern = self._rename(name)
         return None if pattern is None else find_conversion(name, canonical, pattern, self._converters)
 
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is one expert of a parameter in memory."""
+        found = self.conversion(name) if name not in self.shapes else None
+        return found is not None and found.expert is not None
+
     def optional(self, name: str) -> bool:
         """Whether transformers silently loads a checkpoint without this tensor."""
         return any(re.search(pattern, name) for pattern in self._optional)

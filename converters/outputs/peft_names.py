@@ -45,9 +45,7 @@ def by_module(arch: Architecture, tensors: Iterable[tuple[str, T]], experts: boo
     """
 
     def module(name: str) -> str:
-        found = arch.conversion(name) if experts and name not in arch.shapes and arch.converted(name) else None
-        is_expert = found is not None and found.expert is not None
-        return (name if is_expert else memory_name(arch, name, FORM)).removesuffix(".weight")
+        return (name if experts and arch.is_expert(name) else memory_name(arch, name, FORM)).removesuffix(".weight")
 
     return name_each(((module(name), name, thing) for name, thing in tensors), FORM)
 

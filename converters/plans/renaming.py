@@ -112,15 +112,18 @@ def _place_updates(
     if adapter.target_parameters:
         for target in place_parameters(position, adapter, arch, names.sources, stored):
             draft.targets.append(replace(target, output_name=names.output(target.base_name)))
+    experts = {name for name in stored if arch.is_expert(name)}
     for module in (module for module in adapter.modules if not adapter.is_parameter(module)):
         canonical = arch.canonical(f"{module}.weight")
-        source = names.find(canonical)
         _refuse_obstacles(module, canonical.removesuffix(".weight"), arch)
+        own = f"{module}.weight" if f"{module}.weight" in experts else None
+        source = own or names.find(canonical)
         if source is None:
             raise not_found(f"{module}.weight", [*names.canonical, *arch.shapes], f"the base ({arch.name})")
         output = canonical if canonical in arch.tied else names.output(source)
         described = adapter.describe(module)
-        part = split_part(module, canonical, source, stored[source], arch) if arch.converted(source) else None
+        is_part = own is None and arch.converted(source)
+        part = split_part(module, canonical, source, stored[source], arch) if is_part else None
         bias = names.find(arch.canonical(f"{module}.bias")) if described.bias is not None else None
         if described.changes_weight:
             draft.targets.append(Target(position, module, source, output, part=part))
@@ -140,6 +143,8 @@ def _place_updates(
         if (source := names.source(f"{linear}.weight")) is not None
         for spelling in (linear, source.removesuffix(".weight"), names.output(source).removesuffix(".weight"))
     }
+    if own_experts := experts & {f"{module}.weight" for module in adapter.modules}:
+        others |= {name.removesuffix(".weight"): name.removesuffix(".weight") for name in experts - own_experts}
     spelled = [*adapted, *adapted.values(), *adapter.modules]
     refuse_untrained(adapter, sorted({others[m] for m in untrained_modules(adapter, others, spelled)}))
 

@@ -75,6 +75,11 @@ class TensorPlan:
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether the module it is the weight of has it as (out, in), and it is stored as (in, out)."""
+        return bool(self.terms) and self.terms[0].transposed and self.terms[0].part is None
+
+    @property
     def is_copy(self) -> bool:
         """Whether it is the base's bytes."""
         return self.source is not None and not self.terms and self.saved is None and self.source.dtype == self.dtype

@@ -16,6 +16,7 @@ from peanut_serve.errors import EngineStartError
 from peanut_serve.settings.launching import engine_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import Mode
+from peanut_serve.variants.lora_export import kind_of
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
 from peanut_serve.vllm_plugin.contract import check_vllm
 from peanut_serve.vllm_plugin.processes import own_everything
@@ -120,7 +121,7 @@ def find_adapters(roots: AdapterRoots) -> Found:
             not_lora[name] = adapter.describe(inexact[0]).name if inexact else "tensors replaced whole"
             continue
         ranks[name] = max(rank for rank in found.values() if rank is not None)
-        kinds |= {module.rsplit(".", 1)[-1] for module in adapter.modules}
+        kinds |= set(map(kind_of, adapter.modules))
     return Found(ranks, frozenset(kinds), broken, tuple(merged), not_lora)
 
 

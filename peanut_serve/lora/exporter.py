@@ -8,7 +8,7 @@ from converters import Checkpoint, load_adapter, open_checkpoint
 from converters.errors import AdapterError, MissingScalingError
 from converters.serving import ADAPTER_CONFIG, check_base, find_base, read_json
 from peanut_serve.lora.cache import Lease, LoraCache
-from peanut_serve.variants.lora_export import lora_export
+from peanut_serve.variants.lora_export import kind_of, lora_export
 from peanut_serve.variants.roots import State, VariantSource
 
 _TRIES = 3
@@ -83,7 +83,8 @@ class LoraExporter:
         export = lora_export(source.name, adapter, base, self._dtype, self._device)
         lease = self._cache.get(export.key, export.write)
         config = read_json(lease.folder / ADAPTER_CONFIG, "adapter config")
-        kinds = frozenset(module.rsplit(".", 1)[-1] for module in config["target_modules"])
+        names = [*config["target_modules"], *config.get("target_parameters", ())]
+        kinds = frozenset(map(kind_of, names))
         return Exported(state, export.key, max([config["r"], *config["rank_pattern"].values()]), kinds, lease)
 
     def _open_base(self) -> Checkpoint:

@@ -20,6 +20,15 @@ _FORM = 2
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+def kind_of(module: str) -> str:
+    """By which name vLLM's --lora-target-modules has a module: the last part, or `experts` for one of theirs.
+
+    vLLM wraps all experts of a layer as one module of that name. If it is not among the targets, it silently leaves
+    the update of the experts out.
+    """
+    return "experts" if ".experts." in f".{module}." else module.rsplit(".", 1)[-1]
+
+
 @dataclass(frozen=True)
 class LoraLimits:
     """What vLLM was started with.

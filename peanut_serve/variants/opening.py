@@ -31,7 +31,7 @@ from converters.serving import (
 )
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
-from peanut_serve.variants.lora_export import LoraLimits, lora_export
+from peanut_serve.variants.lora_export import LoraLimits, kind_of, lora_export
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.variants.version import LoadedModel, VariantKind, Version, digest_of
 
@@ -231,7 +231,7 @@ def _lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
         converted = as_lora(plan, plan.base.folder, LoraOptions(runtime="vllm"))
     except ConversionError as error:
         return str(error)
-    kinds = frozenset(module.rsplit(".", 1)[-1] for module in converted.modules)
+    kinds = frozenset(map(kind_of, converted.modules))
     if converted.vllm_refuses:
         return converted.vllm_refuses[0]
     return limits.refusal(converted.r, kinds)

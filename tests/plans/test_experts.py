@@ -18,12 +18,11 @@ from transformers import (
 )
 
 from converters import Weighted, load_adapter, merge, prepare_merge
-from converters.errors import AdapterConfigError, BaseMismatchError, ConversionError, ThetaError
+from converters.errors import AdapterConfigError, BaseMismatchError, ThetaError
 from converters.files.header import read_header
 from converters.inspection.norms import delta_norms
 from converters.models.checkpoint import open_checkpoint
 from converters.outputs.checkpoint.recheck import check_against
-from converters.outputs.lora import plan_lora_adapter
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -250,11 +249,3 @@ def test_every_number_can_be_recomputed_and_a_sum_is_one(fused: bool, tmp_path: 
     model = MODELS["gpt_oss" if fused else "mixtral"]().__class__
     found = [logits(model.from_pretrained(tmp_path / part, dtype=torch.float32)) for part in ("summed", "one")]
     assert torch.allclose(*found, atol=1e-4)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_lora_of_experts_is_not_written_anew(fused: bool, tmp_path: Path) -> None:
-    set_up(tmp_path, "mixtral", fused, {})
-    plan = prepare_merge(tmp_path / "base", tmp_path / "adapter")
-    with pytest.raises(ConversionError, match="cannot be written as a LoRA of modules"):
-        plan_lora_adapter(plan, tmp_path / "lora")

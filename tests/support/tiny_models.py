@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeanutConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -100,6 +102,29 @@ def tiny_mixtral() -> PreTrainedModel:
 def tiny_qwen3_moe() -> PreTrainedModel:
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MIXTURE, moe_intermediate_size=16, num_experts=4))
+
+
+def tiny_gpt_oss() -> PreTrainedModel:
+    """Its experts are (experts, in, out), and stored in one tensor."""
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(GptOssConfig(**_MIXTURE, intermediate_size=24, num_local_experts=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    return model
+
+
+def save_on_parameters(base: PreTrainedModel, folder: Path, seed: int = 3, **settings: object) -> None:
+    """A LoRA of parameters as PEFT saves it, with random θ; by default of all experts. Changes the base."""
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    given = {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": both, "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(base, LoraConfig(**{**given, **settings}))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.25)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
 def save_per_expert(base: Path, folder: Path, method: str, only: str = "") -> None:

@@ -38,6 +38,11 @@ class ExpertLora(RowWise):
         return int(self.given["experts"])
 
     @property
+    def expert_rank(self) -> int:
+        """Rank of the delta of one expert."""
+        return self.sizes["rank of all"] // self.experts
+
+    @property
     def is_transposed(self) -> bool:
         """Whether the parameter is (E, in, out)."""
         return bool(self.given["transposed"])
@@ -75,7 +80,7 @@ class ExpertLora(RowWise):
     def facts(self) -> dict[str, Any]:
         """See `Method.facts`."""
         given = {key: value for key, value in self.given.items() if key not in ("transposed", "peft_version")}
-        return {"method": self.name, "r": self.sizes["rank of all"] // self.experts, **given}
+        return {"method": self.name, "r": self.expert_rank, **given}
 
     def check_fits(self, shape: tuple[int, ...], name: str = "w0") -> None:
         """Raise `BaseMismatchError` unless θ was trained for a parameter of this shape."""
@@ -118,7 +123,7 @@ class ExpertLora(RowWise):
 
     def _factors(self, index: int) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of one expert."""
-        r = self.sizes["rank of all"] // self.experts
+        r = self.expert_rank
         return self.theta["A"][index * r : (index + 1) * r], self.theta["B"][:, index :: self.experts]
 
     def _matrix(self, index: int) -> tuple[Tensor, Tensor]:

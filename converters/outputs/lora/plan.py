@@ -15,13 +15,15 @@ from torch import Tensor
 
 from converters.adapters.targeting import PREFIX
 from converters.errors import ConversionError
-from converters.evaluation.factors import rank_of, refuse_full_rank, refuse_parts
+from converters.evaluation.factors import rank_of, refuse_full_rank
 from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorSpec
 from converters.files.staging import check_output
 from converters.models.architecture import Architecture
 from converters.outputs.lora.biases import find_biases
-from converters.outputs.lora.experts import ExpertGroup, find_groups, is_expert, refusals
+from converters.outputs.lora.experts import ExpertGroup, find_groups
 from converters.outputs.lora.options import LoraOptions
+from converters.outputs.lora.stacks import find_stacks, matrices
+from converters.outputs.lora.vllm_experts import expert_refusals, takes_joined
 from converters.outputs.lora.vllm_limits import VLLM_RANKS, vllm_refusals
 from converters.outputs.peft_names import (
     base_facts,
@@ -161,31 +163,33 @@ def as_lora(
     where exact factors are missing.
     """
     options = options or LoraOptions()
-    refuse_parts(plan, "a LoRA of modules")
     refuse_changed_base(plan, stacks_layers=True)
     arch = merged_architecture(plan)
     for_vllm = options.runtime == "vllm"
-    updated = by_module(arch, ((tensor.name, tensor) for tensor in plan.tensors if tensor.terms), experts=True)
-    modules = {module: tensor for module, tensor in updated.items() if not tensor.name.endswith(".bias")}
+    stacks = find_stacks(plan, arch)
+    modules = _modules(plan, arch, stacks)
     if options.rank is None:
         refuse_full_rank(plan, modules, remedy)
-    _refuse_other_layers(arch, modules)
+    _refuse_other_layers(arch, modules, stacks)
     ranks = {module: _rank(plan, tensor, options.rank) for module, tensor in modules.items()}
     biases = find_biases(plan, arch, modules)
     inside = {f"{module}.bias" for module in biases}
     saved = {name: tensor for name, tensor in saved_tensors(plan, arch).items() if name not in inside}
     whole = saved_modules(arch, saved)
-    groups = find_groups(arch, modules, ranks)
-    if groups and biases:
-        raise ConversionError("the adapter changes experts and biases: it cannot be expressed as LoRA; merge it")
-    joined = () if for_vllm else groups
-    config = _config(plan, arch, _written_ranks(ranks, joined), joined, whole, bool(biases))
+    groups = find_groups(plan, arch, modules, stacks, ranks)
+    if groups and (biases or any(tensor.is_transposed for tensor in modules.values())):
+        other = "biases" if biases else "layers that are stored as (in, out)"
+        raise ConversionError(f"the adapter changes experts and {other}: it cannot be expressed as LoRA; merge it")
+    joined = () if for_vllm and not takes_joined(arch) else groups
+    written = _written_ranks(ranks, joined)
+    config = _config(plan, arch, written, joined, whole, bool(biases))
     dtype = DTYPE_OPTIONS[plan.options["dtype"]] or "F32"
-    refused = vllm_refusals(max(ranks.values()), whole, saved, bool(biases), arch.name)
+    refused = vllm_refusals(max(written.values()), whole, saved, bool(biases), arch.name)
     if "layer_replication" in config:
         refused = (*refused, "it is of stacked layers (layer_replication), which vLLM does not build; merge it")
     if groups:
-        refused = (*refused, *(refusals(arch, groups, ranks) if for_vllm else [_PEFT_EXPERTS]))
+        is_same = for_vllm or takes_joined(arch)  # as vLLM takes it
+        refused = (*refused, *(expert_refusals(arch, groups, ranks) if is_same else [_PEFT_EXPERTS]))
     names = {name: planned.name for name, planned in by_saved(plan, arch).items()}
     return LoraAdapterPlan(
         plan, output, dtype, config, modules, ranks, saved, names, biases, joined, options, refused
@@ -205,15 +209,28 @@ def bias_name(module: str) -> str:
 def module_shape(tensor: TensorPlan) -> tuple[int, int]:
     """(out, in) of the module of a weight."""
     rows, columns = tensor.shape
-    return (columns, rows) if tensor.terms[0].transposed else (rows, columns)
+    return (columns, rows) if tensor.is_transposed else (rows, columns)
 
 
-def _refuse_other_layers(arch: Architecture, modules: Mapping[str, TensorPlan]) -> None:
-    """Raise `ConversionError` unless there are linear layers, and nothing else."""
+def _modules(plan: Plan, arch: Architecture, stacks: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
+    """Module, or matrix of one expert -> the weight that is updated."""
+    inside = {tensor.name for tensor in stacks.values()}
+    others = ((tensor.name, tensor) for tensor in plan.tensors if tensor.terms and tensor.name not in inside)
+    found = by_module(arch, others, experts=True)
+    modules = {module: tensor for module, tensor in found.items() if not tensor.name.endswith(".bias")}
+    return modules | {own.name: own for tensor in stacks.values() for _, own in matrices(tensor)}
+
+
+def _refuse_other_layers(
+    arch: Architecture, modules: Mapping[str, TensorPlan], stacks: Mapping[str, TensorPlan]
+) -> None:
+    """Raise `ConversionError` unless there are linear layers and parameters, and nothing else."""
+    inside = {own.name for tensor in stacks.values() for _, own in matrices(tensor)}
     if not modules:
         raise ConversionError("the adapter updates no weight: it cannot be expressed as LoRA; merge it")
     for module, tensor in modules.items():
-        if module not in arch.linear and not tensor.terms[0].transposed and not is_expert(arch, tensor.name):
+        known = module in arch.linear or tensor.is_transposed or module in inside
+        if not known and not arch.is_expert(tensor.name):
             raise ConversionError(
                 f"{module} is not a linear layer of {arch.name}: its update cannot be written as LoRA here; merge it"
             )
@@ -236,7 +253,7 @@ def _config(
     has_biases: bool,
 ) -> dict[str, Any]:
     """The adapter_config.json (`peft/tuners/lora/config.py`, `LoraConfig`)."""
-    transposed = any(term.transposed for tensor in plan.tensors for term in tensor.terms)
+    transposed = any(tensor.is_transposed for tensor in plan.tensors if not tensor.is_stack)
     return {
         **base_facts(plan, arch, whole),
         "peft_type": "LORA",

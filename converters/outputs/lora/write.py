@@ -185,7 +185,7 @@ def _check(
         return _Written(lost)
     tensor = converted.modules[module]
     up, down = read
-    if tensor.terms[0].transposed:
+    if tensor.is_transposed:
         up, down = down.T, up.T
     deltas, dtype = converted.plan.deltas_of(tensor), FLOAT_DTYPES[converted.dtype]
     if not lost.lost:
@@ -197,7 +197,11 @@ def _check(
 def _check_accounts(converted: LoraAdapterPlan, file: Path) -> None:
     """Compare what is in the file with what the adapters have, see `accounting.py`."""
     plan = converted.plan
-    own = [tensor.name for tensor in (*converted.modules.values(), *converted.biases.values())]
+    stacks = [group for group in converted.groups if group.stack is not None]
+    inside = {name for group in stacks for name in group.places}
+    own = [tensor.name for module, tensor in converted.modules.items() if module not in inside]
+    own += [tensor.name for tensor in converted.biases.values()]
+    own += [str(group.stack) for group in stacks]
     own += [converted.saved_names[name] for name in converted.saved]
     check_accounts(plan, changed_tensors(plan), own, "the LoRA adapter")
     check_file(file, {spec.name: spec.shape for spec in converted.specs})
