@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.commands import Run
 from support.companions.preprocessor_folders import WORDS, text_model
+from support.companions.sentence_folders import EVERY_POOLING, pooled, pooling_modes, write_modules
 from support.tiny_models import save_adapter, tiny_llama, unmerged
 from transformers import (
     AutoTokenizer,
@@ -34,13 +35,13 @@ TEXTS = ["good film", "bad", "good good bad film bad film"]
 PAIRS = [("good", "bad film film"), ("bad film", "good"), ("film", "bad good film good bad bad")]
 
 
-def exported(model: PreTrainedModel, folder: Path, **settings: object) -> Any:
-    """Export a model with an adapter to `folder/onnx`; returns PEFT's unmerged model."""
+def exported(model: PreTrainedModel, folder: Path, pad: str | None = "[PAD]", **settings: object) -> Any:
+    """Export a model with an adapter to `folder/onnx`; returns PEFT's unmerged model. `pad` is the tokenizer's."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
     model.save_pretrained(folder / "base")
-    text_model(folder / "base")
+    text_model(folder / "base", pad=pad, eos="<end>")
     save_adapter(model, folder / "adapter", **settings)
     export_onnx(folder / "base", folder / "adapter", folder / "onnx")
     return unmerged(type(model), folder / "base", folder / "adapter")
@@ -72,32 +73,12 @@ def test_answers_are_the_best_parts_of_a_text(tmp_path: Path, run_here: Run) -> 
         assert said in done.stderr
 
 
-def write_modules(folder: Path, pooling: dict[str, object], *more: str, **settings: object) -> None:
-    """What sentence-transformers puts beside a model."""
-    folder.mkdir(exist_ok=True)
-    kinds = ["Transformer", "Pooling", *more]
-    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
-    named = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
-    ]
-    (folder / "modules.json").write_text(json.dumps(named))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 6, "do_lower_case": True}))
-    prompts = {"prompts": {"query": "Bad "}, "default_prompt_name": settings.get("prompt")}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
-
-
-EVERY = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-
-
 @pytest.mark.parametrize("normalised", [False, True])
 def test_embeddings_of_sentence_transformers(tmp_path: Path, run_here: Run, normalised: bool) -> None:
     """Each text by itself, without padding, by the formulas of the documentation."""
-    modes = EVERY[2:3] if normalised else EVERY
-    pooling = {f"pooling_mode_{name}": name in modes for name in EVERY}
-    write_modules(tmp_path / "base", pooling, *["Normalize"] * normalised, prompt="query" if normalised else None)
+    modes = ("mean_tokens",) if normalised else EVERY_POOLING
+    more, prompt = (["Normalize"], "query") if normalised else ([], None)
+    write_modules(tmp_path / "base", pooling_modes(modes), *more, max_length=6, prompt=prompt)
     oracle = exported(BertModel(BertConfig(**BERT)), tmp_path, target_modules=["query", "value"])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     found = OnnxEngine(tmp_path / "onnx").embeddings([TEXTS[0].upper(), *TEXTS[1:]])
@@ -106,19 +87,7 @@ def test_embeddings_of_sentence_transformers(tmp_path: Path, run_here: Run, norm
         encoded = tokenizer([whole], return_tensors="pt", truncation=True, max_length=6)
         with torch.inference_mode():
             hidden = oracle(**encoded).last_hidden_state[0].numpy()
-        count = len(hidden)
-        weights = np.arange(1, count + 1)[:, None]
-        known = {
-            "cls_token": hidden[0],
-            "max_tokens": hidden.max(0),
-            "mean_tokens": hidden.mean(0),
-            "mean_sqrt_len_tokens": hidden.sum(0) / np.sqrt(count),
-            "weightedmean_tokens": (hidden * weights).sum(0) / weights.sum(),
-            "lasttoken": hidden[-1],
-        }
-        wanted = np.concatenate([known[name] for name in modes])
-        wanted = wanted / np.linalg.norm(wanted) if normalised else wanted
-        np.testing.assert_allclose(embedding, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(embedding, pooled(hidden, modes, normalised), rtol=1e-4, atol=1e-5)
     model = onnx.load(tmp_path / "onnx" / "model.onnx")
     assert [value.name for value in model.graph.output] == ["sentence_embedding"]
     done = run_here("peanut-serve", "predict", tmp_path / "onnx", TEXTS[1], "--json")
@@ -137,7 +106,7 @@ def test_embeddings_of_sentence_transformers(tmp_path: Path, run_here: Run, norm
 def test_other_modules_are_refused(
     tmp_path: Path, pooling: dict[str, object], more: tuple[str, ...], said: str
 ) -> None:
-    write_modules(tmp_path / "base", pooling, *more, prompt="query")
+    write_modules(tmp_path / "base", pooling, *more, max_length=6, prompt="query")
     with pytest.raises(ConversionError, match=said):
         exported(BertModel(BertConfig(**BERT)), tmp_path, target_modules=["query", "value"])
 
@@ -145,7 +114,7 @@ def test_other_modules_are_refused(
 @pytest.mark.parametrize("pad", [None, -1])
 def test_a_decoder_without_a_pad_token_reads_the_last_column(tmp_path: Path, pad: int | None) -> None:
     config = LlamaConfig(**{**BERT, "num_key_value_heads": 2}, num_labels=3, pad_token_id=pad)
-    oracle = exported(LlamaForSequenceClassification(config), tmp_path, modules_to_save=["score"])
+    oracle = exported(LlamaForSequenceClassification(config), tmp_path, pad=None, modules_to_save=["score"])
     engine = OnnxEngine(tmp_path / "onnx")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
 

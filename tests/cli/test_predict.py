@@ -230,28 +230,49 @@ def test_the_table_in_a_pipe(merged: Path, tmp_path: Path, run_here: Run) -> Non
         OnnxEngine(merged).predict([file], top_k=0)
 
 
-def test_lines_of_a_text_file(merged: Path, tmp_path: Path, run_here: Run) -> None:
-    """A byte order mark is ignored; only a newline ends a line."""
-    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
-    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "sequence"])
+def write_text_graph(folder: Path, kind: str, taken: str) -> None:
+    """A graph of texts, whose logit is the mean of one of its inputs."""
+    names = ("input_ids", "attention_mask", *["token_type_ids"] * (kind == "bert"))
+    given = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"]) for name in names]
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1])
     nodes = [
-        helper.make_node("Cast", ["attention_mask"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [taken], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["floats"], ["logits"], axes=[1]),
     ]
-    model = helper.make_model(
-        helper.make_graph(nodes, "graph", [ids, mask], [logits]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(helper.make_graph(nodes, "graph", given, [logits]), opset_imports=opsets, ir_version=8)
     helper.set_model_props(model, {"peanut.base": BASE})
-    onnx.save(model, merged / "model.onnx")
-    text_model(merged)
-    bert = {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"], "vocab_size": 8}
-    write_config(merged / "config.json", (), {**bert, "id2label": {"0": "x"}}, models={"fp32": "model.onnx"})
+    onnx.save(model, folder / "model.onnx")
+    text_model(folder)
+    name = {"bert": "Bert", "distilbert": "DistilBert"}[kind]
+    config = {"model_type": kind, "architectures": [f"{name}ForSequenceClassification"], "vocab_size": 8}
+    write_config(folder / "config.json", (), {**config, "id2label": {"0": "x"}}, models={"fp32": "model.onnx"})
+
+
+def test_lines_of_a_text_file(merged: Path, tmp_path: Path, run_here: Run) -> None:
+    """A byte order mark is ignored; only a newline ends a line."""
+    write_text_graph(merged, "distilbert", "attention_mask")
     (tmp_path / "texts.txt").write_bytes("\ufeffgood\u2028film\r\n\nbad\n".encode())
     done = run_here("peanut-serve", "predict", merged, "--text-file", tmp_path / "texts.txt", "--json")
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     assert [one["input"] for one in answers] == ["good\u2028film", "bad"]
     assert answers[1]["predictions"] == [{"label": "x", "score": pytest.approx(0.75)}]
+
+
+def test_pairs_of_texts(merged: Path, tmp_path: Path, run_here: Run) -> None:
+    """The second text has token types of its own, on the command line and in a file."""
+    write_text_graph(merged, "bert", "token_type_ids")
+    (tmp_path / "pairs.txt").write_text("good film\tbad\n")
+    texts = ("--text-file", tmp_path / "pairs.txt", "good", "bad film")
+    command = ("peanut-serve", "predict", merged, "--pairs", *texts)
+    done = run_here(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert [one["input"] for one in answers] == [["good", "bad film"], ["good film", "bad"]]
+    # [CLS] good [SEP] bad film [SEP], and [CLS] good film [SEP] bad [SEP]
+    assert [one["predictions"][0]["score"] for one in answers] == pytest.approx([3 / 6, 2 / 6])
+    assert "good | bad film" in run_here(*command).stdout
+    done = run_here("peanut-serve", "predict", merged, "--pairs", "good", "bad", "film")
+    assert done.returncode == 1
+    assert "--pairs needs an even number of texts, found 3" in done.stderr

@@ -15,6 +15,7 @@ from support.project.rooms import ORDER
 
 import converters
 from converters.adapters.layouts.names import LAYOUT_SUMMARIES
+from converters.inference.media_models import MEDIA_MODELS
 from converters.inference.text_models import TEXT_MODELS
 from peanut_serve.settings import environment
 from peanut_serve.swapping import metrics
@@ -62,7 +63,7 @@ def test_the_table_of_onnx_models_is_what_a_run_found() -> None:
     table = CONVERTERS.section("ONNX models").split("\n\n")
     assert "\n".join(models_table()) in table
     found = read_record()
-    assert {entry["model_type"] for entry in found.values()} >= set(TEXT_MODELS)
+    assert {entry["model_type"] for entry in found.values()} >= {*TEXT_MODELS, *MEDIA_MODELS}
     assert all(difference <= 1e-4 for entry in found.values() for difference in entry["differences"].values())
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.media.onnx_media import SIZES, WAVES, WHISPER
 from support.media.sound_files import save_sound, sound
+from support.onnx_zoo.sound_rows import AST, WAVES, WHISPER
 from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from converters.errors import CheckpointError, OptionError
@@ -16,15 +16,12 @@ from converters.inference.kinds import find_kind
 from converters.inference.preprocessing import open_preprocessor
 
 WAV2VEC2 = {"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForSequenceClassification"], **WAVES}
-AST = {
-    "model_type": "audio-spectrogram-transformer", "architectures": ["ASTForAudioClassification"], **SIZES,
-    "max_length": 64, "num_mel_bins": 32,
-}  # fmt: skip
+SPECTROGRAM = {"model_type": "audio-spectrogram-transformer", "architectures": ["ASTForAudioClassification"], **AST}
 WHISPERS = {"model_type": "whisper", "architectures": ["WhisperForAudioClassification"], **WHISPER}
 MODELS = {
     "wav2vec2": (WAV2VEC2, lambda: Wav2Vec2FeatureExtractor(return_attention_mask=True)),
     "wav2vec2-as-they-are": (WAV2VEC2, lambda: Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False)),
-    "ast": (AST, lambda: ASTFeatureExtractor(max_length=64, num_mel_bins=32)),
+    "ast": (SPECTROGRAM, lambda: ASTFeatureExtractor(max_length=64, num_mel_bins=32)),
     "whisper": (WHISPERS, lambda: WhisperFeatureExtractor(feature_size=16, chunk_length=1)),
 }
 
@@ -86,11 +83,11 @@ def test_extractors_that_do_not_fit(tmp_path: Path) -> None:
         opened(tmp_path, WAV2VEC2)
     ASTFeatureExtractor(max_length=65, num_mel_bins=32).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"of the shape \(65, 32\), but the model takes \(64, 32\)"):
-        opened(tmp_path, AST)
+        opened(tmp_path, SPECTROGRAM)
     with pytest.raises(CheckpointError, match=r"of the shape \(65, 32\), but the model takes \(16000,\)"):
         opened(tmp_path, WAV2VEC2)
     with pytest.raises(CheckpointError, match="cannot be used"):
         opened(tmp_path, WHISPERS)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": "high"}))
     with pytest.raises(CheckpointError, match="cannot be used"):
-        opened(tmp_path, AST)
+        opened(tmp_path, SPECTROGRAM)

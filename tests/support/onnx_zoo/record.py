@@ -10,6 +10,7 @@ from converters.outputs.onnx.options import Form
 
 if TYPE_CHECKING:  # it imports transformers
     from support.onnx_zoo.rows import Row
+    from support.onnx_zoo.running import Found
 
 RECORD = DATA / "onnx_models.json"
 _FORMS = {
@@ -20,15 +21,16 @@ _FORMS = {
 }
 
 
-def entry_of(row: "Row", differences: dict[str, float]) -> dict[str, Any]:
+def entry_of(row: "Row", found: "Found") -> dict[str, Any]:
     """What is kept of a run of a row."""
     config = {**row.config().to_dict(), "architectures": [row.model_class.__name__]}
+    files = {} if found.files is None else {"files": found.files}
     return {
         "model": row.model,
         "model_type": config["model_type"],
         "class": row.model_class.__name__,
-        "task": find_kind(config).task,
-        "differences": {form: float(f"{found:.0e}") for form, found in differences.items()},
+        "task": "sentence-similarity" if row.pooling else find_kind(config).task,
+        "differences": {name: float(f"{one:.0e}") for name, one in {**found.forms, **files}.items()},
     }
 
 
@@ -46,7 +48,7 @@ def models_table() -> list[str]:
     lines = ["| model | tasks | forms | largest difference |", "|---|---|---|---|"]
     for model, entries in models.items():
         tasks = ", ".join(dict.fromkeys(entry["task"] for entry in entries))
-        forms = set.intersection(*(set(entry["differences"]) for entry in entries))
+        forms = set.intersection(*(set(entry["differences"]) & set(_FORMS) for entry in entries))
         largest = max(found for entry in entries for found in entry["differences"].values())
         named = "all" if forms == set(_FORMS) else ", ".join(name for form, name in _FORMS.items() if form in forms)
         lines.append(f"| {model} | {tasks} | {named} | {largest:.0e} |")

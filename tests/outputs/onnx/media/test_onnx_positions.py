@@ -9,14 +9,23 @@ from peft import PeanutConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.commands import Run
 from support.companions.preprocessor_folders import picture, save_picture
-from support.media.onnx_media import HEAD, QV, TOWERS, VISION, whole
+from support.onnx_zoo.image_rows import BEIT, DINO, SWIN, TOWERS, VISION, whole
+from support.onnx_zoo.rows import HEAD, QV
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
     PreTrainedModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipImageProcessorPil,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -29,11 +38,13 @@ from peanut_serve.classify.engine import OnnxEngine
 MODELS = {
     "vit": (ViTForImageClassification, lambda: ViTConfig(**VISION)),
     "siglip": (SiglipForImageClassification, lambda: SiglipConfig(**TOWERS)),
-    "dinov2": (Dinov2ForImageClassification, lambda: Dinov2Config(
-        **{name: size for name, size in VISION.items() if name != "intermediate_size"}
-    )),
-}  # fmt: skip
-PROCESSOR = SiglipImageProcessorPil(**whole(24))  # the models' own size is 16
+    "clip": (CLIPForImageClassification, lambda: CLIPConfig(**TOWERS)),
+    "deit": (DeiTForImageClassification, lambda: DeiTConfig(**VISION)),
+    "beit": (BeitForImageClassification, lambda: BeitConfig(**BEIT, use_absolute_position_embeddings=True)),
+    "swin": (SwinForImageClassification, lambda: SwinConfig(**SWIN, use_absolute_embeddings=True)),
+    "dinov2": (Dinov2ForImageClassification, lambda: Dinov2Config(**DINO)),
+}
+PROCESSOR = SiglipImageProcessorPil(**whole(24))  # the models' own size is 16, that of Swin 32
 
 
 def save_pair(name: str, folder: Path) -> PeftModel:
@@ -52,7 +63,7 @@ def save_pair(name: str, folder: Path) -> PeftModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "siglip"])
+@pytest.mark.parametrize("name", ["vit", "siglip", "clip", "deit", "beit", "swin"])
 def test_interpolated_positions(name: str, tmp_path: Path, run_here: Run) -> None:
     model = save_pair(name, tmp_path)
     command = ("peanut-merge", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--format", "onnx")
