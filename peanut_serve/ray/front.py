@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from peanut_serve.errors import RequestBodyError, ServingError
 from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
+from peanut_serve.ray.settings import read_keys
 from peanut_serve.web.bearer import BearerKeys
 from peanut_serve.web.request_body import parse_body, variant_of
 from peanut_serve.web.routes import Access, access_to
@@ -72,8 +73,7 @@ class Front:
 
     def __init__(self, engines: DeploymentHandle[EngineReplica], key_file: str | None) -> None:
         self._engines = engines.options(stream=True, method_name="handle")
-        keys = Path(key_file).read_text().split() if key_file else []
-        self._keys = BearerKeys(keys) if keys else None
+        self._keys = BearerKeys(read_keys(Path(key_file))) if key_file else None
 
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:

@@ -38,7 +38,7 @@ class EngineReplica:
         key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         folder = Path(logs)
         folder.mkdir(parents=True, exist_ok=True)
-        own = ("--port", str(port), "--admin-port", str(admin_port))
+        own = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
         keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
         self._child = Child.start(
             [*self._settings.command, *self._settings.options, *own],

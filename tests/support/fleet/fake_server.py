@@ -2,6 +2,8 @@
 
     python fake_server.py --swap SECONDS --journal FILE --port PORT --admin-port PORT
 
+Other options are those of a real one, and ignored.
+
 Variants: base, v0 to v9, and `prod`, which is another name of v0. The journal gets a line for each event.
 """
 
@@ -87,4 +89,4 @@ if __name__ == "__main__":
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--port", type=int)
     parser.add_argument("--admin-port", type=int)
-    FakeServer(parser.parse_args()).run()
+    FakeServer(parser.parse_known_args()[0]).run()
