@@ -44,7 +44,6 @@ _REFUSED = {
     "--api-key": "give the keys of clients as --api-key-file",
     "--admin-port": _EACH,
     "--admin-host": _EACH,
-    "--state": _EACH,
     "--uds": _HOP,
     "--ssl-keyfile": _HOP,
     "--ssl-certfile": _HOP,
@@ -79,6 +78,12 @@ def _deploy(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state", help="Folder of each node for what survives a restart; every engine has a folder in it."
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option("--host", help="Address to listen on (default: all of each node; with --local, 127.0.0.1)."),
@@ -101,7 +106,13 @@ def _deploy(
     if gpus > 1 and not gpus.is_integer():
         raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
     settings = FleetSettings(
-        engine=engine, replicas=replicas, gpus=gpus, cpus=cpus, most_waiting=max_waiting, key_file=keys
+        engine=engine,
+        replicas=replicas,
+        gpus=gpus,
+        cpus=cpus,
+        most_waiting=max_waiting,
+        key_file=keys,
+        state=state.expanduser().absolute() if state else None,
     )
     host = host or ("127.0.0.1" if local else "0.0.0.0")
     if keys is None and not local:

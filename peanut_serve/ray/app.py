@@ -43,4 +43,5 @@ def build(args: dict[str, Any]) -> Application:
         logging_config=_QUIET,
     )(Front)
     key_file = str(settings.key_file) if settings.key_file else None
-    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), str(settings.logs)), key_file)
+    state = settings.state or settings.logs / "state"
+    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), str(settings.logs), str(state)), key_file)

@@ -72,5 +72,5 @@ def serve_here(settings: FleetSettings, host: str, port: int) -> None:
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, signal.SIG_IGN)  # the end takes a while, and is bounded
         if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()

@@ -13,6 +13,7 @@ from ray import serve
 
 from peanut_serve.ray.child import Child, free_port
 from peanut_serve.ray.settings import EngineSettings
+from peanut_serve.ray.state import StateFolder
 
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body
@@ -28,7 +29,7 @@ _PATIENCE = 5.0  # seconds for an answer of the admin API
 class EngineReplica:
     """The callable of the Serve deployment `Engine`."""
 
-    async def __init__(self, settings: dict[str, Any], logs: str) -> None:  # type: ignore[misc]  # awaited by Ray
+    async def __init__(self, settings: dict[str, Any], logs: str, state: str) -> None:  # type: ignore[misc]  # awaited by Ray
         self._settings = EngineSettings.model_validate(settings)
         self.name = serve.get_replica_context().replica_id.unique_id
         self._watching: asyncio.Task[None] | None = None
@@ -38,7 +39,9 @@ class EngineReplica:
         key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         folder = Path(logs)
         folder.mkdir(parents=True, exist_ok=True)
-        own = ("--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port))
+        self._state = StateFolder.take(Path(state))
+        own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port)]
+        own += ["--state", str(self._state.path)]
         keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
         self._child = Child.start(
             [*self._settings.command, *self._settings.options, *own],
@@ -112,6 +115,7 @@ class EngineReplica:
         if self._watching is not None:
             self._watching.cancel()
         await self._child.stop()
+        self._state.close()
 
 
 def end_to_end(headers: Sequence[tuple[bytes, bytes]]) -> Headers:

@@ -43,6 +43,7 @@ class FleetSettings(BaseModel):
         most_waiting: requests that may wait until a replica takes them before the next one is answered with 429.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
         logs: folder for the output of the engines.
+        state: folder with a folder for the state of each engine of a machine; by default within `logs`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class FleetSettings(BaseModel):
     most_waiting: PositiveInt = 1024
     key_file: Path | None = None
     logs: Path = Path("/tmp/ray/peanut-serve")
+    state: Path | None = None
 
 
 def read_keys(file: Path | None) -> list[str]:

@@ -35,10 +35,12 @@ def written(here: Path) -> dict[str, object]:
 
 def test_what_is_written(here: Path, run_here: Run) -> None:
     options = ["--mode", "merged", "--replicas", "4", "--gpus-per-replica", "1", "--api-key-file", "keys"]
-    code, error = deploy(run_here, *options, "--host-cache", "4GiB", "--max-model-len", "64", "--max-waiting", "99")
+    own = ["--max-waiting", "99", "--state", "state"]
+    code, error = deploy(run_here, *options, "--host-cache", "4GiB", "--max-model-len", "64", *own)
     assert (code, error) == (0, "")
     sources = ["--base", str(here / "base"), "--adapters", str(here / "tasks"), "--mode", "merged"]
     given = ["--host-cache", "4GiB", "--max-model-len", "64"]
+    args = {"gpus": 1.0, "key_file": str(here / "keys"), "state": str(here / "state")}
     assert written(here) == {
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "applications": [
@@ -46,7 +48,7 @@ def test_what_is_written(here: Path, run_here: Run) -> None:
                 "name": "peanut-serve",
                 "route_prefix": "/",
                 "import_path": "peanut_serve.ray.app:build",
-                "args": {"engine": {"options": [*sources, *given]}, "gpus": 1.0, "key_file": str(here / "keys")},
+                "args": {"engine": {"options": [*sources, *given]}, **args},
                 "deployments": [{"name": "Engine", "num_replicas": 4, "max_queued_requests": 99}],
             }
         ],
@@ -101,7 +103,6 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--max-loras", "many"], "--max-loras is many; expected a positive number"),
         (["--api_key", "SECRET"], "--api-key cannot be used with deploy: give the keys of clients as --api-key-file"),
         (["--admin-port=1"], "--admin-port cannot be used with deploy: each replica has its own"),
-        (["--state", "x"], "--state cannot be used with deploy"),
         (["--config", "secret.yaml"], "--api-key cannot be used with deploy"),
         (["--api-key-file", "missing"], "missing cannot be read"),
         (["--api-key-file", "empty"], "there is no key in"),

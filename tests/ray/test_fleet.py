@@ -106,6 +106,14 @@ def test_refusals(fleet: Fleet, path: str, content: bytes, key: str, status: int
     assert status == 200 or answer.json()["error"]["message"]
 
 
+def test_each_engine_has_a_state_folder_of_its_own(fleet: Fleet) -> None:
+    folders = set()
+    for pid in living(fleet):
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        folders.add(arguments[arguments.index("--state") + 1])
+    assert folders == {str(fleet.journal.parent / "state" / str(number)) for number in range(REPLICAS)}
+
+
 def test_a_client_that_goes_away_ends_its_request(fleet: Fleet) -> None:
     body = {"model": "v1", "stream": True, "max_tokens": 10_000}
     with fleet.client.stream("POST", COMPLETIONS, json=body) as answer:
