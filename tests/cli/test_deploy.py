@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from support.commands import Run
+from support.paths import ROOT
 from support.tiny_models import Pair
 
 from converters.errors import MissingDependencyError
+from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import VARIABLES, serve_here
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
 
@@ -128,6 +130,16 @@ def test_a_mistake_in_an_option_of_an_engine(here: Path, run_here: Run) -> None:
     code, error = deploy(run_here, "--max-wait", "soon")
     assert code == 2
     assert "Invalid value for '--max-wait'" in error
+
+
+def test_the_example_is_one_that_the_command_could_write() -> None:
+    example = yaml.safe_load((ROOT / "examples" / "fleet" / "fleet.yaml").read_text())
+    application = example["applications"][0]
+    deployed = application["deployments"][0]
+    settings = FleetSettings.model_validate(
+        {**application["args"], "replicas": deployed["num_replicas"], "most_waiting": deployed["max_queued_requests"]}
+    )
+    assert declaration(settings, **example["http_options"]) == example
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
