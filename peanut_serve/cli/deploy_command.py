@@ -78,6 +78,9 @@ def _deploy(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option("--admin-key-file", help="File with the admin key; turns the admin API on.")
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -101,8 +104,9 @@ def _deploy(
     engine = _engine([*_sources(base, adapters), "--mode", mode.value, *_absolute(context.args)], context.obj)
     if not gpus and replicas > 1:  # by itself, each engine binds its threads to the first cores of a machine
         engine = engine.model_copy(update={"variables": {_BINDING: os.environ.get(_BINDING, "nobind")}})
-    keys = api_key_file.expanduser().resolve() if api_key_file else None
-    read_keys(keys)
+    keys, admin_keys = _absolute_path(api_key_file), _absolute_path(admin_key_file)
+    if set(read_keys(keys)) & set(read_keys(admin_keys)):
+        raise OptionError(f"a key in {admin_keys} is also in {keys}; clients must not have the key of operators")
     if gpus > 1 and not gpus.is_integer():
         raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
     settings = FleetSettings(
@@ -112,7 +116,8 @@ def _deploy(
         cpus=cpus,
         most_waiting=max_waiting,
         key_file=keys,
-        state=state.expanduser().absolute() if state else None,
+        admin_key_file=admin_keys,
+        state=_absolute_path(state),
     )
     host = host or ("127.0.0.1" if local else "0.0.0.0")
     if keys is None and not local:
@@ -134,6 +139,10 @@ def _sources(base: str, adapters: Sequence[str]) -> list[str]:
         return str(folder.absolute()) if folder.is_dir() else given
 
     return ["--base", absolute(base), *(part for one in adapters for part in ("--adapters", absolute(one)))]
+
+
+def _absolute_path(given: Path | None) -> Path | None:
+    return given.expanduser().absolute() if given else None
 
 
 def _absolute(given: Sequence[str]) -> list[str]:

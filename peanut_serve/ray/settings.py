@@ -42,6 +42,7 @@ class FleetSettings(BaseModel):
         cpus: of each replica.
         most_waiting: requests that may wait until a replica takes them before the next one is answered with 429.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
+        admin_key_file: the same for operators; without it there is no admin API.
         logs: folder for the output of the engines.
         state: folder with a folder for the state of each engine of a machine; by default within `logs`.
     """
@@ -54,12 +55,13 @@ class FleetSettings(BaseModel):
     cpus: float = Field(default=1.0, ge=0)
     most_waiting: PositiveInt = 1024
     key_file: Path | None = None
+    admin_key_file: Path | None = None
     logs: Path = Path("/tmp/ray/peanut-serve")
     state: Path | None = None
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """The API keys of clients. Raises `OptionError` for a file without any, which would let everybody in."""
+    """The keys in a file. Raises `OptionError` for a file without any, which would let everybody in."""
     if file is None:
         return []
     try:

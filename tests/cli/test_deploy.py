@@ -21,6 +21,7 @@ def here(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `base`, `tasks` and `keys`, which the command runs in."""
     shutil.copytree(pair.adapter, tmp_path / "tasks" / "gsm8k")
     (tmp_path / "keys").write_text("a-key\n")
+    (tmp_path / "admin").write_text("an-admin-key\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     return tmp_path
@@ -37,12 +38,13 @@ def written(here: Path) -> dict[str, object]:
 
 def test_what_is_written(here: Path, run_here: Run) -> None:
     options = ["--mode", "merged", "--replicas", "4", "--gpus-per-replica", "1", "--api-key-file", "keys"]
-    own = ["--max-waiting", "99", "--state", "state"]
+    own = ["--max-waiting", "99", "--state", "state", "--admin-key-file", "admin"]
     code, error = deploy(run_here, *options, "--host-cache", "4GiB", "--max-model-len", "64", *own)
     assert (code, error) == (0, "")
     sources = ["--base", str(here / "base"), "--adapters", str(here / "tasks"), "--mode", "merged"]
     given = ["--host-cache", "4GiB", "--max-model-len", "64"]
-    args = {"gpus": 1.0, "key_file": str(here / "keys"), "state": str(here / "state")}
+    files = {"key_file": "keys", "admin_key_file": "admin", "state": "state"}
+    args = {"gpus": 1.0} | {name: str(here / file) for name, file in files.items()}
     assert written(here) == {
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "applications": [
@@ -107,6 +109,8 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--admin-port=1"], "--admin-port cannot be used with deploy: each replica has its own"),
         (["--config", "secret.yaml"], "--api-key cannot be used with deploy"),
         (["--api-key-file", "missing"], "missing cannot be read"),
+        (["--api-key-file", "keys", "--admin-key-file", "keys"], "is also in"),
+        (["--admin-key-file", "empty"], "there is no key in"),
         (["--api-key-file", "empty"], "there is no key in"),
         (["--gpus-per-replica", "1.5"], "--gpus-per-replica is 1.5; expected a whole number"),
         (["-o", "keys"], "keys exists; give another --output, or --overwrite"),

@@ -71,6 +71,7 @@ def test_no_command_was_lost() -> None:
 def test_the_jobs(folders: Path, run_here: Run, document: Document) -> None:
     if document is SERVING:
         export_tasks(run_here)
+        shutil.copytree(folders / "gsm8k", folders / "tasks" / "gsm8k")
     for command in commands(document, "job"):
         done = run_here(*shlex.split(command))
         assert done.returncode == 0, f"{command}\n{done.stderr}"
