@@ -80,7 +80,7 @@ THIRD_PARTY = {
     "ray": ("peanut_serve.ray",),
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
-    "yaml": ("peanut_serve.cli.launch",),
+    "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
     "prometheus_client": ("peanut_serve.swapping",),
     "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
 }
@@ -93,6 +93,7 @@ COMMANDS = (
     "converters.cli.inspect_command.run_command",
     "peanut_serve.cli.main._serve",
     "peanut_serve.cli.predict_command._predict",
+    "peanut_serve.cli.deploy_command._deploy",
 )
 
 MODULES = modules()

@@ -138,8 +138,7 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     if not folder.is_dir() and not is_hub_id(model):
         raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
     given = _with_separate_config(given)
-    own = {option.split("=", 1)[0].replace("_", "-") for option in given if option.startswith("-")}
-    own |= _in_config_file(given)
+    own = option_names(given)
     unsupported = _UNSUPPORTED if mode == "lora" else {**_UNSUPPORTED, **_UNSUPPORTED_BY_SWAPPING}
     for option in sorted(own & unsupported.keys()):
         raise OptionError(f"{option} cannot be used with --mode {mode}: {unsupported[option]}")
@@ -165,6 +164,15 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
         *(part for name, values in defaults.items() if name not in own for part in (name, *values)),
         *given,
     ]
+
+
+def option_names(given: Sequence[str]) -> set[str]:
+    """The options that are given, on the command line or in vLLM's --config file, in one spelling.
+
+    Raises `OptionError` if that file cannot be read, or sets the model.
+    """
+    own = {option.split("=", 1)[0].replace("_", "-") for option in given if option.startswith("-")}
+    return own | _in_config_file(_with_separate_config(given))
 
 
 def _with_separate_config(given: Sequence[str]) -> list[str]:

@@ -1,15 +1,19 @@
 """The command `peanut-serve`."""
 
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from converters.cli.flags import in_flags
 from converters.cli.options import Version
 from converters.errors import PeanutError
+
+if TYPE_CHECKING:
+    from peanut_serve.settings.serving import ServeOptions
 
 HELP = """Serve trained adapters (PEANuT, LoRA, other methods of PEFT) of one base by name, on vLLM's OpenAI server.
 
@@ -30,6 +34,7 @@ Examples:
   peanut-serve --base ./smollm2 --adapters ./tasks --port 8001 --max-model-len 2048 --api-key SECRET
   peanut-serve --base ./smollm2 --adapters ./tasks --mode merged --host-cache 8GiB --admin-port 8001
   peanut-serve ctl list
+  peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "gsm8k", "prompt": "6 times 7 is"}'
@@ -168,7 +173,21 @@ def _serve(
         tuple(context.args),
         allow_untested_vllm,
     )
-    serve(options)
+    (context.obj or serve)(options)
+
+
+def _command() -> typer.Typer:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(name="peanut-serve", help=HELP, context_settings=pass_through)(_serve)
+    return app
+
+
+def _read_options(arguments: Sequence[str]) -> "ServeOptions":
+    """The options of a server, for a command that starts it elsewhere."""
+    found: list[ServeOptions] = []
+    _command()(list(arguments), prog_name="peanut-serve", standalone_mode=False, obj=found.append)
+    return found[0]
 
 
 def main() -> NoReturn:
@@ -181,15 +200,16 @@ def main() -> NoReturn:
         from peanut_serve.cli.predict_command import main as predict
 
         predict(sys.argv[2:])
+    if sys.argv[1:2] == ["deploy"]:
+        from peanut_serve.cli.deploy_command import main as deploy
+
+        deploy(sys.argv[2:], _read_options)
     if "--vllm-help" in sys.argv:
         from peanut_serve.cli.launch import run_vllm
 
         run_vllm(["--help=all"])
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(name="peanut-serve", help=HELP, context_settings=pass_through)(_serve)
     try:
-        app(prog_name="peanut-serve")
+        _command()(prog_name="peanut-serve")
     except (PeanutError, OSError) as error:
         print(f"peanut-serve: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)

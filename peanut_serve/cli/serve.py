@@ -26,15 +26,7 @@ def serve(options: ServeOptions) -> None:
 
     Raises `PeanutError` for anything that can be refused before vLLM starts.
     """
-    roots = AdapterRoots(options.adapters)
-    names = [*map(str, roots.folders), *roots.hub_ids]
-    found = find_adapters(roots)
-    for note in found.notes(options.mode):
-        console.err.print(f"note: {note}", markup=False)
-    for name in sorted(set(base_names(options.base, options.vllm)) & set(found.names(options.mode))):
-        console.err.print(f"note: {name} will not be served: the base has this name", markup=False)
-    arguments = vllm_options(options.base, options.mode, found, options.vllm)
-    settings = _settings(options, names)
+    found, arguments, settings = checked(options)
     variables = server_variables(settings)
     if options.dry_run:
         _show(options, found, arguments)
@@ -47,6 +39,22 @@ def serve(options: ServeOptions) -> None:
     ).close()  # a folder that another server uses is refused now, not after the engine started
     os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
     run_vllm(arguments)
+
+
+def checked(options: ServeOptions) -> tuple[Found, list[str], ServerSettings]:
+    """Open the adapters and check the options: what was found, the options of vLLM, and the settings.
+
+    Notes for the operator are printed. Raises `PeanutError`.
+    """
+    roots = AdapterRoots(options.adapters)
+    names = [*map(str, roots.folders), *roots.hub_ids]
+    found = find_adapters(roots)
+    for note in found.notes(options.mode):
+        console.err.print(f"note: {note}", markup=False)
+    for name in sorted(set(base_names(options.base, options.vllm)) & set(found.names(options.mode))):
+        console.err.print(f"note: {name} will not be served: the base has this name", markup=False)
+    arguments = vllm_options(options.base, options.mode, found, options.vllm)
+    return found, arguments, _settings(options, names)
 
 
 def _show(options: ServeOptions, found: Found, arguments: Sequence[str]) -> None:

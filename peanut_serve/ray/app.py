@@ -42,5 +42,6 @@ def build(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Front)
-    key_file = str(settings.key_file) if settings.key_file else None
-    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), str(settings.logs)), key_file)
+    keys = [str(file) if file else None for file in (settings.key_file, settings.admin_key_file)]
+    state = settings.state or settings.logs / "state"
+    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), str(settings.logs), str(state)), *keys)

@@ -15,7 +15,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from peanut_serve.errors import RequestBodyError, ServingError
+from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
+from peanut_serve.ray.settings import read_keys
 from peanut_serve.web.bearer import BearerKeys
 from peanut_serve.web.request_body import parse_body, variant_of
 from peanut_serve.web.routes import Access, access_to
@@ -70,15 +72,19 @@ _application = FastAPI(openapi_url=None)
 class Front:
     """The callable of the Serve deployment `Front`."""
 
-    def __init__(self, engines: DeploymentHandle[EngineReplica], key_file: str | None) -> None:
+    def __init__(
+        self, engines: DeploymentHandle[EngineReplica], key_file: str | None, admin_key_file: str | None
+    ) -> None:
         self._engines = engines.options(stream=True, method_name="handle")
-        keys = Path(key_file).read_text().split() if key_file else []
-        self._keys = BearerKeys(keys) if keys else None
+        self._keys = BearerKeys(read_keys(Path(key_file))) if key_file else None
+        self._admin = FleetAdmin(engines, read_keys(Path(admin_key_file))) if admin_key_file else None
 
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
         """Pass a request on; errors have the form of OpenAI's API."""
         path = request.url.path
+        if self._admin is not None and path.startswith(f"{PREFIX}/"):
+            return await self._admin.answer(request)
         access = access_to(path)
         if access is Access.REFUSED:
             return refusal(404, f"{request.method} {path} is not served")

@@ -13,6 +13,7 @@ from ray import serve
 
 from peanut_serve.ray.child import Child, free_port
 from peanut_serve.ray.settings import EngineSettings
+from peanut_serve.ray.state import StateFolder
 
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body
@@ -23,12 +24,13 @@ _CONNECTION |= {b"date", b"server"}
 _OWN = {b"authorization", b"content-length"}  # of a request to the engine
 _LOOK = 0.25  # seconds between two looks at what is resident
 _PATIENCE = 5.0  # seconds for an answer of the admin API
+_FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
 
 
 class EngineReplica:
     """The callable of the Serve deployment `Engine`."""
 
-    async def __init__(self, settings: dict[str, Any], logs: str) -> None:  # type: ignore[misc]  # awaited by Ray
+    async def __init__(self, settings: dict[str, Any], logs: str, state: str) -> None:  # type: ignore[misc]  # awaited by Ray
         self._settings = EngineSettings.model_validate(settings)
         self.name = serve.get_replica_context().replica_id.unique_id
         self._watching: asyncio.Task[None] | None = None
@@ -38,7 +40,9 @@ class EngineReplica:
         key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         folder = Path(logs)
         folder.mkdir(parents=True, exist_ok=True)
-        own = ("--port", str(port), "--admin-port", str(admin_port))
+        self._state = StateFolder.take(Path(state))
+        own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port)]
+        own += ["--state", str(self._state.path)]
         keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
         self._child = Child.start(
             [*self._settings.command, *self._settings.options, *own],
@@ -49,8 +53,7 @@ class EngineReplica:
         )
         await self._child.wait_until_ready(within=self._settings.start_seconds)
         self._key = f"Bearer {key}".encode()
-        forever = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
-        self._client = httpx.AsyncClient(base_url=self._child.address, timeout=forever, limits=httpx.Limits())
+        self._client = httpx.AsyncClient(base_url=self._child.address, timeout=_FOREVER, limits=httpx.Limits())
         self._admin = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{admin_port}/admin/v1",
             headers={"Authorization": f"Bearer {admin_key}"},
@@ -71,10 +74,30 @@ class EngineReplica:
             async for part in answer.aiter_raw():
                 yield part
 
-    async def call_admin(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Status and JSON of an answer of the engine's admin API."""
-        answer = await self._admin.request(method, path, json=body, timeout=None)
-        return answer.status_code, answer.json() if answer.content else None
+    async def call_admin(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """The name of this replica, and status and JSON of an answer of the engine's admin API."""
+        try:
+            answer = await self._admin.request(method, path, json=body, timeout=_FOREVER)
+        except httpx.HTTPError as error:
+            return {"replica": self.name, "status": 503, "error": f"the engine did not answer: {error!r}"}
+        found = answer.json() if answer.content else None
+        return {"replica": self.name, "status": answer.status_code, "answer": found}
+
+    async def report(self) -> dict[str, Any]:
+        """The name of this replica, the state of its engine, what is resident, and the digest of each name."""
+        engine = await self.call_admin("GET", "/engine")
+        variants = await self.call_admin("GET", "/variants")
+        if (status := max(engine["status"], variants["status"])) != httpx.codes.OK:
+            return {"replica": self.name, "status": status, "engine": engine.get("answer")}
+        digests = {one["name"]: one["digest"] for one in variants["answer"]}
+        resident = list(self._resident)
+        return {
+            "replica": self.name,
+            "status": status,
+            "engine": engine["answer"],
+            "resident": resident,
+            "digests": digests,
+        }
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router: the variants that are resident. Ray sends this to the front when it has changed."""
@@ -112,6 +135,7 @@ class EngineReplica:
         if self._watching is not None:
             self._watching.cancel()
         await self._child.stop()
+        self._state.close()
 
 
 def end_to_end(headers: Sequence[tuple[bytes, bytes]]) -> Headers:

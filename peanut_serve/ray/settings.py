@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from converters.errors import OptionError
+
 _SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
 
 
@@ -38,9 +40,11 @@ class FleetSettings(BaseModel):
         replicas: how many.
         gpus: of each replica.
         cpus: of each replica.
-        most_waiting: requests that may wait for a replica before the next one is answered with 429.
+        most_waiting: requests that may wait until a replica takes them before the next one is answered with 429.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
+        admin_key_file: the same for operators; without it there is no admin API.
         logs: folder for the output of the engines.
+        state: folder with a folder for the state of each engine of a machine; by default within `logs`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,4 +55,19 @@ class FleetSettings(BaseModel):
     cpus: float = Field(default=1.0, ge=0)
     most_waiting: PositiveInt = 1024
     key_file: Path | None = None
+    admin_key_file: Path | None = None
     logs: Path = Path("/tmp/ray/peanut-serve")
+    state: Path | None = None
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The keys in a file. Raises `OptionError` for a file without any, which would let everybody in."""
+    if file is None:
+        return []
+    try:
+        keys = file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the keys in {file} cannot be read: {error}") from None
+    if not keys:
+        raise OptionError(f"there is no key in {file}; expected one in each line")
+    return keys

@@ -236,7 +236,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, what: str = "the admin API") -> socket.socket:
     """Listen before the engine starts, so that a port that is already in use is reported at once.
 
     Raises `OptionError` if the address cannot be used.
@@ -245,7 +245,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise OptionError(
-            f"the admin API cannot listen on {host}:{port}: {error.strerror}; choose another port or address"
+            f"{what} cannot listen on {host}:{port}: {error.strerror}; choose another port or address"
         ) from None
     # inherited by connections; asyncio does not set it, as this socket does not name TCP: saves 40 ms per response
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -23,7 +23,7 @@ from peanut_serve.web.admin import admin_app
 
 pytestmark = pytest.mark.slow  # runs every command of the documents
 
-PREDICT, CTL = "peanut-serve predict ", "peanut-serve ctl "
+PREDICT, CTL, DEPLOY = "peanut-serve predict ", "peanut-serve ctl ", "peanut-serve deploy "
 
 
 def kind(command: str) -> str:
@@ -34,7 +34,7 @@ def kind(command: str) -> str:
         return "hub"
     if command.startswith(CTL):
         return "ctl"
-    if command.startswith("peanut-serve ") and not command.startswith(PREDICT):
+    if command.startswith("peanut-serve ") and not command.startswith((PREDICT, DEPLOY)):
         return "serve"
     return "job"
 
@@ -71,6 +71,7 @@ def test_no_command_was_lost() -> None:
 def test_the_jobs(folders: Path, run_here: Run, document: Document) -> None:
     if document is SERVING:
         export_tasks(run_here)
+        shutil.copytree(folders / "gsm8k", folders / "tasks" / "gsm8k")
     for command in commands(document, "job"):
         done = run_here(*shlex.split(command))
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -85,6 +86,7 @@ def test_the_jobs(folders: Path, run_here: Run, document: Document) -> None:
             "gsm8k.png", "pets-onnx/model.onnx", "pets-int8/model_quantized.onnx", "pets-web/onnx/model.onnx",
             "tasks-onnx/flowers.onnx_adapter",
         ],
+        SERVING: ["fleet.yaml"],
     }  # fmt: skip
     for path in wanted.get(document, []):
         assert (folders / path).exists(), path

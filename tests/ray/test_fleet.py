@@ -19,7 +19,7 @@ from peanut_serve.ray.child import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-KEY = "a-key"
+KEY, ADMIN_KEY = "a-key", "an-admin-key"
 REPLICAS = 3
 COMPLETIONS = "/v1/completions"
 
@@ -34,6 +34,10 @@ class Fleet:
         answer = self.client.post(COMPLETIONS, json={"model": variant})
         assert answer.status_code == 200, answer.text
         return answer.json()["variant"], answer.json()["pid"]
+
+    def operate(self, method: str, path: str, key: str = ADMIN_KEY) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.request(method, f"{self.address}/admin/v1{path}", headers=headers, timeout=60)
 
     def events(self) -> list[str]:
         return self.journal.read_text().splitlines() if self.journal.exists() else []
@@ -52,8 +56,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
-        args = {"engine": engine, "replicas": REPLICAS, "cpus": 0.1, "key_file": str(keys), "logs": str(folder)}
-        serve.run(build(args))
+        (folder / "admin").write_text(ADMIN_KEY)
+        files = {"key_file": str(keys), "admin_key_file": str(folder / "admin"), "logs": str(folder)}
+        serve.run(build({"engine": engine, "replicas": REPLICAS, "cpus": 0.1, **files}))
         yield Fleet(f"http://127.0.0.1:{port}", journal)
     finally:
         serve.shutdown()
@@ -104,6 +109,60 @@ def test_refusals(fleet: Fleet, path: str, content: bytes, key: str, status: int
     answer = httpx.post(fleet.address + path, content=content, headers={"Authorization": f"Bearer {key}"})
     assert answer.status_code == status
     assert status == 200 or answer.json()["error"]["message"]
+
+
+def test_each_engine_has_a_state_folder_of_its_own(fleet: Fleet) -> None:
+    folders = set()
+    for pid in living(fleet):
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        folders.add(arguments[arguments.index("--state") + 1])
+    assert folders == {str(fleet.journal.parent / "state" / str(number)) for number in range(REPLICAS)}
+
+
+def test_the_admin_api_has_an_entry_per_replica(fleet: Fleet) -> None:
+    pid = fleet.ask("v1")[1]
+    found = fleet.operate("GET", "/fleet").json()
+    assert (found["agree"], found["disputed"]) == (True, [])
+    assert len({one["replica"] for one in found["replicas"]}) == REPLICAS
+    assert all(one["digests"] == fake_server.NAMES for one in found["replicas"])
+    assert sum(one["engine"]["digest"] == "v1" for one in found["replicas"]) == 1
+    assert pid in living(fleet)
+
+
+def test_a_change_goes_to_all_replicas(fleet: Fleet) -> None:
+    answer = fleet.operate("POST", "/variants/v3/reload")
+    assert answer.status_code == 200
+    assert answer.json()["agree"]
+    assert {one["answer"]["pid"] for one in answer.json()["replicas"]} == living(fleet)
+    assert {one["answer"]["digest"] for one in answer.json()["replicas"]} == {"v3"}
+    assert fleet.operate("DELETE", "/variants/v3?drain=true").status_code == 200
+
+
+def test_an_activation_goes_to_one_replica(fleet: Fleet) -> None:
+    pid = fleet.ask("v1")[1]
+    answer = fleet.operate("POST", "/variants/v1/activate")
+    assert (answer.status_code, answer.json()["answer"]["pid"]) == (200, pid)
+    assert sum("activate v1" in event for event in fleet.events()) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [
+        ("GET", "/fleet", KEY, 401),
+        ("POST", "/variants/nobody/pin", ADMIN_KEY, 404),
+        ("POST", "/variants/v1/steal", ADMIN_KEY, 404),
+        ("GET", "/variants", ADMIN_KEY, 404),
+    ],
+)
+def test_refusals_of_the_admin_api(fleet: Fleet, method: str, path: str, key: str, status: int) -> None:
+    assert fleet.operate(method, path, key).status_code == status
+
+
+def test_a_disagreement_is_told(fleet: Fleet) -> None:
+    answer = fleet.operate("POST", "/variants/v9/rollback")
+    assert (answer.status_code, answer.json()["agree"]) == (207, False)
+    found = fleet.operate("GET", "/fleet").json()
+    assert (found["agree"], found["disputed"]) == (False, ["v9"])
 
 
 def test_a_client_that_goes_away_ends_its_request(fleet: Fleet) -> None:

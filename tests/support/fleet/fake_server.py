@@ -2,6 +2,8 @@
 
     python fake_server.py --swap SECONDS --journal FILE --port PORT --admin-port PORT
 
+Other options are those of a real one, and ignored.
+
 Variants: base, v0 to v9, and `prod`, which is another name of v0. The journal gets a line for each event.
 """
 
@@ -24,6 +26,7 @@ NAMES = {"base": "base", "prod": "v0"} | {f"v{number}": f"v{number}" for number 
 class FakeServer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.active, self.lock = options, "base", asyncio.Lock()
+        self.names = dict(NAMES)
 
     def note(self, event: str) -> None:
         with self.options.journal.open("a") as journal:
@@ -36,7 +39,17 @@ class FakeServer:
         return JSONResponse({"active": self.active, "digest": self.active})
 
     async def variants(self, _: Request) -> Response:
-        return JSONResponse([{"name": name, "digest": digest} for name, digest in NAMES.items()])
+        return JSONResponse([{"name": name, "digest": digest} for name, digest in self.names.items()])
+
+    async def change(self, request: Request) -> Response:
+        """A rollback gives another digest at every engine."""
+        name, verb = request.path_params["name"], request.path_params.get("verb", "removed")
+        if name not in self.names:
+            return JSONResponse({"error": {"type": "UnknownVariantError", "message": f"no {name}"}}, 404)
+        self.note(f"{verb} {name}")
+        if verb == "rollback":
+            self.names[name] = f"{name}-{os.getpid()}"
+        return JSONResponse({"name": name, "digest": self.names[name], "pid": os.getpid()})
 
     async def echo(self, request: Request) -> Response:
         """What came in, byte for byte, and an odd answer."""
@@ -68,7 +81,14 @@ class FakeServer:
             raise
 
     def run(self) -> None:
-        admin = Starlette(routes=[Route("/admin/v1/engine", self.engine), Route("/admin/v1/variants", self.variants)])
+        admin = Starlette(
+            routes=[
+                Route("/admin/v1/engine", self.engine),
+                Route("/admin/v1/variants", self.variants),
+                Route("/admin/v1/variants/{name:path}/{verb}", self.change, methods=["POST"]),
+                Route("/admin/v1/variants/{name:path}", self.change, methods=["DELETE"]),
+            ]
+        )
         config = uvicorn.Config(admin, port=self.options.admin_port, log_level="warning")
         threading.Thread(target=uvicorn.Server(config).run, daemon=True).start()
         app = Starlette(
@@ -87,4 +107,4 @@ if __name__ == "__main__":
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--port", type=int)
     parser.add_argument("--admin-port", type=int)
-    FakeServer(parser.parse_args()).run()
+    FakeServer(parser.parse_known_args()[0]).run()

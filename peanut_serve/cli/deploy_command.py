@@ -1,0 +1,207 @@
+"""The command `peanut-serve deploy`: many engines behind one address, on Ray Serve."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+import yaml  # type: ignore[import-untyped]
+
+from converters.cli import console
+from converters.cli.flags import in_flags
+from converters.errors import OptionError, PeanutError
+from peanut_serve.cli.launch import check_endpoints, option_names
+from peanut_serve.cli.serve import checked
+from peanut_serve.errors import EngineStartError
+from peanut_serve.ray.declaration import declaration
+from peanut_serve.ray.one_machine import serve_here
+from peanut_serve.ray.settings import EngineSettings, FleetSettings, read_keys
+from peanut_serve.settings.serving import ServeOptions
+from peanut_serve.web.admin import bind
+
+HELP = """Serve from many engines behind one address, on a Ray Serve cluster (needs pip install 'peanut-serve[ray]').
+
+Each engine is a `peanut-serve`, and a request goes where the weights of its variant are. All options of
+`peanut-serve` and of vLLM are taken for the engines. Everything is checked, then written as Serve's config, which
+`serve deploy` applies. The base and the adapters have to be at the same place on all nodes.
+
+Examples:
+
+  peanut-serve deploy --base ./smollm2 --adapters ./tasks --mode merged --replicas 4 --gpus-per-replica 1
+
+  peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 2 --local --port 8000
+"""
+
+Reader = Callable[[Sequence[str]], ServeOptions]
+
+_EACH = "each replica has its own"
+_HOP = "only the front talks to the engines, over http on their machine"
+_REFUSED = {
+    "--api-key": "give the keys of clients as --api-key-file",
+    "--admin-port": _EACH,
+    "--admin-host": _EACH,
+    "--uds": _HOP,
+    "--ssl-keyfile": _HOP,
+    "--ssl-certfile": _HOP,
+    "--ssl-ca-certs": _HOP,
+    "--root-path": _HOP,
+    "--headless": "every replica answers requests",
+    "--dry-run": "without --local, nothing is started",
+}
+_FILES = ("--cache", "--config", "--chat-template", "--tokenizer")  # engines run in another folder
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+class _Mode(str, Enum):
+    LORA, MERGED, AUTO = "lora", "merged", "auto"
+
+
+def _deploy(
+    context: typer.Context,
+    base: Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, ...")],
+    adapters: Annotated[
+        list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
+    ],
+    mode: Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")] = _Mode.LORA,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Number of engines.")] = 1,
+    gpus: Annotated[float, typer.Option("--gpus-per-replica", min=0, help="GPUs of each engine.")] = 0.0,
+    cpus: Annotated[
+        float, typer.Option("--cpus-per-replica", min=0, help="CPUs of each engine, and threads if it has no GPU.")
+    ] = 1.0,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="Requests that may wait for an engine before 429 is answered.")
+    ] = 1024,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option("--admin-key-file", help="File with the admin key; turns the admin API on.")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state", help="Folder of each node for what survives a restart; every engine has a folder in it."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Address to listen on (default: all of each node; with --local, 127.0.0.1)."),
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write Serve's config to.")] = Path(
+        "fleet.yaml"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Write nothing; serve on this machine until Ctrl-C or SIGTERM.")
+    ] = False,
+) -> None:
+    # its own options, and those of an engine
+    engine = _engine([*_sources(base, adapters), "--mode", mode.value, *_absolute(context.args)], context.obj)
+    if not gpus and replicas > 1:  # by itself, each engine binds its threads to the first cores of a machine
+        engine = engine.model_copy(update={"variables": {_BINDING: os.environ.get(_BINDING, "nobind")}})
+    keys, admin_keys = _absolute_path(api_key_file), _absolute_path(admin_key_file)
+    if set(read_keys(keys)) & set(read_keys(admin_keys)):
+        raise OptionError(f"a key in {admin_keys} is also in {keys}; clients must not have the key of operators")
+    if gpus > 1 and not gpus.is_integer():
+        raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
+    settings = FleetSettings(
+        engine=engine,
+        replicas=replicas,
+        gpus=gpus,
+        cpus=cpus,
+        most_waiting=max_waiting,
+        key_file=keys,
+        admin_key_file=admin_keys,
+        state=_absolute_path(state),
+    )
+    host = host or ("127.0.0.1" if local else "0.0.0.0")
+    if keys is None and not local:
+        console.err.print("note: without --api-key-file, everybody who reaches a node may ask", markup=False)
+    if local:
+        check_endpoints("--allow-untested-vllm" in context.args)
+        bind(host, port, "the fleet").close()  # not after the engines have started
+        serve_here(settings, host, port)
+        return
+    _write(output, yaml.safe_dump(declaration(settings, host, port), sort_keys=False), overwrite)
+    print(f"wrote {output}; start the fleet, or change it, with: serve deploy {output}")
+
+
+def _sources(base: str, adapters: Sequence[str]) -> list[str]:
+    """The base and the adapters as options; folders by their absolute paths."""
+
+    def absolute(given: str) -> str:
+        folder = Path(given).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else given
+
+    return ["--base", absolute(base), *(part for one in adapters for part in ("--adapters", absolute(one)))]
+
+
+def _absolute_path(given: Path | None) -> Path | None:
+    return given.expanduser().absolute() if given else None
+
+
+def _absolute(given: Sequence[str]) -> list[str]:
+    """The options with the absolute paths of files."""
+    result = list(given)
+    for index, (option, value) in enumerate(pairwise(given), 1):
+        if option in _FILES and Path(value).expanduser().exists():
+            result[index] = str(Path(value).expanduser().absolute())
+    for index, option in enumerate(result):
+        name, equals, value = option.partition("=")
+        if equals and name in _FILES and Path(value).expanduser().exists():
+            result[index] = f"{name}={Path(value).expanduser().absolute()}"
+    return result
+
+
+def _engine(arguments: Sequence[str], read: Reader) -> EngineSettings:
+    """Check what an engine would be started with. Raises `PeanutError`."""
+    options = read(arguments)
+    for name in sorted(option_names(arguments) & _REFUSED.keys()):
+        raise OptionError(f"{name} cannot be used with deploy: {_REFUSED[name]}")
+    _, vllm, _ = checked(options)
+    slots = _value(vllm, "--max-loras") if options.mode == "lora" else "1"
+    if not slots.isdecimal() or slots == "0":
+        raise OptionError(f"--max-loras is {slots}; expected a positive number")
+    return EngineSettings(options=tuple(arguments), slots=int(slots))
+
+
+def _value(options: Sequence[str], name: str) -> str:
+    """The value of an option of vLLM; 1, vLLM's default for --max-loras, if a --config file has it."""
+    found = "1"
+    for option, after in pairwise([*options, ""]):
+        spelled, equals, value = option.partition("=")
+        if spelled.replace("_", "-") == name:
+            found = value if equals else after
+    return found
+
+
+def _write(file: Path, text: str, overwrite: bool) -> None:
+    if file.exists() and not overwrite:
+        raise OptionError(f"{file} exists; give another --output, or --overwrite")
+    file.write_text(text)
+
+
+def main(argv: list[str], read: Reader) -> NoReturn:
+    """Run `peanut-serve deploy` with these arguments: an error is one line on stderr and exit code 1.
+
+    Args:
+        argv: the arguments.
+        read: gives the options of `peanut-serve` that are in a command line.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(name="deploy", help=HELP, context_settings=pass_through)(_deploy)
+    try:
+        app(argv, prog_name="peanut-serve deploy", obj=read)
+    except EngineStartError as error:
+        print(f"peanut-serve deploy: {error}", file=sys.stderr)  # with lines of the engine's log
+        sys.exit(1)
+    except (PeanutError, OSError) as error:
+        print(f"peanut-serve deploy: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
