@@ -68,6 +68,6 @@ def print_shown(shown: Shown, as_json: bool, pushed_to: str | None = None) -> No
         print(json.dumps(facts, indent=2))
         return
     for line in shown.lines:
-        out.print(line, markup=False)
+        out.print(in_flags(line), markup=False)
     if pushed_to:
         out.print(f"pushed to {pushed_to}", markup=False)

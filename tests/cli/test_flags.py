@@ -9,8 +9,10 @@ from support.tiny_models import Pair
 
 from converters import merge
 from converters.cli import inspect_command, merge_command
+from converters.cli.console import print_shown
 from converters.cli.flags import FLAGS, in_flags
 from converters.errors import OptionError
+from converters.outputs.base import Shown
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,11 @@ from converters.errors import OptionError
 )
 def test_in_flags(message: str, shown: str) -> None:
     assert in_flags(message) == shown
+
+
+def test_results_name_flags_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    print_shown(Shown({}, ("vLLM refuses it: write it with runtime='vllm'",)), as_json=False)
+    assert "write it with --for vllm" in capsys.readouterr().out
 
 
 def test_every_flag_exists() -> None:

@@ -87,9 +87,8 @@ def sort_keys(
                 _refuse_several(where, adapters)
             found.parts[match["module"]][part] = key
         elif match := saved_key.fullmatch(name):
-            adapter, parameter = _split_saved(match["module"], match["rest"], copied)
+            adapter, saved = _split_saved(match["module"], match["rest"], copied)
             adapters.add(adapter)
-            saved = f"{match['module']}.{parameter}"
             found.saved[saved] = source.keys.get(saved, key)  # PEFT loads the shorter one, where both are there
             found.replaced |= {match["module"]} if match["holder"] == whole else set()
         elif mark in name:
@@ -153,9 +152,10 @@ def _copied(source: AdapterSource) -> dict[str, set[str]]:
 
 
 def _split_saved(module: str, rest: str, copied: Mapping[str, set[str]]) -> tuple[str | None, str]:
-    """The name of the adapter, if there is one, and of the parameter in what follows a holder in a key."""
+    """The name of the adapter, if there is one in what follows a holder in a key, and the tensor's."""
     first, dot, parameter = rest.partition(".")
-    return (first, parameter) if dot and rest not in copied.get(module, ()) else (None, rest)
+    has_name = dot and rest not in copied.get(module, ())
+    return (first, f"{module}.{parameter}") if has_name else (None, f"{module}.{rest}")
 
 
 def _group_key(grouped: Mapping[str, str]) -> re.Pattern[str]:
