@@ -63,9 +63,9 @@ zoo: $(VENV)/.test
 	rm -f build/bench/zoo.jsonl
 	$(VENV)/bin/python benchmarks/zoo.py
 
-# the table of models in converters/README.md, and what it is made from; half an hour
+# the table of models in converters/README.md, and what it is made from; half an hour, or ROWS='bert vit'
 onnx-models: $(VENV)/.test
-	cd tests && PYTHONPATH=. ../$(VENV)/bin/python -m support.onnx_zoo
+	cd tests && PYTHONPATH=. $(abspath $(VENV))/bin/python -m support.onnx_zoo $(ROWS)
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak --timeout 3600

@@ -19,6 +19,7 @@ from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
+from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
 
 
 def serve(options: ServeOptions) -> None:
@@ -34,6 +35,8 @@ def serve(options: ServeOptions) -> None:
     if (allowed := os.environ.get("VLLM_PLUGINS")) is not None and "peanut_serve" not in allowed.split(","):
         raise OptionError(f"VLLM_PLUGINS is {allowed}, without peanut_serve; add it, or unset the variable")
     check_endpoints(options.allow_untested_vllm)
+    if options.mode != "merged":
+        refuse_experts_on_cpu(options.base)
     VariantStore(
         settings.state
     ).close()  # a folder that another server uses is refused now, not after the engine started

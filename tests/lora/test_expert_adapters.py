@@ -1,5 +1,6 @@
 """Adapters of parameters, served as LoRA: what vLLM is started with, and what it gets."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ from safetensors.torch import load_file
 from support.tiny_models import save_on_parameters, save_per_expert, tiny_gpt_oss, tiny_qwen3_moe
 
 from converters import prepare_merge
+from converters.errors import OptionError
 from converters.outputs.lora import LoraOptions, plan_lora_adapter, write_lora_adapter
 from peanut_serve.cli.launch import find_adapters
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.exporter import LoraExporter
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.variants.roots import AdapterRoots
+from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
 
 OWNER = "model.layers.0.mlp.experts"
 
@@ -37,6 +40,21 @@ def test_vllm_is_told_to_adapt_experts(form: str, tmp_path: Path) -> None:
     assert (exported.r, exported.kinds) == (4, {"experts", "q_proj"})
     refusal = LoraLimits(16, frozenset({"q_proj", "gate_up_proj", "down_proj"})).refusal(exported.r, exported.kinds)
     assert refusal == "it updates experts, which vLLM's --lora-target-modules does not include"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "text_config", "llama"])
+def test_experts_with_lora_are_refused_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"mixtral": {"num_local_experts": 8}, "text_config": {"text_config": {"num_experts": 8}}, "llama": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config[name]))
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    refuse_experts_on_cpu(str(tmp_path))
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
+    refuse_experts_on_cpu("org/base")  # vLLM downloads it later
+    if name == "llama":
+        refuse_experts_on_cpu(str(tmp_path))
+    else:
+        with pytest.raises(OptionError, match=r"is a mixture of experts \(num_.*experts = 8\), which vLLM 0.32 does"):
+            refuse_experts_on_cpu(str(tmp_path))
 
 
 @pytest.mark.vllm

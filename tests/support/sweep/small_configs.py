@@ -27,6 +27,16 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 _SAME = ("num_channels", "in_channels", "num_labels")  # and neither tokens nor what is below
 _STEPS = {"hidden_sizes", "embed_dims", "embed_dim", "out_channels", "neck_hidden_sizes", "dims", "widths"}
+# fields that depend on each other in a type of model, and are not small by their names
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "donut-swin": {"image_size": 128, "window_size": 4},
+    "efficientnet": {"out_channels": [16, 24, 40, 80, 112, 192, 320], "width_coefficient": 0.5, "hidden_dim": 640},
+    "hgnet_v2": {"embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048]},
+    "levit": {"image_size": 64, "patch_size": 16, "num_attention_heads": [2, 2, 2], "key_dim": [8, 8, 8]},
+    "mobilevitv2": {"image_size": 64},
+    "swin": {"image_size": 128, "window_size": 4},
+    "textnet": {"hidden_sizes": [64, 64, 128, 256, 512]},
+}
 MOST = 25_000_000  # parameters
 
 
@@ -39,7 +49,7 @@ def small_config(model_type: str, layers: int = 2, **settings: Any) -> Any:
     for name in ("text_config", "vision_config", "audio_config"):
         if isinstance(changes.get(name), dict):
             changes[name].pop("model_type", None)
-    return config_class(**{**changes, **settings})
+    return config_class(**{**changes, **_OF_TYPE.get(model_type, {}), **settings})
 
 
 def _changes(fields: dict[str, Any]) -> dict[str, Any]:

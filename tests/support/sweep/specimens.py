@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from converters import load_adapter, merge
 from converters.errors import PeanutError
 
+RANK = 4
 CLOSE = 1e-4  # of the largest logit, in float32
 
 
@@ -121,8 +122,8 @@ def _inputs(task_name: str, model: Any) -> dict[str, torch.Tensor]:
 
 def _adapted(task: Task, model: Any, inputs: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
     """The logits of PEFT's unmerged model, of what is saved in `folder`. Raises `_UnusableError` where PEFT fails."""
-    head = {} if task.task_type else {"modules_to_save": ["classifier"]}
-    config = peft.LoraConfig(r=4, task_type=task.task_type, target_modules=_targets(model), **head)
+    head = {} if task.task_type else {"modules_to_save": [_head(model)]}
+    config = peft.LoraConfig(r=RANK, task_type=task.task_type, target_modules=_targets(model), **head)
     model.save_pretrained(folder / "base")
     try:
         adapted = peft.get_peft_model(model, config).eval()
@@ -144,15 +145,24 @@ def _adapted(task: Task, model: Any, inputs: dict[str, torch.Tensor], folder: Pa
 
 
 def _targets(model: Any) -> list[str] | str:
-    """PEFT's default targets; without any, the linear layers below the head, or the convolutions."""
+    """PEFT's default targets; without any, the linear layers below the head, or the convolutions that PEFT takes."""
     if found := TARGETS.get(model.config.model_type):
         return found if isinstance(found, str) else list(found)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     for kind in (torch.nn.Linear, torch.nn.Conv2d):
-        modules = {name for name, module in model.base_model.named_modules() if isinstance(module, kind)}
-        inside = [name for name in modules if model.base_model is not model]
-        if inside:
-            return [f"{model.base_model_prefix}.{name}" for name in inside]
+        inside = [
+            f"{prefix}{name}"
+            for name, module in model.base_model.named_modules()
+            if isinstance(module, kind) and RANK % getattr(module, "groups", 1) == 0
+        ]
+        if inside and (prefix or kind is torch.nn.Conv2d):
+            return inside
     return "all-linear"
+
+
+def _head(model: Any) -> str:
+    """Its `classifier`, or `fc` where that is a list of steps, which PEFT does not save."""
+    return "fc" if isinstance(getattr(model, "classifier", None), torch.nn.ModuleList) else "classifier"
 
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -41,7 +41,10 @@ MODELS = {
     "clip": (CLIPForImageClassification, lambda: CLIPConfig(**TOWERS)),
     "deit": (DeiTForImageClassification, lambda: DeiTConfig(**VISION)),
     "beit": (BeitForImageClassification, lambda: BeitConfig(**BEIT, use_absolute_position_embeddings=True)),
-    "swin": (SwinForImageClassification, lambda: SwinConfig(**SWIN, use_absolute_embeddings=True)),
+    "swin": (
+        SwinForImageClassification,
+        lambda: SwinConfig(**{**SWIN, "window_size": 3}, use_absolute_embeddings=True),  # no wider than its stages
+    ),
     "dinov2": (Dinov2ForImageClassification, lambda: Dinov2Config(**DINO)),
 }
 PROCESSOR = SiglipImageProcessorPil(**whole(24))  # the models' own size is 16, that of Swin 32
