@@ -111,7 +111,10 @@ def test_the_command(originals: dict[Form, Path], digit_files: list[Path], run_h
     assert "score" in done.stdout
     done = run_here("peanut-serve", "predict", originals[Form.MERGED])
     assert done.returncode == 1
-    assert done.stderr == "peanut-serve predict: nothing to predict; give image files, texts, or --text-file\n"
+    assert (
+        done.stderr
+        == "peanut-serve predict: nothing to predict; give image files, sound files, texts, or --text-file\n"
+    )
 
 
 def test_texts(make_pair: Callable[..., Pair], tmp_path: Path, run_here: Run) -> None:

@@ -181,6 +181,7 @@ def test_a_hub_that_cannot_be_used_is_noticed_before_the_merge(
 
 def test_what_the_merge_itself_refuses_creates_no_repository(hub: Hub, pair: Pair, push: Push) -> None:
     pair.output.mkdir()
+    (pair.output / "mine").touch()
     assert "exists; choose another output" in push().stderr
     assert not hub.uploads.repositories
 
