@@ -74,6 +74,7 @@ WITHOUT_ROW = {
     "lora-bias": "a Llama has no biases",
     "beft": "a Llama has no biases",
     "lora-convolution": "a Llama has no convolutions",
+    "dora-convolution": "a Llama has no convolutions",
     "red": "PEFT does not have it",
     "qalora": "PEFT trains it on quantized layers, and does not merge it",
 }
