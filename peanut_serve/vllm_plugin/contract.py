@@ -110,6 +110,8 @@ INTERNALS = (
     Internal("vllm.lora.ops.torch_ops:bgmv_expand"),
     Internal("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", (), "65dd3278c996"),
     Internal("vllm.platforms:current_platform.get_punica_wrapper"),
+    # whether it can compute experts beside LoRA (lora/cpu_experts.py)
+    Internal("vllm.triton_utils:HAS_TRITON"),
     # the server and its plugins (cli/launch.py)
     Internal("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
     Internal("vllm.entrypoints.launchers.cli_args:make_arg_parser", ("parser",)),
