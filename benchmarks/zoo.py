@@ -30,6 +30,7 @@ LONGEST = 120  # seconds for one type
 
 
 def main() -> None:
+    """Run the sweep that the command line asks for, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--type", nargs="+", help="only these model types")

@@ -89,7 +89,9 @@ def _deploy(
     ] = None,
     host: Annotated[
         str | None,
-        typer.Option("--host", help="Address to listen on (default: all of each node; with --local, 127.0.0.1)."),
+        typer.Option(
+            "--host", help="Address to listen on (default: 127.0.0.1; with --api-key-file, all of each node)."
+        ),
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write Serve's config to.")] = Path(
@@ -119,9 +121,9 @@ def _deploy(
         admin_key_file=admin_keys,
         state=_absolute_path(state),
     )
-    host = host or ("127.0.0.1" if local else "0.0.0.0")
     if keys is None and not local:
-        console.err.print("note: without --api-key-file, everybody who reaches a node may ask", markup=False)
+        console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
+    host = host or ("127.0.0.1" if local or keys is None else "0.0.0.0")
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
         bind(host, port, "the fleet").close()  # not after the engines have started

@@ -43,5 +43,5 @@ def build(args: dict[str, Any]) -> Application:
         logging_config=_QUIET,
     )(Front)
     keys = [str(file) if file else None for file in (settings.key_file, settings.admin_key_file)]
-    state = settings.state or settings.logs / "state"
-    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), str(settings.logs), str(state)), *keys)
+    folders = [str(folder) if folder else None for folder in (settings.logs, settings.state)]
+    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), *folders), *keys)

@@ -14,11 +14,21 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from peanut_serve.errors import RequestBodyError, ServingError
+from peanut_serve.errors import (
+    EngineDownError,
+    QueueFullError,
+    RequestTooLargeError,
+    RouteRefusedError,
+    ServingError,
+    TryLaterError,
+    UnauthorizedError,
+    shown,
+)
 from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
 from peanut_serve.ray.settings import read_keys
 from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.refusals import error_body
 from peanut_serve.web.request_body import parse_body, variant_of
 from peanut_serve.web.routes import Access, access_to
 
@@ -28,6 +38,7 @@ _TRIES = 3  # replicas, until a request has had its first byte
 _TAKEN = 30.0  # seconds until a replica has taken a request
 _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
 _MOST_BYTES = 64 << 20  # of a body
+_LONGEST_NAME = 200
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _GONE = (RayError, ReplicaUnavailableError)
 _LOST = "the replica that answered was lost; send the request again"
@@ -40,7 +51,7 @@ async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield part
     except _GONE as error:
         logger.warning("a stream was cut: %s", type(error).__name__)
-        yield f"data: {json.dumps(_error(503, _LOST))}\n\n".encode()
+        yield f"data: {json.dumps(error_body(EngineDownError(_LOST), 503))}\n\n".encode()
 
 
 async def _read(request: Request) -> bytes:
@@ -48,20 +59,14 @@ async def _read(request: Request) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > _MOST_BYTES:
-            raise RequestBodyError(f"the body is larger than {_MOST_BYTES >> 20} MiB")
+            raise RequestTooLargeError(f"the body is larger than {_MOST_BYTES >> 20} MiB")
         parts.append(part)
     return b"".join(parts)
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
-    kind = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}.get(status, "ServiceError")
-    return {"error": {"message": message, "type": kind, "code": status}}
-
-
-def refusal(status: int, message: str, retry_after: int | None = None) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
-    headers = {"Retry-After": str(retry_after)} if retry_after is not None else None
-    return JSONResponse(_error(status, message), status, headers)
+def _refusal(error: ServingError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else None
+    return JSONResponse(error_body(error, error.status), error.status, headers)
 
 
 # Ray copies the class and what it uses as soon as it is decorated, so that it comes last
@@ -82,38 +87,43 @@ class Front:
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
         """Pass a request on; errors have the form of OpenAI's API."""
-        path = request.url.path
-        if self._admin is not None and path.startswith(f"{PREFIX}/"):
+        if self._admin is not None and request.url.path.startswith(f"{PREFIX}/"):
             return await self._admin.answer(request)
+        try:
+            return await self._answer(request)
+        except ServingError as error:
+            return _refusal(error)
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.url.path
         access = access_to(path)
         if access is Access.REFUSED:
-            return refusal(404, f"{request.method} {path} is not served")
+            raise RouteRefusedError(f"{request.method} {shown(path)} is not served")
         if self._keys is not None and access is not Access.OPEN and not self._keys.include(request.scope):
-            return refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
-        try:
-            body = await _read(request)
-            variant = variant_of(parse_body(body), request.scope) if request.method == "POST" else None
-        except ServingError as error:
-            return refusal(error.status, str(error))
+            raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
+        body = await _read(request)
+        variant = variant_of(parse_body(body), request.scope) if request.method == "POST" else None
         target = f"{path}?{request.url.query}" if request.url.query else path
-        return await self._pass_on(variant or "", (request.method, target, list(request.scope["headers"]), body))
+        # clients choose the name, of any length; to find a replica, its beginning will do
+        where = (variant or "")[:_LONGEST_NAME]
+        return await self._pass_on(where, (request.method, target, list(request.scope["headers"]), body))
 
     async def _pass_on(self, variant: str, request: tuple[str, str, Headers, bytes]) -> Response:
         for last in [False] * (_TRIES - 1) + [True]:
-            answer: AsyncIterator[Any] = aiter(
-                self._engines.options(multiplexed_model_id=variant).remote(variant, request)  # type: ignore[arg-type]
-            )
+            sent: Any = self._engines.options(multiplexed_model_id=variant).remote(variant, request)
+            answer: AsyncIterator[Any] = aiter(sent)
             try:
                 async with asyncio.timeout(_TAKEN):
                     await anext(answer)  # taken by a replica
                 status, headers = await anext(answer)
             except BackPressureError:
-                return refusal(429, "too many requests are waiting", 1)
+                raise QueueFullError("too many requests are waiting") from None
             except (TimeoutError, DeploymentUnavailableError):
-                return refusal(503, "no replica is ready", 5)
+                sent.cancel()  # or a replica would answer nobody later
+                raise EngineDownError("no replica is ready", 5) from None
             except _GONE:
                 if last:
-                    return refusal(503, _LOST, 1)
+                    raise EngineDownError(_LOST) from None
                 await asyncio.sleep(_PAUSE)
                 continue
             streams = any(key == b"content-type" and value.startswith(b"text/event-stream") for key, value in headers)

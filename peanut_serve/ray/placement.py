@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 _TIE = 0.02  # of a turn, for each place in the variant's own order and for each request that a replica has
 _FADE = 0.7  # how much of a count is left after a period
 _PERIOD = 30.0  # seconds
+_MOST = 10_000  # names that are counted: clients choose them
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Popularity:
         if now - self._faded_at > _PERIOD:
             self._faded_at = now
             self._counts = Counter({name: count * _FADE for name, count in self._counts.items() if count > 0.01})
-        self._counts[variant] += 1
+        if variant in self._counts or len(self._counts) < _MOST:
+            self._counts[variant] += 1
 
     def share(self, variants: Collection[str]) -> float:
         """Between 0 and 1: how much of the latest requests was for these variants."""

@@ -12,7 +12,7 @@ import httpx
 from ray import serve
 
 from peanut_serve.ray.child import Child, free_port
-from peanut_serve.ray.settings import EngineSettings
+from peanut_serve.ray.settings import EngineSettings, own_folder
 from peanut_serve.ray.state import StateFolder
 
 Headers = list[tuple[bytes, bytes]]
@@ -30,7 +30,9 @@ _FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it 
 class EngineReplica:
     """The callable of the Serve deployment `Engine`."""
 
-    async def __init__(self, settings: dict[str, Any], logs: str, state: str) -> None:  # type: ignore[misc]  # awaited by Ray
+    async def __init__(  # type: ignore[misc]  # awaited by Ray
+        self, settings: dict[str, Any], logs: str | None, state: str | None
+    ) -> None:
         self._settings = EngineSettings.model_validate(settings)
         self.name = serve.get_replica_context().replica_id.unique_id
         self._watching: asyncio.Task[None] | None = None
@@ -38,9 +40,9 @@ class EngineReplica:
         self._resident: tuple[str, ...] = ()
         port, admin_port = free_port(), free_port()
         key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-        folder = Path(logs)
+        folder = Path(logs) if logs else own_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        self._state = StateFolder.take(Path(state))
+        self._state = StateFolder.take(Path(state) if state else folder / "state")
         own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port)]
         own += ["--state", str(self._state.path)]
         keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
@@ -64,8 +66,7 @@ class EngineReplica:
     async def handle(self, variant: str, request: Request) -> AsyncIterator[tuple[int, Headers] | bytes | None]:
         """None at once, then the status and headers, then the body as it comes."""
         yield None
-        self._recent[variant] = None
-        self._recent.move_to_end(variant)
+        self._note(variant)
         method, path, headers, body = request
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
         kept.append((b"authorization", self._key))
@@ -73,6 +74,12 @@ class EngineReplica:
             yield answer.status_code, end_to_end([(key.lower(), value) for key, value in answer.headers.raw])
             async for part in answer.aiter_raw():
                 yield part
+
+    def _note(self, variant: str) -> None:
+        self._recent[variant] = None
+        self._recent.move_to_end(variant)
+        while len(self._recent) > self._settings.slots:
+            self._recent.popitem(last=False)
 
     async def call_admin(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The name of this replica, and status and JSON of an answer of the engine's admin API."""
@@ -101,7 +108,7 @@ class EngineReplica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router: the variants that are resident. Ray sends this to the front when it has changed."""
-        return {"name": self.name, "resident": list(self._resident), "slots": self._settings.slots}
+        return {"resident": list(self._resident), "slots": self._settings.slots}
 
     async def check_health(self) -> None:
         """Ray replaces this replica if this raises."""
@@ -113,7 +120,7 @@ class EngineReplica:
             if self._child.exit_status is not None:
                 os._exit(1)  # at once, so that Ray sends no request here any more; the watchdog cleans up
             if self._settings.slots > 1:
-                self._resident = tuple(sorted(list(self._recent)[-self._settings.slots :]))
+                self._resident = tuple(sorted(self._recent))
             else:
                 try:
                     digest = await self._look_at_engine(digest)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from converters.errors import OptionError
+from peanut_serve.settings.server import default_state
 
 _SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
 
@@ -43,7 +44,7 @@ class FleetSettings(BaseModel):
         most_waiting: requests that may wait until a replica takes them before the next one is answered with 429.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
         admin_key_file: the same for operators; without it there is no admin API.
-        logs: folder for the output of the engines.
+        logs: folder for the output of the engines; by default one that only this user has, see `own_folder`.
         state: folder with a folder for the state of each engine of a machine; by default within `logs`.
     """
 
@@ -56,8 +57,13 @@ class FleetSettings(BaseModel):
     most_waiting: PositiveInt = 1024
     key_file: Path | None = None
     admin_key_file: Path | None = None
-    logs: Path = Path("/tmp/ray/peanut-serve")
+    logs: Path | None = None
     state: Path | None = None
+
+
+def own_folder() -> Path:
+    """Where a machine keeps what belongs to its engines by default: beside the state of single servers."""
+    return default_state("fleet")
 
 
 def read_keys(file: Path | None) -> list[str]:

@@ -122,7 +122,7 @@ def _state_of(base: str) -> Path:
 
 
 def default_state(identity: str) -> Path:
-    """Where the state of a server is kept by default; `identity` is a hexadecimal digest of what it serves."""
+    """Where the state of a server is by default; `identity` is `fleet`, or a hexadecimal digest of what it serves."""
     from huggingface_hub import cached_assets_path
 
     return cached_assets_path("peanut-serve", "variants", identity[:16])

@@ -128,6 +128,7 @@ def test_refusals(here: Path, run_here: Run, options: list[str], message: str) -
 
 def test_an_open_fleet_is_noted(here: Path, run_here: Run) -> None:
     assert "note: without --api-key-file" in deploy(run_here)[1]
+    assert written(here)["http_options"]["host"] == "127.0.0.1"  # type: ignore[index]
 
 
 def test_a_mistake_in_an_option_of_an_engine(here: Path, run_here: Run) -> None:

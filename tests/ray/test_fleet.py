@@ -165,6 +165,12 @@ def test_a_disagreement_is_told(fleet: Fleet) -> None:
     assert (found["agree"], found["disputed"]) == (False, ["v9"])
 
 
+def test_a_body_that_is_too_large(fleet: Fleet) -> None:
+    answer = fleet.client.post(COMPLETIONS, content=b" " * ((64 << 20) + 1))
+    assert answer.status_code == 413
+    assert answer.json()["error"]["type"] == "RequestTooLargeError"
+
+
 def test_a_client_that_goes_away_ends_its_request(fleet: Fleet) -> None:
     body = {"model": "v1", "stream": True, "max_tokens": 10_000}
     with fleet.client.stream("POST", COMPLETIONS, json=body) as answer:

@@ -87,3 +87,12 @@ def test_popularity_fades(seconds: float) -> None:
     assert popularity.share(["new"]) == pytest.approx(1 / (1 + 10 * 0.7))
     assert popularity.share(["old", "new"]) == pytest.approx(1)
     assert Popularity().share(["old"]) == 0
+
+
+def test_names_that_clients_make_up_do_not_fill_the_memory() -> None:
+    popularity = Popularity()
+    for number in range(50_000):
+        popularity.count(f"made-up-{number}", now=1)
+    popularity.count("made-up-0", now=1)
+    assert popularity.share(["made-up-0"]) == pytest.approx(2 / 10_001)
+    assert popularity.share(["made-up-49999"]) == 0
