@@ -12,7 +12,7 @@ import torch
 from converters.adapters.adapter import Adapter, Weighted
 from converters.adapters.base_record import check_base
 from converters.adapters.embedded_base import check_embedded
-from converters.errors import LayoutError, OptionError, QuantizedBaseError, TargetError
+from converters.errors import OptionError, QuantizedBaseError
 from converters.files.header import FLOAT_DTYPES, INTEGER_DTYPES, TensorInfo
 from converters.files.reader import TensorReader
 from converters.methods.base import Method
@@ -23,12 +23,13 @@ from converters.models.companions.companion import Companions
 from converters.plans.beside_weights.companions import companions_of
 from converters.plans.beside_weights.tokens import settle_pad_token, token_notes
 from converters.plans.bias import refuse_missing_biases, through_weight, weight_of
+from converters.plans.conflicts import refuse_conflicts, refuse_weights, settle_layout
 from converters.plans.orientation import is_transposed, with_shapes
 from converters.plans.other_class.finding import find_targets
 from converters.plans.parts import part_of, part_term
 from converters.plans.shards import shard_tensors
 from converters.plans.targets import Target, Targets, find_head
-from converters.plans.tensor import Action, Part, TensorPlan, Term
+from converters.plans.tensor import Action, TensorPlan, Term
 from converters.plans.trained_base.trained import as_trained
 
 DTYPE_OPTIONS = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -127,17 +128,17 @@ def plan_merge(
     if dtype not in DTYPE_OPTIONS:
         raise OptionError(f"dtype {dtype!r} is unknown; expected {', '.join(DTYPE_OPTIONS)}")
     opened = [weighted.adapter for weighted in adapters]
-    _refuse_weights(adapters)
+    refuse_weights(adapters)
     notes = [note for adapter in opened for note in (*adapter.notes, *check_base(base, adapter, force_base))]
     base, more = as_trained(base, opened, dtype)
     adapters, found = find_targets(base, adapters, labels)
     opened = [weighted.adapter for weighted in adapters]
-    _refuse_conflicts(opened, found)
+    refuse_conflicts(opened, found)
     refuse_missing_biases(opened, found)
     adapters = [with_shapes(base, weighted, position, found) for position, weighted in enumerate(adapters)]
     opened = [weighted.adapter for weighted in adapters]
     for position, adapter in enumerate(opened):
-        _settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
+        settle_layout(base, adapter, [t for t in found.targets if t.adapter == position])
     notes += _check_embedded(base, opened, found, force_base)
     tensors = [
         *_kept(base, found, dtype),
@@ -180,59 +181,6 @@ def _kept(base: Checkpoint, found: Targets, dtype: str) -> Iterator[TensorPlan]:
         info = base.tensors[name]
         own = output in base.tensors or output.endswith(f".{name}")  # else a copy under another name
         yield TensorPlan(output, Action.KEPT if own else Action.ADDED, _dtype_of(info.dtype, dtype), info.shape, info)
-
-
-def _refuse_weights(adapters: Sequence[Weighted]) -> None:
-    """Refuse the weight of an adapter that has no delta: what replaces tensors is not multiplied."""
-    for weighted in adapters:
-        if not weighted.adapter.modules and weighted.weight != 1:
-            raise OptionError(
-                f"{weighted.adapter.path} only replaces tensors, and its weight in the sum is {weighted.weight:g}, "
-                "which would have no effect; leave the weight out"
-            )
-
-
-def _refuse_conflicts(adapters: Sequence[Adapter], found: Targets) -> None:
-    """Refuse a tensor that is replaced and updated as well, or that one adapter updates under two names."""
-    _refuse_twins(adapters, found)
-    updated = {target.output_name for target in found.targets}
-    if both := sorted(updated & set(found.replaced)):
-        if len(adapters) == 1:
-            raise OptionError(
-                f"{both[0]} is saved whole by the adapter, and updated by it as well (as with bias and lora_bias of "
-                "a LoraConfig together); merge it with PEFT's merge_and_unload"
-            )
-        raise OptionError(
-            f"{both[0]} is replaced by one adapter and updated by another; such a sum is not defined: "
-            "merge one of them"
-        )
-
-
-def _refuse_twins(adapters: Sequence[Adapter], found: Targets) -> None:
-    """Refuse an adapter with two modules for one weight, under two names; which one was trained, nothing says."""
-    seen: dict[tuple[int, str, str, Part | None, bool], str] = {}
-    for target in found.targets:
-        is_parameter = adapters[target.adapter].is_parameter(target.module)
-        key = (target.adapter, target.output_name, target.parameter, target.part, is_parameter)
-        if seen.setdefault(key, target.module) != target.module:
-            raise TargetError(
-                f"{adapters[target.adapter].path}: {seen[key]} and {target.module} are both {target.output_name} of "
-                "the base; remove the one that was not trained"
-            )
-
-
-def _settle_layout(base: Checkpoint, adapter: Adapter, targets: Sequence[Target]) -> None:
-    """Refuse an adapter that could be in two layouts, unless the base's shapes decide.
-
-    LoRA and the authors' LLM code share every name; lora_B is (out, r) in one and (in, r) in the other.
-    """
-    if adapter.rival is None or any(len(set(base.tensors[target.base_name].shape)) > 1 for target in targets):
-        return
-    raise LayoutError(
-        f"{adapter.path}: every adapted weight is square, so nothing shows whether this is a plain LoRA or from the "
-        f"PEANuT authors' LLM code, which saves under the same names; say layout='{adapter.layout}' or "
-        f"layout='{adapter.rival}' ({adapter.evidence}; no field of a config that only HF PEFT writes)"
-    )
 
 
 def _updated(base: Checkpoint, adapters: Sequence[Adapter], found: Targets, dtype: str) -> Iterator[TensorPlan]:

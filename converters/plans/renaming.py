@@ -1,35 +1,18 @@
-"""Targets by way of transformers' own renamings; heads, ties, sizes and labels that an adapter brings."""
+"""Targets by way of transformers' own renamings, and what an adapter replaces whole."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
+from collections.abc import Sequence
+from dataclasses import replace
 
 from converters.adapters.adapter import Adapter
-from converters.errors import BaseMismatchError, OptionError, TargetError, UnknownModelError
-from converters.models import config as model_config
+from converters.errors import BaseMismatchError, TargetError, UnknownModelError
 from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
 from converters.models.stored_names import architecture_of, refuse_other_names, stored_architecture
 from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
 from converters.plans.saved import check_saved
+from converters.plans.settling import PendingTargets, settle_sizes, settle_ties
 from converters.plans.targets import Target, Targets, find_head, not_found, refuse_untrained, untrained_modules
-from converters.plans.ties import tie_targets
-
-
-@dataclass
-class _PendingTargets:
-    """Targets under construction."""
-
-    config: Mapping[str, Any]
-    targets: list[Target] = field(default_factory=list)
-    replaced: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    embedded: list[tuple[int, str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: list[str] | None) -> Targets:
@@ -50,7 +33,7 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
     arch, notes = _choose_architecture(base, adapters, head)
     switched = _replaces(head) and arch.name != base.architecture
     names = BaseNames(base, arch, switched)
-    draft = _PendingTargets({**base.config, "architectures": [arch.name]}, notes=notes)
+    draft = PendingTargets({**base.config, "architectures": [arch.name]}, notes=notes)
     if switched:
         draft.notes.append(f"architecture: {base.architecture} becomes {arch.name}, with the adapter's head")
     for position, adapter in enumerate(adapters):
@@ -60,8 +43,8 @@ def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: 
         check_saved(adapter, arch, names)
     _place_saved(draft, head, arch, names)
     _place_rest(draft, base, arch, names, switched)
-    _settle_ties(draft, adapters, arch, names)
-    _settle_sizes(draft, base, head, arch, labels)
+    settle_ties(draft, adapters, arch, names)
+    settle_sizes(draft, base, head, arch, labels)
     _check_complete(draft, base, head, switched)
     return Targets(
         tuple(draft.targets),
@@ -105,7 +88,7 @@ def _replaces(adapter: Adapter) -> bool:
 
 
 def _place_updates(
-    draft: _PendingTargets, base: Checkpoint, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
+    draft: PendingTargets, base: Checkpoint, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
 ) -> None:
     adapted = {}
     stored = {name: info.shape for name, info in base.tensors.items()}
@@ -164,7 +147,7 @@ def _refuse_obstacles(module: str, canonical: str, arch: Architecture) -> None:
 
 
 def _place_embedded(
-    draft: _PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
+    draft: PendingTargets, position: int, adapter: Adapter, arch: Architecture, names: BaseNames
 ) -> None:
     """Find the base's own copy of the base weights that were saved together with θ."""
     for name in adapter.embedded:
@@ -176,7 +159,7 @@ def _place_embedded(
             raise not_found(name, names.canonical, "the base, though it was saved with the adapter")
 
 
-def _place_saved(draft: _PendingTargets, adapter: Adapter, arch: Architecture, names: BaseNames) -> None:
+def _place_saved(draft: PendingTargets, adapter: Adapter, arch: Architecture, names: BaseNames) -> None:
     for saved in adapter.saved:
         canonical = arch.canonical(saved)
         if canonical not in arch.shapes:
@@ -210,7 +193,7 @@ def _refuse_partly_replaced(adapter: Adapter, arch: Architecture, names: BaseNam
 
 
 def _place_rest(
-    draft: _PendingTargets, base: Checkpoint, arch: Architecture, names: BaseNames, switched: bool
+    draft: PendingTargets, base: Checkpoint, arch: Architecture, names: BaseNames, switched: bool
 ) -> None:
     written = {t.output_name for t in draft.targets} | set(draft.replaced)
     for name in base.tensors:
@@ -223,90 +206,7 @@ def _place_rest(
             draft.kept[output] = name
 
 
-def _settle_ties(draft: _PendingTargets, adapters: Sequence[Adapter], arch: Architecture, names: BaseNames) -> None:
-    """Untie what training separated: each alias of a touched tie gets a tensor of its own.
-
-    In an unmerged PEFT model a saved or adapted module stops sharing; its partners keep the base's weight, unless
-    the method keeps ties.
-    """
-    adapter = adapters[find_head(adapters)]
-    replaced = {arch.canonical(output) for output in draft.replaced}
-    draft.targets, tied = tie_targets(draft.targets, adapters, arch, names.by_canonical, replaced)
-    for output in {target.output_name for target in draft.targets} & draft.kept.keys():
-        del draft.kept[output]
-    written: dict[str, str | None] = {arch.canonical(t.output_name): None for t in draft.targets}
-    written |= {arch.canonical(output): saved for output, saved in draft.replaced.items()}
-    touched = [a for a, source in arch.tied.items() if a not in tied and (a in written or source in written)]
-    if not touched:
-        return
-    if all(_same_saved(adapter, written, alias, arch.tied[alias]) for alias in touched):
-        for alias in touched:
-            for output in [o for o in draft.replaced if arch.canonical(o) == alias]:
-                del draft.replaced[output]
-        return
-    draft.config = model_config.untied(draft.config)
-    draft.notes.append("the output head is no longer tied to the input embedding: training changed one of them")
-    for alias, source in arch.tied.items():
-        if alias not in written and alias not in names.by_canonical and source in names.by_canonical:
-            draft.kept[alias] = names.by_canonical[source]
-
-
-def _same_saved(adapter: Adapter, written: Mapping[str, str | None], alias: str, source: str) -> bool:
-    first, second = written.get(alias), written.get(source)
-    if first is None or second is None:
-        return False
-    return torch.equal(adapter.saved_tensor(first), adapter.saved_tensor(second))
-
-
-def _settle_sizes(
-    draft: _PendingTargets, base: Checkpoint, adapter: Adapter, arch: Architecture, labels: list[str] | None
-) -> None:
-    """Adapt labels and vocabulary of the config to the size of what the adapter replaces."""
-    is_head = False
-    for output, saved in draft.replaced.items():
-        wanted, found = arch.shapes[arch.canonical(output)], adapter.store.shapes[adapter.saved[saved]]
-        is_output = "Classification" in arch.name and bool(wanted) and wanted[0] == arch.num_labels
-        is_vocabulary = bool(wanted) and wanted[0] == arch.vocab_size
-        if found == wanted and not is_output:
-            continue
-        if is_vocabulary and found and found[1:] == wanted[1:]:
-            draft.config = model_config.with_vocab_size(draft.config, wanted[0], found[0])
-            draft.notes.append(f"vocabulary: {wanted[0]} becomes {found[0]}")
-        elif is_output and found and found[1:] == wanted[1:]:
-            if not is_head:
-                _settle_labels(draft, base, adapter, labels, found[0])
-            is_head = True
-        else:
-            raise BaseMismatchError(
-                f"{saved} has shape {found} in the adapter, {arch.name} with this base's config needs {wanted}; "
-                "this is another base, or another model size"
-            )
-    if labels is not None and not is_head:
-        raise OptionError("labels were given, but the adapter has no classification head")
-
-
-def _settle_labels(
-    draft: _PendingTargets, base: Checkpoint, adapter: Adapter, labels: list[str] | None, size: int
-) -> None:
-    """Labels that were given take precedence, then those recorded with the adapter, then the base's if they fit."""
-    found, origin = labels, "given"
-    if found is None and adapter.labels is not None:
-        found, origin = list(adapter.labels), f"recorded with {adapter.path}"
-    if found is not None and len(found) != size:
-        remedy = "" if labels is not None else "; pass labels="
-        raise OptionError(f"{len(found)} labels were {origin}, the adapter's head has {size} outputs{remedy}")
-    if found is None:
-        found = model_config.labels_of(base.config)
-        if found is not None and len(found) == size:
-            shown = ", ".join(found[:5]) + (", ..." if size > 5 else "")
-            draft.notes.append(f"labels are the base's ({shown}): pass labels= if the head was trained on others")
-        else:
-            found = [f"LABEL_{i}" for i in range(size)]
-            draft.notes.append(f"the adapter stores no labels: they are LABEL_0 to LABEL_{size - 1}; pass labels=")
-    draft.config = model_config.with_labels(draft.config, found)
-
-
-def _check_complete(draft: _PendingTargets, base: Checkpoint, adapter: Adapter, switched: bool) -> None:
+def _check_complete(draft: PendingTargets, base: Checkpoint, adapter: Adapter, switched: bool) -> None:
     """Check that the merged tensors have the shapes of the merged class, and that none of its tensors is missing."""
     replaced = {output: adapter.store.shapes[adapter.saved[saved]] for output, saved in draft.replaced.items()}
     arch = architecture_of(base, draft.config, replaced)
