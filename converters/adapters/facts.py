@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from converters.adapters.adapter import Adapter
+from converters.methods.lora.expert_lora import ExpertLora
 
 # the method, as facts have it, of an adapter that updates no weight
 REPLACING = "tensors replaced whole"
@@ -74,13 +75,15 @@ def module_methods(adapter: Adapter) -> dict[str, dict[str, Any]]:
     for module in adapter.modules:
         method = adapter.describe(module)
         facts = method.describe([method])
-        repeated = {"method": method.name, "r": method.rank}
+        is_parameter, rank = adapter.is_parameter(module), adapter.rank(module)
+        repeated = {"method": method.name, "r": rank}
         settings = {key: value for key, value in facts.items() if repeated.get(key, object()) != value}
         found[module] = {
             "method": method.name,
             "reads": method.reads.value,
-            "rank": method.rank,
-            "full_rank_reason": method.full_rank_reason,
+            "rank": rank,
+            "rank_of_each_expert": isinstance(method, ExpertLora) and method.experts > 1,
+            "full_rank_reason": None if is_parameter else method.full_rank_reason,
             "changes_bias": method.bias is not None,
             "settings": settings,
         }

@@ -67,8 +67,7 @@ def _claims(source: AdapterSource, layout: str | None) -> list[tuple[Layout, str
     """The layouts that claim the source, with their evidence."""
     if layout is None and (evidence := native.claims(source)) is not None:
         return [(native.LAYOUT, evidence)]  # its own config says so: the weights need not be looked at
-    if source.config is None:
-        refuse_foreign_keys(source)
+    refuse_foreign_keys(source)
     asked = [one for one in LAYOUTS if (one.name == layout if layout else not one.asked_only)]
     found = [(one, evidence) for one in asked if (evidence := one.claims(source)) is not None]
     proof = proves_peft(source.config) if len(found) > 1 else None
@@ -84,6 +83,7 @@ def _unclaimed(source: AdapterSource, layout: str | None) -> LayoutError:
         claims = _claims(source, None)
         found = f"it is {claims[0][0].name}, because {claims[0][1]}" if claims else f"it has keys like {shown}"
         return LayoutError(f"{source.path} is not in the layout {layout} ({LAYOUT_SUMMARIES[layout]}): {found}")
+    refuse_foreign_keys(source, unclaimed=True)
     if (source.path / "config.json").is_file():
         return LayoutError(f"{source.path} is a model without θ; expected an adapter (its keys: {shown}, ...)")
     return LayoutError(

@@ -1,7 +1,6 @@
 """What cannot be merged, and what is not read yet: why, and what to do with it."""
 
-import re
-
+from converters.adapters.foreign.keys import explain_keys
 from converters.adapters.source import AdapterSource
 from converters.errors import LayoutError
 from converters.methods.table import PEFT_METHODS
@@ -24,27 +23,28 @@ NOT_MERGEABLE = {
     "SHADOW": "it runs a second network beside the base",
 }
 
-# field of a LoraConfig that is in use -> the same
-NOT_MERGEABLE_LORA = {
-    "alora_invocation_tokens": "it is an aLoRA, which tokens of the prompt switch on",
+_ALORA = "it is an aLoRA, which tokens of the prompt switch on"
+# field of a config that is set -> the same
+NOT_MERGEABLE_FIELDS = {
+    "alora_invocation_tokens": _ALORA,
+    "alora_invocation_string": _ALORA,
+    "invocation_string": _ALORA,  # IBM's own package, before it was part of PEFT
     "arrow_config": "it is an Arrow mixture, which chooses among LoRA adapters for every token",
 }
 
+_IN_ADAPTERS = "so it cannot be merged; serve it with that library"
+# architecture in a config of AdapterHub's `adapters` -> what it is, and what to do; without one it is a bottleneck
+_ADAPTERHUB = {
+    "lora": "LoRA or (IA)³ in that library's own form; merge it there (merge_adapter), and save the model",
+    "prefix_tuning": f"{_PROMPTS}, {_IN_ADAPTERS}",
+    "prompt_tuning": f"{_PROMPTS}, {_IN_ADAPTERS}",
+    "reft": f"it edits hidden states (ReFT), {_IN_ADAPTERS}",
+    "union": "several adapters at once, which are not read; serve them with that library",
+}
+_BOTTLENECK = f"bottleneck layers compute between those of the base, {_IN_ADAPTERS}"
+
 # all that torchtune writes into an adapter_config.json (its `recipes/lora_finetune_single_device.py`)
 _TORCHTUNE_FIELDS = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
-
-# keys of libraries that are not read -> what they are, and what to do
-_FOREIGN_KEYS = {
-    r"(layers\.\d+\.|output\.).*(lora_[ab]\.weight|magnitude)": (
-        "is in torchtune's own names, with the rows of q_proj and k_proj in the order of Meta's rotary embedding, "
-        "which the numbers of heads are needed to undo; torchtune's FullModelHFCheckpointer writes the same adapter "
-        "as adapter_model.safetensors: give the folder of that"
-    ),
-    r"(lora_unet|lora_te\d*|lycoris)_[^.]+\..+": (
-        "has keys of kohya's scripts or LyCORIS: they join the names of modules by underscores, so that the modules "
-        "of a language model cannot be told from them; rename them to PEFT's form"
-    ),
-}
 
 
 def refuse_others(source: AdapterSource) -> None:
@@ -52,10 +52,11 @@ def refuse_others(source: AdapterSource) -> None:
     found = source.peft_type
     if found in NOT_MERGEABLE:
         raise LayoutError(f"{source.path} says peft_type {found}: {NOT_MERGEABLE[found]}, {_IN_PEFT}")
-    if found == "LORA" and source.config is not None:
-        field = next((name for name in NOT_MERGEABLE_LORA if source.config.get(name)), None)
-        if field is not None:
-            raise LayoutError(f"{source.path} has {field}: {NOT_MERGEABLE_LORA[field]}, {_IN_PEFT}")
+    config = source.config or {}
+    field = next((name for name in NOT_MERGEABLE_FIELDS if config.get(name) is not None), None)
+    if field is not None:
+        raise LayoutError(f"{source.path} has {field}: {NOT_MERGEABLE_FIELDS[field]}, {_IN_PEFT}")
+    if found == "LORA":
         _refuse_permuted(source)
     if found == "None":
         _refuse_other_libraries(source)
@@ -69,19 +70,16 @@ def refuse_others(source: AdapterSource) -> None:
 def _refuse_other_libraries(source: AdapterSource) -> None:
     """Raise `LayoutError` for an adapter_config.json without a peft_type that belongs to another library."""
     config = source.config or {}
-    if "model_class" in config and isinstance(config.get("config"), dict):
-        raise LayoutError(
-            f"{source.path} is an adapter of AdapterHub's `adapters`: bottleneck layers compute between those of the "
-            "base, so they cannot be merged; serve it with that library, whose merge_adapter merges what is LoRA"
-        )
+    own = config.get("config")
+    if "model_class" in config and isinstance(own, dict):
+        what = _ADAPTERHUB.get(str(own.get("architecture")), _BOTTLENECK)
+        raise LayoutError(f"{source.path} is an adapter of AdapterHub's `adapters`: {what}")
 
 
-def refuse_foreign_keys(source: AdapterSource) -> None:
-    """Raise `LayoutError` for the keys of a library that is not read."""
-    for key in source.keys:
-        for pattern, reason in _FOREIGN_KEYS.items():
-            if re.fullmatch(pattern, key):
-                raise LayoutError(f"{source.path} {reason} (its keys: {key}, ...)")
+def refuse_foreign_keys(source: AdapterSource, unclaimed: bool = False) -> None:
+    """Raise `LayoutError` for the keys of a library that is not read; see `explain_keys`."""
+    if (reason := explain_keys(source.keys, unclaimed)) is not None:
+        raise LayoutError(f"{source.path} {reason}")
 
 
 def _refuse_permuted(source: AdapterSource) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapters.distributed import refuse_pieces, refuse_unassembled
+from converters.adapters.foreign.files import refuse_foreign_file, refuse_foreign_folder
 from converters.adapters.shards import find_index, open_weights
 from converters.adapters.store import ThetaStore
 from converters.errors import AdapterConfigError, LayoutError, ThetaError
@@ -73,10 +74,11 @@ class AdapterSource:
     def weights(self) -> Path:
         """The file that holds the weights, or the index of several.
 
-        Raises `LayoutError` when there is none, or several without an index, and `ThetaError` for the files of a
-        distributed checkpoint.
+        Raises `LayoutError` when there is none, or several without an index, or they are of a program that is not
+        read, and `ThetaError` for the files of a distributed checkpoint.
         """
         if self.path.is_file():
+            refuse_foreign_file(self.path)
             return self.path
         if self.config is not None:
             for name in (*PEFT_WEIGHTS, MLX_WEIGHTS):
@@ -93,12 +95,15 @@ class AdapterSource:
         )
         if len(found) == 1:
             return found[0]
+        refuse_foreign_folder(self.path)
         refuse_pieces(self.path)
         if found:
             names = ", ".join(path.name for path in found)
             raise LayoutError(
                 f"{self.path} contains several weights files ({names}); give the path of the one to read"
             )
+        for path in sorted(self.path.iterdir()):
+            refuse_foreign_file(path)
         if self.config is not None:
             raise ThetaError(f"{self.path}: no {' nor '.join(PEFT_WEIGHTS)}; the adapter has a config but no weights")
         nested = sorted(path.parent.name for path in self.path.glob(f"*/{ADAPTER_CONFIG}"))

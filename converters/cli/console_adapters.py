@@ -30,11 +30,12 @@ def print_methods(methods: dict[str, dict[str, Any]]) -> None:
     short = shortened(set(kinds.values()))
     groups: Counter[tuple[str, str]] = Counter()
     for module, facts in methods.items():
-        rank, reason = facts["rank"], facts["full_rank_reason"]
+        exact, reason = f"exact rank {facts['rank']}", facts["full_rank_reason"]
+        exact += " of each expert" if facts["rank_of_each_expert"] else ""
         says = [
             f"{facts['method']}{' of weight and bias' if facts['changes_bias'] else ''}",
             f"reads of W0: {facts['reads']}",
-            f"exact rank {rank}" if reason is None else f"no exact rank: the update {reason}",
+            exact if reason is None else f"no exact rank: the update {reason}",
             ", ".join(f"{name} = {_short(value)}" for name, value in facts["settings"].items()),
         ]
         groups[(short[kinds[module]], "; ".join(filter(None, says)))] += 1

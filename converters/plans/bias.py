@@ -31,6 +31,10 @@ def weight_of(base: Checkpoint, found: Targets, bias: Target) -> TensorInfo:
     return info
 
 
+# part of the name of a module -> field of a config that gives those modules biases (Llama, Qwen3, Granite, ...)
+_FIELDS = {"attn": "attention_bias", "attention": "attention_bias", "mlp": "mlp_bias"}
+
+
 def refuse_missing_biases(adapters: Sequence[Adapter], found: Targets) -> None:
     """Raise `BaseMismatchError` for a module whose bias θ adds to, and which has none in the base."""
     present = {(target.adapter, target.module) for target in found.targets if target.parameter == "bias"}
@@ -41,8 +45,20 @@ def refuse_missing_biases(adapters: Sequence[Adapter], found: Targets) -> None:
             raise BaseMismatchError(
                 f"{target.module}: θ adds to the bias of this module, and the base has none beside "
                 f"{target.base_name}; a merged checkpoint has no place for it. If it was trained on this base, "
-                f"serve it with {server}"
+                f"{_with_biases(found, target)}serve it with {server}"
             )
+
+
+def _with_biases(found: Targets, target: Target) -> str:
+    """How to give the base biases, if its config can say that it has any."""
+    parts = target.module.split(".")
+    field = next((_FIELDS[part] for name in parts for part in _FIELDS if part in name), None)
+    if field is None or found.config.get(field) is not False:
+        return ""
+    return (
+        f"give the base biases of zero, which change nothing (from_pretrained(BASE, {field}=True), then "
+        "save_pretrained), and merge into that; or "
+    )
 
 
 def through_weight(info: TensorInfo, transposed: bool, columns: Tensor) -> Shift:

@@ -58,8 +58,10 @@ def place_parameters(
             transposed = _is_transposed(adapter, module, parameter, arch)
             _check_complete(parameter, arch, sources.get(parameter, ()))
             for source in sources.get(parameter, ()):
-                part = _expert_part(arch, source, stored[source], parameter) if arch.converted(source) else None
-                yield Target(position, module, source, source, part=part, transposed=transposed)
+                is_swapped = _is_swapped(arch, source, stored[source], parameter)
+                is_part = arch.converted(source) and is_swapped is None
+                part = _expert_part(arch, source, stored[source], parameter) if is_part else None
+                yield Target(position, module, source, source, part=part, transposed=transposed != bool(is_swapped))
     refuse_untrained(adapter, sorted(set(named) - adapted))
 
 
@@ -106,6 +108,16 @@ def _was_swapped(adapter: Adapter, described: ExpertLora, parameter: str) -> boo
     return version < _SWAPPED_UNTIL
 
 
+def _is_swapped(arch: Architecture, source: str, stored: tuple[int, ...], parameter: str) -> bool | None:
+    """Whether a tensor has the last two axes of its parameter swapped; None if it is no tensor that may have."""
+    found, shape = arch.conversion(source) if arch.converted(source) else None, arch.shapes[parameter]
+    if found is None or not found.swaps:
+        return None
+    if stored not in (shape, (shape[0], shape[2], shape[1])):
+        raise BaseMismatchError(f"{source} has shape {stored}; expected {shape}, or its last two axes swapped")
+    return stored != shape
+
+
 def _expert_part(arch: Architecture, source: str, shape: tuple[int, ...], parameter: str) -> Part:
     """Which part of a parameter (experts, a, b) the tensor of one expert is."""
     found, whole = arch.conversion(source), arch.shapes[parameter]
@@ -123,7 +135,8 @@ def _expert_part(arch: Architecture, source: str, shape: tuple[int, ...], parame
 def _check_complete(parameter: str, arch: Architecture, sources: Sequence[str]) -> None:
     """Check that the base has all of a parameter."""
     converted = [arch.conversion(source) for source in sources if arch.converted(source)]
-    wanted = arch.shapes[parameter][0] * converted[0].parts if converted and converted[0] is not None else 1
+    first = converted[0] if converted else None
+    wanted = 1 if first is None or first.swaps else arch.shapes[parameter][0] * first.parts
     if len(sources) != wanted:
         raise BaseMismatchError(
             f"the base has {len(sources)} tensors for {parameter}, expected {wanted}; a part of it is missing"

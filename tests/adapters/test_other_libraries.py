@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from support.peft_methods import close, logits, reloaded, train
 from support.tiny_models import edit_weights, tiny_llama
 from transformers import LlamaForCausalLM
@@ -134,25 +133,3 @@ def test_torchtune_reorders_rows_of_qwen_wrongly(tmp_path: Path, change: dict[st
     to_torchtune(tmp_path, base_model_name_or_path="Qwen/Qwen2.5-1.5B-Instruct", **values)
     with pytest.raises(AdapterConfigError, match="the config's target_modules do not"):  # not about the order
         load_adapter(tmp_path / "adapter")
-
-
-FOREIGN: dict[str, tuple[list[str], str]] = {
-    "torchtune": (
-        ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"],
-        r"in torchtune's own names.*order of Meta's rotary embedding.*FullModelHFCheckpointer",
-    ),
-    "torchtune's head": (["output.lora_a.weight", "output.lora_b.weight"], "in torchtune's own names"),
-    "kohya": (
-        ["lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", "lora_unet_down.alpha"],
-        "keys of kohya's scripts or LyCORIS.*underscores",
-    ),
-    "lycoris": (["lycoris_model_layers_0_mlp_up_proj.hada_w1_a"], "keys of kohya's scripts or LyCORIS"),
-}
-
-
-@pytest.mark.parametrize("library", FOREIGN)
-def test_keys_that_are_not_read_are_named(tmp_path: Path, library: str) -> None:
-    keys, message = FOREIGN[library]
-    save_file({key: torch.ones(4, 4) for key in keys}, tmp_path / "adapter_0.safetensors")
-    with pytest.raises(LayoutError, match=message):
-        load_adapter(tmp_path)

@@ -139,12 +139,22 @@ def test_refusals(case: str, tmp_path: Path) -> None:
         load_adapter(tmp_path / "red")
 
 
-def test_a_llama_has_no_place_for_a_bias(tmp_path: Path) -> None:
-    model = MODELS["llama"]()
+def test_a_llama_has_no_place_for_a_bias_but_may_be_given_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS["llama"]().eval()
     model.save_pretrained(tmp_path / "base")
     modules = [(n, m) for n, m in model.named_modules() if n.endswith("down_proj")]
-    save_red(tmp_path / "red", modules, ("scaling", "bias"))
-    with pytest.raises(BaseMismatchError, match="θ adds to the bias of this module.*serve it with the code that tr"):
+    state = save_red(tmp_path / "red", modules, ("scaling", "bias"))
+    cure = (
+        r"give the base biases of zero.*from_pretrained\(BASE, mlp_bias=True\).*serve it with the code that trained"
+    )
+    with pytest.raises(BaseMismatchError, match=f"θ adds to the bias of this module.*{cure}"):
         merge(tmp_path / "base", tmp_path / "red", tmp_path / "merged")
+    with_zeros = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base", mlp_bias=True, dtype=torch.float32)
+    with_zeros.save_pretrained(tmp_path / "with-zeros")
+    merge(tmp_path / "with-zeros", tmp_path / "red", tmp_path / "merged")
+    edit_outputs(model, state)
+    merged = tf.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert close(logits(merged), logits(model))
     with pytest.raises(OptionError, match="RED has no such setting"):
         load_adapter(tmp_path / "red", scaling=1.0)

@@ -13,7 +13,7 @@ from support.golden import CASES, GLUE, LLM, Golden
 from support.method_zoo import CASES as ZOO
 from support.paths import DATA
 from support.peft_methods import MODELS, train
-from support.tiny_models import Pair
+from support.tiny_models import Pair, save_on_parameters, tiny_mixtral
 
 from converters import load_adapter
 from converters.errors import MissingDependencyError, OptionError, OutputExistsError
@@ -216,6 +216,26 @@ def test_methods_per_module(
     assert f"  query (2 layers): {method}; reads of W0: {reads}; " in words
     assert f"; exact rank {rank}" in words if rank else "; no exact rank: the update " in words
     assert all(f"; {key} = {value}" in words for key, value in settings.items())
+
+
+def test_the_rank_of_experts_is_that_of_each(tmp_path: Path, run_here: Run) -> None:
+    """`--format lora` writes them exactly, so they have one."""
+    save_on_parameters(tiny_mixtral(), tmp_path / "adapter", r=3, target_modules=["q_proj"])
+    facts = json.loads(run_here("peanut-inspect", tmp_path / "adapter", "--json").stdout)["methods"]
+    ranks = {
+        module.rpartition("self_attn.")[2]: (one["rank"], one["rank_of_each_expert"], one["full_rank_reason"])
+        for module, one in facts.items()
+    }
+    experts = "model.layers.0.mlp.experts"
+    assert ranks == {
+        "q_proj": (3, False, None),
+        experts: (3, True, None),
+        f"{experts}.base_layer": (3, True, None),
+    }
+    words = " ".join(run_here("peanut-inspect", tmp_path / "adapter").stdout.split())
+    assert words.count("exact rank 3 of each expert; scaling = 1.66667, experts = 4") == 2
+    assert "exact rank 3; " in words
+    assert "no exact rank" not in words
 
 
 def test_a_scale_that_is_not_stored_is_not_made_up(run_here: Run) -> None:

@@ -29,7 +29,9 @@ class LowRank(Oriented):
     @cached_property
     def rank(self) -> int:
         """See `WeightDelta.rank`."""
-        described = self.with_parts({part: tensor.to("meta") for part, tensor in self.theta.items()})
+        described = self.with_parts(
+            self.parts_on("meta", torch.float32)
+        )  # as parts of several dtypes do not multiply
         out, width = self.module_shape
         return described.up_and_down(out or 1, width or 1)[0].shape[1]
 

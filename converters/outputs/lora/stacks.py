@@ -35,7 +35,14 @@ def find_stacks(plan: Plan, arch: Architecture) -> dict[str, TensorPlan]:
                     f"{tensor.name} is adapted as a parameter of {owner_of(inside[0].module)}, and as the weight of "
                     "a module: a LoRA adapter has one or the other; merge it"
                 )
-            found[memory_name(arch, tensor.name, FORM)] = tensor
+            name = memory_name(arch, tensor.name, FORM)
+            if tensor.shape != arch.shapes[name]:
+                raise ConversionError(
+                    f"{tensor.name} has shape {tensor.shape}, and is {arch.shapes[name]} in memory, so its factors "
+                    "are not those of a LoRA; merge it, or save the base again with transformers, which stores it as "
+                    "it is in memory"
+                )
+            found[name] = tensor
     return found
 
 

@@ -29,6 +29,21 @@ def tinylora(**settings: Any) -> PeftConfig:
     return peft.TinyLoraConfig(**{"r": 3, "u": 5, "weight_tying": 0.5, **LLAMA, **settings})
 
 
+def test_what_is_trained_may_be_of_another_dtype_than_the_projections(tmp_path: Path) -> None:
+    """A model in bfloat16 trains v in that; P is drawn in float32."""
+    adapter = trained(tmp_path, tinylora())
+
+    def halved(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: tensor.bfloat16() if "tinylora_v" in key else tensor for key, tensor in w.items()}
+
+    edit_weights(adapter / "adapter_model.safetensors", halved)
+    wanted = logits(reloaded(tiny_llama(), tmp_path / "base", adapter))
+    merge(tmp_path / "base", adapter, tmp_path / "merged")
+    found = type(tiny_llama()).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert close(logits(found), wanted)
+    assert load_adapter(adapter).rank("model.layers.0.self_attn.q_proj") == 3
+
+
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_tinylora_on_an_embedding(tmp_path: Path, is_tied: bool) -> None:
     """The output head stays as it is, also where it was tied to the embedding. As LoRA, it is not served."""
