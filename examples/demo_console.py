@@ -20,7 +20,7 @@ from pathlib import Path
 ADAPTERS = Path(__file__).parent / "adapters"
 PORT, ADMIN_PORT = 8000, 8001
 CONSOLE = f"http://127.0.0.1:{ADMIN_PORT}/console"
-START_SECONDS, PATIENCE = 600, 180_000  # and milliseconds
+START_SECONDS, PATIENCE = 900, 300_000  # and milliseconds
 QUESTION = "What colour is grass? Answer in one word."
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     key = os.environ.get("PEANUT_ADMIN_KEY") or secrets.token_urlsafe(16)
     with tempfile.TemporaryDirectory() as state:
-        environment = {**os.environ, "PEANUT_ADMIN_KEY": key}
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "PEANUT_ADMIN_KEY": key}
         server = subprocess.Popen(command(options.base, state), env=environment)
         try:
             wait_until_ready(server)

@@ -100,7 +100,7 @@ class _Console:
             Route(f"{ROOT}/playground", self.playground, methods=["POST"]),
             Mount(f"{ROOT}/static", StaticFiles(directory=_STATIC)),
         ]
-        routes_app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+        routes_app = Starlette(routes=routes, exception_handlers=handlers)
         self.app: ASGIApp = Guard(routes_app, self._sessions, host.hosts, self._cookie)
 
     async def login_page(self, request: Request) -> Response:
@@ -143,8 +143,9 @@ class _Console:
     async def dialog(self, request: Request) -> Response:
         """What is asked before an action."""
         query = request.query_params
-        if (verb := query.get("verb")) not in get_args(Verb):
-            return refusal(422, f"there is no action {str(verb)[:80]!r}")
+        verb = next((one for one in get_args(Verb) if one == query.get("verb")), None)
+        if verb is None:
+            return refusal(422, f"there is no action {query.get('verb', '')[:80]!r}")
         return HTMLResponse(await self._pages.dialog(verb, query.get("name"), query.get("digest")))
 
     async def act(self, request: Request) -> Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ class DataRoute:
     def __init__(self, app: App, key: str | None) -> None:
         self._app, self._key = app, key
 
-    async def ask(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Head | dict[str, Any]]:
+    async def ask(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Head | dict[str, Any], None]:
         """The beginning of a streamed answer, then its events as they come. Raises `RouteError`."""
         status, buffer, content = 0, b"", b""
         async with aclosing(self._messages(path, json.dumps(body).encode())) as messages:
@@ -55,7 +55,7 @@ class DataRoute:
         if status != 200:
             raise RouteError(_error_in(content, status))
 
-    async def _messages(self, path: str, body: bytes) -> AsyncIterator[Message]:
+    async def _messages(self, path: str, body: bytes) -> AsyncGenerator[Message, None]:
         """What the application sends. It is stopped if the reader does not read to the end."""
         queue: asyncio.Queue[Message | None] = asyncio.Queue(_MOST_QUEUED)
         requests = [{"type": "http.request", "body": body, "more_body": False}]

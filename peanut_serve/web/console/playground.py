@@ -15,6 +15,7 @@ from peanut_serve.web.console.data_route import DataRoute, Head, RouteError
 from peanut_serve.web.schema import Control
 
 _LONGEST_SECONDS = 300.0  # of one answer, its swap included
+_FAREWELL_SECONDS = 10.0  # for answers that nobody reads any more to be given up
 _MOST_QUEUED = 64
 _PATHS = {"base": "base weights", "adapter": "merged", "checkpoint": "merged", "lora": "LoRA"}
 
@@ -74,7 +75,7 @@ async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIter
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=_LONGEST_SECONDS)
+        await asyncio.wait(tasks, timeout=_FAREWELL_SECONDS)
 
 
 async def _answer(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> None:
@@ -108,7 +109,7 @@ async def _stream(route: DataRoute, control: Control, trial: Trial, of: int, que
 
 def _text(event: Event) -> str:
     """The text in one event of a stream, of a chat or of a completion."""
-    choice = next(iter(event.get("choices") or ()), {})
+    choice: Event = next(iter(event.get("choices") or ()), {})
     return str(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
 
 

@@ -1,5 +1,6 @@
 """A served console whose control and completions are given; and completions that tell who gave them."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ class Completions:
     Attributes:
         asked: the bodies of requests.
         broken: variants whose answers break off with an error.
+        endless: variants whose answers do not end.
+        stopped: answers that were given up.
         refused: variants that get a 500.
     """
 
@@ -33,6 +36,7 @@ class Completions:
         self.asked: list[dict[str, object]] = []
         self.broken: set[str] = set()
         self.refused: set[str] = set()
+        self.endless: set[str] = set()
         self.stopped = 0
         paths = ("/v1/chat/completions", "/v1/completions")
         self.app = Starlette(routes=[Route(path, self.complete, methods=["POST"]) for path in paths])
@@ -54,6 +58,13 @@ class Completions:
     async def events(self, body: dict) -> AsyncIterator[str]:
         is_chat = "messages" in body
         prompt = body["messages"][0]["content"] if is_chat else body["prompt"]
+        try:
+            while body["model"] in self.endless:
+                yield 'data: {"choices": [{"delta": {"content": "more "}}]}\n\n'
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.stopped += 1
+            raise
         for count, word in enumerate(["I", " am ", body["model"], ". ", prompt]):
             if count == 2 and body["model"] in self.broken:
                 yield 'data: {"error": {"message": "aborted by a swap"}}\n\n'
@@ -76,10 +87,10 @@ def serving_console(
 
 
 @contextmanager
-def logged_in(url: str) -> Iterator[httpx.Client]:
+def logged_in(url: str, key: str = KEY) -> Iterator[httpx.Client]:
     """A browser with a session, that sends what the page's script sends."""
     with httpx.Client(base_url=url, headers={"Origin": url}, timeout=30) as client:
-        done = client.post("/console/login", data={"key": KEY})
+        done = client.post("/console/login", data={"key": key})
         assert done.status_code == 303, done.text
         page = client.get("/console").text
         client.headers["X-Console-Token"] = page.split('name="console-token" content="')[1].split('"')[0]

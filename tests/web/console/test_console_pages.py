@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 
 import httpx
@@ -145,6 +146,27 @@ def test_answers_that_fail(browser: httpx.Client, completions: Completions) -> N
     assert not [one for one in found if one["event"] == "diff"]
     unknown = events(browser.post("/console/playground", json={"prompt": "p", "variants": ["none"]}))
     assert unknown == [{"of": 0, "event": "error", "message": "there is no variant 'none'"}]
+
+
+def test_a_browser_that_leaves(browser: httpx.Client, completions: Completions) -> None:
+    """Its answers are given up, and make room for others; more than two comparisons at a time are refused."""
+    completions.endless = {"base"}
+    body = {"prompt": "p", "variants": ["base"]}
+    with browser.stream("POST", "/console/playground", json=body) as one:
+        assert "start" in next(one.iter_lines())
+        with browser.stream("POST", "/console/playground", json=body) as other:
+            assert "start" in next(other.iter_lines())
+            assert browser.post("/console/playground", json=body).status_code == 429
+    until(lambda: completions.stopped == 2)
+    completions.endless.clear()
+    until(lambda: browser.post("/console/playground", json=body).status_code == 200)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
