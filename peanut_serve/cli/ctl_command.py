@@ -217,6 +217,11 @@ def _rollback(context: typer.Context, name: _Name, digest: _Digest = None) -> No
     _change(context, VariantStatus, "POST", _path(name, "/rollback"), Rollback(digest=digest))
 
 
+@app.command("preload", help="Evaluate the weights of a variant into host memory.")
+def _preload(context: typer.Context, name: _Name) -> None:
+    _change(context, VariantStatus, "POST", _path(name, "/preload"))
+
+
 @app.command("pin", help="Keep the weights of a variant in host memory.")
 def _pin(context: typer.Context, name: _Name) -> None:
     _change(context, VariantStatus, "POST", _path(name, "/pin"))

@@ -44,6 +44,7 @@ _REFUSED = {
     "--api-key": "give the keys of clients as --api-key-file",
     "--admin-port": _EACH,
     "--admin-host": _EACH,
+    "--console-host": _EACH,
     "--uds": _HOP,
     "--ssl-keyfile": _HOP,
     "--ssl-certfile": _HOP,

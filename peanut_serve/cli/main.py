@@ -100,6 +100,13 @@ _AdminPort = Annotated[
     int | None, typer.Option("--admin-port", help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY.")
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
+_Console = Annotated[
+    bool, typer.Option("--console/--no-console", help="Serve the console at /console of the admin port.")
+]
+_ConsoleHost = Annotated[
+    list[str] | None,
+    typer.Option("--console-host", help="Name by which browsers reach the console. Can be repeated."),
+]
 _State = Annotated[
     Path | None,
     typer.Option(
@@ -147,6 +154,8 @@ def _serve(
     settle: _Settle = 1.0,
     admin_port: _AdminPort = None,
     admin_host: _AdminHost = "127.0.0.1",
+    console: _Console = True,
+    console_host: _ConsoleHost = None,
     state: _State = None,
     allow_untested_vllm: _AllowUntested = False,
     dry_run: _DryRun = False,
@@ -160,7 +169,7 @@ def _serve(
         "base_copy": base_copy.value, "prefix_cache": prefix_cache.value, "pin": pin or (), "preload": preload or (),
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "max_evaluations": max_evaluations, "max_body": max_body,
-        "stall_timeout": stall_timeout, "settle": settle,
+        "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_hosts": console_host or (),
     }  # fmt: skip
     options = ServeOptions(
         base,

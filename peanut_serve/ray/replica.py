@@ -43,7 +43,7 @@ class EngineReplica:
         folder = Path(logs) if logs else own_folder()
         folder.mkdir(parents=True, exist_ok=True)
         self._state = StateFolder.take(Path(state) if state else folder / "state")
-        own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port)]
+        own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port), "--no-console"]
         own += ["--state", str(self._state.path)]
         keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
         self._child = Child.start(

@@ -13,7 +13,8 @@ from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.gate import Gate
-from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant
+from peanut_serve.swapping.history import SwapHistory, SwapRecord
+from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant, reason_for
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.swapping.transaction import EngineDiedError, Loaded, Phase, Report
 from peanut_serve.variants.host_cache import HostCache
@@ -60,6 +61,7 @@ class SwapDriver:
         detail: reason for the state, if there is one.
         last_report: report of the last swap.
         usage: variant -> its swaps.
+        history: the latest swaps and restarts.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class SwapDriver:
         self.detail: str | None = None
         self.last_report = Report()
         self.usage: dict[str, SwapUsage] = {}
+        self.history = SwapHistory(self._label)
         self._engine, self._swapper = swappable.engine, swappable.swapper
         self._gate, self._cache = gate, cache
         self._policy, self._drain_seconds = Policy(settings.max_wait, settings.min_dwell), settings.drain_seconds
@@ -161,39 +164,53 @@ class SwapDriver:
         if self._engine.is_dead or self.state == "failed":
             await self._restart_engine()
             return
-        active = self._swapper.active.version.digest
-        view = View(time.monotonic(), active, self._gate.since, len(self._gate.running), queues, self._price.seconds)
+        active, view = self._swapper.active.version.digest, self._view()
         requested = (digest for digest in self._requested if digest != active and digest not in self._failures)
-        target = next(requested, None) or next_variant(view, self._policy)
-        if target != active:
-            await self._swap_to(target)
+        if (target := next(requested, None)) is not None:
+            await self._swap_to(self.history.begin(target, "operator", view, self._requested))
+            return
+        if (target := next_variant(view, self._policy)) != active:
+            why = reason_for(target, view, self._policy)
+            await self._swap_to(self.history.begin(target, why, view, self._requested))
             return
         look = next_look(view, self._policy)
         pause = _LOOK_SECONDS if look is None else min(_LOOK_SECONDS, max(0.0, look - time.monotonic()))
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._gate.changed.wait(), pause)
 
-    async def _swap_to(self, digest: str) -> None:
+    def _view(self) -> View:
+        active, gate = self._swapper.active.version.digest, self._gate
+        return View(time.monotonic(), active, gate.since, len(gate.running), gate.queues(), self._price.seconds)
+
+    def _label(self, digest: str) -> str:
+        return self._name_of(digest) or digest[:12]
+
+    async def _swap_to(self, begun: SwapRecord) -> None:
         self.state = "swapping"
-        version, label = self._versions[digest], self._name_of(digest) or digest[:12]
+        digest, label, report = begun.digest, begun.target, Report()
+        version = self._versions[digest]
         with self._cache.holding(digest):
             target = Loaded(version, self._cache.get(digest))
             start = time.perf_counter()
             try:
                 if version.kind is not VariantKind.BASE and target.weights is None:
                     raise SwapError("the variant's weights are no longer in host memory")
-                report = await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds))
+                await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds), report)
             except EngineDiedError as error:
                 logger.error("%s; the requests for %s continue to wait", error, label)
+                self.history.end(begun, report, error)
             except SwapError as error:
                 self._record_failure(label, digest, error)
+                self.history.end(begun, report, error)
                 self._gate.refuse(digest, error)
             except EngineDownError as error:
+                self.history.end(begun, report, error, is_down=True)
                 self._gate.refuse(digest, error)
                 await self._retry_later(error)
                 return
             else:
                 self._record_swap(label, report, time.perf_counter() - start)
+                self.history.end(begun, report)
             self._open()
 
     def _record_failure(self, label: str, digest: str, error: SwapError) -> None:
@@ -239,15 +256,18 @@ class SwapDriver:
         logger.error("the engine has died; restarting it")
         self.state, self.detail = "restarting", "the engine died and is being restarted"
         metrics.READY.set(0)
+        begun = self.history.begin(self._base.digest, "engine_died", self._view())
         await self._gate.drain(_DEAD_DRAIN_SECONDS)
         try:
             report = await self._swapper.restart_engine()
         except EngineDownError as error:
+            self.history.end(begun, Report(), error, is_down=True)
             await self._retry_later(error)
             return
         logger.warning(
             "the engine is running again after %.1f s, with the base's weights", report.seconds[Phase.RESTART]
         )
+        self.history.end(begun, report)
         self._open()
 
     async def _retry_later(self, error: EngineDownError) -> None:

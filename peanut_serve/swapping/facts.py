@@ -29,6 +29,7 @@ class VariantFacts:
         previous: digests of earlier versions, newest first.
         source: entry of the folders of variants, or Hub id.
         host_bytes: size of its weights in host memory.
+        evictable_bytes: what evicting them would free; none while they are pinned or in use.
         is_pinned: whether its weights are kept in host memory.
         running: requests in the engine.
         waiting: requests waiting for its weights.
@@ -46,6 +47,7 @@ class VariantFacts:
     previous: tuple[str, ...]
     source: str
     host_bytes: int
+    evictable_bytes: int
     is_pinned: bool
     running: int
     waiting: int
@@ -68,6 +70,7 @@ class EngineFacts:
         restarts: how often it was restarted.
         host_cache_bytes: size of all evaluated weights in host memory.
         host_cache_limit: the limit of that size.
+        base_copy_bytes: size of the tensors of the base in host memory.
         swap_seconds: duration of each phase of the last swap.
     """
 
@@ -78,4 +81,5 @@ class EngineFacts:
     restarts: int
     host_cache_bytes: int
     host_cache_limit: int
+    base_copy_bytes: int
     swap_seconds: Mapping[str, float]

@@ -30,6 +30,11 @@ class HostSide:
         self._model, self._base_weights = swappable.model, swappable.base_weights
         self._pinned: dict[str, str] = {}  # name -> digest
 
+    @property
+    def base_copy_bytes(self) -> int:
+        """Size of the tensors of the base that are kept in host memory."""
+        return self._base_weights.nbytes
+
     async def prepare(self, version: Version, holds: ExitStack) -> None:
         """Do everything that can fail before the engine is changed. The weights are held until `holds` is closed.
 

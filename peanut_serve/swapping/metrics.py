@@ -4,7 +4,7 @@ The label `variant` is a name from the catalogue, never an arbitrary one from a 
 with it, so their number is bounded.
 """
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -23,12 +23,27 @@ BASE_COPY = Gauge("peanut_base_copy_bytes", "Size of the base's weights in host 
 READY = Gauge("peanut_ready", "1 while requests can be answered.")
 WAITING = Gauge("peanut_waiting_requests", "Requests waiting for a swap.")
 
+_KV_CACHE = "vllm:kv_cache_usage_perc"
+
 _BY_VARIANT = {
     REQUESTS: ("variant", "outcome"),
     TOKENS: ("variant", "kind"),
     QUEUE_SECONDS: ("variant",),
     SWAPS: ("variant", "outcome"),
 }
+
+
+def kv_cache_usage() -> float | None:
+    """The part of vLLM's KV cache that is in use, by vLLM's own gauge; None if there is none."""
+    families = REGISTRY.restricted_registry([_KV_CACHE]).collect()
+    return max((sample.value for family in families for sample in family.samples), default=None)
+
+
+def tokens(variant: str) -> dict[str, int]:
+    """Tokens of a variant so far, by kind: `prompt` and `generated`."""
+    samples = [sample for family in TOKENS.collect() for sample in family.samples if sample.name.endswith("_total")]
+    own = [sample for sample in samples if sample.labels["variant"] == variant]
+    return {sample.labels["kind"]: int(sample.value) for sample in own}
 
 
 def forget(variant: str) -> None:

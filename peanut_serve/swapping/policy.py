@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean
+from typing import Literal
+
+# a request had waited for `max_wait`; no request was running; waiting had cost as much as the swap
+Reason = Literal["overdue", "idle", "paid"]
 
 # weight of a measurement in the estimate; swaps take about the same time, but the first after a start is often slow
 _WEIGHT = 0.3
@@ -103,6 +107,14 @@ def next_variant(view: View, policy: Policy) -> str:
     requests that waited for it before the next call: otherwise the weights could alternate without serving anybody.
     """
     return _choose(view.now, view.active, list(_claims(view, policy)))
+
+
+def reason_for(digest: str, view: View, policy: Policy) -> Reason:
+    """Why `next_variant` chose this digest, which is not the active one."""
+    claim = next(claim for claim in _claims(view, policy) if claim.digest == digest)
+    if view.now >= claim.overdue_at:
+        return "overdue"
+    return "idle" if claim.paid_at == -inf else "paid"
 
 
 def next_look(view: View, policy: Policy) -> float | None:

@@ -191,6 +191,11 @@ class VariantServer:
         usage.last_used = time.time()
         metrics.QUEUE_SECONDS.labels(name).observe(time.monotonic() - arrival)
 
+    def record_end(self, name: str, outcome: str, seconds: float) -> None:
+        """Count a request that ended, if its name is that of a variant."""
+        if self.has(name):
+            self.usage.setdefault(name, Usage()).end(outcome, seconds)
+
     # operators
 
     async def activate(self, name: str) -> None:
@@ -280,6 +285,7 @@ class VariantServer:
             previous=tuple(variant.record.previous),
             source=variant.record.source,
             host_bytes=weights.nbytes if weights is not None else 0,
+            evictable_bytes=self.cache.evictable(digest) if digest is not None else 0,
             is_pinned=self._is_pinned(variant),
             running=sum(ticket.digest == digest for ticket in self.gate.running),
             waiting=self.gate.waiting(digest) if digest is not None else 0,
@@ -310,5 +316,6 @@ class VariantServer:
             restarts=self.swapper.restarts,
             host_cache_bytes=self.cache.nbytes,
             host_cache_limit=self.cache.limit,
+            base_copy_bytes=self._host.base_copy_bytes,
             swap_seconds={phase.value: seconds for phase, seconds in self.driver.last_report.seconds.items()},
         )

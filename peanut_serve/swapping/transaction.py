@@ -142,12 +142,15 @@ class Swapper:
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         return list(places_of(self._model.with_neighbours(names), target.weights, self._base_places))
 
-    async def swap(self, target: Loaded, quiesce: Callable[[], Awaitable[None]]) -> Report:
+    async def swap(
+        self, target: Loaded, quiesce: Callable[[], Awaitable[None]], report: Report | None = None
+    ) -> Report:
         """Swap the engine's weights to those of `target`.
 
         Args:
             target: its weights, and those of the base that the swap needs, are in host memory.
             quiesce: returns when no request is in the engine.
+            report: is filled in, so that a failure leaves its measurements too.
 
         Raises:
             SwapError: the swap failed. The engine has its previous weights, or the base's after a restart; see
@@ -155,7 +158,7 @@ class Swapper:
             EngineDiedError: the engine was restarted, and the version did not cause it.
             EngineDownError: the engine could not be restarted.
         """
-        report, places = Report(), self.changes(target)
+        report, places = report or Report(), self.changes(target)
         report.tensors, report.nbytes = len(places), sum(place.nbytes for place in places)
         try:
             with report.timing(Phase.QUIESCE):

@@ -84,6 +84,10 @@ class HostCache:
         else:
             self._pins.discard(digest)
 
+    def evictable(self, digest: str) -> int:
+        """Bytes that dropping these weights would free: none if they are not cached, held or pinned."""
+        return 0 if self._stays(digest) or digest not in self._weights else self._weights[digest].nbytes
+
     def drop(self, digest: str) -> None:
         """Unpin and drop weights, unless they are held."""
         self._pins.discard(digest)

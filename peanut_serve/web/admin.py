@@ -20,7 +20,9 @@ from peanut_serve.web.schema import (
     ErrorDetail,
     Registration,
     Rollback,
+    SwapStatus,
     VariantStatus,
+    VariantTraffic,
 )
 
 try:
@@ -120,6 +122,12 @@ async def rollback_variant(control: _Controlled, name: str, to: Rollback | None 
     return await control.rollback(name, to.digest if to else None)
 
 
+@_routes.post("/variants/{name:path}/preload", summary="Evaluate a variant", responses=_SWAPPING)
+async def preload_variant(control: _Controlled, name: str) -> VariantStatus:
+    """Its weights are evaluated into host memory, which can take minutes: a swap to it then needs no evaluation."""
+    return await control.preload(name)
+
+
 @_routes.post("/variants/{name:path}/pin", summary="Pin a variant", responses=_SWAPPING)
 async def pin_variant(control: _Controlled, name: str) -> VariantStatus:
     """Its weights stay in host memory: they are not evicted to make room for those of other variants."""
@@ -136,6 +144,18 @@ async def unpin_variant(control: _Controlled, name: str) -> VariantStatus:
 async def get_engine(control: _Controlled) -> EngineStatus:
     """The state of the engine, and the variant whose weights it has."""
     return control.engine()
+
+
+@_routes.get("/swaps", summary="List the latest swaps")
+async def list_swaps(control: _Controlled) -> list[SwapStatus]:
+    """Swaps and restarts of the engine, the newest first: why each happened, who waited, and why it failed."""
+    return control.swaps()
+
+
+@_routes.get("/traffic", summary="Show the requests for each variant")
+async def list_traffic(control: _Controlled) -> list[VariantTraffic]:
+    """Counted since the start of the server."""
+    return await control.traffic()
 
 
 async def healthz() -> dict[str, str]:

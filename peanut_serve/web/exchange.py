@@ -71,7 +71,7 @@ class Exchange:
         """Handle the request."""
         self._scope, self._receive, self._send_on = scope, receive, send
         self._id = request_id(scope)
-        name = "unknown"
+        name, arrival = "unknown", asyncio.get_running_loop().time()
         try:
             if not await self._read_body():
                 return
@@ -88,6 +88,7 @@ class Exchange:
                 raise
             outcome = "stalled"  # the HTTP server closes a connection whose response is not complete
             logger.info("request=%s: the client does not read its response", shown(self._id))
+        self._server.record_end(name, outcome, asyncio.get_running_loop().time() - arrival)
         metrics.REQUESTS.labels(name if self._server.has(name) else "unknown", outcome).inc()
 
     async def _answer(self, name: str) -> str:

@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 
+from peanut_serve.swapping import metrics
+from peanut_serve.swapping.requests import Usage
 from peanut_serve.swapping.server import VariantServer
-from peanut_serve.web.schema import EngineStatus, VariantState, VariantStatus
+from peanut_serve.web.schema import EngineStatus, SwapStatus, VariantState, VariantStatus, VariantTraffic
 
 
 class VariantControl:
@@ -32,6 +35,7 @@ class VariantControl:
             previous=list(facts.previous),
             source=facts.source,
             host_bytes=facts.host_bytes,
+            evictable_bytes=facts.evictable_bytes,
             pinned=facts.is_pinned,
             running=facts.running,
             waiting=facts.waiting,
@@ -52,8 +56,33 @@ class VariantControl:
             restarts=facts.restarts,
             host_cache_bytes=facts.host_cache_bytes,
             host_cache_limit=facts.host_cache_limit,
+            base_copy_bytes=facts.base_copy_bytes,
             swap_seconds=dict(facts.swap_seconds),
+            kv_cache_usage=metrics.kv_cache_usage(),
             detail=facts.detail,
+        )
+
+    def swaps(self) -> list[SwapStatus]:
+        """The latest swaps and restarts, the newest first."""
+        found = self._server.driver.history.latest()
+        times = (datetime.fromtimestamp(record.at, timezone.utc) for record in found)
+        return [SwapStatus(**{**asdict(record), "at": at}) for record, at in zip(found, times, strict=True)]
+
+    async def traffic(self) -> list[VariantTraffic]:
+        """The requests for every variant."""
+        return [self._traffic(name) for name in await self._server.names(missing=True) if self._server.has(name)]
+
+    def _traffic(self, name: str) -> VariantTraffic:
+        usage, tokens = self._server.usage.get(name, Usage()), metrics.tokens(name)
+        return VariantTraffic(
+            name=name,
+            answered=usage.answered,
+            failed=usage.outcomes.total() - usage.answered,
+            outcomes=dict(usage.outcomes),
+            prompt_tokens=tokens.get("prompt", 0),
+            generated_tokens=tokens.get("generated", 0),
+            p50_seconds=usage.quantile(0.5),
+            p95_seconds=usage.quantile(0.95),
         )
 
     async def register(self, name: str, source: str) -> VariantStatus:
@@ -82,6 +111,12 @@ class VariantControl:
         """Roll back to an earlier version."""
         with self._shown_as_preparing(name):
             await self._server.rollback(name, digest)
+        return self.variant(name)
+
+    async def preload(self, name: str) -> VariantStatus:
+        """Evaluate the weights of a variant into host memory."""
+        with self._shown_as_preparing(name):
+            await self._server.prepare(name)
         return self.variant(name)
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:

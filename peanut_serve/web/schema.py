@@ -33,6 +33,9 @@ class VariantStatus(_Answer):
     previous: list[str] = Field(description="Digests of earlier versions that a rollback can restore, newest first.")
     source: str = Field(description="Entry of a variants folder, or Hub id.")
     host_bytes: int = Field(description="Size of its evaluated weights in host memory, in bytes.")
+    evictable_bytes: int = Field(
+        0, description="What evicting them would free, in bytes: none while they are pinned or in use."
+    )
     pinned: bool = Field(description="Whether its weights are pinned in host memory.")
     running: int = Field(description="Number of running requests.")
     waiting: int = Field(description="Number of requests that wait for its weights.")
@@ -52,8 +55,51 @@ class EngineStatus(_Answer):
     restarts: int = Field(description="Number of times the engine was restarted.")
     host_cache_bytes: int = Field(description="Size of all evaluated weights in host memory, in bytes.")
     host_cache_limit: int = Field(description="Limit of their size, in bytes.")
+    base_copy_bytes: int = Field(0, description="Size of the tensors of the base in host memory, in bytes.")
     swap_seconds: dict[str, float] = Field(description="Duration of each phase of the last swap, in seconds.")
+    kv_cache_usage: float | None = Field(None, description="Part of the KV cache in use; null if not known.")
     detail: str | None = Field(description="Details of the state.")
+
+
+class SwapStatus(_Answer):
+    """One swap, or one restart of the engine, as it ended."""
+
+    number: int = Field(description="Counts swaps and restarts since the start of the server.")
+    at: datetime = Field(description="When it began.")
+    cause: Literal["operator", "overdue", "idle", "paid", "engine_died"] = Field(
+        description="`operator` (asked for), `overdue` (a request had waited for --max-wait), `idle` (no request was "
+        "running), `paid` (waiting had cost as much as the swap) or `engine_died`."
+    )
+    before: str = Field(description="Name of the variant whose weights the engine had.")
+    before_digest: str = Field(description="Digest of these weights.")
+    target: str = Field(description="Name of the variant that was to get the engine.")
+    digest: str = Field(description="Digest of its weights.")
+    running: int = Field(description="Number of requests that had to end before.")
+    waiting: dict[str, int] = Field(description="Requests that waited when it began, by variant.")
+    longest_wait: float = Field(description="How long the oldest of them had waited, in seconds.")
+    outcome: Literal["done", "cancelled", "rolled_back", "restarted", "down"] = Field(
+        description="`done`; `cancelled` (nothing was loaded), `rolled_back` (the weights of before were restored), "
+        "`restarted` (the engine has the base's weights) or `down` (the engine could not be restarted)."
+    )
+    error: str | None = Field(description="Why it failed.")
+    seconds: dict[str, float] = Field(description="Duration of each phase, in seconds.")
+    tensors: int = Field(description="Number of tensors to load.")
+    nbytes: int = Field(description="Their size, in bytes.")
+
+
+class VariantTraffic(_Answer):
+    """The requests for a variant since the start of the server."""
+
+    name: str = Field(description="Name of the variant.")
+    answered: int = Field(description="Requests that ended with a status of 2xx.")
+    failed: int = Field(description="Requests that ended in another way.")
+    outcomes: dict[str, int] = Field(description="Requests by status, or by what happened instead.")
+    prompt_tokens: int = Field(description="Tokens of prompts.")
+    generated_tokens: int = Field(description="Tokens of answers.")
+    p50_seconds: float | None = Field(
+        description="Median duration of the latest answered requests, waiting included."
+    )
+    p95_seconds: float | None = Field(description="The duration that 95 % of them did not exceed.")
 
 
 class Registration(BaseModel):
@@ -104,6 +150,14 @@ class Control(Protocol):
         """The state of the engine."""
         ...
 
+    def swaps(self) -> list[SwapStatus]:
+        """The latest swaps and restarts, the newest first."""
+        ...
+
+    async def traffic(self) -> list[VariantTraffic]:
+        """The requests for every variant."""
+        ...
+
     async def register(self, name: str, source: str) -> VariantStatus:
         """Add an entry of a variants folder, or an allowed Hub id, under a name, and evaluate it.
 
@@ -137,6 +191,10 @@ class Control(Protocol):
 
         Raises `VariantError`, `SwapError`; the variant is then unchanged.
         """
+        ...
+
+    async def preload(self, name: str) -> VariantStatus:
+        """Evaluate its weights into host memory, so that a swap to it needs no evaluation. Raises `VariantError`."""
         ...
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:

@@ -84,7 +84,7 @@ def test_show_and_engine(ctl: Ctl, control: FakeControl) -> None:
 
 def test_changes(ctl: Ctl, control: FakeControl) -> None:
     shown = f"user/name: ready, digest {'d1' * 20}\n"
-    for verb in ("activate", "reload", "rollback", "pin", "unpin"):
+    for verb in ("activate", "reload", "rollback", "preload", "pin", "unpin"):
         assert ctl(verb, "user/name") == (0, shown, "")
     assert ctl("rollback", "user/name", "--digest", "d0") == (0, shown, "")
     assert ctl("unregister", "user/name") == (0, "user/name: removed\n", "")
@@ -94,6 +94,7 @@ def test_changes(ctl: Ctl, control: FakeControl) -> None:
         ("activate", "user/name"),
         ("reload", "user/name"),
         ("rollback", "user/name", None),
+        ("preload", "user/name"),
         ("pin", "user/name", True),
         ("pin", "user/name", False),
         ("rollback", "user/name", "d0"),
@@ -196,6 +197,7 @@ def test_help(ctl: Ctl) -> None:
         "activate",
         "reload",
         "rollback",
+        "preload",
         "pin",
         "unpin",
     ):

@@ -30,6 +30,7 @@ from support.engines.serving import (
     stalled_reader,
 )
 from support.paths import ROOT
+from support.server.console import logged_in
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from converters import merge
@@ -99,6 +100,23 @@ def test_lora_where_possible(server: Server) -> None:
     assert set(swaps(server)) == {"upper-folder", BASE}
     assert "evaluated smollm2-json in" in server.log.read_text()
     assert {model.id for model in server.client.models.list()} == {BASE, *RIGHT}
+
+
+def test_the_console_asks_both_side_by_side(server: Server) -> None:
+    """Over the server's own route, with its key, and with what the headers of the answers say."""
+    port = (server.log.parent / "admin-port").read_text()
+    body = {"prompt": QUESTIONS[1], "variants": list(RIGHT), "max_tokens": 16}
+    with logged_in(f"http://127.0.0.1:{port}", "secret") as browser:
+        answer = browser.post("/console/playground", json=body, timeout=120)
+        found = [json.loads(line) for line in answer.text.splitlines()]
+        sections = browser.get("/console/live").json()
+    for of, (name, text) in enumerate(RIGHT.items()):
+        start, *_, end = [one for one in found if one["of"] == of and one["event"] != "diff"]
+        assert "".join(one["text"] for one in found if one["of"] == of and one["event"] == "text") == text
+        assert (start["path"], start["digest"]) == ("merged" if of else "LoRA", say(server, name)[1])
+        assert 0 < end["first_seconds"] <= end["seconds"]
+    assert "→ upper-folder" in sections["swaps"]
+    assert "%" in sections["memory"].split("KV cache in use")[1]  # vLLM's own gauge
 
 
 def test_salted_prefixes_stay_cached_and_separate(server: Server) -> None:

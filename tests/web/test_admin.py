@@ -59,7 +59,9 @@ def test_every_route(client: httpx.Client, control: FakeControl) -> None:
     assert client.get(f"{V1}/engine").json()["swap_seconds"] == {"drain": 0.5, "apply": 0.25}
     done = client.post(f"{V1}/variants", json={"name": "new", "source": "/srv/new"})
     assert (done.status_code, done.json()["state"]) == (201, "ready")
-    for verb in ("activate", "reload", "rollback", "pin", "unpin"):
+    assert client.get(f"{V1}/swaps").json()[0]["outcome"] == "rolled_back"
+    assert client.get(f"{V1}/traffic").json()[0]["p95_seconds"] == 1.25
+    for verb in ("activate", "reload", "rollback", "preload", "pin", "unpin"):
         assert client.post(f"{V1}/variants/new/{verb}").json()["name"] == "new"
     assert client.post(f"{V1}/variants/new/rollback", json={"digest": "d0"}).status_code == 200
     assert client.delete(f"{V1}/variants/new?drain=true").status_code == 204
@@ -69,6 +71,7 @@ def test_every_route(client: httpx.Client, control: FakeControl) -> None:
         ("activate", "new"),
         ("reload", "new"),
         ("rollback", "new", None),
+        ("preload", "new"),
         ("pin", "new", True),
         ("pin", "new", False),
         ("rollback", "new", "d0"),
@@ -158,8 +161,8 @@ def test_the_openapi_document(client: httpx.Client) -> None:
         for method, route in methods.items()
         if path != "/healthz"
     }
-    assert len(routes) == 10
-    assert len({route["operationId"] for route in routes.values()}) == 10
+    assert len(routes) == 13
+    assert len({route["operationId"] for route in routes.values()}) == 13
     assert routes["post", f"{V1}/variants/{{name}}/activate"]["operationId"] == "activate_variant"
     for (_, path), route in routes.items():
         assert route["summary"]
@@ -170,7 +173,7 @@ def test_the_openapi_document(client: httpx.Client) -> None:
             schema = route["responses"][status]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
     assert document["components"]["securitySchemes"]["adminKey"]["scheme"] == "bearer"
-    for model in ("VariantStatus", "EngineStatus", "Registration", "Rollback"):
+    for model in ("VariantStatus", "EngineStatus", "SwapStatus", "VariantTraffic", "Registration", "Rollback"):
         assert all(field["description"] for field in document["components"]["schemas"][model]["properties"].values())
     assert "security" not in document["paths"]["/healthz"]["get"]
 

@@ -30,6 +30,8 @@ from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.console.app import ConsoleHost, add_console, console_link
+from peanut_serve.web.console.data_route import DataRoute
 from peanut_serve.web.exchange import ClientLimits
 from peanut_serve.web.middleware import VariantMiddleware
 from peanut_serve.web.operator import VariantControl
@@ -61,6 +63,7 @@ class VariantEndpoints:
 
         args: Namespace = app.state.args
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        app.state.peanut_route = DataRoute(app, keys[0] if keys else None)
         limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_timeout)
         app.add_middleware(VariantMiddleware, find_server=server, admit=admit, keys=keys, limits=limits)  # type: ignore[arg-type]
 
@@ -88,11 +91,22 @@ class VariantEndpoints:
         await server.start()
         serve_variants(state.openai_serving_models, server)
         if settings.admin_port is not None:
-            app = admin_app(VariantControl(server), os.environ[KEY_VARIABLE])
+            app = _admin(settings, settings.admin_port, server, state.peanut_route)
             listener = bind(settings.admin_host, settings.admin_port)
             state.peanut_admin = asyncio.create_task(serve_on(app, listener))
         if (name := server.last_activated) is not None:
             state.peanut_activating = asyncio.create_task(_activate_again(server, name))
+
+
+def _admin(settings: ServerSettings, port: int, server: VariantServer, route: DataRoute) -> FastAPI:
+    """The application of the admin port: the admin API, and the console unless it is off."""
+    control, key = VariantControl(server), os.environ[KEY_VARIABLE]
+    app = admin_app(control, key)
+    if settings.console:
+        hosts = [settings.admin_host, *settings.console_hosts]
+        add_console(app, ConsoleHost(control, key, port, hosts, settings.drain_seconds, route))
+        logger.info("the console is at %s", console_link(settings.admin_host, port))
+    return app
 
 
 async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) -> VariantServer:

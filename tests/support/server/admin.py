@@ -19,7 +19,7 @@ from peanut_serve.errors import (
     VariantNameError,
 )
 from peanut_serve.web.admin import bind, serve_on
-from peanut_serve.web.schema import EngineStatus, VariantState, VariantStatus
+from peanut_serve.web.schema import EngineStatus, SwapStatus, VariantState, VariantStatus, VariantTraffic
 
 KEY = "schlüssel"
 
@@ -79,6 +79,42 @@ class FakeControl:
             detail=None,
         )
 
+    def swaps(self) -> list[SwapStatus]:
+        return [
+            SwapStatus(
+                number=2,
+                at=datetime(2025, 1, 2, tzinfo=timezone.utc),
+                cause="overdue",
+                before="base",
+                before_digest="d1" * 20,
+                target="swap",
+                digest="d2" * 20,
+                running=1,
+                waiting={"swap": 2},
+                longest_wait=10.5,
+                outcome="rolled_back",
+                error="the swap failed and was rolled back: <out of memory>",
+                seconds={"quiesce": 0.5, "apply": 0.25, "roll_back": 0.75},
+                tensors=12,
+                nbytes=2_500_000_000,
+            )
+        ]
+
+    async def traffic(self) -> list[VariantTraffic]:
+        return [
+            VariantTraffic(
+                name=name,
+                answered=28,
+                failed=2,
+                outcomes={"200": 28, "503": 2},
+                prompt_tokens=1000,
+                generated_tokens=2000,
+                p50_seconds=0.5,
+                p95_seconds=1.25,
+            )
+            for name in self.names
+        ]
+
     async def register(self, name: str, source: str) -> VariantStatus:
         self.calls.append(("register", name, source))
         if name in self.names:
@@ -102,6 +138,10 @@ class FakeControl:
 
     async def rollback(self, name: str, digest: str | None) -> VariantStatus:
         self.calls.append(("rollback", name, digest))
+        return self.variant(name)
+
+    async def preload(self, name: str) -> VariantStatus:
+        self.calls.append(("preload", name))
         return self.variant(name)
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:

@@ -68,8 +68,8 @@ class Rig:
 RunRig = Callable[..., None]
 
 
-def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRig:
-    """What runs a test on a server of its own."""
+def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float = 60) -> RunRig:
+    """What runs a test on a server of its own, for at most so long."""
     monkeypatch.setattr(swap_driver, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(swap_driver, "_LOOK_SECONDS", 0.01)
 
@@ -92,6 +92,6 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 server.stop()
                 server.cache.close()
 
-        asyncio.run(asyncio.wait_for(run(), 60))
+        asyncio.run(asyncio.wait_for(run(), seconds))
 
     return call

@@ -1,0 +1,129 @@
+"""One prompt, answered by two or three variants side by side."""
+
+import asyncio
+import difflib
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from converters.errors import PeanutError
+from peanut_serve.web.console.data_route import DataRoute, Head, RouteError
+from peanut_serve.web.schema import Control
+
+_LONGEST_SECONDS = 300.0  # of one answer, its swap included
+_FAREWELL_SECONDS = 10.0  # for answers that nobody reads any more to be given up
+_MOST_QUEUED = 64
+_PATHS = {"base": "base weights", "adapter": "merged", "checkpoint": "merged", "lora": "LoRA"}
+
+Event = dict[str, Any]
+
+
+class Trial(BaseModel):
+    """What to ask, and whom.
+
+    Attributes:
+        prompt: the text.
+        variants: names.
+        max_tokens: of each answer.
+        temperature: 0 for the likeliest tokens.
+        chat: ask as a message of a chat, with the base's template; else as a text to complete.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=32768)
+    variants: list[str] = Field(min_length=1, max_length=3)
+    max_tokens: int = Field(128, ge=1, le=2048)
+    temperature: float = Field(0.0, ge=0, le=2)
+    chat: bool = True
+
+    def body(self, name: str) -> tuple[str, Event]:
+        """The route and the body of the request to one variant."""
+        options: Event = {"model": name, "max_tokens": self.max_tokens, "temperature": self.temperature}
+        options["stream"] = True
+        if self.chat:
+            return "/v1/chat/completions", {**options, "messages": [{"role": "user", "content": self.prompt}]}
+        return "/v1/completions", {**options, "prompt": self.prompt}
+
+
+async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIterator[Event]:
+    """What the variants answer, event by event; each has the index of its variant as `of`.
+
+    `start` has digest and path, `text` a part of an answer, `end` the times, `error` a sentence. `diff`, at last, has
+    the differences of each complete answer from the first.
+    """
+    queue: asyncio.Queue[Event] = asyncio.Queue(_MOST_QUEUED)
+    answers, failed = ["" for _ in trial.variants], set[int]()
+    tasks = [asyncio.create_task(_answer(route, control, trial, i, queue)) for i in range(len(answers))]
+    try:
+        open_answers = len(answers)
+        while open_answers:
+            event = await queue.get()
+            if event["event"] == "text":
+                answers[event["of"]] += event["text"]
+            if event["event"] == "error":
+                failed.add(event["of"])
+            open_answers -= event["event"] in ("end", "error")
+            yield event
+        complete = [index for index in range(len(answers)) if index not in failed]
+        for index in complete[1:] if 0 in complete else ():
+            yield {"of": index, "event": "diff", "parts": difference(answers[0], answers[index])}
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=_FAREWELL_SECONDS)
+
+
+async def _answer(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> None:
+    try:
+        end = await asyncio.wait_for(_stream(route, control, trial, of, queue), _LONGEST_SECONDS)
+    except (RouteError, PeanutError) as error:
+        end = {"event": "error", "message": str(error)}
+    except asyncio.TimeoutError:
+        end = {"event": "error", "message": f"there was no complete answer within {_LONGEST_SECONDS:.0f} s"}
+    except Exception as error:
+        end = {"event": "error", "message": f"unexpected {type(error).__name__}; see the server's log"}
+    await queue.put({"of": of, **end})
+
+
+async def _stream(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> Event:
+    """Put an answer into the queue; its end, with the times."""
+    name = trial.variants[of]
+    kind = control.variant(name).kind
+    start, first = time.perf_counter(), None
+    path, body = trial.body(name)
+    async with aclosing(route.ask(path, body)) as events:
+        async for event in events:
+            if isinstance(event, Head):
+                digest = event.headers.get("x-peanut-digest")
+                await queue.put({"of": of, "event": "start", "digest": digest, "path": _PATHS[kind]})
+            elif text := _text(event):
+                first = first if first is not None else time.perf_counter() - start
+                await queue.put({"of": of, "event": "text", "text": text})
+    return {"event": "end", "first_seconds": first, "seconds": time.perf_counter() - start}
+
+
+def _text(event: Event) -> str:
+    """The text in one event of a stream, of a chat or of a completion."""
+    choice: Event = next(iter(event.get("choices") or ()), {})
+    return str(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+
+
+def difference(one: str, other: str) -> list[tuple[str, str]]:
+    """How to get from one text to another: parts that are the `same`, `gone` or `new`, word by word."""
+    old, new = _words(one), _words(other)
+    parts: list[tuple[str, str]] = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            parts.append(("same", "".join(old[i:j])))
+            continue
+        parts += [(what, text) for what, text in (("gone", "".join(old[i:j])), ("new", "".join(new[k:m]))) if text]
+    return parts
+
+
+def _words(text: str) -> Sequence[str]:
+    return re.findall(r"\s+|\w+|[^\w\s]", text)
