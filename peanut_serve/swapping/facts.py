@@ -30,6 +30,7 @@ class VariantFacts:
         source: entry of the folders of variants, or Hub id.
         host_bytes: size of its weights in host memory.
         is_pinned: whether its weights are kept in host memory.
+        is_held: whether a rollback holds its version until it is reloaded.
         running: requests in the engine.
         waiting: requests waiting for its weights.
         requests: requests admitted so far.
@@ -47,6 +48,7 @@ class VariantFacts:
     source: str
     host_bytes: int
     is_pinned: bool
+    is_held: bool
     running: int
     waiting: int
     requests: int

@@ -33,6 +33,7 @@ class VariantControl:
             source=facts.source,
             host_bytes=facts.host_bytes,
             pinned=facts.is_pinned,
+            held=facts.is_held,
             running=facts.running,
             waiting=facts.waiting,
             requests=facts.requests,
@@ -78,10 +79,10 @@ class VariantControl:
             await self._server.reload(name)
         return self.variant(name)
 
-    async def rollback(self, name: str, digest: str | None) -> VariantStatus:
+    async def rollback(self, name: str, digest: str | None, hold: bool) -> VariantStatus:
         """Roll back to an earlier version."""
         with self._shown_as_preparing(name):
-            await self._server.rollback(name, digest)
+            await self._server.rollback(name, digest, hold)
         return self.variant(name)
 
     async def pin(self, name: str, pinned: bool) -> VariantStatus:

@@ -61,17 +61,17 @@ def test_every_route(client: httpx.Client, control: FakeControl) -> None:
     assert (done.status_code, done.json()["state"]) == (201, "ready")
     for verb in ("activate", "reload", "rollback", "pin", "unpin"):
         assert client.post(f"{V1}/variants/new/{verb}").json()["name"] == "new"
-    assert client.post(f"{V1}/variants/new/rollback", json={"digest": "d0"}).status_code == 200
+    assert client.post(f"{V1}/variants/new/rollback", json={"digest": "d0", "hold": True}).status_code == 200
     assert client.delete(f"{V1}/variants/new?drain=true").status_code == 204
     assert client.delete(f"{V1}/variants/base").content == b""
     assert control.calls == [
         ("register", "new", "/srv/new"),
         ("activate", "new"),
         ("reload", "new"),
-        ("rollback", "new", None),
+        ("rollback", "new", None, False),
         ("pin", "new", True),
         ("pin", "new", False),
-        ("rollback", "new", "d0"),
+        ("rollback", "new", "d0", True),
         ("unregister", "new", True),
         ("unregister", "base", False),
     ]
