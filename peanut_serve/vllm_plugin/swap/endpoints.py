@@ -30,6 +30,7 @@ from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.audit import AuditedControl, audit_log
 from peanut_serve.web.exchange import ClientLimits
 from peanut_serve.web.middleware import VariantMiddleware
 from peanut_serve.web.operator import VariantControl
@@ -88,7 +89,8 @@ class VariantEndpoints:
         await server.start()
         serve_variants(state.openai_serving_models, server)
         if settings.admin_port is not None:
-            app = admin_app(VariantControl(server), os.environ[KEY_VARIABLE])
+            control = AuditedControl(VariantControl(server), audit_log(settings))
+            app = admin_app(control, os.environ[KEY_VARIABLE])
             listener = bind(settings.admin_host, settings.admin_port)
             state.peanut_admin = asyncio.create_task(serve_on(app, listener))
         if (name := server.last_activated) is not None:
