@@ -61,6 +61,7 @@ _Drain = Annotated[bool, typer.Option("--drain", help="Stop accepting requests f
 _Digest = Annotated[
     str | None, typer.Option("--digest", help="Earlier digest, as listed by `show` (default: the previous one).")
 ]
+_Hold = Annotated[bool, typer.Option("--hold", help="Hold it until a reload, even if the files change.")]
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _row(variant: VariantStatus) -> tuple[str, ...]:
 
 
 def _state(variant: VariantStatus) -> str:
-    return variant.state.value + (", pinned" if variant.pinned else "")
+    return variant.state.value + (", pinned" if variant.pinned else "") + (", held" if variant.held else "")
 
 
 @app.command("show", help="Show one variant.")
@@ -213,8 +214,8 @@ def _reload(context: typer.Context, name: _Name) -> None:
 
 
 @app.command("rollback", help="Roll back to an earlier version of a variant.")
-def _rollback(context: typer.Context, name: _Name, digest: _Digest = None) -> None:
-    _change(context, VariantStatus, "POST", _path(name, "/rollback"), Rollback(digest=digest))
+def _rollback(context: typer.Context, name: _Name, digest: _Digest = None, hold: _Hold = False) -> None:
+    _change(context, VariantStatus, "POST", _path(name, "/rollback"), Rollback(digest=digest, hold=hold))
 
 
 @app.command("preload", help="Evaluate the weights of a variant into host memory.")

@@ -113,6 +113,12 @@ _State = Annotated[
         "--state", envvar="PEANUT_STATE", help="Folder for the state that survives a restart: names, versions, pins."
     ),
 ]
+_AuditLog = Annotated[
+    Path | None,
+    typer.Option(
+        "--audit-log", help="File that gets a line for each change through the admin API (default: in --state)."
+    ),
+]
 _MaxEvaluations = Annotated[
     int, typer.Option("--max-evaluations", help="Maximum number of adapters that wait to be evaluated.")
 ]
@@ -156,6 +162,7 @@ def _serve(
     admin_host: _AdminHost = "127.0.0.1",
     console: _Console = True,
     console_host: _ConsoleHost = None,
+    audit_log: _AuditLog = None,
     state: _State = None,
     allow_untested_vllm: _AllowUntested = False,
     dry_run: _DryRun = False,
@@ -168,7 +175,7 @@ def _serve(
         "state": state, "drain": drain.value, "drain_timeout": drain_timeout, "host_cache": host_cache,
         "base_copy": base_copy.value, "prefix_cache": prefix_cache.value, "pin": pin or (), "preload": preload or (),
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
-        "admin_host": admin_host, "max_evaluations": max_evaluations, "max_body": max_body,
+        "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_hosts": console_host or (),
     }  # fmt: skip
     options = ServeOptions(

@@ -20,6 +20,7 @@ from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
+from peanut_serve.web.audit import audit_log
 
 
 def serve(options: ServeOptions) -> None:
@@ -40,6 +41,8 @@ def serve(options: ServeOptions) -> None:
     VariantStore(
         settings.state
     ).close()  # a folder that another server uses is refused now, not after the engine started
+    if settings.admin_port is not None:
+        audit_log(settings).close()
     os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
     run_vllm(arguments)
 

@@ -32,6 +32,7 @@ class ServerSettings(BaseModel):
         max_wait: seconds after which a waiting request is overdue, and its variant is swapped to next.
         min_dwell: minimum number of seconds a variant stays active while it has requests.
         max_queue: maximum number of waiting requests.
+        audit_log: file of who changed what through the admin API; by default in `state`.
         admin_host, admin_port: where the admin API listens; without a port, it is disabled.
         console: whether the admin port has a console.
         console_hosts: names by which browsers reach it, besides loopback and addresses.
@@ -59,6 +60,7 @@ class ServerSettings(BaseModel):
     max_wait: float = Field(10.0, ge=0)
     min_dwell: float = Field(0.5, ge=0)
     max_queue: int = Field(1024, gt=0)
+    audit_log: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(None, gt=0, lt=65536)
     console: bool = True
@@ -84,7 +86,13 @@ class ServerSettings(BaseModel):
 
 
 def server_settings(
-    base: str, *, host_cache: str, state: Path | None, max_body: str = "64MiB", **options: Any
+    base: str,
+    *,
+    host_cache: str,
+    state: Path | None,
+    max_body: str = "64MiB",
+    audit_log: Path | None = None,
+    **options: Any,
 ) -> ServerSettings:
     """Check the options of the command, and return them as settings.
 
@@ -93,14 +101,16 @@ def server_settings(
         host_cache: a size like `8GiB`.
         state: folder of the state that is kept across restarts; by default in huggingface-hub's assets cache.
         max_body: a size like `64MiB`.
+        audit_log: file of who changed what through the admin API; by default in the state folder.
         options: the other fields of `ServerSettings`.
 
     Raises `OptionError` for an invalid value, and for an admin port without a key.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
     folder = (state or _state_of(base)).expanduser().resolve()
+    files = {"state": folder, "audit_log": audit_log.expanduser().absolute() if audit_log else None}
     try:
-        settings = ServerSettings.model_validate({**options, **sizes, "state": folder})
+        settings = ServerSettings.model_validate({**options, **sizes, **files})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")

@@ -31,6 +31,7 @@ class VariantFacts:
         host_bytes: size of its weights in host memory.
         evictable_bytes: what evicting them would free; none while they are pinned or in use.
         is_pinned: whether its weights are kept in host memory.
+        is_held: whether a rollback holds its version until it is reloaded.
         running: requests in the engine.
         waiting: requests waiting for its weights.
         requests: requests admitted so far.
@@ -49,6 +50,7 @@ class VariantFacts:
     host_bytes: int
     evictable_bytes: int
     is_pinned: bool
+    is_held: bool
     running: int
     waiting: int
     requests: int

@@ -252,10 +252,10 @@ class VariantServer:
                 self.driver.clear_failure(variant.version.digest)
             self._update_pin(variant, variant.version)
 
-    async def rollback(self, name: str, digest: str | None) -> None:
+    async def rollback(self, name: str, digest: str | None, hold: bool = False) -> None:
         """Roll back to an earlier version; see `Catalogue.rollback`."""
         with ExitStack() as holds:
-            variant = await self.catalogue.rollback(name, digest, self._preparing(name, holds))
+            variant = await self.catalogue.rollback(name, digest, self._preparing(name, holds), hold)
             self._update_pin(variant, variant.version)
 
     async def pin(self, name: str, pinned: bool) -> None:
@@ -282,11 +282,12 @@ class VariantServer:
             kind=self.catalogue.kind_of(variant),
             availability=self._availability(variant, digest),
             digest=digest,
-            previous=tuple(variant.record.previous),
+            previous=tuple(self.catalogue.earlier(variant)),
             source=variant.record.source,
             host_bytes=weights.nbytes if weights is not None else 0,
             evictable_bytes=self.cache.evictable(digest) if digest is not None else 0,
             is_pinned=self._is_pinned(variant),
+            is_held=variant.record.held,
             running=sum(ticket.digest == digest for ticket in self.gate.running),
             waiting=self.gate.waiting(digest) if digest is not None else 0,
             requests=usage.requests,

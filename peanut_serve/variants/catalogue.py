@@ -14,6 +14,7 @@ from peanut_serve.errors import (
     VariantNameError,
     shown,
 )
+from peanut_serve.variants.kept_theta import has_theta
 from peanut_serve.variants.listing import Listing
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.reading import VersionReader
@@ -148,7 +149,7 @@ class Catalogue:
         async with variant.lock:
             source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
             version = variant.version
-            if version is None or state != variant.record.seen:
+            if version is None or (state != variant.record.seen and not variant.record.held):
                 return variant, await self._renew(variant, source, state, prepare)
         await prepare(version)
         return variant, version
@@ -159,26 +160,38 @@ class Catalogue:
         async with variant.lock:
             source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
             variant.version = None
-            variant.record.seen = ()
+            variant.record.seen, variant.record.held = (), False
             await self._renew(variant, source, state, prepare)
         return variant
 
-    async def rollback(self, name: str, digest: str | None, prepare: Prepare) -> Variant:
-        """Move a name to an earlier version, until its files change.
+    def earlier(self, variant: Variant) -> list[str]:
+        """Digests of the versions that a variant can be rolled back to, the latest first."""
+        known = list(variant.record.previous)
+        if variant.error is not None and variant.record.digest is not None:
+            known.insert(0, variant.record.digest)  # the current version, if its files can no longer be read
+        return known
+
+    def _has(self, variant: Variant, digest: str) -> bool:
+        return digest == variant.record.digest or has_theta(self._store.folder, digest)
+
+    async def rollback(self, name: str, digest: str | None, prepare: Prepare, hold: bool = False) -> Variant:
+        """Move a name to an earlier version, until its files change, or with `hold` until it is reloaded.
 
         Args:
             name: of a variant.
-            digest: of an earlier version, or a prefix of it; by default, of the previous version.
+            digest: of an earlier version, or a prefix of it; by default, of the previous version. The full digest of
+                any version whose θ the state folder has is accepted, too.
             prepare: as for `current`.
+            hold: whether changes of the files are ignored from now on.
 
         Raises `UnknownVariantError`, and `VariantError` if there is no such version or it is no longer available.
         """
         variant = self._own(name)
         async with variant.lock:
-            known = list(variant.record.previous)
-            if variant.error is not None and variant.record.digest is not None:
-                known.insert(0, variant.record.digest)  # the current version, if its files can no longer be read
+            known = self.earlier(variant)
             earlier = [one for one in known if digest is None or one.startswith(digest)]
+            if digest is not None and self._has(variant, digest):
+                earlier = [digest]
             if not earlier:
                 listed = ", ".join(one[:12] for one in known) or "none"
                 raise VariantError(f"{name} has no such earlier version; its earlier versions are {listed}")
@@ -186,7 +199,7 @@ class Catalogue:
             version = await asyncio.to_thread(self._reader.reopen, name, source, earlier[0])
             if version is None:
                 raise VariantError(f"version {earlier[0][:12]} of {name} is no longer available")
-            await self._move(variant, version, state, prepare)
+            await self._move(variant, version, state, prepare, hold)
         return variant
 
     def register(self, name: str, source: str) -> Variant:
@@ -239,11 +252,17 @@ class Catalogue:
         """Open the version that is in the files now, and move the name to it."""
         try:
             version, known = None, variant.record.digest
-            if known is not None and state == variant.record.seen:  # unchanged since a restart
+            held = variant.record.held
+            if known is not None and (held or state == variant.record.seen):  # unchanged since a restart
                 version = await asyncio.to_thread(self._reader.reopen, variant.name, source, known)
+                if version is None and held:
+                    raise VariantError(
+                        f"a rollback holds its version {known[:12]}, which is no longer available; reload it, or "
+                        "roll back to another version"
+                    )
             if version is None:
                 version, state = await self._reader.read(variant.name, source, state)
-            await self._move(variant, version, state, prepare)
+            await self._move(variant, version, state, prepare, held)
             return version
         except TryLaterError:
             raise  # nothing is wrong with it
@@ -254,11 +273,12 @@ class Catalogue:
                 raise
             raise VariantError(f"the variant {variant.name} cannot be served: {variant.error}") from error
 
-    async def _move(self, variant: Variant, version: Version, state: State, prepare: Prepare) -> None:
+    async def _move(self, variant: Variant, version: Version, state: State, prepare: Prepare, held: bool) -> None:
         await prepare(version)
         old = variant.record
         previous = [digest for digest in [old.digest, *old.previous] if digest not in (None, version.digest)]
-        moved = old.model_copy(update={"digest": version.digest, "previous": previous[:_PREVIOUS], "seen": state})
+        history = {"digest": version.digest, "previous": previous[:_PREVIOUS]}
+        moved = old.model_copy(update={**history, "seen": state, "held": held})
         is_listed = self._variants.get(variant.name) is variant  # if not, it was removed, and serves a last request
         if is_listed and self.records.variants.get(variant.name) != moved:  # a full disk stops only what is new
             self._save({variant.name: moved})

@@ -26,7 +26,7 @@ from peanut_serve.variants.roots import State
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-SCHEMA = 1  # of variants.json; raised when an older server would misread it
+SCHEMA = 2  # of variants.json; raised when an older server would misread it
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -41,6 +41,7 @@ class Record(BaseModel):
         seen: state of the source's files when they were last read.
         pinned: its weights are kept in host memory.
         hidden: it was unregistered, but is in the roots.
+        held: a rollback holds the version until a reload, whatever happens to the files.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,6 +52,7 @@ class Record(BaseModel):
     seen: State = ()
     pinned: bool = False
     hidden: bool = False
+    held: bool = False
 
 
 class Records(BaseModel):

@@ -5,13 +5,14 @@ It has its own port and key, so that a client that may request completions canno
 
 import asyncio
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from peanut_serve.errors import ServingError, TryLaterError
 from peanut_serve.settings.admin_key import checked_key
+from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.bearer import BearerKeys
 from peanut_serve.web.schema import (
     Control,
@@ -119,7 +120,8 @@ async def reload_variant(control: _Controlled, name: str) -> VariantStatus:
 @_routes.post("/variants/{name:path}/rollback", summary="Roll back to an earlier version", responses=_SWAPPING)
 async def rollback_variant(control: _Controlled, name: str, to: Rollback | None = None) -> VariantStatus:
     """Without a body, rolls back to the previous version."""
-    return await control.rollback(name, to.digest if to else None)
+    to = to or Rollback()
+    return await control.rollback(name, to.digest, to.hold)
 
 
 @_routes.post("/variants/{name:path}/preload", summary="Evaluate a variant", responses=_SWAPPING)
@@ -199,11 +201,19 @@ class _KeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] == "/healthz" or self._keys.include(scope):
+            if scope["type"] == "http":
+                caller.set(caller_of(scope, self._keys))
             await self._app(scope, _limited(receive), send)
             return
         message = "the admin key is missing or wrong; send it as Authorization: Bearer KEY"
         refusal = _refusal(401, "AuthenticationError", message, {"WWW-Authenticate": "Bearer"})
         await refusal(scope, receive, send)
+
+
+def caller_of(scope: MutableMapping[str, Any], keys: BearerKeys) -> Caller:
+    """Who sent a request, an ASGI scope."""
+    client = scope.get("client")
+    return Caller(client[0] if client else None, keys.fingerprint(scope))
 
 
 def _limited(receive: Receive) -> Receive:

@@ -3,6 +3,7 @@
 import hashlib
 import secrets
 from collections.abc import Iterable, MutableMapping
+from functools import cache
 from typing import Any
 
 
@@ -10,18 +11,33 @@ class BearerKeys:
     """Keys that are accepted. Their hashes are compared, in constant time.
 
     Args:
-        keys: any text that a header can hold.
+        keys: any text that a header can hold; an empty one is left out.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._hashes = [_hash(key.encode()) for key in keys]
+        self._hashes = [_hash(key.encode()) for key in keys if key]
 
     def include(self, scope: MutableMapping[str, Any]) -> bool:
         """Whether a request, an ASGI scope, has one of the keys."""
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        given = _hash(key.strip())
+        given = _hash(_sent(scope))
         matches = [secrets.compare_digest(given, known) for known in self._hashes]  # with every key, found or not
-        return scheme.lower() == b"bearer" and any(matches)
+        return any(matches)
+
+    def fingerprint(self, scope: MutableMapping[str, Any]) -> str | None:
+        """What a log may say of the key of a request: 12 hexadecimal digits. None if it has none of the keys."""
+        return _fingerprint(_sent(scope)) if self.include(scope) else None
+
+
+def _sent(scope: MutableMapping[str, Any]) -> bytes:
+    """The key of a request; empty, which no key is, if it has none."""
+    scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    return bytes(key.strip()) if scheme.lower() == b"bearer" else b""
+
+
+@cache  # of known keys only
+def _fingerprint(key: bytes) -> str:
+    # slow, so that a log does not help to guess the key
+    return hashlib.scrypt(key, salt=b"peanut-serve", n=1 << 14, r=8, p=1, dklen=6).hex()
 
 
 def _hash(key: bytes) -> bytes:

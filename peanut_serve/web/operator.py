@@ -37,6 +37,7 @@ class VariantControl:
             host_bytes=facts.host_bytes,
             evictable_bytes=facts.evictable_bytes,
             pinned=facts.is_pinned,
+            held=facts.is_held,
             running=facts.running,
             waiting=facts.waiting,
             requests=facts.requests,
@@ -107,10 +108,10 @@ class VariantControl:
             await self._server.reload(name)
         return self.variant(name)
 
-    async def rollback(self, name: str, digest: str | None) -> VariantStatus:
+    async def rollback(self, name: str, digest: str | None, hold: bool) -> VariantStatus:
         """Roll back to an earlier version."""
         with self._shown_as_preparing(name):
-            await self._server.rollback(name, digest)
+            await self._server.rollback(name, digest, hold)
         return self.variant(name)
 
     async def preload(self, name: str) -> VariantStatus:

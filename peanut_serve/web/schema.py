@@ -37,6 +37,7 @@ class VariantStatus(_Answer):
         0, description="What evicting them would free, in bytes: none while they are pinned or in use."
     )
     pinned: bool = Field(description="Whether its weights are pinned in host memory.")
+    held: bool = Field(default=False, description="Whether a rollback holds its version until it is reloaded.")
     running: int = Field(description="Number of running requests.")
     waiting: int = Field(description="Number of requests that wait for its weights.")
     requests: int = Field(description="Number of requests answered so far.")
@@ -114,7 +115,10 @@ class Rollback(BaseModel):
     """Version to roll back to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    digest: str | None = Field(default=None, description="One of `previous`; by default the newest.")
+    digest: str | None = Field(
+        default=None, description="One of `previous`, by default the newest; or the full digest of a kept version."
+    )
+    hold: bool = Field(default=False, description="Hold it until a reload, even if the files change.")
 
 
 class ErrorDetail(_Answer):
@@ -186,8 +190,8 @@ class Control(Protocol):
         """
         ...
 
-    async def rollback(self, name: str, digest: str | None) -> VariantStatus:
-        """Roll back to an earlier version, by default to the previous one.
+    async def rollback(self, name: str, digest: str | None, hold: bool) -> VariantStatus:
+        """Roll back to an earlier version, by default to the previous one, and hold it there if `hold`.
 
         Raises `VariantError`, `SwapError`; the variant is then unchanged.
         """

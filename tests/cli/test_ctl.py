@@ -86,18 +86,18 @@ def test_changes(ctl: Ctl, control: FakeControl) -> None:
     shown = f"user/name: ready, digest {'d1' * 20}\n"
     for verb in ("activate", "reload", "rollback", "preload", "pin", "unpin"):
         assert ctl(verb, "user/name") == (0, shown, "")
-    assert ctl("rollback", "user/name", "--digest", "d0") == (0, shown, "")
+    assert ctl("rollback", "user/name", "--digest", "d0", "--hold") == (0, shown, "")
     assert ctl("unregister", "user/name") == (0, "user/name: removed\n", "")
     assert ctl("register", "user/name", "/srv/x")[0] == 0
     assert ctl("unregister", "--drain", "user/name")[0] == 0
     assert control.calls == [
         ("activate", "user/name"),
         ("reload", "user/name"),
-        ("rollback", "user/name", None),
+        ("rollback", "user/name", None, False),
         ("preload", "user/name"),
         ("pin", "user/name", True),
         ("pin", "user/name", False),
-        ("rollback", "user/name", "d0"),
+        ("rollback", "user/name", "d0", True),
         ("unregister", "user/name", False),
         ("register", "user/name", "/srv/x"),
         ("unregister", "user/name", True),

@@ -23,8 +23,8 @@ def site(pair: Pair, tmp_path: Path) -> Site:
     return Site(pair, tmp_path)
 
 
-def roll_back(site: Site, digest: str | None = None) -> None:
-    asyncio.run(site.catalogue.rollback("v1", digest, site.preparing))
+def roll_back(site: Site, digest: str | None = None, hold: bool = False) -> None:
+    asyncio.run(site.catalogue.rollback("v1", digest, site.preparing, hold))
 
 
 def test_names(site: Site) -> None:
@@ -144,6 +144,50 @@ def test_back_to_an_earlier_version_until_the_files_change(site: Site) -> None:
     assert site.digest() not in (first, second)
     third = asyncio.run(site.catalogue.reload("v1", site.preparing)).record
     assert (third.digest, third.previous) == (site.digest(), [second, first])
+
+
+def test_a_version_that_is_held_until_a_reload(site: Site) -> None:
+    first = site.digest()
+    site.change()
+    second = site.digest()
+    roll_back(site, first, hold=True)
+    site.change()
+    assert site.digest() == first
+    assert site.saved()["v1"]["held"]
+    site.start()
+    assert site.digest() == first
+    site.catalogue.pin("v1", True)
+    site.change()
+    assert site.digest() == first
+    weights = site.state / "theta" / first / "adapter_model.safetensors"
+    weights.write_bytes(b"")
+    site.start()
+    for _ in range(2):  # never the version of the files instead
+        with pytest.raises(VariantError, match=f"a rollback holds its version {first[:12]}, which is no longer"):
+            site.digest()
+    roll_back(site, second)
+    assert (site.digest(), site.saved()["v1"]["held"]) == (second, False)
+    roll_back(site, second, hold=True)  # the version that it has already
+    assert asyncio.run(site.catalogue.reload("v1", site.preparing)).record.digest not in (first, second)
+    assert not site.saved()["v1"]["held"]
+
+
+def test_back_to_a_version_that_the_state_folder_has(site: Site, tmp_path: Path) -> None:
+    """As another server put it there, that had this version when this one had not."""
+    other = Site(site.pair, tmp_path / "other")
+    first, theta = other.digest(), other.state / "theta"
+    site.change()
+    second = site.digest()
+    for digest in (first, first[:20], f"../theta/{second}", "..", "/"):
+        with pytest.raises(VariantError, match="no such earlier version"):
+            roll_back(site, digest)
+    shutil.copytree(theta / first, site.state / "theta" / first)
+    with pytest.raises(VariantError, match="no such earlier version"):
+        roll_back(site, first[:20])
+    roll_back(site, first)
+    assert (site.digest(), site.catalogue.find("v1").record.previous) == (first, [second])
+    site.start()
+    assert site.digest() == first
 
 
 def test_reload_undoes_a_rollback(site: Site) -> None:

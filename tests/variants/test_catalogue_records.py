@@ -1,6 +1,7 @@
 """The records of a catalogue on disk, and how it handles damaged records and files."""
 
 import asyncio
+import json
 import os
 import shutil
 import time
@@ -125,11 +126,21 @@ def test_a_damaged_copy_is_made_anew(site: Site, damage: str) -> None:
         asyncio.run(site.catalogue.rollback("v1", first, site.preparing))
 
 
+def test_records_of_an_older_version(site: Site) -> None:
+    first = site.digest()
+    saved = json.loads((site.state / "variants.json").read_text())
+    for record in saved["variants"].values():
+        del record["held"]
+    (site.state / "variants.json").write_text(json.dumps({**saved, "schema_version": 1}))
+    assert site.start().records.variants["v1"].digest == first
+    assert site.digest() == first
+
+
 def test_records_of_a_newer_version(site: Site) -> None:
     site.digest()
     text = (site.state / "variants.json").read_text()
-    edit_json(site.state / "variants.json", schema_version=2)
-    with pytest.raises(OptionError, match="schema version 2, expected at most 1: it was written by a newer"):
+    edit_json(site.state / "variants.json", schema_version=3)
+    with pytest.raises(OptionError, match="schema version 3, expected at most 2: it was written by a newer"):
         site.start()
     for garbled in ("", "[" * 100_000, "[]", text[:-20], text.replace('"source"', '"sauce"')):
         (site.state / "variants.json").write_text(garbled)

@@ -63,18 +63,18 @@ def test_every_route(client: httpx.Client, control: FakeControl) -> None:
     assert client.get(f"{V1}/traffic").json()[0]["p95_seconds"] == 1.25
     for verb in ("activate", "reload", "rollback", "preload", "pin", "unpin"):
         assert client.post(f"{V1}/variants/new/{verb}").json()["name"] == "new"
-    assert client.post(f"{V1}/variants/new/rollback", json={"digest": "d0"}).status_code == 200
+    assert client.post(f"{V1}/variants/new/rollback", json={"digest": "d0", "hold": True}).status_code == 200
     assert client.delete(f"{V1}/variants/new?drain=true").status_code == 204
     assert client.delete(f"{V1}/variants/base").content == b""
     assert control.calls == [
         ("register", "new", "/srv/new"),
         ("activate", "new"),
         ("reload", "new"),
-        ("rollback", "new", None),
+        ("rollback", "new", None, False),
         ("preload", "new"),
         ("pin", "new", True),
         ("pin", "new", False),
-        ("rollback", "new", "d0"),
+        ("rollback", "new", "d0", True),
         ("unregister", "new", True),
         ("unregister", "base", False),
     ]

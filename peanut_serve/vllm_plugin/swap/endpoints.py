@@ -30,6 +30,7 @@ from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.audit import AuditedControl, audit_log
 from peanut_serve.web.console.app import ConsoleHost, add_console, console_link
 from peanut_serve.web.console.data_route import DataRoute
 from peanut_serve.web.exchange import ClientLimits
@@ -100,7 +101,7 @@ class VariantEndpoints:
 
 def _admin(settings: ServerSettings, port: int, server: VariantServer, route: DataRoute) -> FastAPI:
     """The application of the admin port: the admin API, and the console unless it is off."""
-    control, key = VariantControl(server), os.environ[KEY_VARIABLE]
+    control, key = AuditedControl(VariantControl(server), audit_log(settings)), os.environ[KEY_VARIABLE]
     app = admin_app(control, key)
     if settings.console:
         hosts = [settings.admin_host, *settings.console_hosts]

@@ -1,17 +1,10 @@
-"""What people do in the console, by the same `Control` that the admin API uses, and who did it."""
+"""What people do in the console, by the same `Control` that the admin API uses."""
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from converters.errors import PeanutError
-from peanut_serve.errors import shown
 from peanut_serve.web.schema import Control
-
-logger = logging.getLogger("vllm.peanut_serve")
 
 Verb = Literal["activate", "pin", "unpin", "preload", "reload", "rollback", "register", "unregister"]
 
@@ -48,43 +41,8 @@ class Action(BaseModel):
     drain: bool = False
 
 
-@dataclass(frozen=True)
-class Deed:
-    """An action that has ended.
-
-    Attributes:
-        who: the session, and the address of its browser.
-        action: what was done.
-        error: why it failed; None if it did not.
-    """
-
-    who: str
-    action: Action
-    error: str | None
-
-
-Audit = Callable[[Deed], None]
-
-
-def log_deed(deed: Deed) -> None:
-    """Write what was done to the server's log."""
-    outcome = "done" if deed.error is None else f"failed error={deed.error}"
-    logger.info(
-        "console who=%s action=%s variant=%s outcome=%s", deed.who, deed.action.verb, shown(deed.action.name), outcome
-    )
-
-
-async def perform(control: Control, action: Action, who: str, audit: Audit) -> None:
-    """Carry out an action; whatever comes of it is audited, here alone. Raises what the control raises."""
-    try:
-        await _carry_out(control, action)
-    except BaseException as error:
-        audit(Deed(who, action, str(error) if isinstance(error, PeanutError) else type(error).__name__))
-        raise
-    audit(Deed(who, action, None))
-
-
-async def _carry_out(control: Control, action: Action) -> None:
+async def perform(control: Control, action: Action) -> None:
+    """Carry out an action. Raises what the control raises, which also audits it."""
     name = action.name
     match action.verb:
         case "activate":
@@ -96,7 +54,7 @@ async def _carry_out(control: Control, action: Action) -> None:
         case "reload":
             await control.reload(name)
         case "rollback":
-            await control.rollback(name, action.digest or None)
+            await control.rollback(name, action.digest or None, False)
         case "register":
             await control.register(name, action.source)
         case "unregister":

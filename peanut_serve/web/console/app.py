@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from converters.errors import PeanutError
 from peanut_serve.errors import ServingError
 from peanut_serve.settings.admin_key import checked_key
-from peanut_serve.web.console.actions import Action, Audit, Verb, log_deed, perform
+from peanut_serve.web.audit import Caller, caller
+from peanut_serve.web.console.actions import Action, Verb, perform
 from peanut_serve.web.console.costs import comparison_cost
 from peanut_serve.web.console.data_route import DataRoute
 from peanut_serve.web.console.guard import LOGIN, ROOT, Guard, refusal, secret_in
@@ -44,7 +45,6 @@ class ConsoleHost:
         hosts: names by which browsers reach it, besides loopback and addresses.
         drain_seconds: after which a swap aborts running requests.
         route: answers the playground's prompts; None if there is none.
-        audit: is told of every action.
     """
 
     control: Control
@@ -53,7 +53,6 @@ class ConsoleHost:
     hosts: Iterable[str] = ()
     drain_seconds: float = 60.0
     route: DataRoute | None = None
-    audit: Audit = log_deed
 
 
 def add_console(app: FastAPI, host: ConsoleHost) -> None:
@@ -154,7 +153,8 @@ class _Console:
             action = Action.model_validate_json(await request.body())
         except ValidationError as error:
             return refusal(422, _first(error))
-        await perform(self._host.control, action, self._who(request), self._host.audit)
+        caller.set(self._caller(request))
+        await perform(self._host.control, action)
         return JSONResponse(await self._pages.sections())
 
     async def comparison(self, request: Request) -> Response:
@@ -182,9 +182,9 @@ class _Console:
         finally:
             self._trials -= 1
 
-    def _who(self, request: Request) -> str:
-        address = request.client.host if request.client is not None else "unknown"
-        return f"session {request.scope['session'].number} from {address}"
+    def _caller(self, request: Request) -> Caller:
+        address = request.client.host if request.client is not None else None
+        return Caller(address, f"console session {request.scope['session'].number}")
 
 
 def _first(error: ValidationError) -> str:

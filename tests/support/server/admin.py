@@ -136,8 +136,8 @@ class FakeControl:
         self.calls.append(("reload", name))
         return self.variant(name)
 
-    async def rollback(self, name: str, digest: str | None) -> VariantStatus:
-        self.calls.append(("rollback", name, digest))
+    async def rollback(self, name: str, digest: str | None, hold: bool) -> VariantStatus:
+        self.calls.append(("rollback", name, digest, hold))
         return self.variant(name)
 
     async def preload(self, name: str) -> VariantStatus:

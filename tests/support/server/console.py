@@ -13,7 +13,6 @@ from starlette.routing import Route
 from support.server.admin import KEY, serving_app
 
 from peanut_serve.web.admin import admin_app
-from peanut_serve.web.console.actions import Deed
 from peanut_serve.web.console.app import ConsoleHost, add_console
 from peanut_serve.web.console.data_route import DataRoute
 from peanut_serve.web.schema import Control
@@ -75,13 +74,10 @@ class Completions:
 
 
 @contextmanager
-def serving_console(
-    control: Control, route: DataRoute | None = None, deeds: list[Deed] | None = None, hosts: tuple[str, ...] = ()
-) -> Iterator[str]:
+def serving_console(control: Control, route: DataRoute | None = None, hosts: tuple[str, ...] = ()) -> Iterator[str]:
     """Serve the admin API with a console in a thread; its URL."""
     app = admin_app(control, KEY)
-    audit = deeds.append if deeds is not None else lambda deed: None
-    add_console(app, ConsoleHost(control, KEY, 8001, hosts, route=route, audit=audit))
+    add_console(app, ConsoleHost(control, KEY, 8001, hosts, route=route))
     with serving_app(app) as url:
         yield url
 

@@ -94,7 +94,7 @@ def test_every_action_is_the_control_s(browser: httpx.Client, control: FakeContr
         ("pin", "user/name", False),
         ("preload", "user/name"),
         ("reload", "user/name"),
-        ("rollback", "user/name", None),
+        ("rollback", "user/name", None, False),
         ("rollback", "user/name", "d0"),
         ("register", "new", "entry"),
         ("unregister", "new", True),

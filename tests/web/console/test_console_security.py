@@ -2,18 +2,20 @@
 
 import asyncio
 import base64
+import json
 import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from support.server.admin import KEY, FakeControl
 from support.server.console import Completions, logged_in, serving_console
 
+from peanut_serve.web.audit import AuditedControl, AuditLog
 from peanut_serve.web.console import sessions
-from peanut_serve.web.console.actions import Deed
 from peanut_serve.web.console.app import ConsoleHost, console_app, console_link
 from peanut_serve.web.console.sessions import Attempts, Sessions
 
@@ -265,16 +267,17 @@ def test_attempts_of_many_addresses() -> None:
     assert len(attempts._failures) < 20
 
 
-def test_what_is_done_is_audited(control: FakeControl) -> None:
-    deeds: list[Deed] = []
-    with serving_console(control, deeds=deeds) as url, logged_in(url) as client:
+def test_what_is_done_is_audited(control: FakeControl, tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    with serving_console(AuditedControl(control, log)) as url, logged_in(url) as client:
         client.post("/console/act", json=ACT)
         client.post("/console/act", json={"verb": "activate", "name": "swap"})
-    assert [(deed.action.verb, deed.action.name, deed.error) for deed in deeds] == [
-        ("pin", "base", None),
-        ("activate", "swap", "out of memory\nrolled back"),
+    found = [json.loads(line) for line in log.file.read_text().splitlines()]
+    assert [(one["action"], one["variant"], one["outcome"]) for one in found] == [
+        ("pin", "base", "done"),
+        ("activate", "swap", "refused"),
     ]
-    assert deeds[0].who == "session 1 from 127.0.0.1"
+    assert {(one["from"], one["key"]) for one in found} == {("127.0.0.1", "console session 1")}
 
 
 def test_the_link() -> None:
