@@ -95,7 +95,7 @@ def test_every_action_is_the_control_s(browser: httpx.Client, control: FakeContr
         ("preload", "user/name"),
         ("reload", "user/name"),
         ("rollback", "user/name", None, False),
-        ("rollback", "user/name", "d0"),
+        ("rollback", "user/name", "d0", False),
         ("register", "new", "entry"),
         ("unregister", "new", True),
     ]
