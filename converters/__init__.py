@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from converters.inspection.norms import record_base
     from converters.methods.deltas import delta_weight, factors
     from converters.methods.factors import Factors
-    from converters.methods.peanut.tweaker import Orientation, Tweaker
+    from converters.methods.peanut.theta import Orientation
+    from converters.methods.peanut.tweaker import Tweaker
     from converters.models.checkpoint import Checkpoint, open_checkpoint
     from converters.outputs.checkpoint.write import MergeResult, run_merge
     from converters.outputs.onnx.options import ExportOptions, Form
@@ -29,7 +30,7 @@ _HOME = {
     "Factors": "methods.factors",
     "Form": "outputs.onnx.options",
     "MergeResult": "outputs.checkpoint.write",
-    "Orientation": "methods.peanut.tweaker",
+    "Orientation": "methods.peanut.theta",
     "PeanutError": "errors",
     "Plan": "plans.merge",
     "Tweaker": "methods.peanut.tweaker",

@@ -12,7 +12,7 @@ from support.tiny_models import Pair
 from converters import load_adapter, merge, prepare_merge, run_merge
 from converters.errors import VerificationError
 from converters.files import writer as shard_writer
-from converters.methods.peanut.tweaker import TweakerUpdate
+from converters.methods.peanut.update import TweakerUpdate
 from converters.outputs.checkpoint import draft
 
 

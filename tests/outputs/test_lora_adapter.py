@@ -145,7 +145,7 @@ def test_only_the_targets_are_read(make_pair: Callable[..., Pair], monkeypatch: 
 
 def test_a_wrong_factor_is_caught(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     from converters.methods.factors import Factors
-    from converters.methods.peanut.tweaker import TweakerUpdate
+    from converters.methods.peanut.update import TweakerUpdate
 
     original = TweakerUpdate.factors
 

@@ -25,7 +25,8 @@ from converters.adapters.layouts.peft_parts.embeddings import EMBEDDING_PARAMETE
 from converters.adapters.layouts.peft_parts.tokens import TOKENS_PARAMETER
 from converters.adapters.source import AdapterSource
 from converters.errors import ThetaError
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 
 _MATH_FIELDS = ("r", "lora_alpha")
 

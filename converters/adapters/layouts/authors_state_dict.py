@@ -16,7 +16,8 @@ from converters.adapters.adapter import ModuleTheta
 from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, ThetaError
 from converters.files.json_files import read_json
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 
 _THETA_KEY = re.compile(
     r"(?:(?P<parent>.+)\.)(?P<kind>q_adapter|v_adapter|adapter)"

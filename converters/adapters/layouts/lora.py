@@ -30,7 +30,8 @@ from converters.methods.lora.conv_dora import ConvDora
 from converters.methods.lora.expert_lora import ExpertLora
 from converters.methods.lora.other_lora import ConvLora
 from converters.methods.multiplicative.dora import Dora
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 from converters.methods.peft_form import first_match
 from converters.methods.table import LORA_INITS
 

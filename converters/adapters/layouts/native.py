@@ -32,7 +32,8 @@ from converters.files.places import is_empty
 from converters.files.staging import staged
 from converters.files.writer import save_tensors
 from converters.methods.peanut.activations import known_activations
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 from converters.models.checkpoint import Checkpoint
 
 _FORMAT = {"format": "peanut", "format_version": 1}

@@ -26,7 +26,8 @@ from converters.adapters.store import ThetaStore
 from converters.errors import AdapterConfigError, LayoutError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
 from converters.methods.peanut.activations import ACTIVATIONS, WITH_UNSAVED_PARAMETERS
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 
 _PARAMETERS = {f"peanut_{part}": part for part in ("A", "B", "encoders", "decoders")}
 _MATH_FIELDS = ("r", "depth", "act_fn", "scaling")

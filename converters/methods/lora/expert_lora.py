@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from converters.errors import BaseMismatchError, ThetaError
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 from converters.methods.row_wise import RowWise, Which
 from converters.methods.shapes import Axes
 from converters.methods.weight_delta import Reads, WeightShape

@@ -26,7 +26,7 @@ class Red(Oriented):
 
     name = "red"
     formula = "`W = diag(l)·W0`, `b = l ⊙ b0 + b_trained` (RED, [arXiv 2402.15179](https://arxiv.org/abs/2402.15179))"
-    remark = "Where it trained b, every adapted module needs a bias: a Llama has none"
+    remark = "Where it trained b, every adapted module needs a bias; a Llama may be given one"
     axes: ClassVar[Mapping[str, Axes]] = _AXES
 
     @property

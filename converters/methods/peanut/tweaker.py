@@ -14,9 +14,8 @@ layers between σ and B, usually with mirrored residuals (Fig. 2). Only a varian
 (`output_act_fn`) has no factors of rank r; it is evaluated from `up`, `down` and that activation.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -25,66 +24,20 @@ from torch import Tensor
 from converters.errors import ConversionError, ThetaError
 from converters.files.blocks import block_rows
 from converters.methods.base import Method, one_or_many
-from converters.methods.factors import Factors
-from converters.methods.peanut.activations import ACTIVATIONS, NEGATIVE_SLOPE, find_activation, known_activations
-from converters.methods.peanut.network import check_shapes, hidden_layers
-from converters.methods.update import Update
+from converters.methods.peanut.activations import ACTIVATIONS, NEGATIVE_SLOPE
+from converters.methods.peanut.theta import Orientation, Theta
+from converters.methods.peanut.update import TweakerUpdate
 from converters.methods.weight_delta import Reads, WeightShape
 
 
-class Orientation(str, Enum):
-    """Which vectors of W0 the tweaker reads."""
-
-    ROWS = "rows"
-    COLUMNS = "columns"
-    FREE = "free"  # none: LoRA
-
-
 @dataclass(frozen=True, eq=False)
-class Tweaker(Method):
-    """θ of one module. `d` is `out` in the columns orientation and `in` in the rows orientation.
-
-    Attributes:
-        orientation: see the module's docstring.
-        a, b: the first and the last layer: (r, d) and (d, r); (r, in) and (out, r) in the free orientation.
-        encoders, decoders: hidden layers, each (r, r), applied in this order.
-        act_fn: σ, applied after every layer but B; one of `known_activations()`.
-        scaling: s.
-        residual: the output of decoder i has the input of the encoder it mirrors added.
-        output_act_fn: an activation on the output of f, before s; the update has no factors then.
-        negative_slope: of `leaky_relu`.
-
-    Raises `ThetaError` when the shapes do not fit each other or an activation is unknown.
-    """
+class Tweaker(Theta, Method):
+    """θ of one module, see `Theta`."""
 
     name = "peanut"
     formula = "`W = W0 + f(W0; θ)` (PEANuT, [arXiv 2410.01870](https://arxiv.org/abs/2410.01870))"
     lora_rank = "r"
     remark = "PEANuT in every orientation; LoRA and its two ablations. With an activation on the output: no LoRA"
-
-    orientation: Orientation
-    a: Tensor
-    b: Tensor
-    encoders: tuple[Tensor, ...] = ()
-    decoders: tuple[Tensor, ...] = ()
-    act_fn: str = "relu"
-    scaling: float = 1.0
-    residual: bool = True
-    output_act_fn: str | None = None
-    negative_slope: float = NEGATIVE_SLOPE
-
-    def __post_init__(self) -> None:
-        for name in (self.act_fn, self.output_act_fn):
-            if name is not None and name not in known_activations():
-                raise ThetaError(f"unknown act_fn '{name}'; known are {', '.join(known_activations())}")
-        check_shapes(
-            tuple(self.a.shape),
-            tuple(self.b.shape),
-            [tuple(e.shape) for e in self.encoders],
-            [tuple(d.shape) for d in self.decoders],
-            is_free=self.orientation is Orientation.FREE,
-            residual=self.residual,
-        )
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Tweaker":
@@ -140,16 +93,6 @@ class Tweaker(Method):
         return {key: one_or_many(one[key] for one in facts) for key in shown}
 
     @property
-    def r(self) -> int:
-        """The hidden size of f, and the rank of its exact factors."""
-        return self.a.shape[0]
-
-    @property
-    def depth(self) -> int:
-        """PEFT's depth: pairs of hidden r × r layers. The paper counts 2 * depth + 2."""
-        return len(self.encoders)
-
-    @property
     def rank(self) -> int | None:
         """See `WeightDelta.rank`."""
         return self.r if self.output_act_fn is None else None
@@ -202,11 +145,6 @@ class Tweaker(Method):
         rows = self.orientation is Orientation.ROWS
         return replace(self, orientation=Orientation.COLUMNS if rows else Orientation.ROWS)
 
-    def hidden(self, projected: Tensor) -> Tensor:
-        """h from the projection `A W0` (r, n) or `(W0 Aᵀ)ᵀ` (r, n): features lie on dimension 0."""
-        act = find_activation(self.act_fn, self.negative_slope)
-        return hidden_layers(projected, act, self.encoders, self.decoders, self.residual)
-
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
         update = self.update((w0.shape[0], w0.shape[1]), self.a.dtype, w0.device)
@@ -222,15 +160,9 @@ class Tweaker(Method):
             up, down = self.hidden(self.a @ w0.T).T, self.b[columns].T
         return self.as_factors(up, down).delta(), abs(self.scaling) * (up.abs() @ down.abs())
 
-    def update(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "TweakerUpdate":
+    def update(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> TweakerUpdate:
         """See `WeightDelta.update`."""
-        return TweakerUpdate(self, shape[1], dtype, device)
-
-    def as_factors(self, up: Tensor, down: Tensor) -> Factors:
-        """The `Factors` from `up` (out, r) without s and `down` (r, in)."""
-        if self.output_act_fn is None:
-            return Factors(up * self.scaling, down)
-        return Factors(up, down, self.output_act_fn, self.scaling, self.negative_slope)
+        return TweakerUpdate(self.to(device, dtype), shape[1], dtype, device)
 
     def peanut_config(self) -> dict[str, Any]:
         """r, depth, act_fn and scaling of a PeanutConfig (`peft/tuners/peanut/config.py`) that does the same.
@@ -251,59 +183,3 @@ class Tweaker(Method):
         if reason is not None:
             raise ConversionError(reason)
         return {"r": self.r, "depth": self.depth, "act_fn": self.act_fn, "scaling": self.scaling}
-
-
-class TweakerUpdate(Update):
-    """The update of one weight by a tweaker; holds `(out + in) * r` numbers.
-
-    Args:
-        tweaker: θ of the module.
-        width: columns of W0.
-        dtype, device: as for `Update`.
-    """
-
-    def __init__(self, tweaker: Tweaker, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device)
-        self._theta = theta = tweaker.to(device, dtype)
-        self.needs_pass = theta.orientation is Orientation.COLUMNS
-        if self.needs_pass:
-            self._projected = torch.zeros(theta.r, width, dtype=dtype, device=device)
-            self._terms = theta.as_factors(theta.b, self._projected)
-        elif theta.orientation is Orientation.ROWS:
-            self._terms = theta.as_factors(theta.b[:0], theta.b.T.contiguous())
-        else:
-            self._terms = theta.as_factors(theta.hidden(theta.b), theta.a)
-
-    def see(self, w0: Tensor, start: int) -> None:
-        """Project rows of W0 (n, in) that begin at row `start`."""
-        self._projected.addmm_(self._theta.a[:, start : start + w0.shape[0]], w0)
-
-    def settle(self) -> None:
-        """All rows were seen: h is known."""
-        self._terms = replace(self._terms, down=self._theta.hidden(self._projected))
-        del self._projected
-
-    def prepare(self, w0: Tensor, start: int) -> Tensor:
-        """Rows of the left factor (n, r) for rows of W0 (n, in) that begin at row `start`."""
-        if self._theta.orientation is not Orientation.ROWS:
-            return self._terms.up[start : start + w0.shape[0]]
-        h = self._theta.hidden(self._theta.a @ w0.T).T
-        return h if self._theta.output_act_fn else h * self._theta.scaling
-
-    def add_to(self, total: Tensor, prepared: Tensor) -> Tensor:
-        """See `Update.add_to`."""
-        return self._terms.add_to(total, prepared)
-
-    def factors(self, blocks: Iterable[Tensor]) -> Factors:
-        """See `Update.factors`; the blocks are not read if θ does not depend on W0."""
-        if self.needs_pass:
-            for start, w0 in self._numbered(blocks):
-                self.see(w0, start)
-            self.settle()
-        if self._theta.orientation is not Orientation.ROWS:
-            return self._terms
-        return replace(self._terms, up=torch.cat([self.prepare(w0, start) for start, w0 in self._numbered(blocks)]))
-
-    def norm(self, blocks: Callable[[], Iterable[Tensor]]) -> float:
-        """See `Update.norm`: from the factors."""
-        return self.factors(blocks()).norm()

@@ -20,7 +20,8 @@ from converters.adapters.source import AdapterSource
 from converters.errors import AdapterConfigError, LayoutError, MissingScalingError, OptionError, ThetaError
 from converters.files.names import ADAPTER_CONFIG
 from converters.methods.multiplicative.dora import Dora
-from converters.methods.peanut.tweaker import Orientation, Tweaker
+from converters.methods.peanut.theta import Orientation
+from converters.methods.peanut.tweaker import Tweaker
 
 _PARTS = {"lora_a": "A", "lora_b": "B", "m": "magnitude_vector"}
 _KEY = re.compile(r"(?P<module>.+)\.(?P<parameter>lora_a|lora_b|m)")
