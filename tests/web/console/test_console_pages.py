@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 import httpx
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 from support.paths import ROOT
 from support.server.admin import REFUSALS, FakeControl
 from support.server.console import Completions, logged_in, serving_console
@@ -72,6 +73,15 @@ def test_nothing_is_fetched_from_elsewhere(browser: httpx.Client) -> None:
         assert "eval(" not in text
     for text in (page, *templates):
         assert not re.search(r"<script>|<style|\sstyle=|\son[a-z]+=\"", text)
+
+
+def test_the_wheel_has_every_file() -> None:
+    options = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]
+    patterns = options["package-data"]["peanut_serve"]
+    packed = {file for pattern in patterns for file in (ROOT / "peanut_serve").glob(pattern)}
+    files = {file for file in CONSOLE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert len(files) >= 14
+    assert files <= packed
 
 
 def test_every_action_is_the_control_s(browser: httpx.Client, control: FakeControl) -> None:
