@@ -1,7 +1,6 @@
 """The console's routes, and how they join the application of the admin port."""
 
 import json
-import secrets
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.console.actions import Action, Verb, perform
 from peanut_serve.web.console.costs import comparison_cost
 from peanut_serve.web.console.data_route import DataRoute
-from peanut_serve.web.console.guard import LOGIN, ROOT, Guard, refusal, secret_in
+from peanut_serve.web.console.guard import LIVE, LOGIN, ROOT, Guard, refusal, secret_in
 from peanut_serve.web.console.pages import Pages
 from peanut_serve.web.console.playground import Trial, compare
-from peanut_serve.web.console.sessions import Attempts, Sessions
+from peanut_serve.web.console.sessions import Attempts, Sessions, is_same
 from peanut_serve.web.schema import Control
 
 _MOST_TRIALS = 2  # of the playground, at a time
@@ -80,7 +79,7 @@ class _Console:
     """The handlers. They are methods, as all share the sessions."""
 
     def __init__(self, host: ConsoleHost) -> None:
-        self._host, self._key = host, checked_key(host.key, "the server's settings").encode()
+        self._host, self._key = host, checked_key(host.key, "the server's settings")
         self._pages = Pages(host.control, host.drain_seconds)
         self._sessions, self._attempts = Sessions(), Attempts()
         self._cookie = f"peanut_console_{host.port}"
@@ -92,7 +91,7 @@ class _Console:
             Route(LOGIN, self.login_page),
             Route(LOGIN, self.login, methods=["POST"]),
             Route(f"{ROOT}/logout", self.logout, methods=["POST"]),
-            Route(f"{ROOT}/live", self.live),
+            Route(LIVE, self.live),
             Route(f"{ROOT}/dialog", self.dialog),
             Route(f"{ROOT}/act", self.act, methods=["POST"]),
             Route(f"{ROOT}/comparison", self.comparison),
@@ -113,8 +112,7 @@ class _Console:
             message = f"There were too many wrong keys. Try again in {wait} s."
             return HTMLResponse(self._pages.login(message), 429, {"Retry-After": str(wait)})
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
-        given = form.get("key", [""])[0].strip().encode()
-        if not secrets.compare_digest(given, self._key):
+        if not is_same(form.get("key", [""])[0].strip(), self._key):
             self._attempts.failed(address)
             return HTMLResponse(self._pages.login("This is not the admin key of this server."), 403)
         answer = RedirectResponse(ROOT, 303)
@@ -155,7 +153,7 @@ class _Console:
             return refusal(422, _first(error))
         caller.set(self._caller(request))
         await perform(self._host.control, action)
-        return JSONResponse(await self._pages.sections())
+        return JSONResponse(await self._pages.sections(is_new=True))
 
     async def comparison(self, request: Request) -> Response:
         """What the playground's choice costs."""

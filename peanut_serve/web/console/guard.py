@@ -20,6 +20,7 @@ from peanut_serve.web.console.sessions import Session, Sessions
 
 ROOT = "/console"
 LOGIN = f"{ROOT}/login"
+LIVE = f"{ROOT}/live"
 STATIC = f"{ROOT}/static/"
 TOKEN_HEADER = "x-console-token"
 
@@ -58,7 +59,8 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": "the console does not use websockets"})
             return
         headers = Headers(scope=scope)
-        scope["session"] = session = self._sessions.find(secret_in(headers, self._cookie))
+        is_use = scope["path"] != LIVE  # an open page asks for it by itself, and stays open after its person has left
+        scope["session"] = session = self._sessions.find(secret_in(headers, self._cookie), is_use)
         refusal = self._foreign(scope, headers) or self._without_session(scope, headers, session)
         await (refusal or self._app)(scope, _limited(receive), _with_headers(send))
 

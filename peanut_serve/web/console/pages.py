@@ -1,5 +1,7 @@
 """What the pages show, rendered: sections of the live page, dialogs, the login."""
 
+import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +19,7 @@ except ImportError as error:
 
 SECTIONS = ("engine", "queue", "variants", "memory", "swaps", "traffic", "versions")
 _WIDTH = 1000  # units of a bar's width
+_FRESH_SECONDS = 1.0  # for which all open pages share what was rendered
 _PATHS = {"base": "base weights", "adapter": "merged", "checkpoint": "merged folder", "lora": "LoRA"}
 _CAUSES = {
     "operator": "an operator asked for it",
@@ -69,6 +72,8 @@ class Pages:
 
     def __init__(self, control: Control, drain_seconds: float) -> None:
         self._control, self._drain_seconds = control, drain_seconds
+        self._sections: dict[str, str] = {}
+        self._rendered_at = 0.0
         self._templates = Environment(
             loader=PackageLoader("peanut_serve.web.console"),
             autoescape=select_autoescape(default=True),
@@ -93,10 +98,15 @@ class Pages:
     async def page(self, token: str) -> str:
         """The whole page, for a session with this token."""
         names = [one.name for one in (await self.view()).variants]
-        return self._render("page.html", token=token, sections=await self.sections(), names=names)
+        return self._render("page.html", token=token, sections=await self.sections(is_new=True), names=names)
 
-    async def sections(self) -> dict[str, str]:
-        """The live sections, by name."""
+    async def sections(self, is_new: bool = False) -> dict[str, str]:
+        """The live sections, by name: rendered now if `is_new`, and otherwise of the last second.
+
+        They are rendered in a thread, as the loop is that of the server of completions.
+        """
+        if not is_new and self._sections and time.monotonic() - self._rendered_at < _FRESH_SECONDS:
+            return self._sections
         view, traffic = await self.view(), await self._control.traffic()
         facts: dict[str, Any] = {
             "engine": view.engine,
@@ -108,7 +118,12 @@ class Pages:
             "queue": _queue(view),
             "total": _total(traffic),
         }
-        return {name: self._render(f"sections/{name}.html", **facts) for name in SECTIONS}
+
+        def render() -> dict[str, str]:
+            return {name: self._render(f"sections/{name}.html", **facts) for name in SECTIONS}
+
+        self._sections, self._rendered_at = await asyncio.to_thread(render), time.monotonic()
+        return self._sections
 
     async def dialog(self, verb: Verb, name: str | None, digest: str | None) -> str:
         """What is asked before an action. Raises `UnknownVariantError`."""

@@ -55,14 +55,14 @@ class Sessions:
         self._sessions[_hash(secret)] = Session(self._count, secrets.token_urlsafe(32), now, now)
         return secret
 
-    def find(self, secret: str | None) -> Session | None:
-        """The session of a cookie, if it has not expired."""
+    def find(self, secret: str | None, is_use: bool = True) -> Session | None:
+        """The session of a cookie, if it has not expired. It expires later for that, if this is a use by a person."""
         if secret is None:
             return None
         now = self._clock()
         self._drop_expired(now)
         session = self._sessions.get(key := _hash(secret))
-        if session is not None:
+        if session is not None and is_use:
             session.used = now
             self._sessions.move_to_end(key)
         return session
@@ -106,6 +106,11 @@ class Attempts:
     def failed(self, address: str) -> None:
         """Count a wrong key."""
         self._failures.append((self._clock(), address))
+
+
+def is_same(given: str, key: str) -> bool:
+    """Compare keys in constant time, whatever their lengths."""
+    return secrets.compare_digest(_hash(given), _hash(key))
 
 
 def _hash(secret: str) -> bytes:

@@ -61,7 +61,7 @@ class Completions:
             while body["model"] in self.endless:
                 yield 'data: {"choices": [{"delta": {"content": "more "}}]}\n\n'
                 await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # while it waits, or while it is read
             self.stopped += 1
             raise
         for count, word in enumerate(["I", " am ", body["model"], ". ", prompt]):

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 import httpx
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 from support.paths import ROOT
 from support.server.admin import REFUSALS, FakeControl
 from support.server.console import Completions, logged_in, serving_console
@@ -72,6 +73,15 @@ def test_nothing_is_fetched_from_elsewhere(browser: httpx.Client) -> None:
         assert "eval(" not in text
     for text in (page, *templates):
         assert not re.search(r"<script>|<style|\sstyle=|\son[a-z]+=\"", text)
+
+
+def test_the_wheel_has_every_file() -> None:
+    options = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]
+    patterns = options["package-data"]["peanut_serve"]
+    packed = {file for pattern in patterns for file in (ROOT / "peanut_serve").glob(pattern)}
+    files = {file for file in CONSOLE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert len(files) >= 14
+    assert files <= packed
 
 
 def test_every_action_is_the_control_s(browser: httpx.Client, control: FakeControl) -> None:
@@ -153,9 +163,11 @@ def test_a_browser_that_leaves(browser: httpx.Client, completions: Completions) 
     completions.endless = {"base"}
     body = {"prompt": "p", "variants": ["base"]}
     with browser.stream("POST", "/console/playground", json=body) as one:
-        assert "start" in next(one.iter_lines())
+        first = one.iter_lines()  # a name, as httpx closes the answer with it
+        assert "start" in next(first)
         with browser.stream("POST", "/console/playground", json=body) as other:
-            assert "start" in next(other.iter_lines())
+            second = other.iter_lines()
+            assert "start" in next(second)
             assert browser.post("/console/playground", json=body).status_code == 429
     until(lambda: completions.stopped == 2)
     completions.endless.clear()

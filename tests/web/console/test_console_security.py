@@ -244,6 +244,18 @@ def test_sessions_end() -> None:
     assert opened.find(secret) is None  # after half a day, used or not
 
 
+def test_an_open_page_does_not_keep_its_session(monkeypatch: pytest.MonkeyPatch, control: FakeControl) -> None:
+    """What its script asks for by itself is no use of it; what a person does is."""
+    monkeypatch.setattr(sessions, "_IDLE_SECONDS", 3.0)
+    with serving_console(control) as url, logged_in(url) as client:
+        start = time.monotonic()
+        client.get("/console/comparison")
+        while client.get("/console/live").status_code == 200:
+            assert time.monotonic() - start < 30
+            time.sleep(0.1)
+        assert time.monotonic() - start >= 3.0
+
+
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_MOST_SESSIONS", 3)
     opened = Sessions(time.monotonic)
