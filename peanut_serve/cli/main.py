@@ -34,6 +34,7 @@ Examples:
   peanut-serve --base ./smollm2 --adapters ./tasks --port 8001 --max-model-len 2048 --api-key SECRET
   peanut-serve --base ./smollm2 --adapters ./tasks --mode merged --host-cache 8GiB --admin-port 8001
   peanut-serve ctl list
+  peanut-serve state export --state ./state -o state.tar
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -216,6 +217,10 @@ def main() -> NoReturn:
         from peanut_serve.cli.predict_command import main as predict
 
         predict(sys.argv[2:])
+    if sys.argv[1:2] == ["state"]:
+        from peanut_serve.cli.state_command import main as state
+
+        state(sys.argv[2:])
     if sys.argv[1:2] == ["deploy"]:
         from peanut_serve.cli.deploy_command import main as deploy
 

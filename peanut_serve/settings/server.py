@@ -107,7 +107,7 @@ def server_settings(
     Raises `OptionError` for an invalid value, and for an admin port without a key.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
-    folder = (state or _state_of(base)).expanduser().resolve()
+    folder = (state or state_of(base)).expanduser().resolve()
     files = {"state": folder, "audit_log": audit_log.expanduser().absolute() if audit_log else None}
     try:
         settings = ServerSettings.model_validate({**options, **sizes, **files})
@@ -129,7 +129,8 @@ def _size(option: str, text: str) -> int:
     return size
 
 
-def _state_of(base: str) -> Path:
+def state_of(base: str) -> Path:
+    """Where the state of a server is without --state; `base` as it is given to the server."""
     folder = Path(base).expanduser()
     identity = str(folder.resolve()) if folder.is_dir() else base
     return default_state(hashlib.sha256(identity.encode()).hexdigest())

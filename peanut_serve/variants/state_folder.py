@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -28,7 +28,9 @@ logger = logging.getLogger("vllm.peanut_serve")
 
 SCHEMA = 2  # of variants.json; raised when an older server would misread it
 
+RECORDS = "variants.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+THETA_FILES = (*_WEIGHTS, ".json")  # endings of the files that are kept of an adapter
 
 
 class Record(BaseModel):
@@ -106,7 +108,7 @@ class VariantStore:
 
         Raises `OptionError` if they are damaged, or were written by a newer version of this package.
         """
-        path = self.folder / "variants.json"
+        path = self.folder / RECORDS
         found = _read(path)
         if found is not None and found.base == fingerprint:
             return found
@@ -124,16 +126,16 @@ class VariantStore:
     def _aside(self, fingerprint: str) -> Path:
         return self.folder / f"variants-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
 
-    def save(self, records: Records) -> None:
-        """Replace the records atomically."""
+    def save(self, records: Records, name: str = RECORDS) -> None:
+        """Replace the records, or those that were set aside under a name, atomically."""
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".variants-")
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(json.dumps(records.model_dump(mode="json"), indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).replace(self.folder / "variants.json")
-            _sync(self.folder)
+            Path(temporary).replace(self.folder / name)
+            sync(self.folder)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -145,7 +147,7 @@ class VariantStore:
             if not source.is_dir():
                 return Path(shutil.copy(source, into))
             for file in source.iterdir():
-                if file.is_file() and file.suffix in (*_WEIGHTS, ".json"):
+                if file.is_file() and file.suffix in THETA_FILES:
                     shutil.copy(file, into)
             return into
         except BaseException:
@@ -158,7 +160,7 @@ class VariantStore:
         kept = self.folder / "theta" / digest
         try:
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
+                sync(path)
             if kept.exists():
                 damaged = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".old-"))
                 kept.rename(damaged / "theta")
@@ -166,7 +168,7 @@ class VariantStore:
                 shutil.rmtree(damaged, ignore_errors=True)
             else:
                 temporary.rename(kept)
-            _sync(kept.parent)
+            sync(kept.parent)
         except BaseException:
             self.discard(copy)
             raise
@@ -194,7 +196,7 @@ class VariantStore:
         What records that were set aside refer to is kept as well.
         """
         kept = set(digests)
-        for aside in self.folder.glob("variants-*.json"):
+        for aside in set_aside(self.folder):
             if (records := _read(aside)) is not None:
                 kept |= all_digests(records.variants)
         for path in (self.folder / "theta").iterdir():
@@ -202,28 +204,57 @@ class VariantStore:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> Iterator[Path]:
+    """The files of a state folder with the records of other bases."""
+    return folder.glob("variants-*.json")
+
+
 def _read(path: Path) -> Records | None:
     """The records in a file; None if there is none."""
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_bytes())
-        if (
-            isinstance(value, dict)
-            and isinstance(version := value.get("schema_version", 0), int)
-            and version > SCHEMA
-        ):
-            raise OptionError(
-                f"{path} has schema version {version}, expected at most {SCHEMA}: it was written by a newer "
-                "peanut-serve; use that one, or another --state folder"
-            )
-        return Records.model_validate(value)
-    except (ValueError, RecursionError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise OptionError(f"{path} is damaged ({reason}); remove it to start without records") from None
+        text = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error) from None
+    return read_records(text, path)
 
 
-def _sync(path: Path) -> None:
+def read_records(text: bytes, path: Path) -> Records:
+    """The records in the text of a file, in the form of this version: those of an older schema are migrated.
+
+    Raises `OptionError` if they are damaged, or were written by a newer version of this package.
+    """
+    if (newer := newer_schema(text, path)) is not None:
+        raise newer
+    try:
+        # every field that an older schema did not have has a default
+        return Records.model_validate(json.loads(text)).model_copy(update={"schema_version": SCHEMA})
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def newer_schema(text: bytes, path: Path, most: int = SCHEMA, key: str = "schema_version") -> OptionError | None:
+    """The error for a file of a newer version of this package, whatever else is in it; None for every other file."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    found = value.get(key, 0) if isinstance(value, dict) else 0
+    if not isinstance(found, int) or found <= most:
+        return None
+    return OptionError(
+        f"{path} has {key.replace('_', ' ')} {found}, expected at most {most}: it was written by a newer "
+        "peanut-serve; use that one, or another --state folder"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> OptionError:
+    reason = " ".join(str(error).split())
+    return OptionError(f"{path} is damaged ({reason}); remove it to start without records")
+
+
+def sync(path: Path) -> None:
     """Write a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,0 +1,1 @@
+"""The state folder as one file: exporting, importing and checking it."""
