@@ -46,11 +46,14 @@ _LOST = "the replica that answered was lost; send the request again"
 
 async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The rest of a stream; if the replica is lost, an event says so, instead of an end that looks like any other."""
+    part = b"\n\n"
     try:
         async for part in answer:
             yield part
     except _GONE as error:
         logger.warning("a stream was cut: %s", type(error).__name__)
+        if not part.endswith(b"\n\n"):  # within an event
+            yield b"\n\n"
         yield f"data: {json.dumps(error_body(EngineDownError(_LOST), 503))}\n\n".encode()
 
 
@@ -114,8 +117,8 @@ class Front:
             answer: AsyncIterator[Any] = aiter(sent)
             try:
                 async with asyncio.timeout(_TAKEN):
-                    await anext(answer)  # taken by a replica
-                status, headers = await anext(answer)
+                    await sent._fetch_future_result_async()  # taken by a replica; nothing public waits for that
+                status, headers, body = await anext(answer)
             except BackPressureError:
                 raise QueueFullError("too many requests are waiting") from None
             except (TimeoutError, DeploymentUnavailableError):
@@ -127,7 +130,8 @@ class Front:
                 await asyncio.sleep(_PAUSE)
                 continue
             streams = any(key == b"content-type" and value.startswith(b"text/event-stream") for key, value in headers)
-            response = StreamingResponse(_events(answer) if streams else answer, status)
+            parts = _events(answer) if streams else answer
+            response = StreamingResponse(parts, status) if body is None else Response(body, status)
             response.raw_headers = end_to_end(headers)
             return response
         raise AssertionError("the last try returns")

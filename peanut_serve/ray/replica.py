@@ -17,11 +17,13 @@ from peanut_serve.ray.state import StateFolder
 
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body
+Head = tuple[int, Headers, bytes | None]  # status, headers, the body if it is short
 
 # of one connection (RFC 9110, 7.6.1), or set anew on the next
 _CONNECTION = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"host"}
 _CONNECTION |= {b"date", b"server"}
 _OWN = {b"authorization", b"content-length"}  # of a request to the engine
+_SHORT = 1 << 20  # bytes of a body that is passed on whole, with its headers
 _LOOK = 0.25  # seconds between two looks at what is resident
 _PATIENCE = 5.0  # seconds for an answer of the admin API
 _FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
@@ -63,17 +65,22 @@ class EngineReplica:
         )
         self._watching = asyncio.create_task(self._watch())
 
-    async def handle(self, variant: str, request: Request) -> AsyncIterator[tuple[int, Headers] | bytes | None]:
-        """None at once, then the status and headers, then the body as it comes."""
-        yield None
+    async def handle(self, variant: str, request: Request) -> AsyncIterator[Head | bytes]:
+        """The head; if the body is not in it, then the parts of the body as they come.
+
+        A short body is not divided, so that its request can be tried again elsewhere until the answer is there.
+        """
         self._note(variant)
         method, path, headers, body = request
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
         kept.append((b"authorization", self._key))
         async with self._client.stream(method, path, headers=kept, content=body) as answer:
-            yield answer.status_code, end_to_end([(key.lower(), value) for key, value in answer.headers.raw])
-            async for part in answer.aiter_raw():
-                yield part
+            kept = end_to_end([(key.lower(), value) for key, value in answer.headers.raw])
+            short = int(answer.headers.get("content-length", _SHORT + 1)) <= _SHORT
+            yield answer.status_code, kept, await _whole(answer) if short else None
+            if not short:
+                async for part in answer.aiter_raw():
+                    yield part
 
     def _note(self, variant: str) -> None:
         self._recent[variant] = None
@@ -143,6 +150,10 @@ class EngineReplica:
             self._watching.cancel()
         await self._child.stop()
         self._state.close()
+
+
+async def _whole(answer: httpx.Response) -> bytes:
+    return b"".join([part async for part in answer.aiter_raw()])
 
 
 def end_to_end(headers: Sequence[tuple[bytes, bytes]]) -> Headers:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -190,6 +191,20 @@ def test_a_lost_engine_is_told_and_replaced(fleet: Fleet) -> None:
         variant, pid = fleet.ask("v2")
         assert variant == "v2"
         assert pid != lost
+    assert until(lambda: len(living(fleet) - {lost}) == REPLICAS, 60)
+
+
+def test_an_answer_that_was_cut_is_given_by_another(fleet: Fleet) -> None:
+    """Its status and a part of its body were there already, but had not been passed on."""
+    body = {"model": "v5", "stuck": True}
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(fleet.client.post, COMPLETIONS, json=body)
+        assert until(lambda: any("stuck" in event for event in fleet.events()), 20)
+        lost = int(next(event for event in fleet.events() if "stuck" in event).split()[0])
+        os.kill(lost, signal.SIGKILL)
+        answer = asking.result(60)
+    assert (answer.status_code, answer.json()["variant"]) == (200, "v5")
+    assert answer.json()["pid"] != lost
     assert until(lambda: len(living(fleet) - {lost}) == REPLICAS, 60)
 
 

@@ -4,14 +4,16 @@
 
 Other options are those of a real one, and ignored.
 
-Variants: base, v0 to v9, and `prod`, which is another name of v0. The journal gets a line for each event.
+Variants: base, v0 to v9, and `prod`, which is another name of v0. The journal gets a line for each event. Answers
+also have token ids, which follow from the weights and the prompt: see `said`.
 """
 
 import argparse
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -21,6 +23,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 NAMES = {"base": "base", "prod": "v0"} | {f"v{number}": f"v{number}" for number in range(10)}  # name -> digest
+
+
+def said(digest: str, prompt: Sequence[int], count: int) -> list[int]:
+    """The tokens that the weights of a variant answer a prompt with."""
+    return [zlib.crc32(f"{digest} {list(prompt)} {number}".encode()) for number in range(count)]
 
 
 class FakeServer:
@@ -66,15 +73,26 @@ class FakeServer:
                 await asyncio.sleep(self.options.swap)
                 self.active = digest
                 self.note(f"swapped {digest}")
+        tokens = said(digest, body.get("prompt", ()), body.get("max_tokens", 3))
         if body.get("stream"):
-            return StreamingResponse(self.events(body.get("max_tokens", 3)), media_type="text/event-stream")
-        return JSONResponse({"variant": self.active, "pid": os.getpid()})
+            return StreamingResponse(self.events(tokens), media_type="text/event-stream")
+        answer = JSONResponse({"variant": self.active, "pid": os.getpid(), "choices": [{"token_ids": tokens}]})
+        if body.get("stuck") and "stuck" not in self.options.journal.read_text():
+            return StreamingResponse(self.never_whole(bytes(answer.body)), headers=dict(answer.headers))
+        return answer
 
-    async def events(self, count: int) -> AsyncIterator[str]:
+    async def never_whole(self, body: bytes) -> AsyncIterator[bytes]:
+        """The first request of all engines that asks for it gets a part of its answer, and no more."""
+        yield body[:5]
+        self.note("stuck")
+        await asyncio.Event().wait()
+
+    async def events(self, tokens: Sequence[int]) -> AsyncIterator[str]:
         try:
-            for number in range(count):
-                yield f'data: {{"token": {number}, "pid": {os.getpid()}}}\n\n'
+            for token in tokens:
+                yield f'data: {{"choices": [{{"token_ids": [{token}]}}], "pid": {os.getpid()}}}\n\n'
                 await asyncio.sleep(0.05)
+            yield "data: [DONE]\n\n"
             self.note("finished")
         except asyncio.CancelledError:
             self.note("cancelled")

@@ -1,0 +1,30 @@
+"""How a stream ends at the front whose replica is lost; test_fleet.py has real ones."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from ray.exceptions import RayError
+
+from peanut_serve.ray.front import _events
+
+
+async def lost_after(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+    raise RayError("the replica died")
+
+
+async def all_of(parts: AsyncIterator[bytes]) -> bytes:
+    return b"".join([part async for part in parts])
+
+
+@pytest.mark.parametrize(
+    "parts", [[], [b"data: 1\n\n"], [b"data: 1\n\ndata: {"], [b"data: 1\n"], [b"data: 1\n", b"\n"]]
+)
+def test_the_event_of_a_lost_replica_is_one_of_its_own(parts: list[bytes]) -> None:
+    *_, last, end = asyncio.run(all_of(_events(lost_after(*parts)))).decode().split("\n\n")
+    assert end == ""
+    error = json.loads(last.strip().removeprefix("data: "))["error"]
+    assert "send the request again" in error["message"]
