@@ -80,11 +80,13 @@ CONVERTERS = Document("converters/README.md")
 SERVING = Document("peanut_serve/README.md")
 CONTRIBUTING = Document("CONTRIBUTING.md")
 SECURITY = Document("SECURITY.md")
+GATEWAYS = Document("peanut_serve/GATEWAYS.md")
 
 EXECUTED = (README, CONVERTERS, SERVING, CONTRIBUTING)
 ALL = (
     *EXECUTED,
     SECURITY,
+    GATEWAYS,
     Document("CHANGELOG.md"),
     Document("benchmarks/README.md"),
     Document("examples/onnx/README.md"),
