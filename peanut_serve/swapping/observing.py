@@ -7,7 +7,7 @@ from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.driver import SwapDriver, SwapUsage
 from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
 from peanut_serve.swapping.gate import Gate, Places
-from peanut_serve.swapping.host_side import Preparation
+from peanut_serve.swapping.host_side import HostSide, Preparation
 from peanut_serve.swapping.metrics import Residency
 from peanut_serve.swapping.requests import Usage
 from peanut_serve.swapping.transaction import Swapper
@@ -29,6 +29,7 @@ class ObservedServer:
     slots: AdapterSlots
     cache: HostCache
     usage: dict[str, Usage]
+    _host: HostSide
     _preparation: Preparation
     _driving: asyncio.Task[None] | None
     _is_stopping: bool

@@ -120,6 +120,8 @@ def test_a_response_names_its_variant(server: Server) -> None:
 
 def test_gateways_see_the_adapters(server: Server) -> None:
     """By their public names, in one sample: those that run, and those that are loaded."""
+    for task in TASKS:
+        assert answer(server.client, task, QUESTIONS[1], 1)
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
         text = response.read().decode()
     assert len(samples_of(text, "vllm:lora_requests_info")) == 1
