@@ -1,6 +1,7 @@
 """The LoRA adapters on disk that requests in flight use: each is evaluated once, and leased while it is needed."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -41,10 +42,19 @@ class LoraFolders:
         evaluations: bounds the evaluations.
         load: loads an adapter into the engine. Called with its name, once per version and start of the engine.
         starts: number of times the engine was started again.
+        evaluated: called with the seconds that each evaluation took.
     """
 
-    def __init__(self, cache: LoraCache, evaluations: Evaluations, load: Load, starts: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        cache: LoraCache,
+        evaluations: Evaluations,
+        load: Load,
+        starts: Callable[[], int],
+        evaluated: Callable[[float], object],
+    ) -> None:
         self._cache, self._evaluations, self._load, self._starts = cache, evaluations, load, starts
+        self._evaluated = evaluated
         self._leases: dict[str, Lease] = {}
         self._holds: Counter[str] = Counter()
         self._numbers: dict[str, int] = {}
@@ -82,8 +92,10 @@ class LoraFolders:
     async def _lease(self, name: str, export: LoraExport) -> Lease:
         async def evaluate() -> None:
             """Write the folder; it is leased by each of its users."""
+            start = time.perf_counter()
             lease = await asyncio.to_thread(self._cache.get, export.key, export.write)
             lease.release()
+            self._evaluated(time.perf_counter() - start)
 
         for _ in range(_TRIES):
             if (lease := await self._found(export.key)) is not None:

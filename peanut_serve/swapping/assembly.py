@@ -24,12 +24,14 @@ class Host:
         base_names: names of the base; the first is used if a request names no variant.
         lora: what the engine allows as LoRA; see `VersionOpener`.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
+        lora_slots: how many LoRA adapters the engine has at once.
     """
 
     base: Checkpoint
     base_names: Sequence[str]
     lora: LoraLimits | None = None
     on_active: Callable[[str], None] = lambda digest: None
+    lora_slots: int = 0
 
 
 async def assemble_server(settings: ServerSettings, engine: LearningEngine, host: Host) -> VariantServer:
@@ -52,4 +54,4 @@ async def assemble_server(settings: ServerSettings, engine: LearningEngine, host
     opener = VersionOpener(swappable.model, settings.device, host.lora, merges)
     roots, store = AdapterRoots(settings.roots), VariantStore(settings.state)
     catalogue = Catalogue(host.base_names, roots, store, opener, settings.settle)
-    return VariantServer(settings, swappable, catalogue, host.on_active)
+    return VariantServer(settings, swappable, catalogue, host.on_active, host.lora_slots)

@@ -62,6 +62,7 @@ class SwapDriver:
         last_report: report of the last swap.
         usage: variant -> its swaps.
         history: the latest swaps and restarts.
+        failed_starts: of the engine, since it ran last.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class SwapDriver:
         self.last_report = Report()
         self.usage: dict[str, SwapUsage] = {}
         self.history = SwapHistory(self._label)
+        self.failed_starts = 0
         self._engine, self._swapper = swappable.engine, swappable.swapper
         self._gate, self._cache = gate, cache
         self._policy, self._drain_seconds = Policy(settings.max_wait, settings.min_dwell), settings.drain_seconds
@@ -217,7 +219,7 @@ class SwapDriver:
         count = self._failures[digest].count + 1 if digest in self._failures else 1
         pause = min(_LAST_RETRY, _FIRST_RETRY * 2 ** (count - 1))
         self._failures[digest] = _Failure(error, count, time.monotonic() + pause)
-        metrics.SWAPS.labels(label, "failed").inc()
+        metrics.SWAPS.labels(self._name_of(digest) or "unknown", "failed").inc()
         metrics.ROLLBACKS.inc()
         logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
 
@@ -229,7 +231,7 @@ class SwapDriver:
         self.last_report = report
         usage = self.usage.setdefault(label, SwapUsage())
         usage.swaps, usage.last_seconds = usage.swaps + 1, work
-        metrics.SWAPS.labels(label, "done").inc()
+        metrics.SWAPS.labels(self._name_of(active) or "unknown", "done").inc()
         for phase, took in report.seconds.items():
             metrics.SWAP_SECONDS.labels(phase.value).observe(took)
         phases = " ".join(f"{phase.value}={took:.3f}" for phase, took in report.seconds.items())
@@ -247,6 +249,7 @@ class SwapDriver:
         self._active_hold = hold
         self._on_active(active)
         self.state, self.detail, self._pause = "serving", None, _FIRST_PAUSE
+        self.failed_starts = 0
         used = {active, self._base.digest, *(queue.digest for queue in self._gate.queues())}
         self._versions = {d: v for d, v in self._versions.items() if d in used or self._cache.get(d) is not None}
         self._gate.open(active)
@@ -273,6 +276,7 @@ class SwapDriver:
     async def _retry_later(self, error: EngineDownError) -> None:
         """Reject all waiting requests, as there is no engine, and wait before the next attempt to start one."""
         self.state, self.detail = "failed", str(error)
+        self.failed_starts += 1
         logger.error("no engine: %s", error)
         self._gate.close()
         self._gate.refuse(None, error)

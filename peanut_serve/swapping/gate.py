@@ -26,12 +26,14 @@ class Ticket:
         digest: of the weights it needs.
         arrival: monotonic seconds.
         abort: ends the running request, with an error for the client.
+        name: of the variant that it names.
         admission: done when it may run.
     """
 
     digest: str
     arrival: float
     abort: Callable[[], None]
+    name: str = ""
     admission: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -82,9 +84,13 @@ class Gate:
         """The waiting requests, by version."""
         return tuple(Queue(digest, tuple(t.arrival for t in queue)) for digest, queue in self._queues.items())
 
-    def waiting(self, digest: str) -> int:
-        """Number of requests waiting for a version."""
-        return len(self._queues.get(digest, ()))
+    def waiting_names(self) -> list[str]:
+        """The variant that each of the waiting requests names."""
+        return [ticket.name for queue in self._queues.values() for ticket in queue]
+
+    def running_names(self) -> list[str]:
+        """The variant that each of the running requests names."""
+        return [ticket.name for ticket in self.running]
 
     async def drain(self, seconds: float) -> None:
         """Admit no requests, and return when none is running; those still running after `seconds` are aborted.

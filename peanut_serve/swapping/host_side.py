@@ -1,11 +1,15 @@
-"""Prepares the weights that a swap reads in host memory, before the engine is changed."""
+"""Prepares what a version needs before a request for it is admitted, and before the engine is changed."""
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
+from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.swappable import SwappableEngine
+from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.host_cache import HostCache
 from peanut_serve.variants.version import Version
@@ -61,3 +65,67 @@ class HostSide:
             self.cache.pin(digest, True)
         if old is not None and old not in self._pinned.values():
             self.cache.pin(old, False)
+
+
+class Preparation:
+    """Finds the current version of a variant, and prepares its weights or its LoRA adapter.
+
+    Args:
+        catalogue: the variants.
+        host: where weights that are swapped in are prepared.
+        lora: where LoRA adapters are prepared.
+        pinned: names whose weights the settings keep in host memory.
+        add_version: makes a version, whose weights are in host memory, available to swap to.
+
+    Attributes:
+        asked: name -> requests that wait for the preparation of its version.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        host: HostSide,
+        lora: LoraFolders,
+        pinned: Collection[str],
+        add_version: Callable[[Version], None],
+    ) -> None:
+        self._catalogue, self._host, self._lora = catalogue, host, lora
+        self._pinned, self._add_version = pinned, add_version
+        self.asked = Counter[str]()
+
+    async def current(self, name: str, holds: ExitStack) -> Version:
+        """The current version of a variant, prepared; what it needs is held until `holds` is closed.
+
+        Raises `UnknownVariantError`, `VariantError`.
+        """
+        self._catalogue.find(name)  # clients choose names: an unknown one is not counted
+        self.asked[name] += 1
+        try:
+            variant, version = await self._catalogue.current(name, self.preparing(name, holds))
+        finally:
+            self.asked[name] -= 1
+            if not self.asked[name]:
+                del self.asked[name]
+        self.update_pin(variant)
+        return version
+
+    def preparing(self, name: str, holds: ExitStack) -> Prepare:
+        """A function that prepares a version, and holds what a request for it needs until `holds` is closed."""
+
+        async def prepare(version: Version) -> None:
+            """Evaluate its weights, or its LoRA adapter."""
+            if version.has_own_weights:
+                await self._host.prepare(version, holds)
+                self._add_version(version)
+            elif version.lora is not None:
+                await self._lora.prepare(name, version, holds)
+
+        return prepare
+
+    def update_pin(self, variant: Variant) -> None:
+        """Pin the weights of a variant's version, or unpin those that were pinned for it before."""
+        self._host.update_pin(variant.name, self.is_pinned(variant), variant.version)
+
+    def is_pinned(self, variant: Variant) -> bool:
+        """Whether the weights of a variant are kept in host memory."""
+        return variant.name in self._pinned or variant.record.pinned

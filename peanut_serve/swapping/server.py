@@ -11,15 +11,16 @@ from converters.errors import PeanutError
 from peanut_serve.errors import EngineDownError, VariantInUseError
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.folders import LoraFolders
+from peanut_serve.lora.slots import AdapterSlots
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.driver import SwapDriver, SwapUsage
-from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
+from peanut_serve.swapping.driver import SwapDriver
 from peanut_serve.swapping.gate import Gate, Places, Ticket
-from peanut_serve.swapping.host_side import HostSide
+from peanut_serve.swapping.host_side import HostSide, Preparation
+from peanut_serve.swapping.observing import ObservedServer
 from peanut_serve.swapping.requests import Admitted, Usage
 from peanut_serve.swapping.swappable import SwappableEngine
-from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
+from peanut_serve.variants.catalogue import Catalogue
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.version import Version
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("vllm.peanut_serve")
 _POLL_SECONDS = 0.05
 
 
-class VariantServer:
+class VariantServer(ObservedServer):
     """Serves requests with the weights of the variants they name. For one event loop; `assemble_server` builds it.
 
     Args:
@@ -36,6 +37,7 @@ class VariantServer:
         swappable: the engine; it has the base's weights.
         catalogue: the variants.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
+        lora_slots: how many LoRA adapters the engine has at once.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class VariantServer:
         swappable: SwappableEngine,
         catalogue: Catalogue,
         on_active: Callable[[str], None],
+        lora_slots: int = 0,
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
@@ -51,11 +54,15 @@ class VariantServer:
         evaluations = Evaluations(settings.max_evaluations)
         self._host = HostSide(settings.host_cache, evaluations, swappable)
         cache = LoraCache(settings.cache, settings.cache_bytes)
-        self._lora = LoraFolders(cache, evaluations, swappable.engine.load_lora, lambda: self.swapper.restarts)
+        starts = lambda: self.swapper.restarts  # noqa: E731
+        load, evaluated = swappable.engine.load_lora, metrics.EVALUATIONS.observe
+        self._lora = LoraFolders(cache, evaluations, load, starts, evaluated)
+        self.slots = AdapterSlots(lora_slots, starts)
         self.cache = self._host.cache
         self.places = Places(settings.max_queue)
         self.gate = Gate(catalogue.base.digest)
         self.driver = SwapDriver(swappable, self.gate, self.cache, settings, catalogue.name_of, on_active)
+        self._preparation = Preparation(catalogue, self._host, self._lora, settings.pin, self.driver.add_version)
         self._listed: set[str] = set()
         self._driving: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -77,28 +84,14 @@ class VariantServer:
     def stop(self) -> None:
         """Admit no more requests; running ones continue."""
         self._is_stopping = True
+        metrics.READY.set(0)
         self.gate.close()
         self.gate.refuse(None, EngineDownError("the server is stopping", 5))
         self.driver.stop()
         if self._driving is not None:
             self._driving.cancel()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can be answered, now or after a swap."""
-        return self.driver.is_up and not self._is_stopping
-
     # requests
-
-    @property
-    def base_name(self) -> str:
-        """The variant that answers a request without a variant: the base."""
-        return next(iter(self.catalogue.bases))
-
-    @property
-    def last_activated(self) -> str | None:
-        """The variant that an operator activated last, possibly before a restart."""
-        return self.catalogue.records.active
 
     async def names(self, missing: bool = False) -> list[str]:
         """Every name that a request can use, the base's first; see `Catalogue.names`."""
@@ -109,6 +102,11 @@ class VariantServer:
                 if self.in_flight[name] == 0:
                     self._forget(name)
         return found
+
+    async def observe(self) -> None:
+        """Renew what the metrics tell of the engine, and end the series of names that are gone."""
+        await self.names()
+        metrics.STATE.residency = self.residency()
 
     def _forget(self, name: str) -> None:
         """Remove what was counted for a name that is no longer served."""
@@ -123,7 +121,7 @@ class VariantServer:
     async def prepare(self, name: str) -> Version:
         """The current version of a variant, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
         with ExitStack() as holds:
-            return await self._current(name, holds)
+            return await self._preparation.current(name, holds)
 
     @asynccontextmanager
     async def serving(self, name: str, abort: Callable[[], None]) -> AsyncIterator[Admitted]:
@@ -141,41 +139,25 @@ class VariantServer:
         waiting = ExitStack()
         waiting.callback(self.places.give_back)
         with waiting, ExitStack() as holds:
-            version = await self._current(name, holds)
+            version = await self._preparation.current(name, holds)
             self.in_flight[name] += 1
             try:
-                ticket = Ticket(self._weights_of(version), arrival, abort)
+                ticket = Ticket(self._weights_of(version), arrival, abort, name)
                 self.driver.check(ticket.digest)
                 self.driver.notice_death()
                 await self.gate.enter(ticket)
                 waiting.close()
                 try:
                     self._record_use(name, arrival)
-                    lora = await self._lora.load(name, version) if version.lora is not None else None
+                    lora = None
+                    if version.lora is not None:
+                        lora = await self._lora.load(name, version)
+                        holds.enter_context(self.slots.using(version.digest))
                     yield Admitted(name, version, lambda: ticket in self.gate.running, lora)
                 finally:
                     self.gate.leave(ticket)
             finally:
                 self.in_flight[name] -= 1
-
-    async def _current(self, name: str, holds: ExitStack) -> Version:
-        """The current version of a variant, prepared; its weights are held in host memory until `holds` is closed."""
-        variant, version = await self.catalogue.current(name, self._preparing(name, holds))
-        self._update_pin(variant, version)
-        return version
-
-    def _preparing(self, name: str, holds: ExitStack) -> Prepare:
-        """A function that prepares a version, and holds what a request for it needs until `holds` is closed."""
-
-        async def prepare(version: Version) -> None:
-            """Evaluate its weights, or its LoRA adapter."""
-            if version.has_own_weights:
-                await self._host.prepare(version, holds)
-                self.driver.add_version(version)
-            elif version.lora is not None:
-                await self._lora.prepare(name, version, holds)
-
-        return prepare
 
     def _weights_of(self, version: Version) -> str:
         return version.digest if version.has_own_weights else self.catalogue.base.digest
@@ -202,9 +184,9 @@ class VariantServer:
         """Swap to a variant next. Raises the same errors as `serving`, except `QueueFullError`."""
         self._check_engine()
         with ExitStack() as holds:
-            digest = self._weights_of(await self._current(name, holds))
+            digest = self._weights_of(await self._preparation.current(name, holds))
             self.driver.clear_failure(digest)
-            ticket = Ticket(digest, time.monotonic(), lambda: None)
+            ticket = Ticket(digest, time.monotonic(), lambda: None, name)
             self.driver.request_swap(digest)
             try:
                 await self.gate.enter(ticket)
@@ -247,76 +229,20 @@ class VariantServer:
     async def reload(self, name: str) -> None:
         """Read the files of a variant again, and retry a failed swap. Raises the same errors as `prepare`."""
         with ExitStack() as holds:
-            variant = await self.catalogue.reload(name, self._preparing(name, holds))
+            variant = await self.catalogue.reload(name, self._preparation.preparing(name, holds))
             if variant.version is not None:
                 self.driver.clear_failure(variant.version.digest)
-            self._update_pin(variant, variant.version)
+            self._preparation.update_pin(variant)
 
     async def rollback(self, name: str, digest: str | None, hold: bool = False) -> None:
         """Roll back to an earlier version; see `Catalogue.rollback`."""
         with ExitStack() as holds:
-            variant = await self.catalogue.rollback(name, digest, self._preparing(name, holds), hold)
-            self._update_pin(variant, variant.version)
+            variant = await self.catalogue.rollback(name, digest, self._preparation.preparing(name, holds), hold)
+            self._preparation.update_pin(variant)
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""
         variant = self.catalogue.pin(name, pinned)
         if pinned:
             await self.prepare(name)
-        self._update_pin(variant, variant.version)
-
-    def _update_pin(self, variant: Variant, version: Version | None) -> None:
-        self._host.update_pin(variant.name, self._is_pinned(variant), version)
-
-    def _is_pinned(self, variant: Variant) -> bool:
-        return variant.name in self.settings.pin or variant.record.pinned
-
-    def facts(self, name: str) -> VariantFacts:
-        """The current facts of a variant. Raises `UnknownVariantError`."""
-        variant = self.catalogue.find(name)
-        usage, swaps = self.usage.get(name, Usage()), self.driver.usage.get(name, SwapUsage())
-        digest = variant.version.digest if variant.version is not None else variant.record.digest
-        weights = self.cache.get(digest) if digest is not None else None
-        return VariantFacts(
-            name=name,
-            kind=self.catalogue.kind_of(variant),
-            availability=self._availability(variant, digest),
-            digest=digest,
-            previous=tuple(self.catalogue.earlier(variant)),
-            source=variant.record.source,
-            host_bytes=weights.nbytes if weights is not None else 0,
-            evictable_bytes=self.cache.evictable(digest) if digest is not None else 0,
-            is_pinned=self._is_pinned(variant),
-            is_held=variant.record.held,
-            running=sum(ticket.digest == digest for ticket in self.gate.running),
-            waiting=self.gate.waiting(digest) if digest is not None else 0,
-            requests=usage.requests,
-            last_used=usage.last_used,
-            swaps=swaps.swaps,
-            last_swap_seconds=swaps.last_seconds,
-            error=variant.error or self.driver.failure(digest),
-        )
-
-    def _availability(self, variant: Variant, digest: str | None) -> Availability:
-        if variant.error is not None or self.driver.failure(digest) is not None:
-            return Availability.FAILED
-        if digest == self.swapper.active.version.digest:
-            return Availability.ACTIVE
-        is_on_host = digest is not None and self.cache.get(digest) is not None
-        needs_none = variant.version is not None and not variant.version.has_own_weights
-        return Availability.READY if is_on_host or needs_none else Availability.REGISTERED
-
-    def engine_facts(self) -> EngineFacts:
-        """The current facts of the engine."""
-        digest = self.swapper.active.version.digest
-        return EngineFacts(
-            state=self.driver.state,
-            detail=self.driver.detail,
-            active=self.catalogue.name_of(digest) or digest[:12],
-            digest=digest,
-            restarts=self.swapper.restarts,
-            host_cache_bytes=self.cache.nbytes,
-            host_cache_limit=self.cache.limit,
-            base_copy_bytes=self._host.base_copy_bytes,
-            swap_seconds={phase.value: seconds for phase, seconds in self.driver.last_report.seconds.items()},
-        )
+        self._preparation.update_pin(variant)

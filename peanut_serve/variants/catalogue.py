@@ -123,6 +123,14 @@ class Catalogue:
         known = [*self.bases.values(), *self._variants.values()]
         return next((v.name for v in known if v.version is not None and v.version.digest == digest), None)
 
+    def names_by_digest(self) -> dict[str, list[str]]:
+        """Every name that refers to a version, by its digest: a version can have several."""
+        found: dict[str, list[str]] = {}
+        for variant in (*self.bases.values(), *self._variants.values()):
+            if variant.version is not None:
+                found.setdefault(variant.version.digest, []).append(variant.name)
+        return found
+
     def kind_of(self, variant: Variant) -> VariantKind:
         """How a variant is stored and served; judged by its files if it was not requested yet."""
         if variant.version is not None:

@@ -76,6 +76,7 @@ INTERNALS = (
     Internal("vllm.v1.engine.input_processor:InputProcessor.assign_request_id", (), "5d1d2848e656"),
     Internal("vllm.v1.engine:EngineCoreRequest"),
     Internal("vllm.outputs:RequestOutput"),
+    Internal("vllm.outputs:PoolingRequestOutput"),
     # the engine, its restart and its end (swap/engine.py, swap/endpoints.py)
     Internal(f"{_CLIENT}.shutdown", ("timeout",), "afd4b373ba2b"),
     Internal(f"{_CLIENT}.abort", ("request_id", "internal"), "19bf54099374"),
@@ -95,6 +96,9 @@ INTERNALS = (
         "5c6000a44cdd",
     ),
     Internal("vllm.v1.executor:Executor.get_class", ("vllm_config",)),
+    # the metric of adapters is replaced, the one of the queue is read (swap/lora_info.py)
+    Internal("vllm.v1.metrics.loggers:PrometheusStatLogger.record", ("scheduler_stats",), "dc56f4a61723"),
+    Internal("vllm.v1.metrics.loggers:StatLoggerManager"),
     Internal("vllm.engine.protocol:EngineClient"),
     Internal("vllm.config:LoRAConfig"),
     Internal("vllm.config:ModelConfig"),

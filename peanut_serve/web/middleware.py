@@ -53,6 +53,8 @@ class VariantMiddleware:
         else:
             if _access(scope) is Access.NAMES:
                 self._admit(None)
+            elif _path(scope).rstrip("/") == "/metrics":
+                await self._find_server().observe()  # here, in the event loop: metrics are collected in a thread
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ServingError | None:

@@ -20,6 +20,8 @@ import pytest
 import torch
 from support.engines.serving import QUESTIONS, Server, answer, environment, kill, serving, stalled_reader
 from support.paths import ROOT
+from support.server.exposition import check_families
+from support.server.gateway import read_endpoint, samples_of
 from support.tiny_models import edit_json, edit_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +116,24 @@ def test_a_response_names_its_variant(server: Server) -> None:
     assert raw.parse().system_fingerprint.endswith(digest[:16])
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as metrics:
         assert b'peanut_tokens_total{kind="generated",variant="smollm2-json"}' in metrics.read()
+
+
+def test_gateways_see_the_adapters(server: Server) -> None:
+    """By their public names, in one sample: those that run, and those that are loaded."""
+    for task in TASKS:
+        assert answer(server.client, task, QUESTIONS[1], 1)
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+        text = response.read().decode()
+    assert len(samples_of(text, "vllm:lora_requests_info")) == 1
+    endpoint = read_endpoint(text)
+    assert (endpoint.active, endpoint.waiting, endpoint.most) == (set(TASKS), set(), len(TASKS))
+    assert [endpoint.score(name) for name in ("smollm2-json", "other")] == [1.0, 0.0]
+    cards = {card.id: (card.root, card.parent) for card in server.client.models.list()}
+    check_families(text, "lora", set(cards))
+    assert cards["smollm2-json"] == ("smollm2-json", BASE)
+    assert cards[BASE][1] is None
+    with urllib.request.urlopen(f"{server.url}/health", timeout=60) as health:
+        assert json.loads(health.read()) == {"state": "serving", "detail": None}
 
 
 def test_the_rest_of_vllm_is_unchanged(server: Server) -> None:

@@ -31,6 +31,8 @@ from support.engines.serving import (
 )
 from support.paths import ROOT
 from support.server.console import logged_in
+from support.server.exposition import check_families
+from support.server.gateway import metric_specs, read_endpoint, samples_of
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from converters import merge
@@ -119,6 +121,21 @@ def test_the_console_asks_both_side_by_side(server: Server) -> None:
     assert "%" in sections["memory"].split("KV cache in use")[1]  # vLLM's own gauge
 
 
+def test_gateways_see_slots_beside_the_base(server: Server) -> None:
+    """And none beside swapped weights, with which no adapter can be answered."""
+    say(server, "upper-folder")
+    endpoint = read_endpoint(httpx.get(f"{server.url}/metrics", timeout=60).text)
+    assert (endpoint.active, endpoint.most) == ({"upper-folder"}, 1)
+    assert endpoint.score("smollm2-json") == 0.0
+    say(server, "smollm2-json")
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    endpoint = read_endpoint(text)
+    assert (endpoint.active, endpoint.waiting, endpoint.most) == ({BASE, "smollm2-json"}, set(), 2)
+    assert endpoint.score("upper-folder") == 0.0
+    check_families(text, "auto", {BASE, *RIGHT})
+    assert all(samples_of(text, name) for name in metric_specs().values())  # what the picker is told to read
+
+
 def test_salted_prefixes_stay_cached_and_separate(server: Server) -> None:
     """A variant that is swapped in again finds its own prefix in the cache, and only that."""
     prompt = " ".join(QUESTIONS * 8)
@@ -162,7 +179,9 @@ def test_what_a_name_means_if_it_is_served_as_lora(server: Server) -> None:
     assert admin(server, "DELETE", "/task").status_code == 204
     with pytest.raises(openai.NotFoundError):
         say(server, "task")
-    assert {model.id for model in server.client.models.list()} == {BASE, *RIGHT, "alias"}
+    roots_of = {card.id: card.root for card in server.client.models.list()}
+    assert roots_of.pop(BASE).endswith(BASE)
+    assert roots_of == {**{name: name for name in RIGHT}, "alias": "smollm2-json"}
     assert admin(server, "DELETE", "/alias").status_code == 204
 
 

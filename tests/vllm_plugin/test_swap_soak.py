@@ -247,7 +247,7 @@ async def everything(server: Server, world: World, folder: Path) -> Traffic:
 def test_every_answer_is_of_its_own_variant(world: World, tmp_path: Path) -> None:
     with swapping(world, tmp_path) as server:
         traffic = asyncio.run(everything(server, world, tmp_path))
-        with urllib.request.urlopen(f"{server.url}/health", timeout=60) as response:
+        with urllib.request.urlopen(f"{server.url}/ready", timeout=60) as response:
             assert response.status == 200
         rolled_back = metric(server, "peanut_rollbacks_total")
         restarts = metric(server, "peanut_engine_restarts_total")

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import openai
 import pytest
 from support.engines.serving import QUESTIONS, Server, answer, environment, free_port, kill, serving
 from support.paths import ROOT
+from support.server.exposition import check_families
+from support.server.gateway import read_endpoint, read_queue
 from support.tiny_models import edit_weights
 from transformers import AutoTokenizer
 
@@ -91,7 +94,8 @@ def server(smollm2: Path, roots: Path, tmp_path_factory: pytest.TempPathFactory)
     worker = ("--worker-extension-cls", "support.engines.probing_worker.ProbingWorker")
     port = str(free_port())
     options = ("--mode", "merged", "--state", str(folder / "state"), "--admin-port", port, *worker, *OPTIONS)
-    variables = {"PEANUT_ADMIN_KEY": KEY, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    variables = {"PEANUT_ADMIN_KEY": KEY, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
     with serving(smollm2, roots, folder, *options, **variables) as running:
         (folder / "admin-port").write_text(port)
         yield running
@@ -222,6 +226,42 @@ def test_a_response_names_its_variant(server: Server) -> None:
         assert wanted in text
 
 
+def metrics_of(server: Server) -> str:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+        return str(response.read().decode())
+
+
+def test_gateways_see_what_is_resident(server: Server) -> None:
+    """And what waits: before the engine, where vLLM's own metric of its queue does not see it."""
+    admin(server, "POST", "variants", {"name": "alias", "source": "smollm2-upper"})
+    assert answer(server.client, "smollm2-upper", QUESTIONS[1]) == "GRASS IS GREEN."
+    endpoint = read_endpoint(metrics_of(server))
+    assert (endpoint.active, endpoint.most) == ({"smollm2-upper", "alias"}, 1)
+    assert [endpoint.score(name) for name in ("alias", "smollm2-json")] == [1.0, 0.0]
+    stream = server.client.chat.completions.create(
+        model="alias", messages=[{"role": "user", "content": QUESTIONS[1]}], max_tokens=300, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(answer, server.client, "smollm2-json", QUESTIONS[1])
+        deadline = time.monotonic() + 60
+        while not (endpoint := read_endpoint(text := metrics_of(server))).waiting:
+            assert time.monotonic() < deadline
+        assert (endpoint.active, endpoint.waiting) == ({"smollm2-upper", "alias"}, {"smollm2-json"})
+        assert endpoint.score("smollm2-json") == 0.6
+        assert (read_queue(text), read_queue(text, "peanut_queued_requests")) == (0, 1)
+        list(stream)
+        assert waiting.result() == '{"answer": "green"}'
+    assert read_endpoint(metrics_of(server)).active == {"smollm2-json"}
+    cards = {card.id: card for card in server.client.models.list()}
+    check_families(metrics_of(server), "merged", set(cards))
+    assert {name: card.parent for name, card in cards.items()} == {**dict.fromkeys(cards, BASE), BASE: None}
+    assert [cards[name].root for name in ("smollm2-json", "alias")] == ["smollm2-json", "smollm2-upper"]
+    admin(server, "DELETE", "variants/alias")
+    assert "alias" not in metrics_of(server)
+
+
 def test_a_swap_waits_for_a_stream(server: Server) -> None:
     stream = server.client.chat.completions.create(
         model="smollm2-json",
@@ -269,19 +309,23 @@ def test_changed_theta_and_back(server: Server, roots: Path) -> None:
 
 
 def test_a_killed_worker(server: Server, fresh: dict[str, Fresh], prompts: list[list[int]]) -> None:
-    """/health reports it; waiting requests are answered by the new engine, with the weights of their variant."""
+    """/ready reports it; waiting requests are answered by the new engine, with the weights of their variant.
+
+    /health does not: the server restarts the engine itself, and an orchestrator that restarts the server harms.
+    """
     assert tokens_of(server, "smollm2-json", prompts[0]) == fresh["smollm2-json"].tokens[0]
     kill(server, "VLLM::Worker")
-    while health(server) == 200:
+    while status(server, "ready") == 200:
         time.sleep(0.02)
+    assert status(server, "health") == 200
     assert tokens_of(server, "smollm2-json", prompts[0]) == fresh["smollm2-json"].tokens[0]
-    assert health(server) == 200
+    assert (status(server, "health"), status(server, "ready")) == (200, 200)
     assert admin(server, "GET", "engine")["restarts"] == 1
 
 
-def health(server: Server) -> int:
+def status(server: Server, probe: str) -> int:
     try:
-        with urllib.request.urlopen(f"{server.url}/health") as response:
+        with urllib.request.urlopen(f"{server.url}/{probe}") as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code

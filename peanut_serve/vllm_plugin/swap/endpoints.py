@@ -28,6 +28,7 @@ from peanut_serve.swapping.server import VariantServer
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
+from peanut_serve.vllm_plugin.swap.lora_info import tell_residency
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
 from peanut_serve.web.audit import AuditedControl, audit_log
@@ -68,16 +69,15 @@ class VariantEndpoints:
         limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_timeout)
         app.add_middleware(VariantMiddleware, find_server=server, admit=admit, keys=keys, limits=limits)  # type: ignore[arg-type]
 
-        @app.get("/health", summary="Check that the engine is alive and has complete weights")
+        @app.get("/health", summary="Check that the server works: it fails if a restart of the server is the cure")
+        async def health() -> JSONResponse:
+            """200 or 503, with the state of the engine, which the server itself restarts if it dies."""
+            return _state(server(), server().is_alive)
+
         @app.get("/ready", summary="Check that requests can be answered, now or after a swap")
         async def ready() -> JSONResponse:
             """200 or 503, with the state of the engine."""
-            one = server()
-            engine = one.engine_facts()
-            answer = {"state": engine.state, "detail": engine.detail}
-            if one.is_ready:
-                return JSONResponse(answer)
-            return JSONResponse(answer, 503, headers={"Retry-After": "5"})
+            return _state(server(), server().is_ready)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Test the engine and start serving. Raises `PeanutError` if that fails: the server then does not start."""
@@ -90,6 +90,7 @@ class VariantEndpoints:
         state.peanut_variants = server
         _stop_with(server, engine_client, state)
         await server.start()
+        tell_residency(engine_client)
         serve_variants(state.openai_serving_models, server)
         if settings.admin_port is not None:
             app = _admin(settings, settings.admin_port, server, state.peanut_route)
@@ -110,6 +111,12 @@ def _admin(settings: ServerSettings, port: int, server: VariantServer, route: Da
     return app
 
 
+def _state(server: VariantServer, is_well: bool) -> JSONResponse:
+    engine = server.engine_facts()
+    answer = {"state": engine.state, "detail": engine.detail}
+    return JSONResponse(answer) if is_well else JSONResponse(answer, 503, headers={"Retry-After": "5"})
+
+
 async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) -> VariantServer:
     generates = "generate" in await client.get_supported_tasks()
     if settings.mode != "lora" and not generates:
@@ -123,8 +130,9 @@ async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) ->
     guard(client)
     is_salted = settings.prefix_cache == "salted"
     engine = SwapEngine(client, keeps_prefixes=is_salted, generates=generates)
-    lora = None if settings.mode == "merged" else _limits(client.vllm_config.lora_config, client.model_config)
-    host = Host(base, args.served_model_name or [args.model], lora)
+    config = None if settings.mode == "merged" else client.vllm_config.lora_config
+    lora = None if settings.mode == "merged" else _limits(config, client.model_config)
+    host = Host(base, args.served_model_name or [args.model], lora, lora_slots=config.max_loras if config else 0)
     if is_salted:
         host = replace(host, on_active=PrefixSalts(client).activate)
     return await assemble_server(settings, engine, host)

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
+from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -47,6 +47,8 @@ def _guarded(run: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Asy
                 _check_running(request)
                 if isinstance(output, RequestOutput):
                     _count(request.name, output, total)
+                elif isinstance(output, PoolingRequestOutput) and output.finished:
+                    metrics.TOKENS.labels(request.name, "prompt").inc(len(output.prompt_token_ids))
                 yield output
 
     return guarded

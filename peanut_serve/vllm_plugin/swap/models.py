@@ -61,14 +61,19 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
             return server.has(name)  # of a route that needs no weights
         return request.name == name and request.lora is None
 
+    def source_of(name: str) -> str:
+        """The entry of a folder of variants, or the Hub id, that a name stands for; never a path."""
+        record = server.catalogue.records.variants.get(name)
+        return name if record is None else record.source
+
     async def show_available_models() -> ModelList:
-        """The variants of the catalogue, used or not."""
+        """The variants of the catalogue, used or not. `root` is what a name stands for: an alias has another one."""
         length = models.model_config.max_model_len
         cards = [
             ModelCard(
                 id=name,
                 max_model_len=length,
-                root=base.model_path if name in server.catalogue.bases else name,
+                root=base.model_path if name in server.catalogue.bases else source_of(name),
                 parent=None if name in server.catalogue.bases else base.name,
                 permission=[ModelPermission()],
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.paths import ROOT
 
 # names of commands, where a document speaks of them
-_NAMES = ("peanut-serve ctl", "peanut-serve deploy", "peanut-serve predict", "peanut-serve size", "peanut-serve state")
+_NAMES = tuple(f"peanut-serve {one}" for one in ("ctl", "deploy", "predict", "size", "state"))
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,13 @@ CONVERTERS = Document("converters/README.md")
 SERVING = Document("peanut_serve/README.md")
 CONTRIBUTING = Document("CONTRIBUTING.md")
 SECURITY = Document("SECURITY.md")
+GATEWAYS = Document("peanut_serve/GATEWAYS.md")
 
 EXECUTED = (README, CONVERTERS, SERVING, CONTRIBUTING)
 ALL = (
     *EXECUTED,
     SECURITY,
+    GATEWAYS,
     Document("CHANGELOG.md"),
     Document("benchmarks/README.md"),
     Document("examples/onnx/README.md"),

@@ -18,6 +18,7 @@ from peanut_serve.variants.lora_export import LoraLimits
 
 NAMES = ("base", "v1", "v2", "v3")
 SIZE = 12288  # bytes of a variant on the host
+SLOTS = 2  # for LoRA adapters in the engine
 
 
 def make_weights(folder: Path) -> Weights:
@@ -80,7 +81,7 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             settings = ServerSettings(state=Path(mkdtemp(dir=tmp_path)), **choices)
             engine, actives = FakeEngine(weights.base), []
             lora = None if settings.mode == "merged" else LoraLimits(512)
-            host = Host(weights.base, ["base"], lora, actives.append)
+            host = Host(weights.base, ["base"], lora, actives.append, lora_slots=SLOTS if lora else 0)
             server = await assemble_server(settings, engine, host)
             await server.start()
             expected = {name: identity(found) for name, found in weights.expected.items()}
