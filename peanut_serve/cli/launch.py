@@ -45,6 +45,7 @@ _UNSUPPORTED_BY_SWAPPING = {
     "--headless": _SEVERAL_ENGINES,
 }
 _OURS = {"--model", "--model-tag"}  # set by --base
+_SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,13 @@ def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
 def server_variables(settings: ServerSettings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Build the environment that vLLM's processes need.
 
-    Raises `OptionError` if the admin port is in use.
+    Raises `OptionError` if the admin port is in use, or if metrics would be those of several processes.
     """
+    if _SHARED_METRICS in environment:
+        raise OptionError(
+            f"{_SHARED_METRICS} is set, with which metrics are read from the files of processes; peanut-serve has "
+            "one, some of whose metrics are not in files: unset it"
+        )
     if settings.admin_port is not None:
         from peanut_serve.web.admin import bind
 

@@ -147,6 +147,8 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     variables = server_variables(settings, {})
     assert {"peanut_serve", "peanut_serve_variants"} <= set(variables["VLLM_PLUGINS"].split(","))
     assert server_variables(settings, {"VLLM_PLUGINS": "mine"})["VLLM_PLUGINS"] == "mine,peanut_serve_variants"
+    with pytest.raises(OptionError, match="PROMETHEUS_MULTIPROC_DIR is set, .*: unset it"):
+        server_variables(settings, {"PROMETHEUS_MULTIPROC_DIR": "/tmp"})
     assert ServerSettings.read(variables) == settings
     monkeypatch.delenv("PEANUT_ADMIN_KEY", raising=False)
     for options, refusal in (

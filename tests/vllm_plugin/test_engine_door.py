@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from converters.errors import OptionError
 from peanut_serve.errors import NotAdmittedError
@@ -118,6 +119,27 @@ def test_this_package_itself_is_let_in(ask: Callable[..., Any]) -> None:
         return await outputs(ask, None)
 
     assert asyncio.run(test()) == [0, 1, 2]
+
+
+def test_the_tokens_of_embeddings_are_counted() -> None:
+    """Once, when the request has ended."""
+    from vllm.outputs import PoolingRequestOutput
+
+    from peanut_serve.vllm_plugin.swap.engine_door import guard
+
+    class Embedding(Client):
+        async def encode(self, prompt: str, params: object, request_id: str, lora_request: Any = None) -> Any:
+            for finished in (False, True):
+                yield PoolingRequestOutput(request_id, None, [1, 2, 3], 0, finished)
+
+    def counted() -> float:
+        return REGISTRY.get_sample_value("peanut_tokens_total", {"variant": "embedding", "kind": "prompt"}) or 0.0
+
+    client: Any = Embedding()
+    guard(client)
+    before = counted()
+    asyncio.run(outputs(lambda lora: client.encode("prompt", None, "id", lora_request=lora), admission("embedding")))
+    assert counted() - before == 3
 
 
 def test_a_pause_aborts_what_is_left_in_the_engine() -> None:

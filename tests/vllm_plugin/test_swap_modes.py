@@ -311,3 +311,6 @@ def test_embeddings_of_adapters(smollm2: Path, tmp_path: Path) -> None:
             vector = raw.parse().data[0].embedding
             assert found.setdefault(name, vector) == pytest.approx(vector, abs=1e-5)
         assert all(found[a] != pytest.approx(found[b], abs=1e-3) for a, b in combinations(found, 2))
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
+        tokens = dict(re.findall(r'peanut_tokens_total{kind="prompt",variant="(.*)"} (.*)', text))
+        assert float(tokens["smollm2-json"]) == 2 * float(tokens["smollm2-upper"]) > 0
