@@ -12,9 +12,12 @@ from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.declaration import NAME
 from peanut_serve.ray.settings import FleetSettings
 
-# Ray reads them when it is imported. Engines are not to be niced, and a proxy on a busy machine takes its time
+# Ray reads them when it is imported. Engines are not to be niced, and a proxy on a busy machine takes its time.
+# Nothing in the front and in replicas blocks, so that they can do without the threads that Ray has for code that may
 VARIABLES = {
     "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

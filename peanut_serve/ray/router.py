@@ -23,11 +23,17 @@ class VariantRouter(RequestRouter):
         self._sent: dict[ReplicaID, dict[str, str]] = {}  # replica -> request -> variant
         # replica -> what it told when it answered a request for a variant, and the variant: newer than what it told
         self._answered: dict[ReplicaID, tuple[dict[str, Any], str]] = {}
+        self._unreachable: set[ReplicaID] = set()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """All replicas, each in a rank of its own: within a rank, Ray would take the one with the shortest queue."""
+        for replica in candidate_replicas:
+            # else Ray asks every ten seconds how long a queue is, and passes over a replica that is slow to tell
+            if replica.replica_id not in self._unreachable:
+                sent = self._sent.get(replica.replica_id, {})
+                self.replica_queue_len_cache.update(replica.replica_id, len(sent))
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
@@ -38,6 +44,7 @@ class VariantRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Ray when a replica has taken a request."""
+        self._unreachable.discard(replica_id)
         variant = pending_request.metadata.multiplexed_model_id
         self._popularity.count(variant, time.monotonic())
         self._sent.setdefault(replica_id, {})[pending_request.metadata.internal_request_id] = variant
@@ -49,12 +56,18 @@ class VariantRouter(RequestRouter):
         if variant and replica is not None:
             self._answered[replica_id] = (replica.routing_stats, variant)
 
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """Called by Ray when a replica could not be reached: it has to answer Ray before it gets another request."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._unreachable.add(replica_id)
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray when the fleet has changed."""
         super().update_replicas(replicas)
         living = {replica.replica_id for replica in replicas}
         self._sent = {replica: sent for replica, sent in self._sent.items() if replica in living}
         self._answered = {replica: answered for replica, answered in self._answered.items() if replica in living}
+        self._unreachable &= living
 
     def _seen(self, replica: RunningReplica) -> Replica:
         told = replica.routing_stats

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,14 @@ from support.fleet import fake_server
 
 from peanut_serve.ray.app import build
 from peanut_serve.ray.child import free_port
+from peanut_serve.ray.one_machine import VARIABLES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY, ADMIN_KEY = "a-key", "an-admin-key"
 REPLICAS = 3
 COMPLETIONS = "/v1/completions"
+QUEUES_KNOWN = 1  # seconds for which Ray remembers the length of a queue; its default is 10
 
 
 class Fleet:
@@ -49,7 +52,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     journal, keys, port = folder / "journal", folder / "keys", free_port()
     keys.write_text(f"{KEY}\nanother-key\n")
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
+    os.environ |= VARIABLES | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
+    os.environ["RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S"] = str(QUEUES_KNOWN)
     engine = {
         "command": [sys.executable, fake_server.__file__],
         "options": ["--swap", "0.2", "--journal", str(journal)],
@@ -74,6 +78,17 @@ def test_a_variant_stays_where_its_weights_are(fleet: Fleet) -> None:
             assert fleet.ask(variant) == answered
     assert len({pid for _, pid in first.values()}) == REPLICAS
     assert len(fleet.events()) == swaps, "a variant was swapped in again"
+
+
+def test_a_replica_that_is_slow_keeps_its_variant(fleet: Fleet) -> None:
+    answered = fleet.ask("v1")
+    replica = parent(parent(answered[1]))  # the watchdog is between
+    time.sleep(2 * QUEUES_KNOWN)
+    os.kill(replica, signal.SIGSTOP)
+    resumed = threading.Timer(2, os.kill, (replica, signal.SIGCONT))
+    resumed.start()
+    assert fleet.ask("v1") == answered
+    resumed.join()
 
 
 def test_another_name_of_a_variant_goes_where_its_weights_are(fleet: Fleet) -> None:
@@ -206,6 +221,10 @@ def test_an_answer_that_was_cut_is_given_by_another(fleet: Fleet) -> None:
     assert (answer.status_code, answer.json()["variant"]) == (200, "v5")
     assert answer.json()["pid"] != lost
     assert until(lambda: len(living(fleet) - {lost}) == REPLICAS, 60)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def living(fleet: Fleet) -> set[int]:
