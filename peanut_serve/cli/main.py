@@ -36,6 +36,7 @@ Examples:
   peanut-serve ctl list
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
+  peanut-serve classify ./pets-onnx --port 8080
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "gsm8k", "prompt": "6 times 7 is"}'
 """
@@ -200,6 +201,10 @@ def main() -> NoReturn:
         from peanut_serve.cli.predict_command import main as predict
 
         predict(sys.argv[2:])
+    if sys.argv[1:2] == ["classify"]:
+        from peanut_serve.cli.classify_command import main as classify
+
+        classify(sys.argv[2:])
     if sys.argv[1:2] == ["deploy"]:
         from peanut_serve.cli.deploy_command import main as deploy
 

@@ -3,7 +3,10 @@
 import hashlib
 import secrets
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import Any
+
+from converters.errors import OptionError
 
 
 class BearerKeys:
@@ -22,6 +25,19 @@ class BearerKeys:
         given = _hash(key.strip())
         matches = [secrets.compare_digest(given, known) for known in self._hashes]  # with every key, found or not
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The keys in a file. Raises `OptionError` for a file without any, which would let everybody in."""
+    if file is None:
+        return []
+    try:
+        keys = file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the keys in {file} cannot be read: {error}") from None
+    if not keys:
+        raise OptionError(f"there is no key in {file}; expected one in each line")
+    return keys
 
 
 def _hash(key: bytes) -> bytes:
