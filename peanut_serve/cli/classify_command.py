@@ -28,6 +28,7 @@ Examples:
   peanut-serve classify ./tasks-onnx ./sentiment-onnx --port 9000 --memory 8GiB
   peanut-serve classify ./tasks-onnx --host 0.0.0.0 --api-key-file keys.txt
   peanut-serve classify ./tasks-onnx --max-batch 16 --max-delay 5 --threads 4
+  peanut-serve classify ./tasks-onnx --dry-run
   curl http://127.0.0.1:8080/models/pets-onnx -H 'Content-Type: image/png' --data-binary @beagle.png
   curl http://127.0.0.1:8080/models/sentiment-onnx -H 'Content-Type: application/json' \\
     -d '{"inputs": "A well executed spy thriller."}'
@@ -81,9 +82,12 @@ def _classify(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Number of threads of a run (default: all cores).")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
+    ] = False,
 ) -> None:
     from peanut_serve.classify.http.door import ClientLimits
-    from peanut_serve.classify.http.serving import check_host, serve
+    from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
     from peanut_serve.web.bearer import read_keys
@@ -105,7 +109,11 @@ def _classify(
     check_host(host, keys)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("peanut_serve").setLevel(logging.INFO)
-    serve(TaskServer(folders, precision=precision.value, limits=limits), host, port, keys, clients)
+    tasks = TaskServer(folders, precision=precision.value, limits=limits)
+    if dry_run:
+        check(tasks)
+    else:
+        serve(tasks, host, port, keys, clients)
 
 
 def _size(option: str, text: str) -> int:

@@ -20,6 +20,7 @@ from peanut_serve.web.admin import bind
 logger = logging.getLogger("peanut_serve.classify")
 
 _FAREWELL = 0.5  # seconds in which clients of open connections learn that there will be no further answer on them
+_SHOWN = 10  # names in a message
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SWITCH = 0.0005  # seconds: a run that has ended waits no longer for the thread of the event loop
 
@@ -56,7 +57,19 @@ def check_host(host: str, keys: list[str]) -> None:
     except ValueError:
         is_loopback = False  # a name may stand for any address
     if not is_loopback and not keys:
-        raise OptionError(f"host={host} can be reached by others; set api_key_file, or serve on 127.0.0.1")
+        raise OptionError(f"--host {host} can be reached by others; give --api-key-file, or serve on 127.0.0.1")
+
+
+def check(tasks: TaskServer) -> None:
+    """Open every task, and print a line with its name, digest and kind. Raises `PeanutError` if one is broken."""
+
+    async def opened() -> None:
+        async with tasks:
+            for name in await tasks.names():
+                version = await tasks.load(name)
+                print(f"{name}\t{version.digest}\t{version.task.kind.task}", flush=True)
+
+    asyncio.run(opened())
 
 
 def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: ClientLimits) -> None:
@@ -76,5 +89,7 @@ def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: Clie
     )
     address, own = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    print(f"serving {', '.join(tasks.library.names())} on http://{shown}:{own}", flush=True)
+    names = tasks.library.names()
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    print(f"serving {', '.join(names[:_SHOWN])}{more} on http://{shown}:{own}", flush=True)
     asyncio.run(_Server(config, tasks).serve([listener]))

@@ -68,7 +68,9 @@ class Batcher:
         self._changed = threading.Condition()
         self._queues: dict[TaskVersion, deque[Job]] = {}
         self._is_closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"run-{index}") for index in range(runners)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"run-{index}", daemon=True) for index in range(runners)
+        ]
         for thread in self._threads:
             thread.start()
 

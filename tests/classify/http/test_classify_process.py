@@ -4,6 +4,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,10 @@ def test_the_help_has_examples(run_here: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--host", "0.0.0.0"], "--host=0.0.0.0 can be reached by others; set --api-key-file, or serve on 127.0.0.1"),
+        (
+            ["--host", "0.0.0.0"],
+            "--host 0.0.0.0 can be reached by others; give --api-key-file, or",
+        ),
         (["--host", "example.org"], "can be reached by others"),
         (["--api-key-file", "/no/such/file"], "the keys in /no/such/file cannot be read"),
         (["--api-key", "two words"], "an API key is empty, or has spaces"),
@@ -49,6 +53,14 @@ def test_a_folder_without_an_export_is_refused(tmp_path: Path, run_here: Run) ->
     done = run_here("peanut-serve", "classify", tmp_path)
     assert done.returncode == 1
     assert "contains no ONNX export; expected a folder that peanut-merge --format onnx wrote" in done.stderr
+
+
+def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path, run_here: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_here("peanut-serve", "classify", stand_in(tmp_path / "mood"), "--port", str(port))
+    assert done.returncode == 1
+    assert f"the server cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.paths import ROOT
 
 # names of commands, where a document speaks of them
-_NAMES = ("peanut-serve ctl", "peanut-serve deploy", "peanut-serve predict")
+_NAMES = ("peanut-serve ctl", "peanut-serve deploy", "peanut-serve predict", "peanut-serve classify")
 
 
 @dataclass(frozen=True)
