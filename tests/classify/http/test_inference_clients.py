@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 from support.classify.exports import TEXTS
 from support.classify.serving import PATIENCE, classifying, digit
@@ -27,7 +27,8 @@ def served(exports: Path) -> Iterator[tuple[str, TaskServer]]:
 
 
 @pytest.fixture
-def url(served: tuple[str, TaskServer]) -> str:
+def url(served: tuple[str, TaskServer], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # it holds for the client and loopback, too
     return served[0]
 
 
