@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo demo-console console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo onnx-models soak clean
+.PHONY: demo demo-console demo-classify console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx bench-classify bench-fleet zoo onnx-models soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-methods bench-serving bench-swapping bench-onnx
+bench: bench-merge bench-methods bench-serving bench-swapping bench-onnx bench-classify
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -66,6 +66,24 @@ bench-swapping: $(VENV)/.test
 bench-onnx: $(VENV)/.test
 	rm -f build/bench/onnx.jsonl
 	$(VENV)/bin/python benchmarks/onnx_export.py
+
+bench-classify: $(VENV)/.test
+	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
+	rm -f build/bench/classify.jsonl
+	$(VENV)/bin/python benchmarks/classify.py
+
+# classifiers of images and of texts behind one address, until Ctrl-C
+DEMO := build/demo-classify
+demo-classify: $(VENV)/.test
+	$(VENV)/bin/python examples/make_vit_small.py build/bases/vit-small
+	$(VENV)/bin/python examples/make_minilm.py build/bases/minilm
+	$(VENV)/bin/python examples/make_digits.py build/digits
+	test -d $(DEMO)/digits || $(VENV)/bin/peanut-merge --base build/bases/vit-small --adapter examples/onnx/vit-small-digits --format onnx -o $(DEMO)/digits
+	test -d $(DEMO)/sentiment || $(VENV)/bin/peanut-merge --base build/bases/minilm --adapter examples/onnx/minilm-sentiment --format onnx -o $(DEMO)/sentiment
+	@echo "when it serves, open http://127.0.0.1:8080/openapi.json, or ask it from another terminal:"
+	@echo "  curl http://127.0.0.1:8080/models/digits -H 'Content-Type: image/png' --data-binary @$$(ls build/digits/7/*.png | head -n 1)"
+	@echo "  curl http://127.0.0.1:8080/models/sentiment -H 'Content-Type: application/json' -d '{\"inputs\": \"A well executed spy thriller.\"}'"
+	$(VENV)/bin/peanut-serve classify $(DEMO)
 
 # every architecture that builds small, with PEFT's defaults: what is merged, beside what PEFT computes
 zoo: $(VENV)/.test

@@ -76,13 +76,13 @@ THIRD_PARTY = {
         "peanut_serve.cli",
         "peanut_serve.ray",
     ),
-    "fastapi": ("peanut_serve.web", "peanut_serve.vllm_plugin", "peanut_serve.ray"),
+    "fastapi": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin", "peanut_serve.ray"),
     "ray": ("peanut_serve.ray",),
     "jinja2": ("peanut_serve.web.console",),
-    "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
-    "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
+    "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
+    "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
-    "prometheus_client": ("peanut_serve.swapping",),
+    "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving"),
     "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
 }
 
@@ -94,6 +94,7 @@ COMMANDS = (
     "converters.cli.inspect_command.run_command",
     "peanut_serve.cli.main._serve",
     "peanut_serve.cli.predict_command._predict",
+    "peanut_serve.cli.classify_command._classify",
     "peanut_serve.cli.deploy_command._deploy",
 )
 

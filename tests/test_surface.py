@@ -20,6 +20,7 @@ SURFACE = {
     # preprocessing and sessions of ONNX models: the exporter and the classifier server share them
     "converters.inference.adapter_file",
     "converters.inference.examples",
+    "converters.inference.images",
     "converters.inference.kinds",
     "converters.inference.preprocessing",
     "converters.inference.session",

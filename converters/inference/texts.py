@@ -31,6 +31,7 @@ class TextPreprocessor:
     Attributes:
         max_length: the maximum number of tokens in a sequence, including special tokens.
         pad_id: the id that pads `input_ids`; the other inputs are padded with 0.
+        vocab_size: the number of tokens that the model has embeddings for.
 
     Raises `CheckpointError` if the tokenizer is missing or unusable, or if there is no token to pad with.
     """
@@ -39,7 +40,7 @@ class TextPreprocessor:
         self._folder, self._names = folder, kind.inputs
         model = full_config(folder, config)
         self._tokenizer = _load_tokenizer(folder)
-        self._vocab_size: int = model.vocab_size
+        self.vocab_size: int = model.vocab_size
         positions = model.max_position_embeddings
         if TEXT_MODELS[model.model_type].positions_after_pad:
             positions -= model.pad_token_id + 1
@@ -47,7 +48,7 @@ class TextPreprocessor:
         limits = (self._tokenizer.model_max_length, positions, self._sentences.max_length)
         self.max_length = int(min(limit for limit in limits if limit is not None))
         known = (model.pad_token_id, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
-        pad_id = next((one for one in known if one is not None and 0 <= one < self._vocab_size), None)
+        pad_id = next((one for one in known if one is not None and 0 <= one < self.vocab_size), None)
         if pad_id is None:
             raise CheckpointError(
                 f"{folder}: no token to pad texts with; expected a pad_token_id in config.json, or a pad_token or "
@@ -55,24 +56,28 @@ class TextPreprocessor:
             )
         self.pad_id: int = pad_id
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
+    def __call__(self, examples: Sequence[Example], truncate: bool = True) -> dict[str, NDArray[Any]]:
         """The arrays of texts.
 
+        Args:
+            examples: texts and pairs of texts.
+            truncate: whether what is longer than the model's limit is cut there, or refused.
+
         Raises:
-            OptionError: an example is a file or has no tokens.
+            OptionError: an example is a file, has no tokens, or is too long.
             CheckpointError: the model has no embedding for a token.
         """
-        rows = [self._encode(example) for example in examples]
+        rows = [self._encode(example, truncate) for example in examples]
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         arrays = {name: np.full(shape, self.pad_id if name == "input_ids" else 0, np.int64) for name in self._names}
         for i, row in enumerate(rows):
             for name, array in arrays.items():
                 array[i, : len(row[name])] = row[name]
         largest = arrays["input_ids"].max()
-        if largest >= self._vocab_size:
+        if largest >= self.vocab_size:
             raise CheckpointError(
                 f"{self._folder}: the tokenizer produced the token id {largest}, but the model has only "
-                f"{self._vocab_size} tokens; expected the tokenizer the model was trained with"
+                f"{self.vocab_size} tokens; expected the tokenizer the model was trained with"
             )
         return arrays
 
@@ -90,11 +95,7 @@ class TextPreprocessor:
         texts = [[one] for one in (text if isinstance(text, tuple) else (text,))]
         found = self._tokenizer(*texts, return_offsets_mapping=True, return_special_tokens_mask=True)
         places, special = found["offset_mapping"][0], found["special_tokens_mask"][0]
-        if len(places) > self.max_length:
-            raise OptionError(
-                f"the text {brief(repr(text))} has {len(places)} tokens, and the model takes {self.max_length}; "
-                "split it: the rest would be ignored"
-            )
+        self._check_length(text, len(places))
         of_text = [number == len(texts) - 1 for number in found.sequence_ids(0)]
         return [
             tuple(place) if own and not mask else None
@@ -106,15 +107,25 @@ class TextPreprocessor:
         text: str = self._tokenizer.decode([index])
         return text
 
-    def _encode(self, example: Example) -> Mapping[str, list[int]]:
-        if isinstance(example, Path):
-            raise OptionError(f"{example} is a file, expected a text: the model takes texts")
+    def _check_length(self, text: str | tuple[str, str], tokens: int) -> None:
+        if tokens > self.max_length:
+            raise OptionError(
+                f"the text {brief(repr(text))} has {tokens} tokens, and the model takes {self.max_length}; "
+                "split it: the rest would be ignored"
+            )
+
+    def _encode(self, example: Example, truncate: bool) -> Mapping[str, list[int]]:
+        if isinstance(example, Path | bytes):
+            what = "this is the content of a file" if isinstance(example, bytes) else f"{example} is a file"
+            raise OptionError(f"{what}, expected a text: the model takes texts")
         # as lists: transformers 5.19 does not treat a single text with an empty second text as a pair
         texts = [[self._prepared(text)] for text in (example if isinstance(example, tuple) else (example,))]
         wanted = {
             f"return_{name}": True for name in self._names if name != "input_ids"
         }  # by default the tokenizer does not return all of them
-        found = self._tokenizer(*texts, truncation=True, max_length=self.max_length, **wanted)
+        limit = {"truncation": True, "max_length": self.max_length} if truncate else {}
+        found = self._tokenizer(*texts, **limit, **wanted)
+        self._check_length(example, len(found["input_ids"][0]))
         if not found["input_ids"][0]:
             raise OptionError(f"the text {brief(repr(texts[0][0]))} has no tokens, expected at least one")
         return {name: found[name][0] for name in self._names}

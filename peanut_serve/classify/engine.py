@@ -5,7 +5,6 @@ The adapter is an argument of a run, not a state, so two threads can run two tas
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +13,13 @@ from numpy.typing import NDArray
 from converters.errors import OptionError
 from converters.inference.examples import Example, Preprocessor
 from converters.inference.preprocessing import open_preprocessor
-from converters.inference.session import Arrays, LoadedAdapter, Session
+from converters.inference.session import Arrays, Session
 from converters.inference.texts import TextPreprocessor
 from peanut_serve.classify.answers import Answer, find_answers
 from peanut_serve.classify.entities import Entity, find_entities
-from peanut_serve.classify.predictions import Prediction, check_logits, predictions
+from peanut_serve.classify.loaded import LoadedTask, load_task
+from peanut_serve.classify.predictions import Prediction, predictions
 from peanut_serve.classify.tasks import OnnxTask, find_tasks
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A task that passed its checks and can run."""
-
-    task: OnnxTask
-    session: Session
-    adapter: LoadedAdapter | None
 
 
 class OnnxEngine:
@@ -51,7 +42,7 @@ class OnnxEngine:
         self._lock = threading.Lock()  # held while a task is made ready; ready tasks are read without it
         self._hashes: dict[Path, str] = {}
         self._sessions: dict[Path, Session] = {}
-        self._ready: dict[str, _Ready] = {}
+        self._ready: dict[str, LoadedTask] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
 
     def run(self, arrays: Arrays, task: str | None = None) -> NDArray[np.float32]:
@@ -71,33 +62,18 @@ class OnnxEngine:
 
     def run_all(self, arrays: Arrays, task: str | None = None) -> list[NDArray[np.float32]]:
         """Every output of a task's graph. Takes the arguments of `run`, and raises the same errors."""
-        ready = self.load(task)
-        name = ready.task.name
-        if missing := [one for one in ready.session.inputs if one not in arrays]:
-            raise OptionError(f"{name} needs the inputs {', '.join(ready.session.inputs)}; {missing[0]} is missing")
-        try:
-            found = ready.session.run_all(arrays, ready.adapter)
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            shapes = ", ".join(f"{one} {arrays[one].dtype}{arrays[one].shape}" for one in ready.session.inputs)
-            cause = " ".join(str(error).split())[:300]
-            raise OptionError(f"{name} cannot run on {shapes}: {cause}") from None
-        for output in found:
-            check_logits(output, ready.task.labels, name)
-        return found
+        return self.load(task).run_all(arrays)
 
-    def load(self, task: str | None = None) -> _Ready:
+    def load(self, task: str | None = None) -> LoadedTask:
         """Open and check a task, which its first run would do otherwise. Raises the same errors as `run`."""
         found = self.find(task)
         if ready := self._ready.get(found.name):
             return ready
         with self._lock:
             if found.name not in self._ready:
-                model = found.model(self._precision)
-                found.check_files(self._precision, self._hashes)
-                session = self._sessions.get(model) or Session(model, self._threads)
-                found.check_graph(session)
-                self._ready[found.name] = _Ready(found, session, found.load_adapter(session))
-                self._sessions[model] = session
+                loaded = load_task(found, self._precision, self._hashes, self._sessions, self._threads)
+                self._sessions[found.model(self._precision)] = loaded.session
+                self._ready[found.name] = loaded
             return self._ready[found.name]
 
     def find(self, task: str | None) -> OnnxTask:

@@ -40,7 +40,11 @@ class _Token(NamedTuple):
 
 
 def find_entities(
-    text: str, logits: NDArray[np.float32], spans: Sequence[Span | None], labels: Sequence[str]
+    text: str,
+    logits: NDArray[np.float32],
+    spans: Sequence[Span | None],
+    labels: Sequence[str],
+    ignored: Sequence[str] = (_OUTSIDE,),
 ) -> list[Entity]:
     """Group neighbouring tokens with the same label into entities; a `B-` label begins a new one.
 
@@ -51,6 +55,7 @@ def find_entities(
         logits: (tokens, labels); rows beyond the spans are padding.
         spans: position of each token in the text; None for special tokens.
         labels: names of the labels.
+        ignored: labels of entities that are left out.
     """
     groups: list[list[_Token]] = []
     for token in _tokens(logits, spans, labels):
@@ -58,7 +63,28 @@ def find_entities(
             groups[-1].append(token)
         else:
             groups.append([token])
-    return [_entity(text, group) for group in groups if group[0].label != _OUTSIDE]
+    return [_entity(text, group) for group in groups if group[0].label not in ignored]
+
+
+def find_tokens(
+    text: str,
+    logits: NDArray[np.float32],
+    spans: Sequence[Span | None],
+    labels: Sequence[str],
+    ignored: Sequence[str] = (_OUTSIDE,),
+) -> list[tuple[int, Entity]]:
+    """The index and label of every token, whole, with `B-` or `I-`, but for those with ignored labels.
+
+    Equivalent to transformers' `TokenClassificationPipeline` with `aggregation_strategy="none"`. Takes the arguments
+    of `find_entities`.
+    """
+    found = []
+    for index, (row, span) in enumerate(zip(logits.astype(np.float64), spans, strict=False)):
+        label = labels[row.argmax()]
+        if span is not None and label not in ignored:
+            score = float(1 / np.exp(row - row.max()).sum())
+            found.append((index, Entity(text[slice(*span)], label, score, *span)))
+    return found
 
 
 def _tokens(logits: NDArray[np.float32], spans: Sequence[Span | None], labels: Sequence[str]) -> list[_Token]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import VerificationError
+
+Function = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,41 @@ def check_logits(logits: NDArray[np.float32], labels: Sequence[str], task: str) 
         )
 
 
-def predictions(
-    logits: NDArray[np.float32], labels: Sequence[str], top_k: int, problem_type: str | None = None
-) -> list[Prediction]:
-    """The `top_k` best labels for logits (labels,). `problem_type` selects the kind of score, as in transformers."""
-    wide = logits.astype(np.float64)
+def function_for(labels: Sequence[str], problem_type: str | None) -> Function:
+    """The function that turns logits into scores, as in transformers; a single label is a number."""
     if len(labels) == 1 or problem_type == "regression":
-        scores = wide
-    elif problem_type == "multi_label_classification":
-        scores = np.exp(-np.logaddexp(0, -wide))
-    else:
-        exponentials = np.exp(wide - wide.max())
-        scores = exponentials / exponentials.sum()
-    return [Prediction(labels[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top_k]]
+        return "none"
+    return "sigmoid" if problem_type == "multi_label_classification" else "softmax"
+
+
+def scores(logits: NDArray[np.float32], function: Function) -> NDArray[np.float64]:
+    """Scores of logits (labels,): probabilities, or the logits themselves."""
+    wide = logits.astype(np.float64)
+    if function == "none":
+        return wide
+    if function == "sigmoid":
+        sigmoid: NDArray[np.float64] = np.exp(-np.logaddexp(0, -wide))
+        return sigmoid
+    exponentials = np.exp(wide - wide.max())
+    softmax: NDArray[np.float64] = exponentials / exponentials.sum()
+    return softmax
+
+
+def predictions(
+    logits: NDArray[np.float32],
+    labels: Sequence[str],
+    top_k: int,
+    problem_type: str | None = None,
+    function: Function | None = None,
+) -> list[Prediction]:
+    """The `top_k` best labels for logits (labels,).
+
+    Args:
+        logits: of one input.
+        labels: names of the classes.
+        top_k: the most labels to return.
+        problem_type: of the config; selects the function.
+        function: one that is used instead.
+    """
+    found = scores(logits, function or function_for(labels, problem_type))
+    return [Prediction(labels[i], float(found[i])) for i in np.argsort(-found, kind="stable")[:top_k]]

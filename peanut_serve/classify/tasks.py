@@ -73,6 +73,16 @@ class OnnxTask:
             )
         return path
 
+    def run_files(self, precision: str) -> dict[str, str]:
+        """The files that a run in this precision reads, with their hashes: graph, external data, adapter.
+
+        Raises `OptionError` if the task does not have this precision, `CheckpointError` if a file is missing.
+        """
+        self.model(precision)
+        others = {model for one, model in self.models.items() if one != precision}
+        own = self.files if self.adapter is None else {**self._graph_files(precision), **self.files}
+        return {name: digest for name, digest in own.items() if not {name, name.removesuffix("_data")} & others}
+
     def check_files(self, precision: str, hashes: dict[Path, str]) -> None:
         """Compare the files that a run in this precision reads with their hashes; other precisions may be missing.
 
@@ -84,11 +94,7 @@ class OnnxTask:
             VerificationError: a file is not the one that was written.
             CheckpointError: a file, or the manifest, cannot be read.
         """
-        others = {model for one, model in self.models.items() if one != precision}
-        own = self.files if self.adapter is None else {**self._graph_files(precision), **self.files}
-        for name, digest in own.items():
-            if {name, name.removesuffix("_data")} & others:
-                continue
+        for name, digest in self.run_files(precision).items():
             path = self.path(name)
             if path not in hashes:
                 hashes[path] = hash_file(path)
@@ -142,23 +148,31 @@ def find_tasks(folder: Path) -> dict[str, OnnxTask]:
 
     Raises `CheckpointError` if the folder is not an ONNX export, or a task in it is damaged.
     """
+    return {name: read_task(file, name) for name, file in task_configs(folder).items()}
+
+
+def task_configs(folder: Path) -> dict[str, Path]:
+    """The config of every task in a folder, by name; a task that is alone has the name of the folder.
+
+    Raises `CheckpointError` if the folder is not an ONNX export, or a config cannot be read.
+    """
     single = folder / MODEL_CONFIG
     if single.is_file() and "peanut" in read_json(single, "config"):
-        name = folder.resolve().name
-        return {name: _read(single, name)}
-    tasks = {}
-    for file in sorted(folder.glob(f"*.{MODEL_CONFIG}")):
-        name = file.name.removesuffix(f".{MODEL_CONFIG}")
-        if "peanut" in read_json(file, "config"):  # other files with such a name are not ours
-            tasks[name] = _read(file, name)
-    if not tasks:
+        return {folder.resolve().name: single}
+    found = {
+        file.name.removesuffix(f".{MODEL_CONFIG}"): file
+        for file in sorted(folder.glob(f"*.{MODEL_CONFIG}"))
+        if "peanut" in read_json(file, "config")  # other files with such a name are not ours
+    }
+    if not found:
         raise CheckpointError(
             f"{folder} contains no ONNX export; expected a folder that peanut-merge --format onnx wrote"
         )
-    return tasks
+    return found
 
 
-def _read(file: Path, name: str) -> OnnxTask:
+def read_task(file: Path, name: str) -> OnnxTask:
+    """Read a task from its config. Raises `CheckpointError` if that is damaged."""
     config = read_json(file, "config")
     try:
         own = config["peanut"]

@@ -19,9 +19,10 @@ from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import serve_here
-from peanut_serve.ray.settings import EngineSettings, FleetSettings, read_keys
+from peanut_serve.ray.settings import EngineSettings, FleetSettings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.web.admin import bind
+from peanut_serve.web.bearer import read_keys
 
 HELP = """Serve from many engines behind one address, on a Ray Serve cluster (needs pip install 'peanut-serve[ray]').
 

@@ -37,6 +37,7 @@ Examples:
   peanut-serve state export --state ./state -o state.tar
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
+  peanut-serve classify ./pets-onnx --port 8080
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "gsm8k", "prompt": "6 times 7 is"}'
 """
@@ -221,6 +222,10 @@ def main() -> NoReturn:
         from peanut_serve.cli.state_command import main as state
 
         state(sys.argv[2:])
+    if sys.argv[1:2] == ["classify"]:
+        from peanut_serve.cli.classify_command import main as classify
+
+        classify(sys.argv[2:])
     if sys.argv[1:2] == ["deploy"]:
         from peanut_serve.cli.deploy_command import main as deploy
 

@@ -26,8 +26,7 @@ from peanut_serve.errors import (
 )
 from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
-from peanut_serve.ray.settings import read_keys
-from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.bearer import BearerKeys, read_keys
 from peanut_serve.web.refusals import error_body
 from peanut_serve.web.request_body import parse_body, variant_of
 from peanut_serve.web.routes import Access, access_to

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from converters.errors import OptionError
 from peanut_serve.settings.server import default_state
 
 _SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
@@ -64,16 +63,3 @@ class FleetSettings(BaseModel):
 def own_folder() -> Path:
     """Where a machine keeps what belongs to its engines by default: beside the state of single servers."""
     return default_state("fleet")
-
-
-def read_keys(file: Path | None) -> list[str]:
-    """The keys in a file. Raises `OptionError` for a file without any, which would let everybody in."""
-    if file is None:
-        return []
-    try:
-        keys = file.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"the keys in {file} cannot be read: {error}") from None
-    if not keys:
-        raise OptionError(f"there is no key in {file}; expected one in each line")
-    return keys

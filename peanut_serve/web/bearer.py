@@ -4,7 +4,10 @@ import hashlib
 import secrets
 from collections.abc import Iterable, MutableMapping
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from converters.errors import OptionError
 
 
 class BearerKeys:
@@ -38,6 +41,19 @@ def _sent(scope: MutableMapping[str, Any]) -> bytes:
 def _fingerprint(key: bytes) -> str:
     # slow, so that a log does not help to guess the key
     return hashlib.scrypt(key, salt=b"peanut-serve", n=1 << 14, r=8, p=1, dklen=6).hex()
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The keys in a file. Raises `OptionError` for a file without any, which would let everybody in."""
+    if file is None:
+        return []
+    try:
+        keys = file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the keys in {file} cannot be read: {error}") from None
+    if not keys:
+        raise OptionError(f"there is no key in {file}; expected one in each line")
+    return keys
 
 
 def _hash(key: bytes) -> bytes:

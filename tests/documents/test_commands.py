@@ -34,6 +34,8 @@ def kind(command: str) -> str:
         return "hub"
     if command.startswith(CTL):
         return "ctl"
+    if command.startswith("peanut-serve classify "):
+        return "classify"
     if command.startswith("peanut-serve ") and not command.startswith((PREDICT, DEPLOY)):
         return "serve"
     return "job"
@@ -127,6 +129,17 @@ def test_the_commands_that_control(monkeypatch: pytest.MonkeyPatch, run_here: Ru
         for command in commands(document, "ctl"):
             done = run_here(*shlex.split(command))
             assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@having(lambda document: commands(document, "classify"))
+def test_the_commands_that_serve_onnx_models(folders: Path, run_here: Run, document: Document) -> None:
+    """What they would serve; test_classify_process.py starts such a server."""
+    export_tasks(run_here)
+    for command in commands(document, "classify"):
+        words = [word for word in shlex.split(command) if word != "--dry-run"]
+        done = run_here(*words, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert "image-classification" in done.stdout
 
 
 @having(lambda document: commands(document, "help"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.paths import ROOT
 
 # names of commands, where a document speaks of them
-_NAMES = tuple(f"peanut-serve {one}" for one in ("ctl", "deploy", "predict", "size", "state"))
+_NAMES = tuple(f"peanut-serve {one}" for one in ("ctl", "deploy", "predict", "classify", "size", "state"))
 
 
 @dataclass(frozen=True)

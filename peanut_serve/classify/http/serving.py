@@ -1,0 +1,95 @@
+"""Listening, and a stop that loses nothing."""
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from converters.errors import OptionError
+from peanut_serve.classify.http.app import classify_app
+from peanut_serve.classify.http.door import ClientLimits
+from peanut_serve.classify.serving.server import TaskServer
+from peanut_serve.web.admin import bind
+
+logger = logging.getLogger("peanut_serve.classify")
+
+_FAREWELL = 0.5  # seconds in which clients of open connections learn that there will be no further answer on them
+_SHOWN = 10  # names in a message
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SWITCH = 0.0005  # seconds: a run that has ended waits no longer for the thread of the event loop
+
+
+class _Server(uvicorn.Server):
+    """Stops in three steps: says so on every connection, accepts no more of them, answers what it has."""
+
+    def __init__(self, config: "uvicorn.Config", tasks: TaskServer) -> None:
+        super().__init__(config)
+        self._tasks = tasks
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Exit with 0 after a signal; uvicorn would raise it again."""
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop. From the first step on, /ready says 503, and each answer closes its connection."""
+        self._tasks.is_ready = False
+        logger.info("stopping: %d inputs are waiting", self._tasks.waiting)
+        await asyncio.sleep(_FAREWELL)
+        await super().shutdown(sockets)
+
+
+def check_host(host: str, keys: list[str]) -> None:
+    """Raise `OptionError` for an address that others can reach, if there is no key."""
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False  # a name may stand for any address
+    if not is_loopback and not keys:
+        raise OptionError(f"--host {host} can be reached by others; give --api-key-file, or serve on 127.0.0.1")
+
+
+def check(tasks: TaskServer) -> None:
+    """Open every task, and print a line with its name, digest and kind. Raises `PeanutError` if one is broken."""
+
+    async def opened() -> None:
+        async with tasks:
+            for name in await tasks.names():
+                version = await tasks.load(name)
+                print(f"{name}\t{version.digest}\t{version.task.kind.task}", flush=True)
+
+    asyncio.run(opened())
+
+
+def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: ClientLimits) -> None:
+    """Serve until SIGINT or SIGTERM. The first line on stdout is the address.
+
+    Raises `OptionError` if the address cannot be used, or others can reach it and there is no key.
+    """
+    check_host(host, keys)
+    listener = bind(host, port, "the server")
+    sys.setswitchinterval(_SWITCH)
+    config = uvicorn.Config(
+        classify_app(tasks, keys, limits),
+        log_level="warning",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
+    )
+    address, own = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    names = tasks.library.names()
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    print(f"serving {', '.join(names[:_SHOWN])}{more} on http://{shown}:{own}", flush=True)
+    asyncio.run(_Server(config, tasks).serve([listener]))

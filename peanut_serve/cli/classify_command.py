@@ -1,0 +1,135 @@
+"""The command `peanut-serve classify`: serves the tasks of ONNX folders over HTTP."""
+
+import logging
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from converters.cli.flags import in_flags
+from converters.errors import OptionError, PeanutError
+from converters.serving import parse_size
+
+HELP = """Serve ONNX models that `peanut-merge --format onnx` wrote over HTTP, on ONNX Runtime.
+
+FOLDER is an export, or a folder whose subfolders are exports; these can be added or replaced while the server runs.
+The name of a task is that of its adapter, or of its folder if the export has one task. NAME:int8 and NAME:fp16 are
+the same task as --quantize wrote it.
+
+Clients use the inference protocol of Hugging Face (POST /models/NAME) or the Open Inference Protocol of KServe and
+Triton (/v2/models/NAME/infer). /openapi.json describes both.
+
+Examples:
+
+\b
+  peanut-serve classify ./pets-onnx
+  peanut-serve classify ./tasks-onnx ./sentiment-onnx --port 9000 --memory 8GiB
+  peanut-serve classify ./tasks-onnx --host 0.0.0.0 --api-key-file keys.txt
+  peanut-serve classify ./tasks-onnx --max-batch 16 --max-delay 5 --threads 4
+  peanut-serve classify ./tasks-onnx --dry-run
+  curl http://127.0.0.1:8080/models/pets-onnx -H 'Content-Type: image/png' --data-binary @beagle.png
+  curl http://127.0.0.1:8080/models/sentiment-onnx -H 'Content-Type: application/json' \\
+    -d '{"inputs": "A well executed spy thriller."}'
+"""
+
+
+class _Precision(str, Enum):
+    FP32, FP16, INT8 = "fp32", "fp16", "int8"
+
+
+def _classify(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="ONNX exports, or folders of them.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for a free one.")
+    ] = 8080,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar="PEANUT_API_KEY",
+            help="Key of a client. Can be repeated. Others can see it in the list of processes.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
+    ] = None,
+    precision: Annotated[
+        _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
+    ] = _Precision.FP32,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Maximum size of the graphs and adapters that are open.")
+    ] = "4GiB",
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Maximum inputs of one run.")] = 8,
+    max_delay: Annotated[
+        float,
+        typer.Option("--max-delay", min=0, max=1000, help="Longest time an input waits for others, in milliseconds."),
+    ] = 2.0,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=1, help="Maximum number of inputs that wait; then 429 is answered.")
+    ] = 256,
+    max_inputs: Annotated[int, typer.Option("--max-inputs", min=1, help="Maximum inputs of one request.")] = 64,
+    max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
+    max_pixels: Annotated[
+        int,
+        typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded."),
+    ] = 40_000_000,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1, help="Longest time a request waits for its answer, in seconds.")
+    ] = 60.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Number of threads of a run (default: all cores).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
+    ] = False,
+) -> None:
+    from peanut_serve.classify.http.door import ClientLimits
+    from peanut_serve.classify.http.serving import check, check_host, serve
+    from peanut_serve.classify.serving.limits import Limits
+    from peanut_serve.classify.serving.server import TaskServer
+    from peanut_serve.web.bearer import read_keys
+
+    limits = Limits(
+        max_batch=max_batch,
+        max_delay=max_delay / 1000,
+        max_queue=max_queue,
+        max_inputs=min(max_inputs, max_queue),
+        max_pixels=max_pixels,
+        wait_seconds=timeout,
+        memory=_size("--memory", memory),
+        threads=threads,
+    )
+    clients = ClientLimits(body_bytes=_size("--max-body", max_body))
+    keys = [*(api_key or []), *read_keys(api_key_file)]
+    if not all(key and key.isprintable() and " " not in key for key in keys):
+        raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
+    check_host(host, keys)
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("peanut_serve").setLevel(logging.INFO)
+    tasks = TaskServer(folders, precision=precision.value, limits=limits)
+    if dry_run:
+        check(tasks)
+    else:
+        serve(tasks, host, port, keys, clients)
+
+
+def _size(option: str, text: str) -> int:
+    size = parse_size(text)
+    if size is None or size < 1:
+        raise OptionError(f"{option} is {text}; expected a size like 4GiB")
+    return size
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run `peanut-serve classify` with these arguments: an error is one line on stderr and exit code 1."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name="classify", help=HELP)(_classify)
+    try:
+        app(argv, prog_name="peanut-serve classify")
+    except (PeanutError, OSError) as error:
+        print(f"peanut-serve classify: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
