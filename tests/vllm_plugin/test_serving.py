@@ -18,7 +18,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from support.engines.serving import QUESTIONS, Server, answer, environment, kill, serving, stalled_reader
+from support.engines.serving import QUESTIONS, Server, answer, environment, kill, serving, stalled_reader, status_of
 from support.paths import ROOT
 from support.server.exposition import check_families
 from support.server.gateway import read_endpoint, samples_of
@@ -303,10 +303,14 @@ def test_the_readme(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_killed_is_restarted(server: Server) -> None:
-    """The server goes on, and the new engine gets the adapters again."""
+    """The server goes on, and is alive but not ready meanwhile; the new engine gets the adapters again."""
     before = answer(server.client, "smollm2-json", QUESTIONS[1])
     kill(server, "VLLM::EngineCore")
     deadline = time.monotonic() + 200
+    while status_of(server, "ready") == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert status_of(server, "health") == 200
     while True:
         try:
             assert answer(server.client, "smollm2-json", QUESTIONS[1]) == before
@@ -316,6 +320,7 @@ def test_an_engine_that_is_killed_is_restarted(server: Server) -> None:
             time.sleep(0.5)
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as metrics:
         assert b"peanut_engine_restarts_total 1.0" in metrics.read()
+    assert (status_of(server, "health"), status_of(server, "ready")) == (200, 200)
 
 
 def test_it_stops_on_sigterm(server: Server) -> None:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 
 import openai
 import pytest
-from support.engines.serving import QUESTIONS, Server, answer, environment, free_port, kill, serving
+from support.engines.serving import QUESTIONS, Server, answer, environment, free_port, kill, serving, status_of
 from support.paths import ROOT
 from support.server.exposition import check_families
 from support.server.gateway import read_endpoint, read_queue
@@ -251,7 +250,7 @@ def test_gateways_see_what_is_resident(server: Server) -> None:
         assert (endpoint.active, endpoint.waiting) == ({"smollm2-upper", "alias"}, {"smollm2-json"})
         assert endpoint.score("smollm2-json") == 0.6
         assert (read_queue(text), read_queue(text, "peanut_queued_requests")) == (0, 1)
-        list(stream)
+        stream.close()
         assert waiting.result() == '{"answer": "green"}'
     assert read_endpoint(metrics_of(server)).active == {"smollm2-json"}
     cards = {card.id: card for card in server.client.models.list()}
@@ -315,17 +314,9 @@ def test_a_killed_worker(server: Server, fresh: dict[str, Fresh], prompts: list[
     """
     assert tokens_of(server, "smollm2-json", prompts[0]) == fresh["smollm2-json"].tokens[0]
     kill(server, "VLLM::Worker")
-    while status(server, "ready") == 200:
+    while status_of(server, "ready") == 200:
         time.sleep(0.02)
-    assert status(server, "health") == 200
+    assert status_of(server, "health") == 200
     assert tokens_of(server, "smollm2-json", prompts[0]) == fresh["smollm2-json"].tokens[0]
-    assert (status(server, "health"), status(server, "ready")) == (200, 200)
+    assert (status_of(server, "health"), status_of(server, "ready")) == (200, 200)
     assert admin(server, "GET", "engine")["restarts"] == 1
-
-
-def status(server: Server, probe: str) -> int:
-    try:
-        with urllib.request.urlopen(f"{server.url}/{probe}") as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,15 @@ def _wait(server: Server) -> None:
                 raise RuntimeError(server.log.read_text()[-4000:]) from None
             time.sleep(0.5)
     raise TimeoutError(f"the server was not up after {START_SECONDS} s: {server.log.read_text()[-4000:]}")
+
+
+def status_of(server: Server, probe: str) -> int:
+    """The status of an answer of `health` or `ready`."""
+    try:
+        with urllib.request.urlopen(f"{server.url}/{probe}", timeout=60) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def answer(client: openai.OpenAI, task: str, question: str, tokens: int = 24, **more: object) -> str:

@@ -22,7 +22,8 @@ DIFFERENCES = {
 def ours(text: str) -> Iterator[Metric]:
     """The families in the text of /metrics that this package defines."""
     for family in text_string_to_metric_families(text):
-        if family.name.startswith("peanut_") or family.name == "vllm:lora_requests_info":
+        is_own = family.name.startswith("peanut_") or family.name == "vllm:lora_requests_info"
+        if is_own and not family.name.endswith("_created"):  # when a series began
             yield family
 
 
