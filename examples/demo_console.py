@@ -20,6 +20,7 @@ from pathlib import Path
 ADAPTERS = Path(__file__).parent / "adapters"
 PORT, ADMIN_PORT = 8000, 8001
 CONSOLE = f"http://127.0.0.1:{ADMIN_PORT}/console"
+STOP_SECONDS = 120
 START_SECONDS, PATIENCE = 900, 300_000  # and milliseconds
 QUESTION = "What colour is grass? Answer in one word."
 
@@ -107,7 +108,10 @@ def main() -> None:
             pass
         finally:
             server.send_signal(signal.SIGTERM)
-            server.wait(60)
+            try:
+                server.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()  # its engine ends with it
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def _serve(
         "base_copy": base_copy.value, "prefix_cache": prefix_cache.value, "pin": pin or (), "preload": preload or (),
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
-        "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_hosts": console_host or (),
+        "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
     }  # fmt: skip
     options = ServeOptions(
         base,

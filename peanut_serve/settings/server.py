@@ -35,7 +35,7 @@ class ServerSettings(BaseModel):
         audit_log: file of who changed what through the admin API; by default in `state`.
         admin_host, admin_port: where the admin API listens; without a port, it is disabled.
         console: whether the admin port has a console.
-        console_hosts: names by which browsers reach it, besides loopback and addresses.
+        console_host: names by which browsers reach it, besides loopback and addresses.
         device: where f is evaluated.
         cache: folder of evaluated LoRA adapters.
         cache_bytes: its size limit.
@@ -64,7 +64,7 @@ class ServerSettings(BaseModel):
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(None, gt=0, lt=65536)
     console: bool = True
-    console_hosts: tuple[str, ...] = ()
+    console_host: tuple[str, ...] = ()
     device: str = "cpu"
     cache: Path
     cache_bytes: int = Field(20 * 10**9, gt=0)

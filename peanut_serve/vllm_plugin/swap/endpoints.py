@@ -105,7 +105,7 @@ def _admin(settings: ServerSettings, port: int, server: VariantServer, route: Da
     control, key = AuditedControl(VariantControl(server), audit_log(settings)), os.environ[KEY_VARIABLE]
     app = admin_app(control, key)
     if settings.console:
-        hosts = [settings.admin_host, *settings.console_hosts]
+        hosts = [settings.admin_host, *settings.console_host]
         add_console(app, ConsoleHost(control, key, port, hosts, settings.drain_seconds, route))
         logger.info("the console is at %s", console_link(settings.admin_host, port))
     return app
