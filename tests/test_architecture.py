@@ -81,7 +81,7 @@ THIRD_PARTY = {
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
-    "prometheus_client": ("peanut_serve.swapping",),
+    "prometheus_client": ("peanut_serve.swapping", "peanut_serve.ray"),
     "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
 }
 

@@ -42,6 +42,6 @@ def build(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Front)
-    keys = [str(file) if file else None for file in (settings.key_file, settings.admin_key_file)]
     folders = [str(folder) if folder else None for folder in (settings.logs, settings.state)]
-    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), *folders), *keys)
+    engines = engine.bind(settings.engine.model_dump(mode="json"), *folders)
+    return front.bind(engines, settings.model_dump(mode="json"))
