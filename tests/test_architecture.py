@@ -82,7 +82,7 @@ THIRD_PARTY = {
     "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
-    "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving"),
+    "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving", "peanut_serve.ray"),
     "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
 }
 

@@ -22,6 +22,7 @@ from peanut_serve.ray.one_machine import serve_here
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.web.admin import bind
+from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
 
 HELP = """Serve from many engines behind one address, on a Ray Serve cluster (needs pip install 'peanut-serve[ray]').
@@ -89,6 +90,12 @@ def _deploy(
             "--state", help="Folder of each node for what survives a restart; every engine has a folder in it."
         ),
     ] = None,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-log", help="File that gets a line for each change through the admin API (default: in --state)."
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +129,7 @@ def _deploy(
         key_file=keys,
         admin_key_file=admin_keys,
         state=_absolute_path(state),
+        audit_log=_absolute_path(audit_log),
     )
     if keys is None and not local:
         console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
@@ -129,6 +137,8 @@ def _deploy(
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
         bind(host, port, "the fleet").close()  # not after the engines have started
+        if admin_keys is not None:
+            AuditLog(settings.audit_file).close()
         serve_here(settings, host, port)
         return
     _write(output, yaml.safe_dump(declaration(settings, host, port), sort_keys=False), overwrite)

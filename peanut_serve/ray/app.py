@@ -49,6 +49,6 @@ def application(settings: FleetSettings, routing: Mapping[str, Any] = ROUTING) -
         ray_actor_options={"num_cpus": 0},
         logging_config=QUIET,
     )(Front)
-    keys = [str(file) if file else None for file in (settings.key_file, settings.admin_key_file)]
     folders = [str(folder) if folder else None for folder in (settings.logs, settings.state)]
-    return front.bind(engine.bind(settings.engine.model_dump(mode="json"), *folders), *keys)
+    engines = engine.bind(settings.engine.model_dump(mode="json"), *folders)
+    return front.bind(engines, settings.model_dump(mode="json"))

@@ -4,11 +4,11 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -24,8 +24,13 @@ from peanut_serve.errors import (
     UnauthorizedError,
     shown,
 )
+from peanut_serve.ray.fleet.changes import FleetChanges
+from peanut_serve.ray.fleet.metrics import JointMetrics
+from peanut_serve.ray.fleet.wanted import WantedStore, base_of
 from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
+from peanut_serve.ray.settings import FleetSettings
+from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import BearerKeys, read_keys
 from peanut_serve.web.refusals import error_body
 from peanut_serve.web.request_body import parse_body, variant_of
@@ -38,6 +43,7 @@ _TAKEN = 30.0  # seconds until a replica has taken a request
 _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
 _MOST_BYTES = 64 << 20  # of a body
 _LONGEST_NAME = 200
+_METRICS = ("/metrics", "/metrics/")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _GONE = (RayError, ReplicaUnavailableError)
 _LOST = "the replica that answered was lost; send the request again"
@@ -79,18 +85,24 @@ _application = FastAPI(openapi_url=None)
 class Front:
     """The callable of the Serve deployment `Front`."""
 
-    def __init__(
-        self, engines: DeploymentHandle[EngineReplica], key_file: str | None, admin_key_file: str | None
-    ) -> None:
+    def __init__(self, engines: DeploymentHandle[EngineReplica], settings: dict[str, Any]) -> None:
+        fleet = FleetSettings.model_validate(settings)
         self._engines = engines.options(stream=True, method_name="handle")
-        self._keys = BearerKeys(read_keys(Path(key_file))) if key_file else None
-        self._admin = FleetAdmin(engines, read_keys(Path(admin_key_file))) if admin_key_file else None
+        self._keys = BearerKeys(read_keys(fleet.key_file)) if fleet.key_file else None
+        self._admin = None
+        if fleet.admin_key_file:
+            wanted = WantedStore(serve.get_replica_context().app_name, base_of(fleet.engine.options), None)
+            keys = read_keys(fleet.admin_key_file)
+            self._admin = FleetAdmin(engines, keys, FleetChanges(engines, wanted, AuditLog(fleet.audit_file)))
+        self._metrics = JointMetrics(engines)
 
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
         """Pass a request on; errors have the form of OpenAI's API."""
         if self._admin is not None and request.url.path.startswith(f"{PREFIX}/"):
             return await self._admin.answer(request)
+        if request.method == "GET" and request.url.path in _METRICS:
+            return Response(await self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
         try:
             return await self._answer(request)
         except ServingError as error:
@@ -123,9 +135,10 @@ class Front:
             except (TimeoutError, DeploymentUnavailableError):
                 sent.cancel()  # or a replica would answer nobody later
                 raise EngineDownError("no replica is ready", 5) from None
-            except _GONE:
+            except _GONE as error:
                 if last:
-                    raise EngineDownError(_LOST) from None
+                    told = getattr(error, "cause", None)  # of a replica that refused it
+                    raise (told if isinstance(told, ServingError) else EngineDownError(_LOST)) from None
                 await asyncio.sleep(_PAUSE)
                 continue
             streams = any(key == b"content-type" and value.startswith(b"text/event-stream") for key, value in headers)

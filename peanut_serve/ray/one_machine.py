@@ -53,7 +53,7 @@ def serve_here(settings: FleetSettings, host: str, port: int) -> None:
     cpus = max(math.ceil(settings.replicas * settings.cpus), os.cpu_count() or 1)  # of the machine, or shared
     listen()
     try:
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        _start_ray(cpus, host, port)
         listen()  # again: Ray has set handlers of its own
         gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
         if settings.replicas * settings.gpus > gpus:
@@ -61,7 +61,6 @@ def serve_here(settings: FleetSettings, host: str, port: int) -> None:
                 f"the fleet needs {settings.replicas * settings.gpus:g} GPUs ({settings.replicas} replicas with "
                 f"{settings.gpus:g} each), and this machine has {gpus:g}"
             )
-        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         serve.run(build(settings.model_dump(mode="json")), name=NAME, route_prefix="/")
         print(f"{settings.replicas} replicas serve on http://{host}:{port}", flush=True)
         stopped.wait()
@@ -77,3 +76,16 @@ def serve_here(settings: FleetSettings, host: str, port: int) -> None:
         if ray.is_initialized():
             serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
+
+
+def _start_ray(cpus: int, host: str, port: int) -> None:
+    """Start a node of Ray, and Serve on it. Raises `EngineStartError`."""
+    import ray
+    from ray import serve
+
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    except Exception as error:  # Ray raises many kinds, plain `Exception` among them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EngineStartError(f"Ray did not start on this machine: {reason}") from None

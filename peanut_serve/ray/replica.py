@@ -7,17 +7,25 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from ray import serve
 
+from peanut_serve.errors import EngineDownError, EngineStartError
 from peanut_serve.ray.child import Child, free_port
-from peanut_serve.ray.settings import EngineSettings, own_folder
+from peanut_serve.ray.fleet.metrics import labelled
+from peanut_serve.ray.fleet.replay import Replay
+from peanut_serve.ray.fleet.theta import FleetTheta
+from peanut_serve.ray.fleet.wanted import WantedState, WantedStore, base_of
+from peanut_serve.ray.settings import EngineSettings, own_folder, state_folders
 from peanut_serve.ray.state import StateFolder
+from peanut_serve.variants.kept_theta import has_theta, read_theta
 
+_PORT_TAKEN = ("ddress already in use", "cannot listen on")  # in the log of an engine that ended
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body
-Head = tuple[int, Headers, bytes | None]  # status, headers, the body if it is short
+Head = tuple[int, Headers, bytes | None]  # status, headers, body if short
 
 # of one connection (RFC 9110, 7.6.1), or set anew on the next
 _CONNECTION = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"host"}
@@ -26,6 +34,7 @@ _OWN = {b"authorization", b"content-length"}  # of a request to the engine
 _SHORT = 1 << 20  # bytes of a body that is passed on whole, with its headers
 _LOOK = 0.25  # seconds between two looks at what is resident
 _PATIENCE = 5.0  # seconds for an answer of the admin API
+_GLANCE = 3.0  # seconds for the metrics
 _FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
 
 
@@ -36,22 +45,38 @@ class EngineReplica:
         self, settings: dict[str, Any], logs: str | None, state: str | None
     ) -> None:
         self._settings = EngineSettings.model_validate(settings)
-        self.name = serve.get_replica_context().replica_id.unique_id
-        self._watching: asyncio.Task[None] | None = None
+        context = serve.get_replica_context()
+        self.name = context.replica_id.unique_id
+        self._watching: list[asyncio.Task[None]] = []
         self._recent: OrderedDict[str, None] = OrderedDict()  # the variants asked for last, the latest at the end
         self._resident: tuple[str, ...] = ()
-        port, admin_port = free_port(), free_port()
-        key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         folder = Path(logs) if logs else own_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        self._state = StateFolder.take(Path(state) if state else folder / "state")
+        folders = state_folders(folder, Path(state) if state else None)
+        self._state = StateFolder.take(folders)
+        try:
+            await self._start_engine(folder)
+        except EngineStartError as error:
+            if not any(sign in str(error) for sign in _PORT_TAKEN):
+                raise
+            await self._start_engine(folder)  # another program was given one of its ports before it was bound
+        store = WantedStore(context.app_name, base_of(self._settings.options), folders)
+        engines = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._replay = Replay(store, self.call_admin, FleetTheta(self._state.path, engines))
+        await self._replay.start()
+        self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._replay.run())]
+
+    async def _start_engine(self, logs: Path) -> None:
+        """Start the engine on ports that are free now, and wait until it is ready. Raises `EngineStartError`."""
+        port, admin_port = free_port(), free_port()
+        key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port), "--no-console"]
         own += ["--state", str(self._state.path)]
         keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
         self._child = Child.start(
             [*self._settings.command, *self._settings.options, *own],
             {**self._settings.variables, **keys},
-            folder / f"{self.name}.log",
+            logs / f"{self.name}.log",
             port=port,
             grace=self._settings.stop_seconds,
         )
@@ -63,13 +88,14 @@ class EngineReplica:
             headers={"Authorization": f"Bearer {admin_key}"},
             timeout=_PATIENCE,
         )
-        self._watching = asyncio.create_task(self._watch())
 
     async def handle(self, variant: str, request: Request) -> AsyncIterator[Head | bytes]:
         """The head; if the body is not in it, then the parts of the body as they come.
 
         A short body is not divided, so that its request can be tried again elsewhere until the answer is there.
+        Raises `EngineDownError` if this replica does not have the wanted version of the variant.
         """
+        self._check(variant)
         self._note(variant)
         method, path, headers, body = request
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
@@ -81,6 +107,10 @@ class EngineReplica:
             if not short:
                 async for part in answer.aiter_raw():
                     yield part
+
+    def _check(self, variant: str) -> None:
+        if (reason := self._replay.withheld.get(variant)) is not None:
+            raise EngineDownError(f"this replica does not have the wanted version of {variant}: {reason}", 5)
 
     def _note(self, variant: str) -> None:
         self._recent[variant] = None
@@ -111,11 +141,54 @@ class EngineReplica:
             "engine": engine["answer"],
             "resident": resident,
             "digests": digests,
+            "withheld": self._replay.withheld,
+            "unpinned": self._replay.unpinned,
+            "revision": self._replay.state.revision,
         }
 
+    async def variants(self) -> dict[str, Any]:
+        """The engine's variants, and those that are withheld, with the reasons."""
+        return {**await self.call_admin("GET", "/variants"), "withheld": self._replay.withheld}
+
+    async def roll_back(self, name: str, digest: str) -> dict[str, Any]:
+        """Roll a variant back to a version, which may come from another replica; as `call_admin`."""
+        return await self._replay.roll_back(name, digest)
+
+    async def adopt(self, wanted: dict[str, Any], name: str, done: list[str]) -> dict[str, Any]:
+        """Follow what operators want after a change of a variant, which the replicas in `done` have made.
+
+        Returns as `call_admin` what this one has then.
+        """
+        state = WantedState.model_validate(wanted)
+        await self._replay.follow(state, self.name in done)
+        if (reason := self._replay.withheld.get(name) or self._replay.unpinned.get(name)) is not None:
+            return {"replica": self.name, "status": 503, "error": reason}
+        if state.variants[name].removed:
+            return {"replica": self.name, "status": 204, "answer": None}
+        return await self.call_admin("GET", f"/variants/{quote(name, safe='')}")
+
+    async def has_version(self, digest: str) -> dict[str, Any]:
+        """Whether the engine's state folder has θ of a version."""
+        return {"replica": self.name, "has": has_theta(self._state.path, digest)}
+
+    async def send_version(self, digest: str, holder: str) -> dict[str, Any]:
+        """The files of θ of a version, if this replica is the `holder`."""
+        if holder != self.name:
+            return {"replica": self.name}
+        return {"replica": self.name, "files": await asyncio.to_thread(read_theta, self._state.path, digest)}
+
+    async def metrics(self) -> dict[str, Any]:
+        """The families of the engine's metrics, labelled; without them and with an error if it does not answer."""
+        try:
+            page = (await self._client.get("/metrics", timeout=_GLANCE)).raise_for_status().text
+            return {"replica": self.name, "families": await asyncio.to_thread(labelled, page, self.name)}
+        except (httpx.HTTPError, ValueError) as error:
+            return {"replica": self.name, "error": f"{type(error).__name__}: {error}"}
+
     def record_routing_stats(self) -> dict[str, Any]:
-        """For the router: the variants that are resident. Ray sends this to the front when it has changed."""
-        return {"resident": list(self._resident), "slots": self._settings.slots}
+        """For the router: what is resident or withheld. Ray sends this to the front when it has changed."""
+        withheld = sorted(self._replay.withheld)
+        return {"resident": list(self._resident), "slots": self._settings.slots, "withheld": withheld}
 
     async def check_health(self) -> None:
         """Ray replaces this replica if this raises."""
@@ -146,8 +219,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Awaited by Ray when the replica is removed: ends the engine, which first answers what it runs."""
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await self._child.stop()
         self._state.close()
 

@@ -40,7 +40,9 @@ class VariantRouter(RequestRouter):
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         seen = [self._seen(replica) for replica in candidate_replicas]
         variant = pending_request.metadata.multiplexed_model_id
-        return [[by_name[name]] for name in ranked(variant, seen, self._popularity)]
+        order = ranked(variant, seen, self._popularity)
+        order.sort(key=lambda name: variant in by_name[name].routing_stats.get("withheld", ()))  # these refuse it
+        return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Ray when a replica has taken a request."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from peanut_serve.settings.server import default_state
+from peanut_serve.web.audit import FILE
 
 _SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
 
@@ -45,6 +46,7 @@ class FleetSettings(BaseModel):
         admin_key_file: the same for operators; without it there is no admin API.
         logs: folder for the output of the engines; by default one that only this user has, see `own_folder`.
         state: folder with a folder for the state of each engine of a machine; by default within `logs`.
+        audit_log: file of who changed what through the admin API; by default in `state`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +60,17 @@ class FleetSettings(BaseModel):
     admin_key_file: Path | None = None
     logs: Path | None = None
     state: Path | None = None
+    audit_log: Path | None = None
+
+    @property
+    def audit_file(self) -> Path:
+        """The audit log of this machine, where the front may run."""
+        return self.audit_log or state_folders(self.logs, self.state) / FILE
+
+
+def state_folders(logs: Path | None, state: Path | None) -> Path:
+    """Where the engines of this machine have their state, see `FleetSettings`."""
+    return state or (logs or own_folder()) / "state"
 
 
 def own_folder() -> Path:

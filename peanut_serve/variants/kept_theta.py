@@ -34,7 +34,7 @@ def add_theta(state: Path, digest: str, files: Mapping[str, bytes]) -> None:
 
     Raises `OSError`, and `ValueError` for a digest or a file name that could be a path.
     """
-    if not is_digest(digest) or any(name != Path(name).name or not name for name in files):
+    if not is_digest(digest) or any(name in ("", "..") or name != Path(name).name for name in files):
         raise ValueError(f"{digest!r} is not a digest, or {sorted(files)} are not names of files")
     if has_theta(state, digest):
         return

@@ -167,7 +167,7 @@ def test_an_activation_goes_to_one_replica(fleet: Fleet) -> None:
         ("GET", "/fleet", KEY, 401),
         ("POST", "/variants/nobody/pin", ADMIN_KEY, 404),
         ("POST", "/variants/v1/steal", ADMIN_KEY, 404),
-        ("GET", "/variants", ADMIN_KEY, 404),
+        ("GET", "/nothing", ADMIN_KEY, 404),
     ],
 )
 def test_refusals_of_the_admin_api(fleet: Fleet, method: str, path: str, key: str, status: int) -> None:
@@ -175,7 +175,7 @@ def test_refusals_of_the_admin_api(fleet: Fleet, method: str, path: str, key: st
 
 
 def test_a_disagreement_is_told(fleet: Fleet) -> None:
-    answer = fleet.operate("POST", "/variants/v9/rollback")
+    answer = fleet.operate("POST", "/variants/v9/reload")
     assert (answer.status_code, answer.json()["agree"]) == (207, False)
     found = fleet.operate("GET", "/fleet").json()
     assert (found["agree"], found["disputed"]) == (False, ["v9"])

@@ -33,7 +33,7 @@ except EngineStartError as error:
 class Foreground:
     """The process, and everything that it starts: each has its mark in the environment."""
 
-    def __init__(self, folder: Path, command: list[str]) -> None:
+    def __init__(self, folder: Path, command: list[str], **variables: str) -> None:
         self.mark, self.port = uuid.uuid4().hex, free_port()
         engine = {"command": command, "options": ["--swap", "0", "--journal", str(folder / "journal")]}
         settings = FleetSettings.model_validate({"engine": engine, "replicas": 2, "cpus": 0.1, "logs": folder})
@@ -42,7 +42,7 @@ class Foreground:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TEST_MARK": self.mark, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"},
+            env={**os.environ, "TEST_MARK": self.mark, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"} | variables,
         )
 
     def living(self) -> list[str]:
@@ -56,9 +56,21 @@ class Foreground:
         return found
 
 
+# the first engine that starts finds that another program was given its port
+TAKEN = """
+import pathlib, runpy, sys
+first = pathlib.Path(sys.argv.pop(1))
+if not first.exists():
+    first.touch()
+    sys.exit("[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
 @pytest.fixture
 def fakes(tmp_path: Path) -> Iterator[Foreground]:
-    foreground = Foreground(tmp_path, [sys.executable, fake_server.__file__])
+    command = [sys.executable, "-c", TAKEN, str(tmp_path / "first"), fake_server.__file__]
+    foreground = Foreground(tmp_path, command)
     yield foreground
     foreground.process.kill()
     foreground.process.wait()
@@ -83,3 +95,11 @@ def test_an_engine_that_does_not_start_is_told_and_nothing_is_left(tmp_path: Pat
     assert "the fleet did not start\n" in error
     assert error.endswith("the engine ended with status 1:\nno such option\n")
     assert until(lambda: not foreground.living(), 20), foreground.living()
+
+
+def test_a_node_of_ray_that_does_not_start_is_told_in_a_sentence(tmp_path: Path) -> None:
+    foreground = Foreground(tmp_path, [sys.executable, fake_server.__file__], RAY_TMPDIR="/proc/nothing")
+    _, error = foreground.process.communicate(timeout=200)
+    assert foreground.process.returncode == 1
+    assert error.endswith("Ray did not start on this machine: [Errno 2] No such file or directory: '/proc/nothing'\n")
+    assert "Traceback" not in error

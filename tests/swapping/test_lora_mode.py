@@ -1,6 +1,7 @@
 """The server in LoRA mode, with an engine without vLLM: names, versions and adapters on disk have one truth."""
 
 import asyncio
+import json
 import shutil
 import threading
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from peanut_serve.lora.cache import Lease, LoraCache
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping import metrics
 from peanut_serve.variants.version import VariantKind
+from peanut_serve.web.audit import AuditedControl, AuditLog
+from peanut_serve.web.operator import VariantControl
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,24 @@ def test_a_rollback_serves_the_weights_that_it_names(run_rig: RunRig, tmp_path: 
         assert second == await folder_of(rig, "v2") != first
         await rig.server.rollback("v1", None)
         assert (await folder_of(rig, "v1"), rig.server.facts("v1").digest) == (first, old)
+
+    run_rig(test)
+
+
+def test_the_audit_log_has_the_versions_before_and_after(run_rig: RunRig, tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        control = AuditedControl(VariantControl(rig.server), AuditLog(tmp_path / "audit.jsonl"))
+        old = (await control.reload("v1")).digest
+        shutil.copytree(tmp_path / "tasks" / "v2", tmp_path / "tasks" / "v1", dirs_exist_ok=True)
+        new = (await control.reload("v1")).digest
+        await control.rollback("v1", None, True)
+        with pytest.raises(VariantError):
+            await control.reload("broken")
+        lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        digests = [(one["old"], one["new"]) for one in lines]
+        assert digests == [(None, old), (old, new), (new, old), (None, None)]
+        assert old != new
+        assert [one["outcome"] for one in lines] == ["done", "done", "done", "refused"]
 
     run_rig(test)
 

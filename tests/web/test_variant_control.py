@@ -1,6 +1,7 @@
 """The admin operations on the variants of a server, and the metrics."""
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.server.weights import Weights
 
 from peanut_serve.errors import SwapError, UnknownVariantError, VariantError, VariantInUseError
 from peanut_serve.variants.host_weights import HostMemoryError
+from peanut_serve.web.audit import AuditedControl, AuditLog
 from peanut_serve.web.operator import VariantControl
 from peanut_serve.web.schema import VariantState
 
@@ -44,6 +46,23 @@ def test_activate(run_rig: RunRig) -> None:
             with pytest.raises(error):
                 await control.activate(name)
         assert control.engine().active == "v2"
+
+    run_rig(test)
+
+
+def test_the_audit_log_has_the_weights_before_and_after(run_rig: RunRig, tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        control = AuditedControl(VariantControl(rig.server), AuditLog(tmp_path / "audit.jsonl"))
+        base = control.engine().digest
+        await control.activate("v1")
+        rig.engine.fail("apply")
+        with pytest.raises(SwapError):
+            await control.activate("v2")
+        done, failed = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+        v1 = control.variant("v1").digest
+        assert (done["old"], done["new"], done["outcome"]) == (base, v1, "done")
+        assert (failed["old"], failed["new"], failed["outcome"]) == (v1, v1, "refused")
+        assert "rolled back" in failed["error"]
 
     run_rig(test)
 

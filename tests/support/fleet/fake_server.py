@@ -10,7 +10,9 @@ also have token ids, which follow from the weights and the prompt: see `said`.
 
 import argparse
 import asyncio
+import json
 import os
+import sys
 import threading
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +24,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-NAMES = {"base": "base", "prod": "v0"} | {f"v{number}": f"v{number}" for number in range(10)}  # name -> digest
+sys.path.append(str(Path(__file__).parents[2]))  # when it runs as a program
+from support.fleet.fake_admin import NAMES, FakeAdmin
+
+__all__ = ["NAMES"]  # name -> digest
+
+METRICS = """# HELP peanut_ready 1 while requests can be answered
+# TYPE peanut_ready gauge
+peanut_ready 1.0
+# HELP peanut_requests_total requests that ended
+# TYPE peanut_requests_total counter
+peanut_requests_total{outcome="answered",variant="v\\"1"} 3.0
+"""
 
 
 def said(digest: str, prompt: Sequence[int], count: int) -> list[int]:
@@ -33,7 +46,7 @@ def said(digest: str, prompt: Sequence[int], count: int) -> list[int]:
 class FakeServer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.active, self.lock = options, "base", asyncio.Lock()
-        self.names = dict(NAMES)
+        self.admin = FakeAdmin(options.journal.parent, options.state)
 
     def note(self, event: str) -> None:
         with self.options.journal.open("a") as journal:
@@ -43,20 +56,22 @@ class FakeServer:
         return Response()
 
     async def engine(self, _: Request) -> Response:
-        return JSONResponse({"active": self.active, "digest": self.active})
+        sizes = {"host_cache_bytes": 10, "host_cache_limit": 100, "restarts": 0}
+        facts = {"state": "serving", "swap_seconds": {}, "detail": None, **sizes}
+        return JSONResponse({"active": self.active, "digest": self.active, **facts})
 
-    async def variants(self, _: Request) -> Response:
-        return JSONResponse([{"name": name, "digest": digest} for name, digest in self.names.items()])
+    async def metrics(self, _: Request) -> Response:
+        return Response(METRICS, media_type="text/plain")
 
     async def change(self, request: Request) -> Response:
-        """A rollback gives another digest at every engine."""
-        name, verb = request.path_params["name"], request.path_params.get("verb", "removed")
-        if name not in self.names:
-            return JSONResponse({"error": {"type": "UnknownVariantError", "message": f"no {name}"}}, 404)
+        name, verb = request.path_params.get("name"), request.path_params.get("verb", "unregister")
+        body = json.loads(await request.body() or b"null")
+        if name is None:
+            name, verb = body["name"], "register"
         self.note(f"{verb} {name}")
-        if verb == "rollback":
-            self.names[name] = f"{name}-{os.getpid()}"
-        return JSONResponse({"name": name, "digest": self.names[name], "pid": os.getpid()})
+        if (self.options.journal.parent / "slow").exists():
+            await asyncio.sleep(2)
+        return self.admin.answer(verb, name, body)
 
     async def echo(self, request: Request) -> Response:
         """What came in, byte for byte, and an odd answer."""
@@ -65,7 +80,7 @@ class FakeServer:
 
     async def complete(self, request: Request) -> Response:
         body = await request.json()
-        digest = NAMES.get(body["model"])
+        digest = self.admin.current(body["model"])
         if digest is None:
             return JSONResponse({"error": {"message": "no such variant"}}, 404)
         async with self.lock:
@@ -102,9 +117,10 @@ class FakeServer:
         admin = Starlette(
             routes=[
                 Route("/admin/v1/engine", self.engine),
-                Route("/admin/v1/variants", self.variants),
+                Route("/admin/v1/variants", self.change, methods=["POST"]),
                 Route("/admin/v1/variants/{name:path}/{verb}", self.change, methods=["POST"]),
                 Route("/admin/v1/variants/{name:path}", self.change, methods=["DELETE"]),
+                *self.admin.routes(),
             ]
         )
         config = uvicorn.Config(admin, port=self.options.admin_port, log_level="warning")
@@ -112,6 +128,7 @@ class FakeServer:
         app = Starlette(
             routes=[
                 Route("/health", self.health),
+                Route("/metrics", self.metrics),
                 Route("/v1/completions", self.complete, methods=["POST"]),
                 Route("/tokenize", self.echo, methods=["POST"]),
             ]
@@ -125,4 +142,5 @@ if __name__ == "__main__":
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--port", type=int)
     parser.add_argument("--admin-port", type=int)
+    parser.add_argument("--state", type=Path)
     FakeServer(parser.parse_known_args()[0]).run()

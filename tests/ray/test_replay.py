@@ -1,0 +1,163 @@
+"""How a replica is brought to what operators want, with a fake engine; test_operating.py has Ray."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from support.fleet.fake_admin import FakeAdmin, digest_of
+
+from peanut_serve.ray.fleet.replay import Replay
+from peanut_serve.ray.fleet.wanted import Wanted, WantedState, base_of
+from peanut_serve.variants.kept_theta import add_theta, read_theta
+
+OLD, NEW = digest_of("old"), digest_of("new")
+
+
+class Engine:
+    """A fake engine, and the replay of a replica that has it."""
+
+    def __init__(self, folder: Path, state: str = "0", theta: dict[str, bytes] | None = None) -> None:
+        self.state, self.theta, self.calls = folder / state, theta, list[str]()
+        self.state.mkdir(exist_ok=True)
+        (self.state / "theta").mkdir(exist_ok=True)
+        self.admin = FakeAdmin(folder, self.state)
+        self.replay = Replay(None, self.call, self)  # type: ignore[arg-type]  # only `start` and `run` need the store
+
+    async def call(self, method: str, path: str, body: Any) -> dict[str, Any]:
+        name, _, verb = unquote(path.partition("?")[0].removeprefix("/variants").strip("/")).partition("/")
+        if method == "GET":
+            found = self.admin.status(name) if name in self.admin.records else None
+            return {"replica": "a", "status": 200 if found else 404, "answer": found}
+        verb = "unregister" if method == "DELETE" else verb or "register"
+        self.calls.append(verb)
+        answer = self.admin.answer(verb, name or body["name"], body)
+        return {"replica": "a", "status": answer.status_code, "answer": json.loads(bytes(answer.body) or b"null")}
+
+    async def fetch(self, digest: str) -> bool:
+        if self.theta is not None:
+            add_theta(self.state, digest, self.theta)
+        return self.theta is not None
+
+    def follow(self, state: WantedState, done: bool = False) -> None:
+        asyncio.run(self.replay.follow(state, done))
+
+
+def files(folder: Path, **digests: str) -> None:
+    (folder / "files.json").write_text(json.dumps(digests))
+
+
+def wanted(**variants: Wanted) -> WantedState:
+    return WantedState(revision=7, variants=variants)
+
+
+def test_an_engine_with_an_empty_state_folder_gets_everything(tmp_path: Path) -> None:
+    files(tmp_path, v1=NEW)
+    engine = Engine(tmp_path, theta={"theta": b"old"})
+    engine.follow(
+        wanted(nice=Wanted(source="v2"), v1=Wanted(held=OLD), v3=Wanted(removed=True), v4=Wanted(pinned=True))
+    )
+    assert engine.replay.withheld == engine.replay.unpinned == {}
+    assert (engine.admin.current("nice"), engine.admin.current("v1"), engine.admin.current("v3")) == ("v2", OLD, None)
+    assert engine.admin.records["v4"]["pinned"]
+    files(tmp_path, v1=digest_of("newer"))
+    assert engine.admin.current("v1") == OLD, "it is not held"
+
+
+def test_an_engine_with_the_state_of_an_earlier_time_forgets_it(tmp_path: Path) -> None:
+    files(tmp_path, v1=NEW)
+    engine = Engine(tmp_path, theta={"theta": b"old"})
+    engine.follow(
+        wanted(nice=Wanted(source="v2"), v1=Wanted(held=OLD), v3=Wanted(pinned=True), gone=Wanted(source="v5"))
+    )
+    later = WantedState(
+        revision=9,
+        variants={
+            "nice": Wanted(source="v4"),
+            "v1": Wanted(),
+            "v3": Wanted(pinned=False),
+            "gone": Wanted(removed=True),
+        },
+    )
+    restarted = Engine(tmp_path)
+    restarted.follow(later)
+    assert restarted.replay.withheld == {}
+    assert (restarted.admin.current("nice"), restarted.admin.current("v1")) == ("v4", NEW)
+    assert not restarted.admin.records["v3"]["pinned"]
+    assert "gone" not in restarted.admin.records
+    calls = len(restarted.calls)
+    again = Engine(tmp_path)
+    again.follow(later)
+    assert (len(again.calls), calls > 0) == (0, True), "what is as wanted is left alone"
+
+
+def test_a_name_that_cannot_be_brought_there_is_withheld_until_it_can(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.follow(wanted(v1=Wanted(held=OLD), v2=Wanted(pinned=True), nice=Wanted(source="nothing")))
+    assert engine.replay.withheld == {
+        "v1": "v1 has no such earlier version",
+        "nice": "there are no files of nothing",
+    }
+    engine.theta = {"theta": b"old"}
+    files(tmp_path, nothing=NEW)
+    asyncio.run(engine.replay._settle(["v1", "nice"]))
+    assert engine.replay.withheld == {}
+    assert (engine.admin.current("v1"), engine.admin.current("nice")) == (OLD, NEW)
+
+
+def test_a_pin_that_fails_withholds_nothing(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    (engine.state / "refuses").write_text("v2")
+    engine.follow(wanted(v2=Wanted(pinned=True)))
+    assert (engine.replay.withheld, engine.replay.unpinned) == ({}, {"v2": "v2 cannot be changed here"})
+
+
+def test_a_change_that_the_replica_made_is_not_made_again(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    first = WantedState().after("pin", "v1", None)
+    engine.follow(first, done=True)
+    assert engine.calls == []
+    engine.follow(first.after("pin", "v2", None).after("pin", "v3", None), done=True)  # it missed one
+    assert engine.calls == ["pin", "pin"]
+    engine.follow(first)
+    assert engine.replay.state.revision == 3, "an older state is ignored"
+
+
+def test_what_is_wanted_after_changes() -> None:
+    state = WantedState()
+    for action, name, given in [
+        ("register", "nice", "v1"),
+        ("pin", "nice", None),
+        ("rollback", "nice", OLD),
+        ("unpin", "v2", None),
+        ("unregister", "v3", None),
+    ]:
+        state = state.after(action, name, given)
+    assert state.variants["nice"] == Wanted(source="v1", pinned=True, held=OLD)
+    assert (state.variants["v2"], state.variants["v3"]) == (Wanted(pinned=False), Wanted(removed=True))
+    assert state.after("reload", "nice", None).variants["nice"].held is None
+    assert state.after("register", "v3", "v3").variants["v3"] == Wanted(source="v3")
+    assert WantedState.model_validate_json(state.model_dump_json()) == state
+    assert state.revision == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "base"),
+    [(["--mode", "lora", "--base", "./b"], "./b"), (["--base=./b"], "./b"), (["--swap", "0"], ""), (["--base"], "")],
+)
+def test_the_base_in_a_command_line(options: list[str], base: str) -> None:
+    assert base_of(options) == base
+
+
+@pytest.mark.parametrize(
+    ("digest", "names"),
+    [("../" * 13 + "x", ["theta"]), ("f" * 39, ["theta"]), (OLD, ["../theta"]), (OLD, [".."]), (OLD, [""])],
+)
+def test_nothing_that_a_peer_sends_becomes_a_path(tmp_path: Path, digest: str, names: list[str]) -> None:
+    (tmp_path / "theta").mkdir()
+    with pytest.raises(ValueError, match="is not a digest, or"):
+        add_theta(tmp_path, digest, dict.fromkeys(names, b""))
+    assert read_theta(tmp_path, digest) is None
+    assert list(tmp_path.rglob("*")) == [tmp_path / "theta"]
