@@ -80,9 +80,18 @@ THIRD_PARTY = {
     "ray": ("peanut_serve.ray",),
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
-    "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
+    "yaml": (
+        "peanut_serve.cli.configuration",
+        "peanut_serve.cli.launch",
+        "peanut_serve.cli.deploy_command",
+    ),
     "prometheus_client": ("peanut_serve.swapping",),
-    "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
+    "vllm": (
+        "peanut_serve.vllm_plugin",
+        "peanut_serve.cli.launch",
+        "peanut_serve.cli.checking",
+        "peanut_serve.lora.offline",
+    ),
 }
 
 MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 15, 60, 8
@@ -94,6 +103,7 @@ COMMANDS = (
     "peanut_serve.cli.main._serve",
     "peanut_serve.cli.predict_command._predict",
     "peanut_serve.cli.deploy_command._deploy",
+    "peanut_serve.cli.size_command._size",
 )
 
 MODULES = modules()

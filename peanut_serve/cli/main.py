@@ -33,7 +33,9 @@ Examples:
   peanut-serve --base llama2-7b --adapters ./tasks
   peanut-serve --base ./smollm2 --adapters ./tasks --port 8001 --max-model-len 2048 --api-key SECRET
   peanut-serve --base ./smollm2 --adapters ./tasks --mode merged --host-cache 8GiB --admin-port 8001
+  peanut-serve --config peanut.yaml --check
   peanut-serve ctl list
+  peanut-serve size --base ./smollm2 --adapters ./tasks --gpu-memory 80GB
   peanut-serve state export --state ./state -o state.tar
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
@@ -58,6 +60,21 @@ class _PrefixCache(str, Enum):
     RESET, SALTED = "reset", "salted"
 
 
+def _configured(context: typer.Context, config: Path | None) -> Path | None:
+    from peanut_serve.cli.configuration import use_configuration
+
+    return use_configuration(context, config)
+
+
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_configured,
+        help="YAML file with these options; those of vLLM are below vllm:. PEANUT_... variables go before it.",
+    ),
+]
 _Base = Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")]
 _Adapters = Annotated[
     list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
@@ -101,6 +118,12 @@ _AdminPort = Annotated[
     int | None, typer.Option("--admin-port", help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY.")
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
+_ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
+]
+_AdminKeyFile = Annotated[
+    Path | None, typer.Option("--admin-key-file", help="File with the key of the admin API (else PEANUT_ADMIN_KEY).")
+]
 _State = Annotated[
     Path | None,
     typer.Option(
@@ -122,6 +145,9 @@ _Settle = Annotated[
 _AllowUntested = Annotated[
     bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
 ]
+_Check = Annotated[
+    bool, typer.Option("--check", help="Check adapters, base, options and state, and exit: with 1 if one is wrong.")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the adapters and vLLM's options, and exit.")]
 
 
@@ -129,6 +155,7 @@ def _serve(
     context: typer.Context,
     base: _Base,
     adapters: _Adapters,
+    config: _Config = None,
     mode: _ModeOption = _Mode.LORA,
     cache: _Cache = None,
     cache_size: _CacheSize = None,
@@ -148,11 +175,15 @@ def _serve(
     settle: _Settle = 1.0,
     admin_port: _AdminPort = None,
     admin_host: _AdminHost = "127.0.0.1",
+    admin_key_file: _AdminKeyFile = None,
+    api_key_file: _ApiKeyFile = None,
     state: _State = None,
     allow_untested_vllm: _AllowUntested = False,
+    check: _Check = False,
     dry_run: _DryRun = False,
     version: Version = False,
 ) -> None:
+    from peanut_serve.cli.configuration import with_vllm_options
     from peanut_serve.cli.serve import serve
     from peanut_serve.settings.serving import ServeOptions
 
@@ -171,8 +202,11 @@ def _serve(
         cache_size,
         serving,
         dry_run,
-        tuple(context.args),
+        tuple(with_vllm_options(context)),
         allow_untested_vllm,
+        check,
+        api_key_file,
+        admin_key_file,
     )
     (context.obj or serve)(options)
 
@@ -201,6 +235,10 @@ def main() -> NoReturn:
         from peanut_serve.cli.predict_command import main as predict
 
         predict(sys.argv[2:])
+    if sys.argv[1:2] == ["size"]:
+        from peanut_serve.cli.size_command import main as size
+
+        size(sys.argv[2:])
     if sys.argv[1:2] == ["state"]:
         from peanut_serve.cli.state_command import main as state
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from support.paths import ROOT
 
 # names of commands, where a document speaks of them
-_NAMES = ("peanut-serve ctl", "peanut-serve deploy", "peanut-serve predict", "peanut-serve size", "peanut-serve state")
+_NAMES = (
+    "peanut-serve ctl",
+    "peanut-serve deploy",
+    "peanut-serve predict",
+    "peanut-serve size",
+    "peanut-serve state",
+)
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,14 @@ def rows(table: str) -> list[list[str]]:
 README = Document("README.md")
 CONVERTERS = Document("converters/README.md")
 SERVING = Document("peanut_serve/README.md")
+OPERATIONS = Document("peanut_serve/OPERATIONS.md")  # its commands run in tests/documents/test_operations.py
 CONTRIBUTING = Document("CONTRIBUTING.md")
 SECURITY = Document("SECURITY.md")
 
 EXECUTED = (README, CONVERTERS, SERVING, CONTRIBUTING)
 ALL = (
     *EXECUTED,
+    OPERATIONS,
     SECURITY,
     Document("CHANGELOG.md"),
     Document("benchmarks/README.md"),
