@@ -81,9 +81,14 @@ THIRD_PARTY = {
     "jinja2": ("peanut_serve.web.console",),
     "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
-    "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
+    "yaml": ("peanut_serve.cli.configuration", "peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
     "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving", "peanut_serve.ray"),
-    "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
+    "vllm": (
+        "peanut_serve.vllm_plugin",
+        "peanut_serve.cli.launch",
+        "peanut_serve.cli.checking",
+        "peanut_serve.lora.offline",
+    ),
 }
 
 MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 15, 60, 8
@@ -96,6 +101,7 @@ COMMANDS = (
     "peanut_serve.cli.predict_command._predict",
     "peanut_serve.cli.classify_command._classify",
     "peanut_serve.cli.deploy_command._deploy",
+    "peanut_serve.cli.size_command._size",
 )
 
 MODULES = modules()

@@ -44,6 +44,8 @@ _EACH = "each replica has its own"
 _HOP = "only the front talks to the engines, over http on their machine"
 _REFUSED = {
     "--api-key": "give the keys of clients as --api-key-file",
+    "--api-key-file": "give it to deploy, not in the --config of its engines",
+    "--admin-key-file": "give it to deploy, not in the --config of its engines",
     "--admin-port": _EACH,
     "--admin-host": _EACH,
     "--console-host": _EACH,
@@ -54,6 +56,7 @@ _REFUSED = {
     "--root-path": _HOP,
     "--headless": "every replica answers requests",
     "--dry-run": "without --local, nothing is started",
+    "--check": "run peanut-serve --check with the options of an engine",
 }
 _FILES = ("--cache", "--config", "--chat-template", "--tokenizer")  # engines run in another folder
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
@@ -175,7 +178,7 @@ def _absolute(given: Sequence[str]) -> list[str]:
 def _engine(arguments: Sequence[str], read: Reader) -> EngineSettings:
     """Check what an engine would be started with. Raises `PeanutError`."""
     options = read(arguments)
-    for name in sorted(option_names(arguments) & _REFUSED.keys()):
+    for name in sorted((option_names(arguments) | option_names(options.vllm)) & _REFUSED.keys()):
         raise OptionError(f"{name} cannot be used with deploy: {_REFUSED[name]}")
     _, vllm, _ = checked(options)
     slots = _value(vllm, "--max-loras") if options.mode == "lora" else "1"

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -33,7 +34,9 @@ Examples:
   peanut-serve --base llama2-7b --adapters ./tasks
   peanut-serve --base ./smollm2 --adapters ./tasks --port 8001 --max-model-len 2048 --api-key SECRET
   peanut-serve --base ./smollm2 --adapters ./tasks --mode merged --host-cache 8GiB --admin-port 8001
+  peanut-serve --config peanut.yaml --check
   peanut-serve ctl list
+  peanut-serve size --base ./smollm2 --adapters ./tasks --gpu-memory 80GB
   peanut-serve state export --state ./state -o state.tar
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
@@ -41,6 +44,10 @@ Examples:
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "gsm8k", "prompt": "6 times 7 is"}'
 """
+
+
+# each has a module of its own, which is imported only if it is used; `deploy` reads the options of a server besides
+_SUBCOMMANDS = ("ctl", "predict", "classify", "size", "state")
 
 
 class _Mode(str, Enum):
@@ -59,6 +66,21 @@ class _PrefixCache(str, Enum):
     RESET, SALTED = "reset", "salted"
 
 
+def _configured(context: typer.Context, config: Path | None) -> Path | None:
+    from peanut_serve.cli.configuration import use_configuration
+
+    return use_configuration(context, config)
+
+
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_configured,
+        help="YAML file with these options; those of vLLM are below vllm:. PEANUT_... variables go before it.",
+    ),
+]
 _Base = Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")]
 _Adapters = Annotated[
     list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
@@ -109,6 +131,12 @@ _ConsoleHost = Annotated[
     list[str] | None,
     typer.Option("--console-host", help="Name by which browsers reach the console. Can be repeated."),
 ]
+_ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
+]
+_AdminKeyFile = Annotated[
+    Path | None, typer.Option("--admin-key-file", help="File with the key of the admin API (else PEANUT_ADMIN_KEY).")
+]
 _State = Annotated[
     Path | None,
     typer.Option(
@@ -136,6 +164,9 @@ _Settle = Annotated[
 _AllowUntested = Annotated[
     bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
 ]
+_Check = Annotated[
+    bool, typer.Option("--check", help="Check adapters, base, options and state, and exit: with 1 if one is wrong.")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the adapters and vLLM's options, and exit.")]
 
 
@@ -143,6 +174,7 @@ def _serve(
     context: typer.Context,
     base: _Base,
     adapters: _Adapters,
+    config: _Config = None,
     mode: _ModeOption = _Mode.LORA,
     cache: _Cache = None,
     cache_size: _CacheSize = None,
@@ -165,11 +197,15 @@ def _serve(
     console: _Console = True,
     console_host: _ConsoleHost = None,
     audit_log: _AuditLog = None,
+    admin_key_file: _AdminKeyFile = None,
+    api_key_file: _ApiKeyFile = None,
     state: _State = None,
     allow_untested_vllm: _AllowUntested = False,
+    check: _Check = False,
     dry_run: _DryRun = False,
     version: Version = False,
 ) -> None:
+    from peanut_serve.cli.configuration import with_vllm_options
     from peanut_serve.cli.serve import serve
     from peanut_serve.settings.serving import ServeOptions
 
@@ -188,8 +224,11 @@ def _serve(
         cache_size,
         serving,
         dry_run,
-        tuple(context.args),
+        tuple(with_vllm_options(context)),
         allow_untested_vllm,
+        check,
+        api_key_file,
+        admin_key_file,
     )
     (context.obj or serve)(options)
 
@@ -210,22 +249,8 @@ def _read_options(arguments: Sequence[str]) -> "ServeOptions":
 
 def main() -> NoReturn:
     """Entry point of `peanut-serve`: an error is one line on stderr and exit code 1."""
-    if sys.argv[1:2] == ["ctl"]:
-        from peanut_serve.cli.ctl_command import main as ctl
-
-        ctl(sys.argv[2:])
-    if sys.argv[1:2] == ["predict"]:
-        from peanut_serve.cli.predict_command import main as predict
-
-        predict(sys.argv[2:])
-    if sys.argv[1:2] == ["state"]:
-        from peanut_serve.cli.state_command import main as state
-
-        state(sys.argv[2:])
-    if sys.argv[1:2] == ["classify"]:
-        from peanut_serve.cli.classify_command import main as classify
-
-        classify(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in _SUBCOMMANDS:
+        import_module(f"peanut_serve.cli.{sys.argv[1]}_command").main(sys.argv[2:])
     if sys.argv[1:2] == ["deploy"]:
         from peanut_serve.cli.deploy_command import main as deploy
 

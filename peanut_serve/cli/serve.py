@@ -10,10 +10,13 @@ from peanut_serve.cli.launch import (
     base_names,
     check_endpoints,
     find_adapters,
+    option_names,
     run_vllm,
     server_variables,
     vllm_options,
 )
+from peanut_serve.ray.settings import read_keys
+from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.environment import CACHE, CACHE_SIZE, Settings
 from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.settings.serving import ServeOptions
@@ -26,9 +29,16 @@ from peanut_serve.web.audit import audit_log
 def serve(options: ServeOptions) -> None:
     """Run vLLM's server in this process until it is stopped; with `dry_run`, only show how it would be started.
 
-    Raises `PeanutError` for anything that can be refused before vLLM starts.
+    With `check`, only look for what is wrong.
+
+    Raises `PeanutError` for anything that can be refused before vLLM starts, and `SystemExit` if a check finds
+    something.
     """
+    keys = _use_keys(options)
     found, arguments, settings = checked(options)
+    if options.check:
+        _check(options, found, arguments, settings)
+        return
     variables = server_variables(settings)
     if options.dry_run:
         _show(options, found, arguments)
@@ -44,7 +54,39 @@ def serve(options: ServeOptions) -> None:
     if settings.admin_port is not None:
         audit_log(settings).close()
     os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
-    run_vllm(arguments)
+    # the list of this process's arguments, which others can see, does not change; vLLM hides them in its log
+    run_vllm([*arguments, *(["--api-key", *keys] if keys else [])])
+
+
+def _use_keys(options: ServeOptions) -> list[str]:
+    """The keys of clients that are in a file; the key of operators is put where the server reads it.
+
+    Raises `OptionError` for a file without a key, for keys that are given in two ways, and for one that is both.
+    """
+    keys = read_keys(options.api_key_file)
+    if keys and ("--api-key" in option_names(options.vllm) or os.environ.get("VLLM_API_KEY")):
+        raise OptionError("there are keys in --api-key-file, and in --api-key or VLLM_API_KEY; give them once")
+    if options.admin_key_file is None:
+        return keys
+    if os.environ.get(KEY_VARIABLE):
+        raise OptionError(f"the admin key is in {options.admin_key_file} and in {KEY_VARIABLE}; give it once")
+    admin_keys = read_keys(options.admin_key_file)
+    if len(admin_keys) > 1:
+        raise OptionError(f"{options.admin_key_file} has {len(admin_keys)} keys; expected one")
+    if set(keys) & set(admin_keys):
+        raise OptionError(f"the key in {options.admin_key_file} is also one of clients; give operators another")
+    os.environ[KEY_VARIABLE] = checked_key(admin_keys[0], str(options.admin_key_file))
+    return keys
+
+
+def _check(options: ServeOptions, found: Found, arguments: Sequence[str], settings: ServerSettings) -> None:
+    from peanut_serve.cli.checking import problems, show_problems
+
+    wrong = list(problems(options, found, arguments, settings))
+    _show(options, found, arguments)
+    show_problems(wrong, len(found.names(options.mode)) + len(found.broken))
+    if wrong:
+        raise SystemExit(1)
 
 
 def checked(options: ServeOptions) -> tuple[Found, list[str], ServerSettings]:

@@ -23,6 +23,9 @@ class ServeOptions:
         dry_run: print the vLLM command instead of starting it.
         vllm: options that are passed to vLLM.
         allow_untested_vllm: start although the installed vLLM was not tested.
+        check: look for what is wrong instead of starting vLLM.
+        api_key_file: file with the keys of clients.
+        admin_key_file: file with the key of the admin API.
     """
 
     base: str
@@ -34,3 +37,6 @@ class ServeOptions:
     dry_run: bool = False
     vllm: tuple[str, ...] = ()
     allow_untested_vllm: bool = False
+    check: bool = False
+    api_key_file: Path | None = None
+    admin_key_file: Path | None = None

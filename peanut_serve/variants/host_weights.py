@@ -38,10 +38,8 @@ class HostWeights:
     """
 
     def __init__(self, name: str, specs: Iterable[TensorSpec]) -> None:
-        places, end = {}, 0
         specs = list(specs)
-        for spec in specs:
-            places[spec.name], end = (end, spec.nbytes), -(-(end + spec.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        places, end = _places(specs)
         self.nbytes = end
         _check_memory(name, end)
         self._descriptor = os.memfd_create(f"peanut-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -91,6 +89,19 @@ class HostWeights:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def allocated(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of host memory that `HostWeights` of these tensors take."""
+    return _places(specs)[1]
+
+
+def _places(specs: Iterable[TensorSpec]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Name -> (offset, size), and the size of all."""
+    places, end = {}, 0
+    for spec in specs:
+        places[spec.name], end = (end, spec.nbytes), -(-(end + spec.nbytes) // _ALIGNMENT) * _ALIGNMENT
+    return places, end
 
 
 def available_memory() -> int:

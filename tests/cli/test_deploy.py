@@ -90,7 +90,7 @@ def test_a_binding_of_the_user_is_kept(here: Path, run_here: Run, monkeypatch: p
 
 
 def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
-    (here / "engine.yaml").write_text("max-model-len: 64\n")
+    (here / "engine.yaml").write_text("vllm: {max-model-len: 64}\n")
     assert deploy(run_here, "--config=engine.yaml", "--chat-template", "keys")[0] == 0
     text = (here / "fleet.yaml").read_text()
     assert f"- --config={here}/engine.yaml\n" in text
@@ -106,8 +106,11 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--host-cache", "much", "--mode", "merged"], "'much' is not a valid size"),
         (["--max-loras", "many"], "--max-loras is many; expected a positive number"),
         (["--api_key", "SECRET"], "--api-key cannot be used with deploy: give the keys of clients as --api-key-file"),
+        (["--check"], "--check cannot be used with deploy: run peanut-serve --check with the options"),
         (["--admin-port=1"], "--admin-port cannot be used with deploy: each replica has its own"),
-        (["--config", "secret.yaml"], "--api-key cannot be used with deploy"),
+        (["--config", "secret.yaml"], "a key does not belong in a configuration"),
+        (["--config", "keyed.yaml"], "--api-key-file cannot be used with deploy: give it to deploy, not in"),
+        (["--config", "tls.yaml"], "--ssl-keyfile cannot be used with deploy"),
         (["--api-key-file", "missing"], "missing cannot be read"),
         (["--api-key-file", "keys", "--admin-key-file", "keys"], "is also in"),
         (["--admin-key-file", "empty"], "there is no key in"),
@@ -117,7 +120,9 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
     ],
 )
 def test_refusals(here: Path, run_here: Run, options: list[str], message: str) -> None:
-    (here / "secret.yaml").write_text("api_key: SECRET\n")
+    (here / "secret.yaml").write_text("vllm: {api_key: SECRET}\n")
+    (here / "keyed.yaml").write_text("api-key-file: keys\n")
+    (here / "tls.yaml").write_text("vllm: {ssl-keyfile: keys}\n")
     (here / "empty").write_text("\n")
     code, error = deploy(run_here, *options)
     assert code == 1

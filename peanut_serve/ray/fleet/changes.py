@@ -79,7 +79,7 @@ class FleetChanges:
         return await self._to_the_end(self._make(change))
 
     async def make_at_one(self, change: Change) -> Entry:
-        """Swap a variant in, or preload it, where a request for it would go now. Returns the entry of that replica."""
+        """Swap a variant in, or preload it, where a request for it would go now. Returns that replica's entry."""
         return await self._to_the_end(self._make_at_one(change))
 
     async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:

@@ -78,6 +78,7 @@ def rows(table: str) -> list[list[str]]:
 README = Document("README.md")
 CONVERTERS = Document("converters/README.md")
 SERVING = Document("peanut_serve/README.md")
+OPERATIONS = Document("peanut_serve/OPERATIONS.md")  # its commands run in tests/documents/test_operations.py
 CONTRIBUTING = Document("CONTRIBUTING.md")
 SECURITY = Document("SECURITY.md")
 GATEWAYS = Document("peanut_serve/GATEWAYS.md")
@@ -85,6 +86,7 @@ GATEWAYS = Document("peanut_serve/GATEWAYS.md")
 EXECUTED = (README, CONVERTERS, SERVING, CONTRIBUTING)
 ALL = (
     *EXECUTED,
+    OPERATIONS,
     SECURITY,
     GATEWAYS,
     Document("CHANGELOG.md"),
