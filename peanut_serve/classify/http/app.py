@@ -1,5 +1,6 @@
 """The HTTP application: routes, errors, and the OpenAPI description."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +25,7 @@ except ImportError as error:
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"default": examples.ERROR}
 _routes = APIRouter(responses=_ERRORS)
+_LARGE = 64 << 10  # bytes of a body that is read beside the loop
 _NAME = "/models/{name}"
 _VERSION = f"{_NAME}/versions/{{version}}"
 
@@ -82,7 +84,11 @@ async def ask(request: Request, name: str) -> Response:
     """The body is an image, or JSON with `inputs` and `parameters`."""
     _asked(request, name)
     server = _server(request)
-    question = hugging_face.read_question(await request.body(), request.headers.get("content-type", ""))
+    body, kind = await request.body(), request.headers.get("content-type", "")
+    if len(body) > _LARGE:
+        question = await asyncio.to_thread(hugging_face.read_question, body, kind)
+    else:
+        question = hugging_face.read_question(body, kind)
     found = await server.predict_with(
         name,
         len(question.inputs),

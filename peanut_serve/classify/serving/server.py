@@ -228,8 +228,7 @@ class TaskServer:
         try:
             return await asyncio.gather(*waiting)
         finally:
-            # the others of a request that failed or was given up: a run that has begun has to end before its lease
-            # does
+            # of a request that failed or was given up: what has not begun is not run
             for one in waiting:
                 one.cancel()
 
