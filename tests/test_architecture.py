@@ -80,7 +80,7 @@ THIRD_PARTY = {
     "ray": ("peanut_serve.ray",),
     "starlette": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.vllm_plugin"),
-    "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
+    "yaml": ("peanut_serve.cli.launch", "peanut_serve.cli.deploy_command", "peanut_serve.cli.deploy_classifiers"),
     "prometheus_client": ("peanut_serve.swapping",),
     "vllm": ("peanut_serve.vllm_plugin", "peanut_serve.cli.launch", "peanut_serve.lora.offline"),
 }
@@ -94,6 +94,7 @@ COMMANDS = (
     "peanut_serve.cli.main._serve",
     "peanut_serve.cli.predict_command._predict",
     "peanut_serve.cli.deploy_command._deploy",
+    "peanut_serve.cli.deploy_classifiers.deploy_classifiers",
 )
 
 MODULES = modules()

@@ -20,9 +20,11 @@ SURFACE = {
     # preprocessing and sessions of ONNX models: the exporter and the classifier server share them
     "converters.inference.adapter_file",
     "converters.inference.examples",
+    "converters.inference.images",
     "converters.inference.kinds",
     "converters.inference.preprocessing",
     "converters.inference.session",
+    "converters.inference.sounds",
     "converters.inference.texts",
     # options and output that all commands have in common
     "converters.cli.console",

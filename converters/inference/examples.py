@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from converters.errors import CheckpointError
 
-Example = Path | str | tuple[str, str]  # a file (image or sound), a text, a pair of texts
+# a file (image or sound), the content of one that a client sent, a text, a pair of texts
+Example = Path | bytes | str | tuple[str, str]
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 

@@ -1,7 +1,7 @@
 """Preprocessing of image files according to a model's preprocessor_config.json. Nothing is downloaded."""
 
-import warnings
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,8 @@ class ImagePreprocessor:
     Args:
         folder: the folder of a model with a preprocessor_config.json.
         config: the config.json of the model.
+        max_pixels: larger images are refused before they are decoded; by default those that Pillow considers a
+            decompression bomb.
 
     Attributes:
         shape: (channels, height, width), the same for every image.
@@ -43,8 +45,9 @@ class ImagePreprocessor:
         MissingDependencyError: Pillow is not installed.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_pixels: int | None = None) -> None:
         _pillow()
+        self._max_pixels = max_pixels
         file = folder / PROCESSOR_FILE
         if not file.is_file():
             raise CheckpointError(
@@ -68,12 +71,12 @@ class ImagePreprocessor:
         self.shape: tuple[int, int, int] = shapes.pop()
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-        """The arrays of image files. Raises `OptionError`, naming the file, if one is missing or broken."""
+        """The arrays of images. Raises `OptionError`, naming the file, if one is missing, broken or too large."""
         images = []
         for example in examples:
-            if not isinstance(example, Path):
+            if not isinstance(example, Path | bytes):
                 raise OptionError(f"{brief(repr(example))} is a text, expected an image file: the model takes images")
-            images.append(read_image(example, self._channels))
+            images.append(read_image(example, self._channels, self._max_pixels))
         return {"pixel_values": self._process(images)}
 
     def _process(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
@@ -101,25 +104,31 @@ def image_shape(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int]
     return model.num_channels, height, width
 
 
-def read_image(file: Path, channels: int) -> NDArray[np.uint8]:
-    """Read an image as (channels, height, width), rotated according to its EXIF data.
+def read_image(file: Path | bytes, channels: int, max_pixels: int | None = None) -> NDArray[np.uint8]:
+    """Read an image as (channels, height, width), rotated according to its EXIF data. Safe in threads.
 
-    `channels` is 1 (grey) or 3 (RGB).
+    Args:
+        file: a file, or its content.
+        channels: 1 (grey) or 3 (RGB).
+        max_pixels: the most that are decoded; by default, and at most, as many as Pillow allows.
 
     Raises `OptionError` if the file is missing, broken or not an image, has more than 8 bits per channel (Pillow
-    would clip it), or is so large that Pillow considers it a decompression bomb.
+    would clip it), or has too many pixels: it may be a decompression bomb.
     """
     images, operations = _pillow()
+    most = min(max_pixels or images.MAX_IMAGE_PIXELS, images.MAX_IMAGE_PIXELS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", images.DecompressionBombWarning)
-            with images.open(file, formats=_FORMATS) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
-                pixels = np.array(operations.exif_transpose(image).convert(_MODES[channels]))
+        with images.open(BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > most:  # nothing but the header has been read
+                raise ValueError(f"{width} x {height} pixels, at most {most} are decoded: a decompression bomb?")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
+            pixels = np.array(operations.exif_transpose(image).convert(_MODES[channels]))
     except Exception as error:  # each format raises different exceptions for a broken file
+        where = f"what was sent ({len(file)} bytes)" if isinstance(file, bytes) else str(file)
         raise OptionError(
-            f"{file}: cannot be read as an image ({brief(error)}); expected one of the formats {', '.join(_FORMATS)}"
+            f"{where}: cannot be read as an image ({brief(error)}); expected one of the formats {', '.join(_FORMATS)}"
         ) from None
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
@@ -130,6 +139,20 @@ def _pillow() -> tuple[ModuleType, ModuleType]:
     except ImportError:
         raise MissingDependencyError("Pillow is not installed: pip install 'peanut-serve[onnx]'") from None
     return Image, ImageOps
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """(width, height) of an image, of which only the header is read. Raises `OptionError` if it is not an image."""
+    images, _ = _pillow()
+    try:
+        with images.open(BytesIO(content), formats=_FORMATS) as image:
+            width, height = image.size
+    except Exception as error:  # as in `read_image`
+        raise OptionError(
+            f"what was sent ({len(content)} bytes) cannot be read as an image ({type(error).__name__}); "
+            f"expected one of the formats {', '.join(_FORMATS)}"
+        ) from None
+    return width, height
 
 
 def _load_processor(folder: Path) -> Any:

@@ -107,8 +107,9 @@ class TextPreprocessor:
         return text
 
     def _encode(self, example: Example) -> Mapping[str, list[int]]:
-        if isinstance(example, Path):
-            raise OptionError(f"{example} is a file, expected a text: the model takes texts")
+        if isinstance(example, Path | bytes):
+            what = "this is the content of a file" if isinstance(example, bytes) else f"{example} is a file"
+            raise OptionError(f"{what}, expected a text: the model takes texts")
         # as lists: transformers 5.19 does not treat a single text with an empty second text as a pair
         texts = [[self._prepared(text)] for text in (example if isinstance(example, tuple) else (example,))]
         wanted = {

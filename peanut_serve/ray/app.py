@@ -10,12 +10,12 @@ from peanut_serve.ray.front import Front
 from peanut_serve.ray.replica import EngineReplica
 from peanut_serve.ray.settings import FleetSettings
 
-_ROUTING: dict[str, Any] = {
+ROUTING: dict[str, Any] = {
     "request_router_class": "peanut_serve.ray.router:VariantRouter",
     "request_routing_stats_period_s": 0.5,  # how often replicas tell what is resident; Ray's default is 10
 }
 _ONGOING = 4096  # the engines queue, as they know what a swap costs; Ray must not
-_QUIET = {"enable_access_log": False}
+QUIET = {"enable_access_log": False}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -32,15 +32,15 @@ def build(args: dict[str, Any]) -> Application:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.engine.stop_seconds + 10,
         graceful_shutdown_wait_loop_s=0.2,
-        request_router_config=RequestRouterConfig(**_ROUTING),
-        logging_config=_QUIET,
+        request_router_config=RequestRouterConfig(**ROUTING),
+        logging_config=QUIET,
     )(EngineReplica)
     front = serve.deployment(
         name="Front",
         num_replicas=1,  # the router knows what was sent where; a second one would not see it
         max_ongoing_requests=_ONGOING,
         ray_actor_options={"num_cpus": 0},
-        logging_config=_QUIET,
+        logging_config=QUIET,
     )(Front)
     keys = [str(file) if file else None for file in (settings.key_file, settings.admin_key_file)]
     folders = [str(folder) if folder else None for folder in (settings.logs, settings.state)]

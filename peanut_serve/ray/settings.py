@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -50,6 +51,8 @@ class FleetSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    import_path: ClassVar[str] = "peanut_serve.ray.app:build"
+
     engine: EngineSettings
     replicas: PositiveInt = 1
     gpus: float = Field(default=0.0, ge=0)
@@ -59,6 +62,14 @@ class FleetSettings(BaseModel):
     admin_key_file: Path | None = None
     logs: Path | None = None
     state: Path | None = None
+
+    def args(self) -> dict[str, Any]:
+        """Serve's `args`, whose change restarts all engines."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"replicas", "most_waiting"})
+
+    def in_place(self) -> dict[str, Any]:
+        """What Serve changes without restarting an engine."""
+        return {"name": "Engine", "num_replicas": self.replicas, "max_queued_requests": self.most_waiting}
 
 
 def own_folder() -> Path:
