@@ -81,7 +81,12 @@ THIRD_PARTY = {
     "jinja2": ("peanut_serve.web.console",),
     "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
-    "yaml": ("peanut_serve.cli.configuration", "peanut_serve.cli.launch", "peanut_serve.cli.deploy_command"),
+    "yaml": (
+        "peanut_serve.cli.configuration",
+        "peanut_serve.cli.launch",
+        "peanut_serve.cli.deploy_command",
+        "peanut_serve.cli.deploy_classifiers",
+    ),
     "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving", "peanut_serve.ray"),
     "vllm": (
         "peanut_serve.vllm_plugin",
@@ -102,6 +107,7 @@ COMMANDS = (
     "peanut_serve.cli.classify_command._classify",
     "peanut_serve.cli.deploy_command._deploy",
     "peanut_serve.cli.size_command._size",
+    "peanut_serve.cli.deploy_classifiers.deploy_classifiers",
 )
 
 MODULES = modules()

@@ -24,6 +24,7 @@ SURFACE = {
     "converters.inference.kinds",
     "converters.inference.preprocessing",
     "converters.inference.session",
+    "converters.inference.sounds",
     "converters.inference.texts",
     # options and output that all commands have in common
     "converters.cli.console",

@@ -19,6 +19,7 @@ from converters.errors import NoSpaceError, OutputBusyError, OutputExistsError
 from converters.files.inside import discard_half, move_out, sync
 from converters.files.names import MODEL_CONFIG
 from converters.files.places import Place, find_place, staging_of
+from converters.files.sizes import size_text
 
 # space needed besides the weights: tokenizer, manifest, file system overhead
 _SPARE_BYTES = 32 << 20
@@ -48,8 +49,9 @@ def check_space(sizes: Mapping[Path, int]) -> None:
         needed[disk] += size + _SPARE_BYTES - _allocated(output)
         free = shutil.disk_usage(parent).free
         if free < needed[disk]:
+            wanted = size_text(max(size, _SPARE_BYTES))
             raise NoSpaceError(
-                f"{output} needs {size / 1e9:.2f} GB, but the disk of {parent} has {free / 1e9:.2f} GB free"
+                f"{output} needs {wanted}, but the disk of {parent} has {size_text(free)} free"
                 + (f" for {len(sizes)} outputs" if len(sizes) > 1 else "")
                 + "; free some space or choose another output"
             )

@@ -12,7 +12,7 @@ from converters.inference.examples import Example, brief, full_config
 from converters.inference.images import PROCESSOR_FILE
 from converters.inference.kinds import ModelKind
 from converters.inference.media_models import is_wave, mel_shape, receptive_field
-from converters.inference.sounds import read_sound
+from converters.inference.sounds import read_sound, sound_name
 
 _WINDOW = 400  # samples of the first frame of a spectrogram, in the extractors of AST and Whisper
 
@@ -74,16 +74,17 @@ class AudioPreprocessor:
         return {self._input: np.concatenate(rows)}
 
     def _read(self, example: Example) -> NDArray[np.float32]:
-        if not isinstance(example, Path):
+        if not isinstance(example, Path | bytes):
             raise OptionError(f"{brief(repr(example))} is a text, expected a sound file: the model takes sounds")
         samples, rate = read_sound(example)
+        name = sound_name(example)
         if rate != self.rate:
             raise OptionError(
-                f"{example}: has {rate} samples per second, but the model was trained on {self.rate}; convert it, as "
+                f"{name}: has {rate} samples per second, but the model was trained on {self.rate}; convert it, as "
                 f"by: ffmpeg -i INPUT -ac 1 -ar {self.rate} -c:a pcm_s16le OUTPUT.wav"
             )
         if len(samples) < self._shortest:
-            raise OptionError(f"{example}: has {len(samples)} samples, the model takes {self._shortest} or more")
+            raise OptionError(f"{name}: has {len(samples)} samples, the model takes {self._shortest} or more")
         return samples
 
     def _extract(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -141,6 +141,20 @@ def _pillow() -> tuple[ModuleType, ModuleType]:
     return Image, ImageOps
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """(width, height) of an image, of which only the header is read. Raises `OptionError` if it is not an image."""
+    images, _ = _pillow()
+    try:
+        with images.open(BytesIO(content), formats=_FORMATS) as image:
+            width, height = image.size
+    except Exception as error:  # as in `read_image`
+        raise OptionError(
+            f"what was sent ({len(content)} bytes) cannot be read as an image ({type(error).__name__}); "
+            f"expected one of the formats {', '.join(_FORMATS)}"
+        ) from None
+    return width, height
+
+
 def _load_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 

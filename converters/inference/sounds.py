@@ -23,14 +23,15 @@ class _Format(NamedTuple):
     bits: int
 
 
-def read_sound(file: Path) -> tuple[NDArray[np.float32], int]:
-    """Read a WAV file: samples between -1 and 1, float32, the mean of its channels; and the samples per second.
+def read_sound(source: Path | bytes) -> tuple[NDArray[np.float32], int]:
+    """Read a WAV file, or its content: samples between -1 and 1, float32, the mean of channels; samples per second.
 
     Raises `OptionError` if the file is missing, damaged, empty or not WAV, or if its samples are neither integers of
     8 to 32 bits nor floats.
     """
+    file = sound_name(source)
     try:
-        content = file.read_bytes()
+        content = source if isinstance(source, bytes) else source.read_bytes()
     except OSError as error:
         raise OptionError(f"{file}: cannot be read as a sound ({error.strerror}); expected a WAV file") from None
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
@@ -49,7 +50,12 @@ def read_sound(file: Path) -> tuple[NDArray[np.float32], int]:
     return samples.reshape(-1, form.channels).mean(axis=1, dtype=np.float64).astype(np.float32), form.rate
 
 
-def _chunks(content: bytes, file: Path) -> Iterator[tuple[bytes, bytes]]:
+def sound_name(source: Path | bytes) -> str:
+    """What messages call a sound: its path, or how much was sent."""
+    return f"what was sent ({len(source)} bytes)" if isinstance(source, bytes) else str(source)
+
+
+def _chunks(content: bytes, file: str) -> Iterator[tuple[bytes, bytes]]:
     """The name and content of every chunk, each of which begins at an even place."""
     place = 12
     while place + 8 <= len(content):
@@ -73,7 +79,7 @@ def _format(chunk: bytes) -> _Format:
     return _Format(code, channels, rate, bits)
 
 
-def _samples(data: bytes, form: _Format, file: Path) -> NDArray[np.float64]:
+def _samples(data: bytes, form: _Format, file: str) -> NDArray[np.float64]:
     """All samples, of all channels, between -1 and 1."""
     width = form.bits // 8
     if width and len(data) % width:

@@ -252,7 +252,9 @@ def _build(transformers: Any, config: Any, class_name: str | None, task_type: st
     try:
         return auto.from_config(config)
     except ValueError:
+        inner = getattr(config.get_text_config(), "model_type", config.model_type)
+        contained = "" if inner == config.model_type else "; if it was trained on its language model, give that alone"
         raise TargetError(
             f"transformers {transformers.__version__} has no {auto.__name__} for the model type {config.model_type}; "
-            "is this the base it was trained on?"
+            f"is this the base it was trained on?{contained}"
         ) from None

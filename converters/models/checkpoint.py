@@ -15,7 +15,7 @@ from converters.files.names import INDEX_FILE, MANIFEST_NAME, MODEL_CONFIG
 from converters.files.reader import TensorReader
 from converters.files.state import FileState
 from converters.hub.twins import is_quantized, unquantized
-from converters.models.weight_files import find_weights, refuse_partial
+from converters.models.weight_files import find_weights, refuse_gguf, refuse_partial
 
 if TYPE_CHECKING:
     from converters.hub.stream import ShardStream
@@ -25,7 +25,7 @@ _WHOLE_BYTES = 64 << 10
 _SAMPLE_BYTES = 4 << 10
 _SAMPLES = 16
 
-_QUANTIZED_DTYPES = ("F8_", "F4", "F6_", "I8", "U8", "I4", "U4")
+_QUANTIZED_DTYPES = ("F8_", "F4", "F6_", "I8", "U8", "I4", "U4", "I32", "U32")  # the last two: packed, as by MLX
 _QUANTIZED_SUFFIXES = (
     ".qweight",
     ".qzeros",
@@ -34,6 +34,8 @@ _QUANTIZED_SUFFIXES = (
     ".SCB",
     ".weight_packed",
     ".absmax",
+    ".q_weight",  # ExLlamaV2
+    ".W_q",  # HQQ
 )
 
 
@@ -159,6 +161,7 @@ def open_checkpoint(
     if not (folder / MODEL_CONFIG).is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} is an adapter, expected a base model; pass it as the adapter")
+        refuse_gguf(folder)
         raise CheckpointError(f"{folder}: no config.json; expected a folder with a transformers model")
     config = read_json(folder / MODEL_CONFIG, "model config")
     _refuse_quantized_config(folder, config, repo_id)

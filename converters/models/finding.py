@@ -10,7 +10,7 @@ from converters.hub.errors import hub_errors
 from converters.hub.names import SHORT_NAMES, is_hub_id
 from converters.hub.stream import ShardStream
 from converters.models.companions.names import COMPANION_PATTERNS
-from converters.models.weight_files import read_weight_map
+from converters.models.weight_files import read_weight_map, refuse_gguf
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def find_base(base: str, revision: str | None = None, token: str | None = None, 
         note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
         return BaseSource(folder, note=note)
     if folder.is_file():
+        refuse_gguf(folder)
         raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
     repo_id = SHORT_NAMES.get(base, base)
     if not is_hub_id(repo_id):

@@ -17,7 +17,6 @@ _OTHER_FORMS = {
     "*.bin": "as pickles",
     "*.pt": "as pickles",
     "*.pth": "as pickles",
-    "*.gguf": "as GGUF, for llama.cpp",
     "*.h5": "for TensorFlow",
     "*.msgpack": "for Flax",
 }
@@ -77,6 +76,15 @@ def refuse_partial(folder: Path, names: set[str]) -> None:
         )
 
 
+def refuse_gguf(path: Path) -> None:
+    """Raise `CheckpointError` if a file, or a file in a folder, is a model for llama.cpp."""
+    for file in [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")):
+        raise CheckpointError(
+            f"{file} is a GGUF for llama.cpp, often with quantised weights; expected the safetensors checkpoint that "
+            "it was made from: merge into that, then convert the result with llama.cpp's convert_hf_to_gguf.py"
+        )
+
+
 def _without_index(folder: Path) -> tuple[str, ...]:
     """Shards that are all there by their own count. Raises `CheckpointError` if some are missing."""
     found = {path.name: match for path in folder.glob("*.safetensors") if (match := _SHARD.fullmatch(path.name))}
@@ -115,6 +123,7 @@ def _nothing(folder: Path) -> str:
     for pattern, form in _OTHER_FORMS.items():
         for path in sorted(folder.glob(pattern)):
             return f"{folder} stores its weights {form} ({path.name}), {_CONVERT}"
+    refuse_gguf(folder)
     return (
         f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; expected safetensors weights (a model that is "
         "only available as pickles must be saved once with transformers' save_pretrained)"

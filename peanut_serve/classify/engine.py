@@ -76,6 +76,14 @@ class OnnxEngine:
                 self._ready[found.name] = loaded
             return self._ready[found.name]
 
+    def unload(self, task: str) -> None:
+        """Give back the memory of a task; its next run loads it again. Runs that have begun are not disturbed."""
+        with self._lock:
+            self._ready.pop(task, None)
+            self._preprocessors.pop(task, None)
+            in_use = {one.session for one in self._ready.values()}
+            self._sessions = {model: session for model, session in self._sessions.items() if session in in_use}
+
     def find(self, task: str | None) -> OnnxTask:
         """Find a task by name. Raises `OptionError` if it does not exist, or `task` is None and there are several."""
         if task is None and len(self.tasks) == 1:
@@ -179,6 +187,8 @@ class OnnxEngine:
             yield from zip(*self.run_all(preprocessor(examples[start : start + size]), task.name), strict=True)
 
     def _preprocessor(self, task: OnnxTask) -> Preprocessor:
+        if known := self._preprocessors.get(task.name):
+            return known
         with self._lock:
             if task.name not in self._preprocessors:
                 self._preprocessors[task.name] = open_preprocessor(task.folder, task.kind, task.config)

@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.errors import OptionError, PeanutError
+from peanut_serve.cli import deploy_classifiers
 from peanut_serve.cli.launch import check_endpoints, option_names
 from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
@@ -36,6 +37,9 @@ Examples:
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --mode merged --replicas 4 --gpus-per-replica 1
 
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 2 --local --port 8000
+
+With --classify FOLDER instead of a base, it serves classifiers of ONNX exports; see
+`peanut-serve deploy --classify FOLDER --help`.
 """
 
 Reader = Callable[[Sequence[str]], ServeOptions]
@@ -211,8 +215,11 @@ def main(argv: list[str], read: Reader) -> NoReturn:
         read: gives the options of `peanut-serve` that are in a command line.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(name="deploy", help=HELP, context_settings=pass_through)(_deploy)
+    if any(one.partition("=")[0] == deploy_classifiers.OPTION for one in argv):
+        app.command(name="deploy", help=deploy_classifiers.HELP)(deploy_classifiers.deploy_classifiers)
+    else:
+        pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
+        app.command(name="deploy", help=HELP, context_settings=pass_through)(_deploy)
     try:
         app(argv, prog_name="peanut-serve deploy", obj=read)
     except EngineStartError as error:

@@ -15,7 +15,6 @@ from peanut_serve.cli.launch import (
     server_variables,
     vllm_options,
 )
-from peanut_serve.ray.settings import read_keys
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.environment import CACHE, CACHE_SIZE, Settings
 from peanut_serve.settings.server import ServerSettings, server_settings
@@ -24,6 +23,7 @@ from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
 from peanut_serve.web.audit import audit_log
+from peanut_serve.web.bearer import read_keys
 
 
 def serve(options: ServeOptions) -> None:

@@ -1,5 +1,6 @@
 """A fleet on this machine: a Ray cluster of one node, in the foreground, that ends with this process."""
 
+import importlib
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ from types import FrameType
 
 from converters.errors import MissingDependencyError, OptionError
 from peanut_serve.errors import EngineStartError
+from peanut_serve.ray.classifiers.settings import ClassifierSettings
 from peanut_serve.ray.declaration import NAME
 from peanut_serve.ray.settings import FleetSettings
 
@@ -23,7 +25,7 @@ VARIABLES = {
 }
 
 
-def serve_here(settings: FleetSettings, host: str, port: int) -> None:
+def serve_here(settings: FleetSettings | ClassifierSettings, host: str, port: int) -> None:
     """Serve a fleet until this process gets SIGINT or SIGTERM. Then, or if it cannot start, everything is ended.
 
     Raises:
@@ -37,7 +39,8 @@ def serve_here(settings: FleetSettings, host: str, port: int) -> None:
         import ray
         from ray import serve
 
-        from peanut_serve.ray.app import build
+        module, _, name = settings.import_path.partition(":")
+        build = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise MissingDependencyError(f"a fleet needs Ray Serve ({error}): pip install 'peanut-serve[ray]'") from None
     stopped = threading.Event()

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -51,6 +52,8 @@ class FleetSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    import_path: ClassVar[str] = "peanut_serve.ray.app:build"
+
     engine: EngineSettings
     replicas: PositiveInt = 1
     gpus: float = Field(default=0.0, ge=0)
@@ -66,6 +69,14 @@ class FleetSettings(BaseModel):
     def audit_file(self) -> Path:
         """The audit log of this machine, where the front may run."""
         return self.audit_log or state_folders(self.logs, self.state) / FILE
+
+    def args(self) -> dict[str, Any]:
+        """Serve's `args`, whose change restarts all engines."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"replicas", "most_waiting"})
+
+    def in_place(self) -> dict[str, Any]:
+        """What Serve changes without restarting an engine."""
+        return {"name": "Engine", "num_replicas": self.replicas, "max_queued_requests": self.most_waiting}
 
 
 def state_folders(logs: Path | None, state: Path | None) -> Path:

@@ -88,7 +88,7 @@ def test_the_jobs(folders: Path, run_here: Run, document: Document) -> None:
             "gsm8k.png", "pets-onnx/model.onnx", "pets-int8/model_quantized.onnx", "pets-web/onnx/model.onnx",
             "tasks-onnx/flowers.onnx_adapter",
         ],
-        SERVING: ["fleet.yaml"],
+        SERVING: ["fleet.yaml", "classifiers.yaml"],
     }  # fmt: skip
     for path in wanted.get(document, []):
         assert (folders / path).exists(), path

@@ -132,6 +132,8 @@ def test_a_quantised_base_is_named_and_refused(pair: Pair, settings: dict, name:
     lambda w: w.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(72, 32).to(torch.float8_e4m3fn)}),
     lambda w: w.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.zeros(1)}),
     lambda w: w.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, dtype=torch.int32)}),
+    lambda w: w.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(72, 4, dtype=torch.int32)}),
+    lambda w: w.update({"model.layers.0.mlp.up_proj.W_q": torch.zeros(4, dtype=torch.int16)}),
 ])  # fmt: skip
 def test_quantised_tensors_without_a_config_are_refused(pair: Pair, change: Callable[..., object]) -> None:
     resave(pair.base, change)

@@ -37,7 +37,7 @@ def test_other_files_beside_the_weights_are_left_alone(pair: Pair, beside: str) 
         ("consolidated.safetensors", r"in the form of its maker's own code \(consolidated.safetensors\), expected"),
         ("consolidated.00.pth", "in the form of its maker's own code"),
         ("pytorch_model.bin", r"as pickles \(pytorch_model.bin\), expected safetensors"),
-        ("model-Q4_K_M.gguf", "as GGUF, for llama.cpp"),
+        ("model-Q4_K_M.gguf", "is a GGUF for llama.cpp.*expected the safetensors checkpoint that it was made from"),
         ("tf_model.h5", "for TensorFlow"),
         ("flax_model.msgpack", "for Flax"),
     ],
@@ -46,6 +46,15 @@ def test_what_is_there_instead_is_named(pair: Pair, name: str, message: str) -> 
     (pair.base / "model.safetensors").rename(pair.base / name)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(pair.base)
+
+
+def test_a_gguf_by_itself_is_named(pair: Pair, tmp_path: Path) -> None:
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    for base in (folder, folder / "model-Q4_K_M.gguf"):
+        with pytest.raises(CheckpointError, match="Q4_K_M.gguf is a GGUF for llama.cpp"):
+            prepare_merge(base, pair.adapter)
 
 
 def test_shards_without_their_index(sharded: Path) -> None:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.tiny_models import save_per_expert, tiny_mixtral, tiny_qwen3_moe
+from support.tiny_models import save_per_expert, tiny_mixtral, tiny_qwen2_moe, tiny_qwen3_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from converters import merge, prepare_merge
 from converters.errors import ConversionError
 from converters.outputs.lora import LoraAdapterPlan, LoraOptions, plan_lora_adapter, write_lora_adapter
 
-MODELS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe}
+MODELS = {"mixtral": tiny_mixtral, "qwen2_moe": tiny_qwen2_moe, "qwen3_moe": tiny_qwen3_moe}
 TOKENS = torch.arange(3, 40).view(1, -1)
 
 

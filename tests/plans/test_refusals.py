@@ -219,7 +219,7 @@ TABLE: dict[str, Row] = {
     ),
     "weights of something else": (
         vision, lambda s: save_file({"unet.mid.weight": torch.zeros(2)}, s.adapter), [],
-        "no θ in a known layout (its keys: unet.mid.weight, ...)",
+        "merge it with diffusers (load_lora_weights, then fuse_lora) (its keys: unet.mid.weight, ...)",
     ),
     "labels of another head": (
         vision, None, ["--labels", "labels.json"], "2 labels were given, the adapter's head has 5 outputs",

@@ -1,6 +1,7 @@
 """Tiny models with trained-looking adapters, and ways to damage them."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -88,6 +91,7 @@ _MIXTURE = {
     "num_experts_per_tok": 2,
     "initializer_range": 0.15,
 }
+_EXPERT = re.compile(r"\.(experts|shared_expert)\.")  # PEFT adapts both, since their projections have the same names
 _CONFIGS = {
     "lora": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"},
     "peanut": {"peft_type": "PEANUT", "r": 4, "depth": 0, "act_fn": "relu", "scaling": 0.5},
@@ -102,6 +106,13 @@ def tiny_mixtral() -> PreTrainedModel:
 def tiny_qwen3_moe() -> PreTrainedModel:
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MIXTURE, moe_intermediate_size=16, num_experts=4))
+
+
+def tiny_qwen2_moe() -> PreTrainedModel:
+    """Every token also goes through an expert that all share."""
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 4}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_MIXTURE, **sizes))
 
 
 def tiny_gpt_oss() -> PreTrainedModel:
@@ -134,7 +145,7 @@ def save_per_expert(base: Path, folder: Path, method: str, only: str = "") -> No
     r = int(str(config["r"]))
     kinds = set()
     for name, weight in load_file(base / "model.safetensors").items():
-        if only in name and (".experts." in name or name.endswith("q_proj.weight")):
+        if only in name and (_EXPERT.search(name) or name.endswith("q_proj.weight")):
             rows, columns = weight.shape
             module = f"base_model.model.{name.removesuffix('.weight')}"
             kinds.add(module.rpartition(".")[2])

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from converters.models.companions.companion import Companion, Companions, LeftOut, refuse_unreadable
+from converters.models.companions.encoding import in_plain_utf8
 from converters.models.companions.folder import Folder
 from converters.models.companions.names import (
     BASE_ONLY,
@@ -52,6 +53,7 @@ def choose_companions(
     }
     files = settle_templates(files, theirs, own)
     refuse_unreadable(files)
+    files = in_plain_utf8(files)
     unused = list(_unused(own, files, theirs))
     left_out = (*_missing(theirs, files, written, known_only), *unused)
     notes = [f"the adapter's {one.name} is left out: {one.why}" for one in unused]
@@ -69,7 +71,7 @@ def adapter_companions(adapter: Path | None) -> Companions:
     }
     files |= choose_modules(Folder("base", None), own)[0]
     refuse_unreadable(files)
-    return Companions(files)
+    return Companions(in_plain_utf8(files))
 
 
 def _simple(folder: Folder, kind: str) -> dict[str, Companion]:

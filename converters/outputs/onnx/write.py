@@ -84,7 +84,7 @@ class _Writer:
     def write(self, folder: Path, output: Path, plans: Sequence[Plan]) -> list[ExportedTask]:
         """Write one folder, and check it."""
         options = self._planned.options
-        traced = self._base_of(plans[0], self._planned.shapes[output])
+        traced = self._base_of(plans, self._planned.shapes[output])
         shared_companions(plans).write(folder)
         prepared = prepare_eval_data(folder, traced.reference.kind, plans[0].config, self._planned.eval_data)
         start = time.perf_counter()
@@ -106,14 +106,15 @@ class _Writer:
             for plan, one, check in zip(plans, files, checks, strict=True)
         ]
 
-    def _base_of(self, plan: Plan, shape: tuple[int, ...] | None) -> TracedBase:
-        """The base, loaded as the class of a plan and traced."""
+    def _base_of(self, plans: Sequence[Plan], shape: tuple[int, ...] | None) -> TracedBase:
+        """The base, loaded as the class of plans that share a graph, and traced."""
+        plan = plans[0]
         name = plan.config["architectures"][0]
         key = json.dumps([graph_config(plan.config), shape], sort_keys=True)
         if key not in self._traced:
             start = time.perf_counter()
             self._report("loading the base")
-            reference = Reference(plan, kind_of(plan), shape, self._planned.options.interpolate_pos_encoding)
+            reference = Reference(plans, kind_of(plan), shape, self._planned.options.interpolate_pos_encoding)
             self._report("tracing it")
             template = traced_template(reference, plan.config, self._planned.options.opset, shape)
             self._traced[key] = TracedBase(build_architecture(plan.config, name), reference, template)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from converters.adapters.adapter import Adapter, Weighted
 from converters.errors import TargetError
+from converters.models.architecture import HEAD_TASKS
 from converters.models.checkpoint import Checkpoint
 from converters.plans.targets import refuse_untrained, untrained_modules
 
@@ -39,9 +40,11 @@ def map_language_model(base: Checkpoint, weighted: Weighted) -> tuple[Weighted, 
     if is_wrapped == multimodal or (is_wrapped and all(name in base.tensors for name in names)):
         return weighted, None
     stored = _language_model(base, multimodal)
-    if multimodal and (adapter.model_class == base.architecture or not _is_alone(names, stored, base)):
+    heads = {name for name in adapter.saved if _is_head(name, adapter, stored, base)}
+    inside = [name for name in names if name not in heads]
+    if multimodal and (adapter.model_class == base.architecture or not _is_alone(inside, stored, base)):
         return weighted, None
-    table = {name: _counterpart(name, stored, base, adapter) for name in names}
+    table = {name: name if name in heads else _counterpart(name, stored, base, adapter) for name in names}
     _refuse_incomplete(adapter, stored, base, names)
     table |= {name: stored.get(_inner(name), [name])[0] for name in adapter.embedded}
     own, here = ("a multimodal model", "its language model") if is_wrapped else ("a language model", "one around it")
@@ -71,6 +74,12 @@ def with_names(adapter: Adapter, table: Mapping[str, str]) -> Adapter:
 
 def _is_wrapped(name: str) -> bool:
     return any(part in _WRAPPERS for part in name.split(".")[:3])
+
+
+def _is_head(name: str, adapter: Adapter, stored: Mapping[str, list[str]], base: Checkpoint) -> bool:
+    """Whether it is of a classifier's head, which has the same name in both classes, and which the base lacks."""
+    is_outermost = name.count(".") == 1 and _inner(name) not in stored and name not in base.tensors
+    return is_outermost and adapter.task_type in HEAD_TASKS
 
 
 def _inner(name: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from support.companions.tiny_tokenizers import WORDS, said, said_by_processor, tiny_processor, tiny_tokenizer
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+from converters.files.hashing import hash_file
 from converters.models.companions.choice import choose_companions
 
 BASE, TRAINED = "BASE {{ messages[0]['content'] }}", "TRAINED {{ messages[0]['content'] }}"
@@ -122,3 +123,21 @@ def test_a_processor_reads_the_template_of_the_adapters_tokenizer(sides: tuple[P
     out = carried(sides)
     assert (said(out), said_by_processor(out)) == ("TRAINED hi", "TRAINED hi")
     assert sizes(out) == (8, 8)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_that_transformers_cannot_read_are_encoded_anew(sides: tuple[Path, Path], encoding: str) -> None:
+    """As an editor on Windows saves them."""
+    base, adapter = sides
+    tiny_tokenizer(pad_token="<pad>", bos_token="é").save_pretrained(base)
+    for file in base.glob("*.json"):
+        file.write_bytes(file.read_text(encoding="utf-8").encode(encoding))
+    adapter.mkdir()
+    with pytest.raises(ValueError, match="BOM|utf-8"):
+        AutoTokenizer.from_pretrained(base)
+    out = carried(sides)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer("hello world").input_ids) == ("<pad>", "é", [3, 4])
+    facts = choose_companions(*sides).facts()["files"]["tokenizer.json"]
+    assert facts["changed"] == f"encoded in UTF-8 instead of {encoding}"
+    assert facts["xxh3_128"] == hash_file(out / "tokenizer.json")

@@ -17,6 +17,7 @@ from converters.outputs.onnx.options import ExportOptions, Form
 IDS = torch.arange(24).reshape(2, 12)
 PLAIN = {"target_modules": ["q_proj"]}
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
+SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5]}
 
 
@@ -67,6 +68,16 @@ def test_one_task_on_a_tied_base(settings: dict[str, object], form: Form, tmp_pa
     adapter = save_lora(base, tmp_path / "task", **settings)
     export_onnx(base, adapter, tmp_path / "onnx", options=ExportOptions(form=form))
     check(tmp_path / "onnx" / ("model.onnx" if form is Form.MERGED else "task.onnx"), base, adapter)
+
+
+@pytest.mark.slow
+def test_a_head_that_one_task_replaces_and_another_adapts(tmp_path: Path) -> None:
+    """Both untie it. The first one, of which the graph is, says nothing of the weight that the second one adapts."""
+    base = save_base(tmp_path)
+    tasks = [save_lora(base, tmp_path / "replaced", **SAVED), save_lora(base, tmp_path / "adapted", **HEAD)]
+    export_onnx(base, tasks, tmp_path / "onnx", each=True, options=ExportOptions(form=Form.SELF_MERGING))
+    for task in tasks:
+        check(tmp_path / "onnx" / f"{task.name}.onnx", base, task)
 
 
 @pytest.mark.slow

@@ -158,3 +158,32 @@ def test_two_counterparts_are_refused(tmp_path: Path) -> None:
     save_file({**weights, f"model.text_model.{name[21:]}": weights[name].clone()}, file, metadata={"format": "pt"})
     with pytest.raises(TargetError, match=r"could be .*language_model.* or .*text_model.* of the base; rename"):
         prepare_merge(tmp_path / "whole", tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_a_classifier_both_ways(tmp_path: Path) -> None:
+    """Its head has the same name in both classes, and no counterpart in the base."""
+    both("gemma3", tmp_path)
+    text, whole = tf.Gemma3TextForSequenceClassification, tf.Gemma3ForSequenceClassification
+    for trained, given, of_trained, of_given in (("text", "whole", text, whole), ("whole", "text", whole, text)):
+        adapter, merged = tmp_path / f"on-{trained}", tmp_path / f"merged-{given}"
+        targets = LISTED if trained == "text" else PATTERN
+        model = of_trained.from_pretrained(tmp_path / trained, num_labels=3)
+        save_adapter(model, adapter, task_type="SEQ_CLS", target_modules=targets)
+        fresh = of_trained.from_pretrained(tmp_path / trained, num_labels=3)
+        expected = output_of(PeftModel.from_pretrained(fresh, adapter).eval(), {"input_ids": IDS})
+        result = merge(tmp_path / given, adapter, merged, labels=["a", "b", "c"])
+        assert result.plan.config["architectures"] == [of_given.__name__]
+        found = output_of(of_given.from_pretrained(merged).eval(), {"input_ids": IDS})
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_a_classifier_on_a_model_without_that_class(tmp_path: Path) -> None:
+    both("llava", tmp_path)
+    model = tf.LlamaForSequenceClassification.from_pretrained(tmp_path / "text", pad_token_id=0)
+    save_adapter(model, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=LISTED)
+    with pytest.raises(
+        TargetError, match="no AutoModelForSequenceClassification for .* llava; .* language model, give that"
+    ):
+        prepare_merge(tmp_path / "whole", tmp_path / "adapter")

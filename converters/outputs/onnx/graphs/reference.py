@@ -26,10 +26,10 @@ _SHAPES = ((1, 5), (2, 12), (5, 31))
 
 
 class Reference(torch.nn.Module):
-    """The class of a plan with the base's weights, in float32.
+    """The class of tasks that share a graph with the base's weights, in float32.
 
     Args:
-        plan: it has the config and the base.
+        plans: of the tasks; the first one has the config and the base.
         kind: what the graph computes.
         shape: of one image or spectrogram, where it takes these.
         interpolates: whether embeddings of positions are interpolated for images of another size.
@@ -41,13 +41,13 @@ class Reference(torch.nn.Module):
     """
 
     def __init__(
-        self, plan: Plan, kind: ModelKind, shape: tuple[int, ...] | None, interpolates: bool = False
+        self, plans: Sequence[Plan], kind: ModelKind, shape: tuple[int, ...] | None, interpolates: bool = False
     ) -> None:
         super().__init__()
         self.kind = kind
         self._shape = shape
-        self.model, self.missing = _load(plan)
-        known = TEXT_MODELS.get(plan.config["model_type"])
+        self.model, self.missing = _load(plans)
+        known = TEXT_MODELS.get(plans[0].config["model_type"])
         self.settings: dict[str, bool] = {"use_cache": False} if known is not None and known.decodes else {}
         if interpolates:
             self.settings["interpolate_pos_encoding"] = True
@@ -107,11 +107,12 @@ def _samples(config: Any, frames: int) -> tuple[int]:
     return (field + hop * frames - 1,)
 
 
-def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
+def _load(plans: Sequence[Plan]) -> tuple[Any, frozenset[str]]:
     """The model, and the names of the tensors that the base lacks, or has in another size."""
     import transformers
     from transformers.utils import logging
 
+    plan = plans[0]
     name = plan.config["architectures"][0]
     settings = {key: value for key, value in plan.config.items() if key not in ("dtype", "torch_dtype")}
     if name == plan.base.architecture:  # it has a head, whose labels may differ from the task's
@@ -138,13 +139,17 @@ def _load(plan: Plan) -> tuple[Any, frozenset[str]]:
         if bars:
             logging.enable_progress_bar()
     missing = frozenset(info["missing_keys"]) | {_name(key) for key in info["mismatched_keys"]}
-    return model.eval(), missing - _fill_untied(plan, model, missing)
+    return model.eval(), missing - _fill_untied(plans, model, missing)
 
 
-def _fill_untied(plan: Plan, model: Any, missing: frozenset[str]) -> set[str]:
-    """Give a head that is no longer tied the weight that it shared in the base; returns the names of those."""
+def _fill_untied(plans: Sequence[Plan], model: Any, missing: frozenset[str]) -> set[str]:
+    """Give a head that is no longer tied the weight that it shared in the base; returns the names of those.
+
+    One task may replace it, and another one adapt it.
+    """
     state = model.state_dict()
-    found = {tensor.name: tensor.source for tensor in plan.tensors if tensor.source and tensor.name in missing}
+    tensors = [tensor for plan in plans for tensor in plan.tensors]
+    found = {tensor.name: tensor.source for tensor in tensors if tensor.source and tensor.name in missing}
     with TensorReader() as reader, torch.no_grad():
         for name, source in found.items():
             state[name].copy_(reader.whole(source))

@@ -1,0 +1,144 @@
+"""The address of the classifiers: `POST /models/NAME` in the form of Hugging Face's inference API.
+
+GET  /health       200 while a replica answers
+GET  /models       the tasks, with what they do and their labels
+GET  /replicas     what each replica has loaded, and the inputs and batches of each task
+POST /models/NAME  see `peanut_serve.classify.inference_form`
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from peanut_serve.errors import (
+    EngineDownError,
+    QueueFullError,
+    RequestTooLargeError,
+    ServingError,
+    TryLaterError,
+    UnauthorizedError,
+    UnknownVariantError,
+    shown,
+)
+from peanut_serve.ray.classifiers.engines import open_engines
+from peanut_serve.ray.classifiers.replica import ClassifierReplica, Reply
+from peanut_serve.ray.classifiers.settings import ClassifierSettings
+from peanut_serve.web.bearer import BearerKeys, read_keys
+
+logger = logging.getLogger("ray.serve")
+
+_TRIES = 2  # replicas: a request that ends its replica must not end all of them
+_LONGEST = 120.0  # seconds for an answer, with the time in the queue and the loading of a task
+_GLANCE = 10.0  # seconds, for an answer that is known
+_PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
+_BODIES = 32  # the most bytes of all requests that are being answered, in bodies of the largest size
+
+
+def _no_key() -> UnauthorizedError:
+    return UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
+
+
+def _refusal(error: ServingError) -> JSONResponse:
+    """An error in the form that Hugging Face's clients show."""
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, TryLaterError) else None
+    return JSONResponse({"error": str(error), "error_type": type(error).__name__}, error.status, headers)
+
+
+# Ray copies the class and what it uses as soon as it is decorated, so that it comes last
+_application = FastAPI(openapi_url=None)
+
+
+@serve.ingress(_application)
+class ClassifierFront:
+    """The callable of the Serve deployment `ClassifierFront`."""
+
+    def __init__(self, replicas: DeploymentHandle[ClassifierReplica], settings: dict[str, Any]) -> None:
+        parsed = ClassifierSettings.model_validate(settings)
+        self._replicas = replicas
+        self._tasks = {name: engine.tasks[name] for name, engine in open_engines(parsed).items()}
+        self._keys = BearerKeys(read_keys(parsed.key_file)) if parsed.key_file else None
+        self._most_bytes, self._bytes = parsed.most_bytes, 0
+
+    @_application.get("/health")
+    async def health(self) -> Response:
+        """Whether a replica answers."""
+        try:
+            async with asyncio.timeout(_GLANCE):
+                await self._replicas.options(method_name="report").remote()
+        except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError):
+            return _refusal(EngineDownError("no replica is ready", 5))
+        return Response()
+
+    @_application.get("/models")
+    async def models(self, request: Request) -> Response:
+        """The tasks that there are."""
+        if self._keys is not None and not self._keys.include(request.scope):
+            return _refusal(_no_key())
+        tasks = self._tasks.items()
+        return JSONResponse([{"id": name, "task": one.kind.task, "labels": one.labels} for name, one in tasks])
+
+    @_application.get("/replicas")
+    async def replicas(self, request: Request) -> Response:
+        """What the replicas have done; those that do not answer in time are missing."""
+        if self._keys is not None and not self._keys.include(request.scope):
+            return _refusal(_no_key())
+        try:
+            told = await self._replicas.broadcast("report").results_async(timeout_s=_GLANCE, return_exceptions=True)
+        except (TimeoutError, RayError):
+            return _refusal(EngineDownError("a replica took too long to answer", 5))
+        return JSONResponse([one for one in told if isinstance(one, dict)])
+
+    @_application.post("/models/{name:path}")
+    async def ask(self, name: str, request: Request) -> Response:
+        """An answer of a task."""
+        taken = 0
+        try:
+            if self._keys is not None and not self._keys.include(request.scope):
+                raise _no_key()
+            if name not in self._tasks:
+                raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")
+            parts = []
+            async for part in request.stream():
+                taken, self._bytes = taken + len(part), self._bytes + len(part)
+                if taken > self._most_bytes:
+                    raise RequestTooLargeError(f"the body has more than {self._most_bytes} bytes")
+                if self._bytes > _BODIES * self._most_bytes:
+                    raise QueueFullError("too many requests are being answered")
+                parts.append(part)
+            status, headers, content = await self._pass_on(
+                name, request.headers.get("content-type", ""), b"".join(parts)
+            )
+            return Response(content, status, headers, "application/json")
+        except ServingError as error:
+            return _refusal(error)
+        finally:
+            self._bytes -= taken
+
+    async def _pass_on(self, task: str, content_type: str, body: bytes) -> Reply:
+        handle = self._replicas.options(method_name="answer", multiplexed_model_id=task)
+        for last in [False] * (_TRIES - 1) + [True]:
+            sent: Any = handle.remote(task, content_type, body)
+            try:
+                async with asyncio.timeout(_LONGEST):
+                    reply: Reply = await sent
+                    return reply
+            except BackPressureError:
+                raise QueueFullError("too many requests are waiting") from None
+            except (TimeoutError, DeploymentUnavailableError):
+                sent.cancel()  # or a replica would answer nobody later
+                raise EngineDownError(f"no replica has answered within {_LONGEST:g} s", 5) from None
+            except RayTaskError as error:
+                logger.exception("a replica failed on a request for %s", task)
+                raise ServingError(f"the server failed ({type(error.cause).__name__}); its log has more") from None
+            except (RayError, ReplicaUnavailableError):
+                if last:
+                    raise EngineDownError("the replica that answered was lost; send the request again") from None
+                await asyncio.sleep(_PAUSE)
+        raise AssertionError("the last try returns")
