@@ -16,7 +16,7 @@ from support.companions.preprocessor_folders import image_model, text_model
 from converters.errors import CheckpointError, OptionError, PeanutError, VerificationError
 from converters.files.hashing import hash_file
 from converters.inference.adapter_file import write_adapter_file
-from peanut_serve.classify import engine as onnx_engine
+from peanut_serve.classify import loaded
 from peanut_serve.classify import tasks as onnx_tasks
 from peanut_serve.classify.engine import OnnxEngine
 from peanut_serve.classify.predictions import predictions
@@ -159,10 +159,8 @@ def test_a_ready_task_does_not_wait_for_others(swappable: Path, monkeypatch: pyt
 
 def test_one_session_for_two_tasks(swappable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    session = onnx_engine.Session
-    monkeypatch.setattr(
-        onnx_engine, "Session", lambda model, threads: opened.append(model) or session(model, threads)
-    )
+    session = loaded.Session
+    monkeypatch.setattr(loaded, "Session", lambda model, threads: opened.append(model) or session(model, threads))
     engine = OnnxEngine(swappable)
     for task in ("cars", "pets"):
         engine.run(PIXELS, task)
