@@ -110,6 +110,7 @@ def test_help_and_version(command: str) -> None:
     assert run(command, "--version").stdout.strip() == f"peanut-serve {__version__}"
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal(pair: Pair) -> None:
     main, other = pty.openpty()
     program = Path(sys.executable).parent / "peanut-merge"
@@ -127,6 +128,7 @@ def test_progress_on_a_terminal(pair: Pair) -> None:
     assert b"merging" in said
 
 
+@pytest.mark.slow
 def test_inspect_an_adapter(pair: Pair) -> None:
     done = run("peanut-inspect", pair.adapter)
     assert done.returncode == 0
@@ -139,6 +141,7 @@ def test_inspect_an_adapter(pair: Pair) -> None:
     assert refused.stderr.startswith("peanut-inspect: ")
 
 
+@pytest.mark.slow
 def test_inspect_with_a_base_shows_where_the_adapter_acts(pair: Pair) -> None:
     from safetensors.torch import load_file
 
@@ -161,6 +164,7 @@ def test_inspect_with_a_base_shows_where_the_adapter_acts(pair: Pair) -> None:
     assert "layers.1" in shown
 
 
+@pytest.mark.slow
 def test_inspect_records_the_base(pair: Pair) -> None:
     assert run("peanut-inspect", pair.adapter, "--record-base").stderr.strip().endswith("--record-base needs --base")
     done = run("peanut-inspect", pair.adapter, "--base", pair.base, "--record-base")
@@ -169,6 +173,7 @@ def test_inspect_records_the_base(pair: Pair) -> None:
     assert run("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output).returncode == 0
 
 
+@pytest.mark.slow
 def test_inspect_records_a_merged_base(pair: Pair) -> None:
     """An adapter that was trained on a merged model: recording it is how to say so."""
     assert run("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", pair.output).returncode == 0

@@ -7,6 +7,8 @@ from support.commands import run
 from support.hub.server import MIB, Hub, merge_from, serve_hub
 from support.tiny_models import Pair, tiny_llama
 
+pytestmark = pytest.mark.slow  # commands that download over HTTP
+
 MODEL = "model.safetensors"
 CHUNK = 10 * MIB  # huggingface_hub writes in chunks of this size, and resumes at a multiple of it
 
@@ -36,7 +38,6 @@ def test_a_broken_download_resumes_where_it_broke(hub: Hub, pair: Pair, no_waits
     assert (pair.output / MODEL).read_bytes() == (local / MODEL).read_bytes()
 
 
-@pytest.mark.slow
 def test_a_connection_that_breaks_for_good(hub: Hub, pair: Pair, no_waits: dict[str, str]) -> None:
     hub.broken[MODEL] = [0] * 6
     refused = merge_from(hub, pair, "org/model", "--force-base", **no_waits)
@@ -57,7 +58,6 @@ def test_a_rate_limit_that_passes_is_waited_for(hub: Hub, pair: Pair, no_waits: 
     assert (done.returncode, hub.limited["/resolve/"]) == (0, 0), done.stderr
 
 
-@pytest.mark.slow  # runs a dozen commands
 def test_what_a_hub_refuses(hub: Hub, pair: Pair, no_waits: dict[str, str]) -> None:
     def refused(repo: str, *options: str) -> str:
         done = merge_from(hub, pair, repo, "--force-base", *options, **no_waits)

@@ -12,6 +12,8 @@ from support.golden import VISION
 from support.hub.server import COMMIT, Hub, hub_settings, merge_from
 from support.tiny_models import Pair, edit_config
 
+pytestmark = pytest.mark.slow  # commands that download over HTTP
+
 
 @pytest.mark.parametrize("base", ["org/single", "org/sharded"])
 def test_downloads_what_it_needs_once_and_works_offline(hub: Hub, pair: Pair, base: str) -> None:
@@ -38,7 +40,6 @@ def test_a_revision(hub: Hub, pair: Pair) -> None:
     assert refused.stderr.strip() == "peanut-merge: org/single has no revision 'v2' on the Hub"
 
 
-@pytest.mark.slow
 def test_another_hub_id_than_the_adapters_is_refused_unless_forced(hub: Hub, pair: Pair) -> None:
     edit_config(pair.adapter, base_model_name_or_path="org/other")
     refused = merge_from(hub, pair, "org/single")
@@ -80,7 +81,6 @@ def test_a_model_with_pickles_only(hub: Hub, pair: Pair) -> None:
     assert "pytorch_model.bin" not in hub.downloads
 
 
-@pytest.mark.slow
 def test_the_revision_the_training_recorded_is_taken(hub: Hub, pair: Pair) -> None:
     edit_config(pair.adapter, base_model_name_or_path="org/single", revision="v9")
     refused = merge_from(hub, pair, "org/single")
@@ -90,7 +90,6 @@ def test_the_revision_the_training_recorded_is_taken(hub: Hub, pair: Pair) -> No
     assert merge_from(hub, pair, "org/single", "--overwrite").returncode == 0
 
 
-@pytest.mark.slow
 def test_offline_with_a_cache_that_another_program_filled(hub: Hub, pair: Pair) -> None:
     """The cache may lack a companion that is not needed, but not the weights."""
     edit_config(pair.adapter, base_model_name_or_path="org/sharded")
@@ -138,7 +137,6 @@ def test_an_adapter_from_the_hub(hub: Hub, pair: Pair) -> None:
         assert (refused.returncode, message in refused.stderr) == (1, True), refused.stderr
 
 
-@pytest.mark.slow
 def test_an_adapter_of_another_layout_from_the_hub(hub: Hub, pair: Pair, tmp_path: Path) -> None:
     """Its weights do not have a file name of PEFT: they are fetched if there are no others."""
     case = VISION / "vanilla_qv"

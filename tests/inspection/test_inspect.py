@@ -151,6 +151,7 @@ def test_an_adapter_can_be_inspected_without_its_scale(run_here: Run) -> None:
     assert "does not save the scale s: give --scaling" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["plot", "record"])
 def test_a_full_disk_is_reported_in_one_line(what: str, pair: Pair, tmp_path: Path) -> None:
     """The file size limit is a few bytes."""

@@ -138,6 +138,7 @@ def test_a_killed_overwrite_leaves_the_old_or_the_new(work: Pair, forker: Forker
     shutil.rmtree(work.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_command_cleans_up_and_says_so(work: Pair, number: signal.Signals) -> None:
     output = work.output.with_name("terminated")

@@ -151,6 +151,7 @@ def test_no_space_is_seen_ahead(pair: Pair) -> None:
     assert not pair.output.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1_000, 30_000, 85_000])
 def test_a_write_that_fails_leaves_nothing(pair: Pair, limit: int) -> None:
     """The system lets no file grow beyond `limit` bytes: it fails in the header, or in the weights."""

@@ -147,6 +147,7 @@ def test_one_of_several_outputs_was_published(pair: Pair) -> None:
     assert sorted(path.name for path in pair.output.iterdir()) == ["adapter", "second"]
 
 
+@pytest.mark.slow
 def test_a_stopped_command_says_how_to_go_on(pair: Pair) -> None:
     torch.manual_seed(0)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)

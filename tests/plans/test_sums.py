@@ -88,6 +88,7 @@ def test_a_wrong_sum_is_found_by_the_verification(
         merge(pair.base, [tmp_path / name for name in kinds], pair.output)
 
 
+@pytest.mark.slow
 def test_the_order_does_not_matter_and_manifest_and_card_tell_of_all(two: tuple[Pair, Path]) -> None:
     pair, style = two
     done = run(

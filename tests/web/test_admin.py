@@ -211,6 +211,7 @@ def test_shutdown(control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(asyncio.wait_for(serve(), 10))
 
 
+@pytest.mark.slow
 def test_clients_that_do_nothing_disturb_nobody(control: FakeControl) -> None:
     """Connections without a request, with half a request or half a body; the server answers others, and stops."""
     head = f"POST {V1}/variants HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n"
@@ -237,6 +238,7 @@ def test_a_large_body_is_refused(client: httpx.Client, control: FakeControl) -> 
     assert control.calls == []
 
 
+@pytest.mark.slow
 def test_whatever_the_schema_allows_and_does_not(control: FakeControl) -> None:
     """Requests made from the OpenAPI document, valid and not: every answer is one that it describes."""
     headers = {"Authorization": f"Bearer {KEY_IN_ASCII}"}
