@@ -162,7 +162,7 @@ def _show(facts: Mapping[str, Any]) -> None:
     if facts["kv_token"] is None:
         line("KV cache", "not known for the layers of this model; vLLM logs it at the start")
     else:
-        line("KV cache of a token", size(facts["kv_token"]))
+        line("KV cache of a token", f"{facts['kv_token']:,} bytes")
         if facts["kv_sequence"]:
             line(f"KV cache of {facts['max_model_len']} tokens", size(facts["kv_sequence"]))
     if gpu := facts.get("gpu"):

@@ -15,9 +15,11 @@ from converters.cli.options import Json
 from converters.errors import OptionError, PeanutError
 from peanut_serve.settings.environment import STATE
 from peanut_serve.settings.server import state_of
+from peanut_serve.variants.backup.archive import Contents
 from peanut_serve.variants.backup.checking import StateReport, check_archive, check_state
 from peanut_serve.variants.backup.exporting import export_state
 from peanut_serve.variants.backup.importing import import_state
+from peanut_serve.variants.state_folder import shown_base
 
 HELP = """Export, import and check what survives a restart of `peanut-serve`: names, versions, pins, and copies of θ.
 
@@ -50,7 +52,7 @@ def _export(
 ) -> None:
     contents = export_state(_folder(state, base), output, overwrite)
     size = console.size_text(contents.nbytes)
-    print(f"wrote {output}: {len(contents.thetas)} versions, {size}, base {contents.base[:12]}")
+    print(f"wrote {output}: {_counted(contents)}, {size}, base {shown_base(contents.base)}")
 
 
 @app.command("import", help="Make an exported state that of a folder; if that fails, the folder keeps its own.")
@@ -66,7 +68,7 @@ def _import(
     contents, kept = import_state(archive, folder, replace)
     if kept is not None:
         print(f"the earlier state is in {kept}")
-    print(f"imported {len(contents.thetas)} versions into {folder}; it is used from the next start")
+    print(f"imported {_counted(contents)} into {folder}; it is used from the next start")
 
 
 @app.command("check", help="Check the state, or an archive; exit code 1 if something is damaged or would be lost.")
@@ -98,7 +100,7 @@ def _check(
 
 def _show(report: StateReport) -> None:
     used = ", in use by a server" if report.in_use else ""
-    console.out.print(f"schema {report.schema_version}, base {report.base[:12]}{used}", markup=False)
+    console.out.print(f"schema {report.schema_version}, base {shown_base(report.base)}{used}", markup=False)
     for name, digests in report.versions.items():
         marks = [digest[:12] + ("" if digest in report.usable else " (no θ)") for digest in digests]
         console.out.print(f"{name}: {', '.join(marks) or 'no version yet'}", markup=False)
@@ -106,6 +108,11 @@ def _show(report: StateReport) -> None:
     for problem in report.problems:
         console.err.print(f"problem: {problem}", markup=False)
     print("the state is damaged or incomplete" if report.problems else "the state is whole")
+
+
+def _counted(contents: Contents) -> str:
+    count = len(contents.thetas)
+    return f"{count} version{'s' * (count != 1)}"
 
 
 def _folder(state: Path | None, base: str | None) -> Path:

@@ -204,6 +204,11 @@ class VariantStore:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def shown_base(fingerprint: str) -> str:
+    """The fingerprint of a base in a message: the beginning of its hash, without the name of the method."""
+    return fingerprint.rsplit(":", 1)[-1][:12]
+
+
 def set_aside(folder: Path) -> Iterator[Path]:
     """The files of a state folder with the records of other bases."""
     return folder.glob("variants-*.json")

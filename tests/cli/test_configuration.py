@@ -1,5 +1,6 @@
 """Options from a file and from the environment."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +13,7 @@ from support.project.documents import Document, rows
 from support.tiny_models import Pair
 
 from converters.errors import OptionError
-from peanut_serve.cli import configuration
+from peanut_serve.cli import configuration, serve
 from peanut_serve.cli.configuration import settable, variable_of
 from peanut_serve.cli.main import _command, _read_options, _serve
 from peanut_serve.settings import environment
@@ -185,3 +186,24 @@ def test_keys_from_files(pair: Pair, here: Path, run_here: Run, monkeypatch: pyt
         assert "two-key" not in done.stderr
     monkeypatch.setenv("PEANUT_ADMIN_KEY", "another")
     assert "the admin key is in admin and in PEANUT_ADMIN_KEY; give it once" in run_here(*command).stderr
+
+
+def test_where_the_keys_go(pair: Pair, here: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To vLLM as options that no other process sees, and to the admin API by the environment that it reads."""
+    shutil.copytree(pair.adapter, here / "tasks" / "gsm8k")
+    (here / "clients").write_text("one-key\ntwo-key\n")
+    (here / "admin").write_text("an-admin-key\n")
+    started: list[tuple[list[str], str | None]] = []
+
+    def start(arguments: list[str]) -> None:
+        started.append((arguments, os.environ.get("PEANUT_ADMIN_KEY")))
+
+    monkeypatch.setattr(serve, "run_vllm", start)
+    monkeypatch.setattr(serve, "check_endpoints", lambda allow_untested: None)  # no vLLM is imported
+    command = ["peanut-serve", "--base", "base", "--adapters", "tasks", "--state", "state"]
+    done = run_here(*command, "--api-key-file", "clients", "--admin-key-file", "admin")
+    assert done.returncode == 0, done.stderr
+    assert run_here(*command).returncode == 0
+    (keyed, admin_key), (open_to_all, none) = started
+    assert keyed == [*open_to_all, "--api-key", "one-key", "two-key"]
+    assert (admin_key, none) == ("an-admin-key", None)

@@ -16,13 +16,15 @@ def test_a_state_moves(pair: Pair, tmp_path: Path, run_here: Run) -> None:
     site = Site(pair, tmp_path)
     digest, archive, new = site.digest(), tmp_path / "state.tar", tmp_path / "new"
     done = run_here("peanut-serve", "state", "export", "--state", site.state, "-o", archive)
-    assert done.stdout.startswith(f"wrote {archive}: 1 versions, "), done.stderr
+    assert done.stdout.startswith(f"wrote {archive}: 1 version, "), done.stderr
     done = run_here("peanut-serve", "state", "check", archive)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "the state is whole")
+    kept = json.loads((site.state / "variants.json").read_text())["base"]
+    assert f", base {kept.split(':')[1][:12]}\n" in done.stdout
     done = run_here("peanut-serve", "state", "import", archive, "--state", site.state, "--replace")
     assert (done.returncode, "another server uses" in done.stderr) == (1, True)
     done = run_here("peanut-serve", "state", "import", archive, "--state", new)
-    assert f"imported 1 versions into {new}" in done.stdout
+    assert f"imported 1 version into {new}" in done.stdout
     check = ("peanut-serve", "state", "check", "--state", new, "--base", pair.base)
     done = run_here(*check, "--adapters", site.tasks)
     assert (done.returncode, f"v1: {digest[:12]}" in done.stdout) == (0, True)

@@ -10,7 +10,15 @@ from converters import __version__, load_adapter
 from converters.errors import OptionError, PeanutError
 from peanut_serve.variants.backup.archive import Contents, opened_archive
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
-from peanut_serve.variants.state_folder import RECORDS, Record, Records, all_digests, read_records, set_aside
+from peanut_serve.variants.state_folder import (
+    RECORDS,
+    Record,
+    Records,
+    all_digests,
+    read_records,
+    set_aside,
+    shown_base,
+)
 from peanut_serve.variants.version import digest_of
 
 _KINDS = ("lora", "merged")  # how a version of an adapter may be served
@@ -74,8 +82,8 @@ def check_state(folder: Path, base: str | None = None, roots: Sequence[str] = ()
     report = StateReport(_written_schema(text), records.base, _is_in_use(folder))
     if base is not None and base != records.base:
         report.problems.append(
-            f"the records are those of another base (fingerprint {records.base[:12]}, expected {base[:12]}); a "
-            "server of this base sets them aside and starts without names"
+            f"the records are those of another base (fingerprint {shown_base(records.base)}, expected "
+            f"{shown_base(base)}); a server of this base sets them aside and starts without names"
         )
     searched = AdapterRoots(roots) if roots else None
     for name, record in sorted(records.variants.items()):

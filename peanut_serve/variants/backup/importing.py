@@ -18,6 +18,7 @@ from peanut_serve.variants.state_folder import (
     all_digests,
     read_records,
     set_aside,
+    shown_base,
     sync,
 )
 
@@ -41,8 +42,8 @@ def import_state(archive: Path, folder: Path, replace: bool = False) -> tuple[Co
         present = _present(folder)
         if present is not None and present.base != opened.contents.base:
             raise OptionError(
-                f"{folder} has the state of another base (fingerprint {present.base[:12]}, that of the archive is "
-                f"{opened.contents.base[:12]}); give another --state"
+                f"{folder} has the state of another base (fingerprint {shown_base(present.base)}, "
+                f"that of the archive is {shown_base(opened.contents.base)}); give another --state"
             )
         if present is not None and present.variants and not replace:
             raise OptionError(
