@@ -153,15 +153,18 @@ def memory(case: Served, threads: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def show(title: str, found: list[dict[str, Any]]) -> None:
-    """A table, and a line in the file for each row."""
-    table = Table(*found[0], box=box.MARKDOWN)
+def show(title: str, found: Iterator[dict[str, Any]]) -> None:
+    """A table, and a line in the file for each row as soon as it is measured."""
+    rows = []
     for row in found:
+        rows.append(row)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({"time": time.strftime("%FT%T"), "part": title, **row}) + "\n")
+    table = Table(*rows[0], box=box.MARKDOWN)
+    for row in rows:
         table.add_row(*map(str, row.values()))
     print(f"\n{title}:")
     Console(width=200).print(table)
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps({"time": time.strftime("%FT%T"), "part": title, **row}) + "\n" for row in found)
 
 
 def main() -> None:
@@ -175,9 +178,9 @@ def main() -> None:
     for case in SHORT if options.short else REAL:
         make(case, COUNTS if "memory" in parts else ())
         if "rate" in parts:
-            show("rate", list(rates(case, options.seconds, options.threads)))
+            show("rate", rates(case, options.seconds, options.threads))
         if "memory" in parts:
-            show("memory", list(memory(case, options.threads)))
+            show("memory", memory(case, options.threads))
 
 
 if __name__ == "__main__":
