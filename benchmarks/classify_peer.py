@@ -15,10 +15,14 @@ from transformers import pipeline
 
 
 def main() -> None:
-    folder, port, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    task, folder, port, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(threads)
-    classify = pipeline(model=folder, device="cpu", top_k=5)
+    classify = pipeline(task, model=folder, device="cpu", top_k=5)
     app = FastAPI()
+
+    @app.get("/ready")
+    async def ready() -> None:
+        """Says that it answers."""
 
     @app.post("/predict")
     async def predict(request: Request) -> object:
