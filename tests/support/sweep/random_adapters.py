@@ -11,7 +11,7 @@ import transformers as tf
 from peft import PeftConfig, PeftModel, get_peft_model
 from support.peft_methods import IDS, MODELS
 from support.sweep.random_configs import draw
-from support.sweep.random_settings import DRAWS, NAMES
+from support.sweep.random_settings import NAMES, ROUND
 from support.tiny_models import edit_weights
 
 from converters import merge, prepare_merge
@@ -45,8 +45,7 @@ class _UnusableError(Exception):
 
 def examine(seed: int, folder: Path) -> Outcome:
     """One adapter; the method follows from the seed as well, all of them in turn."""
-    rng, classes = Random(seed), list(DRAWS)
-    config_class = classes[seed % len(classes)]
+    rng, config_class = Random(f"adapter {seed}"), ROUND[seed % len(ROUND)]
     about = NAMES[config_class]
     try:
         with warnings.catch_warnings():
@@ -121,7 +120,8 @@ def _answers(rng: Random, model: Any, config: PeftConfig, folder: Path) -> _Answ
         edit_weights(folder / "base" / "model.safetensors", lambda w: {k: t.bfloat16() for k, t in w.items()})
     try:
         adapted = get_peft_model(model, config).eval()
-        trained = _trained(adapted, rng.random() < 0.3)
+        is_residual = getattr(config, "init_lora_weights", None) in ("pissa", "olora")  # checked to be near its start
+        trained = _trained(adapted, 0.01 if is_residual else 0.1, rng.random() < 0.3)
         adapted.save_pretrained(folder / "adapter")
         fresh = type(model).from_pretrained(folder / "base", dtype=torch.float32)
         reloaded = _logits(PeftModel.from_pretrained(fresh, folder / "adapter").eval())
@@ -130,11 +130,11 @@ def _answers(rng: Random, model: Any, config: PeftConfig, folder: Path) -> _Answ
     return _Answers(type(model), is_half, base, trained, reloaded)
 
 
-def _trained(adapted: Any, halved: bool) -> torch.Tensor:
+def _trained(adapted: Any, step: float, halved: bool) -> torch.Tensor:
     """The logits after every trained number was changed at random; with `halved`, all become bfloat16."""
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     for parameter in parameters:
-        parameter.data = parameter.data + torch.randn_like(parameter) * 0.1
+        parameter.data = parameter.data + torch.randn_like(parameter) * step
         if halved:
             parameter.data = parameter.data.bfloat16().float()
     found = _logits(adapted)

@@ -34,6 +34,16 @@ _CONV1D = {  # types whose layers take GPT-2's
 }  # fmt: skip
 
 
+# field of a config -> what it may say of some modules
+_PATTERNS = {
+    "rank_pattern": [2, 6],
+    "alpha_pattern": [3, 10],
+    "lambda_pattern": [3, 10],
+    "n_frequency_pattern": [31, 40],
+    "block_size_pattern": [2],
+}
+
+
 def draw(rng: Random, config_class: type[PeftConfig]) -> tuple[str, PeftConfig]:
     """A model that the method is for, and a config. Raises what PEFT raises for settings that it does not take."""
     fields = {field.name for field in dataclasses.fields(config_class)}
@@ -51,6 +61,9 @@ def draw(rng: Random, config_class: type[PeftConfig]) -> tuple[str, PeftConfig]:
         else rng.choice(["qwen2", "bert"] if peft_type == "BEFT" else models)
     )
     given = {**settings, "task_type": _TASKS[model], **_places(rng, peft_type, model, fields)}
+    for field in [name for name in settings if name in _PATTERNS]:
+        if rng.random() < 0.5:
+            given[field] = {name: rng.choice(_PATTERNS[field]) for name in _some_modules(rng, model)}
     if "fan_in_fan_out" in fields and model == "gpt2":
         given["fan_in_fan_out"] = True
     if "bias" in fields and rng.random() < 0.3:
@@ -60,6 +73,14 @@ def draw(rng: Random, config_class: type[PeftConfig]) -> tuple[str, PeftConfig]:
     if "modules_to_save" in fields and (model == "vit" or rng.random() < 0.3):
         given["modules_to_save"] = [rng.choice(_WHOLE[model])]
     return model, config_class(**given)
+
+
+def _some_modules(rng: Random, model: str) -> list[str]:
+    """One or two patterns, as PEFT matches them with the ends of names: the first that matches counts."""
+    leaf = rng.choice(LEAVES[model]).replace(".", r"\.")
+    of_layer = rf"{_LISTS[model]}\.{rng.randint(0, 1)}\..*"
+    forms = [leaf, rf".*\.{leaf}", of_layer, of_layer + leaf, rf"^.*\.1\..*{leaf}", rf"({leaf}|nothing)"]
+    return rng.sample(forms, rng.randint(1, 2))
 
 
 def _places(rng: Random, peft_type: str, model: str, fields: set[str]) -> Settings:

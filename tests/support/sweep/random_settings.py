@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 Settings = dict[str, Any]
+_PATTERNS: Settings = {"rank_pattern": {}, "alpha_pattern": {}}  # `draw` fills them, for the modules of a model
 
 
 @dataclasses.dataclass
@@ -20,7 +21,8 @@ class SaidPsoftConfig(peft.PsoftConfig):
 
 
 def _lora(rng: Random) -> Settings:
-    kind = rng.choice(["plain", "plain", "dora", "bias", "rslora", "kasa", "bd", "velora", "monte", "tokens"])
+    others = ["dora", "dora", "bias", "rslora", "kasa", "bd", "velora", "monte", "tokens"]
+    kind = "plain" if rng.random() < 0.4 else rng.choice(others)
     own: Settings = {
         "dora": {"use_dora": True},
         "bias": {"lora_bias": True},
@@ -40,27 +42,11 @@ def _lora(rng: Random) -> Settings:
     if kind in ("plain", "dora"):
         inits = [True, False, "gaussian", "orthogonal", "mica", *(["pissa", "olora"] if kind == "plain" else [])]
         own |= {"init_lora_weights": rng.choice(inits), "use_rslora": rng.random() < 0.3}
-    patterns = _patterns(rng) if kind in ("plain", "dora", "rslora", "bias") else {}
+    patterns = _PATTERNS if kind in ("plain", "dora", "rslora", "bias") else {}
     if kind == "plain" and rng.random() < 0.1:
         own["layer_replication"] = [[0, 2], [1, 2]]  # of Llama only, see `draw`
     own["ensure_weight_tying"] = rng.random() < 0.2
     return {"r": 4, "lora_alpha": rng.choice([1, 6, 8]), "use_rslora": kind == "rslora", **own, **patterns}
-
-
-def _patterns(rng: Random) -> Settings:
-    """Ranks of 2 or 6 and other scales for some modules, by the name, a path or a regular expression."""
-    names = [
-        "q_proj",
-        "value",
-        "c_attn",
-        r".*\.0\..*",
-        r"layers\.1\.mlp\.up_proj",
-        r"^model\.layers\.0\.self_attn\.v_proj",
-    ]
-    ranks = {name: rng.choice([2, 6]) for name in rng.sample(names, 2)}
-    scales = {name: rng.choice([3, 10]) for name in rng.sample(names, 2)}
-    chosen = [("rank_pattern", ranks), ("alpha_pattern", scales)]
-    return {name: value for name, value in chosen if rng.random() < 0.4}
 
 
 def _adalora(rng: Random) -> Settings:
@@ -109,7 +95,7 @@ def _psoft(rng: Random) -> Settings:
 
 def _lokr(rng: Random) -> Settings:
     given = {"r": rng.choice([2, 8]), "alpha": rng.choice([4, 8]), "decompose_both": rng.random() < 0.5}
-    return {**given, "decompose_factor": rng.choice([-1, 4, 8]), **_patterns(rng)}
+    return {**given, "decompose_factor": rng.choice([-1, 4, 8]), **_PATTERNS}
 
 
 def _supertuning(rng: Random) -> Settings:
@@ -143,8 +129,10 @@ DRAWS: dict[type[PeftConfig], Callable[[Random], Settings]] = {
     peft.GraloraConfig: lambda rng: {
         "r": 4, "alpha": rng.choice([4, 6]), "gralora_k": rng.choice([1, 2, 4]), "hybrid_r": rng.choice([0, 3]),
     },
-    peft.DeloraConfig: lambda rng: {"r": 4, "delora_lambda": rng.choice([3, 15]), **_renamed(rng, "lambda_pattern")},
-    peft.LoHaConfig: lambda rng: {"r": rng.choice([3, 6]), "alpha": rng.choice([4, 6]), **_patterns(rng)},
+    peft.DeloraConfig: lambda rng: {
+        "r": 4, "delora_lambda": rng.choice([3, 15]), "rank_pattern": {}, "lambda_pattern": {},
+    },
+    peft.LoHaConfig: lambda rng: {"r": rng.choice([3, 6]), "alpha": rng.choice([4, 6]), **_PATTERNS},
     peft.LoKrConfig: _lokr,
     peft.HRAConfig: lambda rng: {"r": rng.choice([3, 4]), "apply_GS": rng.random() < 0.5},
     peft.DeftConfig: _deft,
@@ -155,22 +143,22 @@ DRAWS: dict[type[PeftConfig], Callable[[Random], Settings]] = {
         "r": rng.choice([8, 12]), "num_subspaces": rng.choice([3, 5]), "subspace_rank": rng.choice([1, 2]),
         "use_dynamic_rank": rng.random() < 0.3, "init_weights": rng.choice(["orthogonal", None]),
     },
-    peft.HiraConfig: lambda rng: {"r": rng.choice([3, 4])},
+    peft.HiraConfig: lambda rng: {"r": rng.choice([3, 4]), "rank_pattern": {}},
     peft.GloraConfig: _glora,
     peft.OFTConfig: _oft,
     peft.BOFTConfig: _boft,
     peft.RoadConfig: lambda rng: {"variant": f"road_{rng.choice([1, 2, 4])}", "group_size": rng.choice([4, 8])},
     peft.FourierFTConfig: lambda rng: {
         "n_frequency": 50, "scaling": rng.choice([20.0, 150.0]), "random_loc_seed": rng.choice([1, 777]),
-        **rng.choice([{}, {"n_frequency_pattern": {"q_proj": 31, "query": 31, "c_attn": 31}}]),
+        "n_frequency_pattern": {},
     },
     peft.WaveFTConfig: lambda rng: {
         "n_frequency": 50, "wavelet_family": rng.choice(["db1", "sym4", "coif1", "db4"]),
         "use_idwt": rng.random() < 0.7, "random_loc_seed": rng.choice([1, 777]),
-        "proportional_parameters": rng.random() < 0.3,
+        "proportional_parameters": rng.random() < 0.3, "n_frequency_pattern": {},
     },
     peft.C3AConfig: lambda rng: {
-        "block_size": rng.choice([4, 8]), **rng.choice([{}, {"block_size_pattern": {"q_proj": 2}}]),
+        "block_size": rng.choice([4, 8]), "block_size_pattern": {},
     },
     peft.ShiraConfig: lambda rng: {"r": 2, "random_seed": rng.choice([None, 3])},
     peft.SupertuningConfig: _supertuning,
@@ -187,8 +175,4 @@ NAMES = {
     config_class: config_class.__name__.removeprefix("Said").removesuffix("Config").upper() for config_class in DRAWS
 }
 NAMES[peft.LNTuningConfig], NAMES[peft.TrainableTokensConfig] = "LN_TUNING", "TRAINABLE_TOKENS"
-
-
-def _renamed(rng: Random, name: str) -> Settings:
-    """`_patterns`, with another name for those of the scale."""
-    return {name if key == "alpha_pattern" else key: value for key, value in _patterns(rng).items()}
+ROUND = [*DRAWS, *[peft.LoraConfig] * 6]  # one of each, and more of what people use most
