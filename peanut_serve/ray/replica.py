@@ -89,7 +89,6 @@ class EngineReplica:
 
     async def handle(self, variant: str, request: Request) -> AsyncIterator[tuple[int, Headers] | bytes | None]:
         """None at once, then the status and headers, then the body as it comes."""
-        self._check(variant)
         yield None
         self._note(variant)
         method, path, headers, body = request
@@ -100,11 +99,10 @@ class EngineReplica:
             async for part in answer.aiter_raw():
                 yield part
 
-    def _check(self, variant: str) -> None:
+    def _note(self, variant: str) -> None:
+        """Note that a request has come. Raises `EngineDownError` if its variant is withheld."""
         if (reason := self._replay.withheld.get(variant)) is not None:
             raise EngineDownError(f"this replica does not have the wanted version of {variant}: {reason}", 5)
-
-    def _note(self, variant: str) -> None:
         self._recent[variant] = None
         self._recent.move_to_end(variant)
         while len(self._recent) > self._settings.slots:
