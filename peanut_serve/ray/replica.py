@@ -95,7 +95,6 @@ class EngineReplica:
         A short body is not divided, so that its request can be tried again elsewhere until the answer is there.
         Raises `EngineDownError` if this replica does not have the wanted version of the variant.
         """
-        self._check(variant)
         self._note(variant)
         method, path, headers, body = request
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
@@ -108,11 +107,10 @@ class EngineReplica:
                 async for part in answer.aiter_raw():
                     yield part
 
-    def _check(self, variant: str) -> None:
+    def _note(self, variant: str) -> None:
+        """Note that a request has come. Raises `EngineDownError` if its variant is withheld."""
         if (reason := self._replay.withheld.get(variant)) is not None:
             raise EngineDownError(f"this replica does not have the wanted version of {variant}: {reason}", 5)
-
-    def _note(self, variant: str) -> None:
         self._recent[variant] = None
         self._recent.move_to_end(variant)
         while len(self._recent) > self._settings.slots:

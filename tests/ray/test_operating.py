@@ -89,7 +89,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "command": [sys.executable, fake_server.__file__],
         "options": ["--swap", "0", "--journal", str(folder / "journal")],
     }
-    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
         files = {"admin_key_file": str(folder / "admin"), "logs": str(folder)}
