@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx zoo onnx-models soak clean
+.PHONY: demo test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-fleet bench-onnx zoo onnx-models soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -34,7 +34,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-methods bench-serving bench-swapping bench-onnx
+bench: bench-merge bench-methods bench-serving bench-swapping bench-fleet bench-onnx
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -53,6 +53,11 @@ bench-swapping: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	rm -f build/bench/swapping.jsonl
 	$(VENV)/bin/python benchmarks/swapping.py
+
+bench-fleet: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	rm -f build/bench/fleet.jsonl
+	$(VENV)/bin/python benchmarks/fleet.py
 
 bench-onnx: $(VENV)/.test
 	rm -f build/bench/onnx.jsonl
