@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-methods bench-serving bench-swapping bench-onnx bench-classify
+bench: bench-merge bench-methods bench-serving bench-swapping bench-fleet bench-onnx bench-classify
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -62,6 +62,11 @@ bench-swapping: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	rm -f build/bench/swapping.jsonl
 	$(VENV)/bin/python benchmarks/swapping.py
+
+bench-fleet: $(VENV)/.test
+	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
+	rm -f build/bench/fleet.jsonl
+	$(VENV)/bin/python benchmarks/fleet.py
 
 bench-onnx: $(VENV)/.test
 	rm -f build/bench/onnx.jsonl
