@@ -73,6 +73,7 @@ def test_no_command_was_lost() -> None:
 def test_the_jobs(folders: Path, run_here: Run, document: Document) -> None:
     if document is SERVING:
         export_tasks(run_here)
+    if document is not CONVERTERS:
         shutil.copytree(folders / "gsm8k", folders / "tasks" / "gsm8k")
     for command in commands(document, "job"):
         done = run_here(*shlex.split(command))
@@ -135,6 +136,8 @@ def test_the_commands_that_control(monkeypatch: pytest.MonkeyPatch, run_here: Ru
 def test_the_commands_that_serve_onnx_models(folders: Path, run_here: Run, document: Document) -> None:
     """What they would serve; test_classify_process.py starts such a server."""
     export_tasks(run_here)
+    pets = next(command for command in README.commands if command.endswith("--format onnx"))
+    assert run_here(*shlex.split(pets)).returncode == 0
     for command in commands(document, "classify"):
         words = [word for word in shlex.split(command) if word != "--dry-run"]
         done = run_here(*words, "--dry-run")
