@@ -133,3 +133,5 @@ class VariantControl:
             yield
         finally:
             self._preparing[name] -= 1
+            if not self._preparing[name]:
+                del self._preparing[name]  # of names that do not exist, too
