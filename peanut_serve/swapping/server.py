@@ -248,7 +248,7 @@ class VariantServer(ObservedServer):
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""
-        variant = self.catalogue.pin(name, pinned)
         if pinned:
-            await self.prepare(name)
+            await self.prepare(name)  # what cannot be prepared is not recorded as pinned
+        variant = self.catalogue.pin(name, pinned)
         self._preparation.update_pin(variant)
