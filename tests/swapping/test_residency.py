@@ -145,6 +145,8 @@ def test_names_that_are_gone_and_unknown_ones_are_not_told(run_rig: RunRig, tmp_
         rig.server.catalogue._listing.renew()
         text = await scrape(rig)
         assert "stranger" not in text
+        assert '"v1"' not in text  # although the host cache has its weights
+        assert rig.server.cache.nbytes == SIZE
         samples = [sample for family in metrics.REQUESTS.collect() for sample in family.samples]
         assert "v1" not in {sample.labels["variant"] for sample in samples}
 
