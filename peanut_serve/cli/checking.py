@@ -45,6 +45,7 @@ def problems(
         server_variables(settings)
     except (PeanutError, OSError) as error:
         yield str(error)
+    yield from _audit_log(settings)
     base = None
     folder = Path(options.base).expanduser()
     if folder.is_dir():
@@ -90,6 +91,16 @@ def _variants(options: ServeOptions, base: Checkpoint, names: Sequence[str], lim
                 opener.adapter(name, source.spec)
         except (PeanutError, OSError) as error:
             yield f"{name}: {error}"
+
+
+def _audit_log(settings: ServerSettings) -> Iterator[str]:
+    """Why a start could not write the audit log, if it has a place of its own. Nothing is created."""
+    file = settings.audit_log
+    if file is None or settings.admin_port is None:
+        return
+    found = next(path for path in (file, *file.parents) if path.exists())
+    if found.is_dir() == (found == file) or not os.access(found, os.W_OK):
+        yield f"--audit-log {file}: {found} cannot be written"
 
 
 def _state(options: ServeOptions, settings: ServerSettings, base: Checkpoint | None) -> Iterator[str]:

@@ -45,11 +45,13 @@ def kv_cache_usage() -> float | None:
     return max((sample.value for family in families for sample in family.samples), default=None)
 
 
-def tokens(variant: str) -> dict[str, int]:
-    """Tokens of a variant so far, by kind: `prompt` and `generated`."""
-    samples = [sample for family in TOKENS.collect() for sample in family.samples if sample.name.endswith("_total")]
-    own = [sample for sample in samples if sample.labels["variant"] == variant]
-    return {sample.labels["kind"]: int(sample.value) for sample in own}
+def tokens() -> dict[str, dict[str, int]]:
+    """Tokens so far: variant -> kind, `prompt` or `generated` -> number. In one pass: there may be many variants."""
+    found: dict[str, dict[str, int]] = {}
+    samples = (sample for family in TOKENS.collect() for sample in family.samples if sample.name.endswith("_total"))
+    for sample in samples:
+        found.setdefault(sample.labels["variant"], {})[sample.labels["kind"]] = int(sample.value)
+    return found
 
 
 def forget(variant: str) -> None:

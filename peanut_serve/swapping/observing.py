@@ -30,6 +30,7 @@ class ObservedServer:
     cache: HostCache
     usage: dict[str, Usage]
     _host: HostSide
+    _listed: set[str]  # names that requests can use, and those that are gone but still used
     _preparation: Preparation
     _driving: asyncio.Task[None] | None
     _is_stopping: bool
@@ -108,7 +109,9 @@ class ObservedServer:
 
     def residency(self) -> Residency:
         """What the engine has, and what requests wait for."""
-        names, active = self.catalogue.names_by_digest(), self.swapper.active.version.digest
+        active = self.swapper.active.version.digest
+        known = self.catalogue.names_by_digest()
+        names = {digest: [name for name in own if name in self._listed] for digest, own in known.items()}
         is_up, swaps = self.driver.is_up, self.settings.mode != "lora"
         takes_lora = is_up and active == self.catalogue.base.digest  # adapters are those of the base's weights
         resident = names.get(active, []) if is_up else []

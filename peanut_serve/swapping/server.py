@@ -97,11 +97,16 @@ class VariantServer(ObservedServer):
         """Every name that a request can use, the base's first; see `Catalogue.names`."""
         found = await self.catalogue.names(missing)
         if not missing:
-            gone, self._listed = self._listed - set(found), set(found)
-            for name in gone:
-                if self.in_flight[name] == 0:
-                    self._forget(name)
+            self._forget_gone(set(found))
         return found
+
+    def _forget_gone(self, found: set[str]) -> None:
+        """Forget names that were listed and are not any more, or that were removed before their last request."""
+        gone = (self._listed - found) | {name for name in self.usage.keys() - found if not self.has(name)}
+        busy = {name for name in gone if self.in_flight[name] > 0}
+        for name in gone - busy:
+            self._forget(name)
+        self._listed = found | busy
 
     async def observe(self) -> None:
         """Renew what the metrics tell of the engine, and end the series of names that are gone."""
@@ -112,6 +117,7 @@ class VariantServer(ObservedServer):
         """Remove what was counted for a name that is no longer served."""
         metrics.forget(name)
         self.usage.pop(name, None)
+        self.driver.usage.pop(name, None)
         self.in_flight.pop(name, None)
 
     def has(self, name: str) -> bool:
@@ -242,7 +248,7 @@ class VariantServer(ObservedServer):
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""
-        variant = self.catalogue.pin(name, pinned)
         if pinned:
-            await self.prepare(name)
+            await self.prepare(name)  # what cannot be prepared is not recorded as pinned
+        variant = self.catalogue.pin(name, pinned)
         self._preparation.update_pin(variant)

@@ -1,7 +1,7 @@
 """Implements `schema.Control`, the operations of the admin API, on a `VariantServer`."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -71,10 +71,11 @@ class VariantControl:
 
     async def traffic(self) -> list[VariantTraffic]:
         """The requests for every variant."""
-        return [self._traffic(name) for name in await self._server.names(missing=True) if self._server.has(name)]
+        names, tokens = await self._server.names(missing=True), metrics.tokens()
+        return [self._traffic(name, tokens.get(name, {})) for name in names if self._server.has(name)]
 
-    def _traffic(self, name: str) -> VariantTraffic:
-        usage, tokens = self._server.usage.get(name, Usage()), metrics.tokens(name)
+    def _traffic(self, name: str, tokens: Mapping[str, int]) -> VariantTraffic:
+        usage = self._server.usage.get(name, Usage())
         return VariantTraffic(
             name=name,
             answered=usage.answered,
@@ -133,3 +134,5 @@ class VariantControl:
             yield
         finally:
             self._preparing[name] -= 1
+            if not self._preparing[name]:
+                del self._preparing[name]  # of names that do not exist, too

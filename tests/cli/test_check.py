@@ -8,6 +8,9 @@ from support.commands import Run
 from support.server.catalogue_site import Site
 from support.tiny_models import Pair, edit_json, save_adapter, tiny_llama
 
+from peanut_serve.cli.checking import _audit_log
+from peanut_serve.settings.server import ServerSettings
+
 pytestmark = pytest.mark.slow  # imports vLLM, and opens every adapter
 
 
@@ -52,3 +55,14 @@ def test_the_base_is_looked_at(site: Site, run_here: Run) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     done = run_here("peanut-serve", "--base", site.pair.base, "--adapters", site.tasks, "--check")
     assert (done.returncode, "problem: --base " in done.stderr) == (1, True), done.stderr
+
+
+def test_the_audit_log_is_looked_at(tmp_path: Path) -> None:
+    """And nothing is created."""
+    (tmp_path / "file").write_text("")
+    for file, count in {"file": 0, "new/folder/log": 0, "": 1, "file/log": 1}.items():
+        settings = ServerSettings(
+            mode="lora", roots=(), state=tmp_path, cache=tmp_path, admin_port=9, audit_log=tmp_path / file
+        )
+        assert len(list(_audit_log(settings))) == count, file
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -73,7 +73,7 @@ def test_every_option_that_is_named_exists() -> None:
         *get_command(app).commands.values(),
         *get_command(ctl_command.app).commands.values(),
     ]  # type: ignore[attr-defined]
-    known = {flag for parser in parsers for option in parser.params for flag in option.opts}
+    known = {flag for parser in parsers for option in parser.params for flag in option.opts + option.secondary_opts}
     known |= {flag for action in make_arg_parser(FlexibleArgumentParser())._actions for flag in action.option_strings}
     known |= set(re.findall(r'"(--[a-z-]+)"', Path(size_command.__file__).read_text()))
     named = {option for code in OPERATIONS.inline for option in re.findall(r"--[a-z][a-z-]*", code)}

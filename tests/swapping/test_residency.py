@@ -145,8 +145,37 @@ def test_names_that_are_gone_and_unknown_ones_are_not_told(run_rig: RunRig, tmp_
         rig.server.catalogue._listing.renew()
         text = await scrape(rig)
         assert "stranger" not in text
+        assert '"v1"' not in text  # although the host cache has its weights
+        assert rig.server.cache.nbytes == SIZE
         samples = [sample for family in metrics.REQUESTS.collect() for sample in family.samples]
         assert "v1" not in {sample.labels["variant"] for sample in samples}
+
+    run_rig(test)
+
+
+def test_names_that_go_while_they_are_used(run_rig: RunRig, tmp_path: Path) -> None:
+    """Their series end after the last request, however they were removed."""
+
+    def told_of(name: str) -> bool:
+        families = [metric.collect() for metric in (metrics.QUEUE_SECONDS, metrics.SWAPS)]
+        samples = [sample for found in families for family in found for sample in family.samples]
+        return name in {sample.labels["variant"] for sample in samples}
+
+    async def test(rig: Rig) -> None:
+        async with rig.server.serving("v1", lambda: None):
+            await scrape(rig)
+            shutil.rmtree(tmp_path / "tasks" / "v1")
+            rig.server.catalogue._listing.renew()
+            await scrape(rig)
+            assert told_of("v1")
+        await scrape(rig)
+        assert not told_of("v1")
+        assert "v1" not in rig.server.driver.usage
+        await rig.server.unregister("v2", False)
+        rig.server._record_use("v2", 0.0)  # by a request that was being prepared
+        assert told_of("v2")
+        await scrape(rig)
+        assert not told_of("v2")
 
     run_rig(test)
 

@@ -77,6 +77,9 @@ def test_pinned_weights_stay(run_rig: RunRig) -> None:
         assert [control.variant(name).host_bytes > 0 for name in NAMES] == [False, True, False, True]  # v1 is pinned
         await control.pin("v2", True)
         with pytest.raises(HostMemoryError, match="unpin a variant"):
+            await control.pin("v3", True)
+        assert not control.variant("v3").pinned
+        with pytest.raises(HostMemoryError, match="unpin a variant"):
             await rig.ask("v3")
         await control.pin("v2", False)
         await rig.ask("v3")

@@ -29,6 +29,7 @@ class Action(BaseModel):
         name: of the variant.
         source: of a new variant: an entry of a variants folder, or an allowed Hub id.
         digest: of the version to roll back to; None for the one before.
+        hold: whether a rollback holds that version until a reload, even if the files change.
         drain: wait for the requests of a variant that is removed.
     """
 
@@ -38,6 +39,7 @@ class Action(BaseModel):
     name: str = Field(max_length=512)
     source: str = Field("", max_length=512)
     digest: str | None = Field(None, max_length=128)
+    hold: bool = False
     drain: bool = False
 
 
@@ -54,7 +56,7 @@ async def perform(control: Control, action: Action) -> None:
         case "reload":
             await control.reload(name)
         case "rollback":
-            await control.rollback(name, action.digest or None, False)
+            await control.rollback(name, action.digest or None, action.hold)
         case "register":
             await control.register(name, action.source)
         case "unregister":

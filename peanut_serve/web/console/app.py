@@ -1,6 +1,7 @@
 """The console's routes, and how they join the application of the admin port."""
 
 import json
+import logging
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from converters.errors import PeanutError
-from peanut_serve.errors import ServingError
+from peanut_serve.errors import ServingError, shown
 from peanut_serve.settings.admin_key import checked_key
 from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.console.actions import Action, Verb, perform
@@ -28,6 +29,8 @@ from peanut_serve.web.console.pages import Pages
 from peanut_serve.web.console.playground import Trial, compare
 from peanut_serve.web.console.sessions import Attempts, Sessions, is_same
 from peanut_serve.web.schema import Control
+
+logger = logging.getLogger("vllm.peanut_serve")
 
 _MOST_TRIALS = 2  # of the playground, at a time
 _STATIC = Path(__file__).with_name("static")
@@ -114,10 +117,13 @@ class _Console:
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         if not is_same(form.get("key", [""])[0].strip(), self._key):
             self._attempts.failed(address)
+            logger.warning("console: a wrong key from %s", shown(address))
             return HTMLResponse(self._pages.login("This is not the admin key of this server."), 403)
-        answer = RedirectResponse(ROOT, 303)
+        answer, secret = RedirectResponse(ROOT, 303), self._sessions.open()
+        if (session := self._sessions.find(secret)) is not None:
+            logger.info("console: session %d from %s", session.number, shown(address))
         answer.set_cookie(
-            self._cookie, self._sessions.open(), path=ROOT, httponly=True, samesite="strict",
+            self._cookie, secret, path=ROOT, httponly=True, samesite="strict",
             secure=request.url.scheme == "https",
         )  # fmt: skip
         return answer

@@ -72,7 +72,8 @@ class DataRoute:
             try:
                 await self._app(self._scope(path, len(body)), receive, queue.put)
             finally:
-                await queue.put(None)
+                if not gone.is_set():  # a reader that has left makes no room
+                    await queue.put(None)
 
         task = asyncio.create_task(run())
         try:

@@ -72,9 +72,8 @@ class Guard:
             return refusal(403, f"{found}; open it by its address, or start it with --console-host")
         if scope["method"] in _SAFE:
             return None
-        origin = urlsplit(headers.get("origin", ""))
-        is_own = origin.scheme in ("http", "https") and origin.netloc == host
-        is_own = is_own and (scope.get("scheme") != "https" or origin.scheme == "https")
+        schemes = ("https",) if scope.get("scheme") == "https" else ("http", "https")
+        is_own = headers.get("origin") in [f"{scheme}://{host}" for scheme in schemes]
         if not is_own or headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return refusal(403, "the request does not come from the console's own page")
         return None

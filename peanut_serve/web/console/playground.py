@@ -17,6 +17,7 @@ from peanut_serve.web.schema import Control
 _LONGEST_SECONDS = 300.0  # of one answer, its swap included
 _FAREWELL_SECONDS = 10.0  # for answers that nobody reads any more to be given up
 _MOST_QUEUED = 64
+_MOST_COMPARED = 400_000  # pairs of words; the worst of them take 3 s
 _PATHS = {"base": "base weights", "adapter": "merged", "checkpoint": "merged", "lora": "LoRA"}
 
 Event = dict[str, Any]
@@ -71,7 +72,9 @@ async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIter
             yield event
         complete = [index for index in range(len(answers)) if index not in failed]
         for index in complete[1:] if 0 in complete else ():
-            yield {"of": index, "event": "diff", "parts": difference(answers[0], answers[index])}
+            # in a thread, as the loop is that of the server of completions
+            parts = await asyncio.to_thread(difference, answers[0], answers[index])
+            yield {"of": index, "event": "diff", "parts": parts}
     finally:
         for task in tasks:
             task.cancel()
@@ -114,15 +117,29 @@ def _text(event: Event) -> str:
 
 
 def difference(one: str, other: str) -> list[tuple[str, str]]:
-    """How to get from one text to another: parts that are the `same`, `gone` or `new`, word by word."""
+    """How to get from one text to another: parts that are the `same`, `gone` or `new`, word by word.
+
+    Between the words that both begin and end with, texts that are too long to compare are replaced as a whole: where
+    a model repeats itself, a comparison takes time that grows with the cube of the length.
+    """
     old, new = _words(one), _words(other)
-    parts: list[tuple[str, str]] = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if kind == "equal":
-            parts.append(("same", "".join(old[i:j])))
-            continue
-        parts += [(what, text) for what, text in (("gone", "".join(old[i:j])), ("new", "".join(new[k:m]))) if text]
-    return parts
+    head = _alike(old, new)
+    tail = _alike(old[head:][::-1], new[head:][::-1])
+    first, last = old[:head], old[len(old) - tail :]
+    old, new = old[head : len(old) - tail], new[head : len(new) - tail]
+    parts = [("same", "".join(first))]
+    opcodes = [("replace", 0, len(old), 0, len(new))]
+    if len(old) * len(new) <= _MOST_COMPARED:
+        opcodes = list(difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes())
+    for kind, i, j, k, m in opcodes:
+        gone, fresh = "".join(old[i:j]), "".join(new[k:m])
+        parts += [("same", gone)] if kind == "equal" else [("gone", gone), ("new", fresh)]
+    return [(what, text) for what, text in [*parts, ("same", "".join(last))] if text]
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many words both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _words(text: str) -> Sequence[str]:

@@ -1,9 +1,11 @@
 """What the console shows and does, over HTTP, without a browser."""
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing
 from datetime import datetime, timezone
 
 import httpx
@@ -14,6 +16,7 @@ from support.server.admin import REFUSALS, FakeControl
 from support.server.console import Completions, logged_in, serving_console
 
 from peanut_serve.web.console.costs import View, action_cost, comparison_cost, estimate, shown, size
+from peanut_serve.web.console.data_route import DataRoute, Message
 from peanut_serve.web.console.playground import difference
 from peanut_serve.web.schema import SwapStatus, VariantState, VariantStatus
 
@@ -93,6 +96,7 @@ def test_every_action_is_the_control_s(browser: httpx.Client, control: FakeContr
         {"verb": "reload", "name": "user/name"},
         {"verb": "rollback", "name": "user/name"},
         {"verb": "rollback", "name": "user/name", "digest": "d0"},
+        {"verb": "rollback", "name": "user/name", "digest": "d0", "hold": True},
         {"verb": "register", "name": "new", "source": "entry"},
         {"verb": "unregister", "name": "new", "drain": True},
     ):
@@ -106,6 +110,7 @@ def test_every_action_is_the_control_s(browser: httpx.Client, control: FakeContr
         ("reload", "user/name"),
         ("rollback", "user/name", None, False),
         ("rollback", "user/name", "d0", False),
+        ("rollback", "user/name", "d0", True),
         ("register", "new", "entry"),
         ("unregister", "new", True),
     ]
@@ -202,6 +207,39 @@ def test_differences() -> None:
     ]  # fmt: skip
     assert difference("", "new") == [("new", "new")]
     assert difference("same", "same") == [("same", "same")]
+    assert difference("a a a b", "a a b") == [("same", "a a "), ("gone", "a "), ("same", "b")]
+
+
+def test_answers_that_repeat_themselves_are_compared_in_time() -> None:
+    """A model that repeats a sign to its limit makes thousands of equal words."""
+    began = time.monotonic()
+    rest = [("gone", "!" * 1000 + "a"), ("new", "b")]
+    assert difference("!" * 5000 + "a", "!" * 4000 + "b") == [("same", "!" * 4000), *rest]
+    one, other = "x " * 2000, "y " * 2000 + "z"
+    parts = difference(one, other)
+    assert "".join(text for kind, text in parts if kind != "new") == one
+    assert "".join(text for kind, text in parts if kind != "gone") == other
+    assert time.monotonic() - began < 10
+
+
+async def _endless(scope: Message, receive: object, send: Callable[[Message], Awaitable[None]]) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while True:
+        await send({"type": "http.response.body", "body": b'data: {"a": 1}\n', "more_body": True})
+
+
+def test_an_answer_that_is_not_read_is_given_up_at_once() -> None:
+    """More of it is ready than anybody will read; the task that makes it ends nevertheless."""
+
+    async def leave() -> float:
+        async with aclosing(DataRoute(_endless, None).ask("/v1/completions", {})) as events:
+            await anext(events)
+            await asyncio.sleep(0.05)
+            began = time.monotonic()
+        assert len(asyncio.all_tasks()) == 1
+        return time.monotonic() - began
+
+    assert asyncio.run(leave()) < 2
 
 
 def variant(name: str, **facts: object) -> VariantStatus:

@@ -78,6 +78,7 @@ def test_the_session_opens_nothing_but_the_console(browser: httpx.Client) -> Non
         {"Origin": "http://127.0.0.1"},  # another port of this host
         {"Origin": "http://127.0.0.1:3000"},
         {"Origin": "file://"},
+        {"Origin": "http://["},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ],

@@ -82,7 +82,7 @@ async function confirmed(form) {
   const fields = new FormData(form);
   const action = { verb: form.dataset.verb, name: fields.get("name") };
   for (const key of ["source", "digest"]) if (fields.has(key)) action[key] = fields.get(key);
-  if (fields.has("drain")) action.drain = true;
+  for (const key of ["hold", "drain"]) if (fields.has(key)) action[key] = true;
   const [go, error, working] = ["go", "dialog-error", "dialog-working"].map((id) => form.querySelector(`#${id}`));
   go.disabled = true;
   working.hidden = false;
