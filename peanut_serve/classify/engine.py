@@ -83,6 +83,9 @@ class OnnxEngine:
             self._preprocessors.pop(task, None)
             in_use = {one.session for one in self._ready.values()}
             self._sessions = {model: session for model, session in self._sessions.items() if session in in_use}
+            # a file that is read again may be another one then
+            graphs = {path for model in self._sessions for path in (model, model.with_name(f"{model.name}_data"))}
+            self._hashes = {path: digest for path, digest in self._hashes.items() if path in graphs}
 
     def find(self, task: str | None) -> OnnxTask:
         """Find a task by name. Raises `OptionError` if it does not exist, or `task` is None and there are several."""
@@ -182,7 +185,7 @@ class OnnxEngine:
 
     def _outputs(self, task: OnnxTask, examples: Sequence[Example]) -> Iterator[tuple[NDArray[np.float32], ...]]:
         """The outputs of each example, as `_logits`."""
-        preprocessor, size = self._preprocessor(task), task.kind.batch_size
+        preprocessor, size = self._preprocessor(task), task.batch_size(self._precision)
         for start in range(0, len(examples), size):
             yield from zip(*self.run_all(preprocessor(examples[start : start + size]), task.name), strict=True)
 

@@ -56,6 +56,10 @@ class OnnxTask:
             )
         return self.path(self.models[precision])
 
+    def batch_size(self, precision: str) -> int:
+        """The most inputs of a run that gives each what it gives alone: one for int8, see `classify.serving`."""
+        return 1 if precision == "int8" else self.kind.batch_size
+
     def path(self, name: str) -> Path:
         """Path of a file of the task. Raises `CheckpointError` if it is outside of the folder, or missing."""
         path = self.folder / name

@@ -184,6 +184,13 @@ def test_replaced_files(folders: dict[Form, Path]) -> None:
         file.seek(5000)
         file.write(b"\1")
     refused(shared, VerificationError, r"base\.onnx_data is not the file", "oddeven")
+    engine = OnnxEngine(folders[Form.SELF_MERGING], threads=1)
+    engine.load("digits5to9")
+    shutil.copy(folders[Form.SELF_MERGING] / "oddeven.onnx", folders[Form.SELF_MERGING] / "digits5to9.onnx")
+    engine.load("digits5to9")
+    engine.unload("digits5to9")
+    with pytest.raises(VerificationError, match=r"digits5to9\.onnx is not the file"):
+        engine.load("digits5to9")
     (folders[Form.SELF_MERGING] / "oddeven.onnx").unlink()
     refused(folders[Form.SELF_MERGING], CheckpointError, r"oddeven\.onnx of oddeven is missing", "oddeven")
 

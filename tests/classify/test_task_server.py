@@ -101,6 +101,7 @@ def test_int8_is_not_batched_since_a_batch_would_change_it(exports: Path) -> Non
     preprocess = engine._preprocessor(engine.find(None))
     alone = np.concatenate([engine.run(preprocess([text])) for text in TEXTS])
     assert np.abs(engine.run(preprocess(TEXTS)) - alone).max() > 1e-4, "int8 could be batched now"
+    assert engine.predict(TEXTS) == [engine.predict([text])[0] for text in TEXTS]
 
     async def test() -> None:
         async with serving(exports, max_batch=4, max_delay=0.1) as server:

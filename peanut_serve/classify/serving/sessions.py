@@ -42,8 +42,8 @@ class OpenTask:
 
     @property
     def batches(self) -> bool:
-        """Whether a row gives in a batch what it gives alone. int8 has one scale for the activations of all rows."""
-        return self.loaded.task.kind.batch_size > 1 and self.version.precision != "int8"
+        """Whether a row gives in a batch what it gives alone."""
+        return self.loaded.task.batch_size(self.version.precision) > 1
 
 
 @dataclass(eq=False)

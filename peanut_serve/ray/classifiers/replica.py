@@ -38,7 +38,7 @@ class ClassifierReplica:
         self._counts: dict[str, tuple[int, int]] = {}  # task -> inputs, batches
         self._waiting = 0
         self.name = serve.get_replica_context().replica_id.unique_id
-        self._tunables = parsed.tunables
+        self._precision, self._tunables = parsed.precision, parsed.tunables
 
     def reconfigure(self, tunables: dict[str, Any]) -> None:
         """Called by Ray at the start, and when `user_config` has changed."""
@@ -96,7 +96,7 @@ class ClassifierReplica:
 
             run_batch.__name__ = task  # by which Ray's metrics call the queue
 
-            size = engine.find(task).kind.batch_size
+            size = engine.find(task).batch_size(self._precision)
             self._queues[task] = serve.batch(
                 max_batch_size=size, batch_wait_timeout_s=self._tunables.batch_wait if size > 1 else 0.0
             )(run_batch)
@@ -113,7 +113,7 @@ class ClassifierReplica:
     def _unload_oldest(self) -> None:
         while len(self._loaded) > self._tunables.loaded:
             oldest, _ = self._loaded.popitem(last=False)
-            self._engines[oldest].unload(oldest)
+            self._pool.submit(self._engines[oldest].unload, oldest)  # it waits while another task is loaded
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router: the tasks that are loaded. Ray sends this to the front when it has changed."""
