@@ -22,6 +22,8 @@ from peanut_serve.ray.settings import EngineSettings, own_folder, state_folders
 from peanut_serve.ray.state import StateFolder
 from peanut_serve.variants.kept_theta import has_theta, read_theta
 
+# options of an engine that a fleet decides: one in the environment of a node is not to count
+_DECIDED = ("PEANUT_API_KEY_FILE", "PEANUT_ADMIN_KEY_FILE", "PEANUT_ADMIN_HOST", "PEANUT_AUDIT_LOG")
 _PORT_TAKEN = ("ddress already in use", "cannot listen on")  # in the log of an engine that ended
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body
@@ -72,7 +74,7 @@ class EngineReplica:
         key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port), "--no-console"]
         own += ["--state", str(self._state.path)]
-        keys = {"VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
+        keys = {**dict.fromkeys(_DECIDED, ""), "VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
         self._child = Child.start(
             [*self._settings.command, *self._settings.options, *own],
             {**self._settings.variables, **keys},
@@ -122,7 +124,11 @@ class EngineReplica:
             answer = await self._admin.request(method, path, json=body, timeout=_FOREVER)
         except httpx.HTTPError as error:
             return {"replica": self.name, "status": 503, "error": f"the engine did not answer: {error!r}"}
-        found = answer.json() if answer.content else None
+        try:
+            found = answer.json() if answer.content else None
+        except ValueError:  # of a failure that the API did not foresee
+            status = max(answer.status_code, httpx.codes.INTERNAL_SERVER_ERROR)
+            return {"replica": self.name, "status": status, "error": "the engine's answer is not JSON"}
         return {"replica": self.name, "status": answer.status_code, "answer": found}
 
     async def report(self) -> dict[str, Any]:

@@ -125,6 +125,31 @@ def test_a_change_that_the_replica_made_is_not_made_again(tmp_path: Path) -> Non
     assert engine.replay.state.revision == 3, "an older state is ignored"
 
 
+def test_a_pin_that_the_replica_made_does_not_end_what_is_withheld(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    first = WantedState().after("rollback", "v1", OLD)
+    engine.follow(first)
+    assert engine.replay.withheld.keys() == {"v1"}, "nobody has the version"
+    engine.admin.change("pin", "v1", None)
+    engine.follow(first.after("pin", "v1", None), done=True)
+    assert engine.replay.withheld.keys() == {"v1"}
+
+
+def test_a_change_that_is_interrupted_is_withheld_and_tried_again(tmp_path: Path) -> None:
+    engine, call = Engine(tmp_path), Engine.call
+    engine.replay._call = interrupted  # type: ignore[method-assign]
+    with pytest.raises(asyncio.CancelledError):
+        engine.follow(wanted(nice=Wanted(source="v2"), v1=Wanted(pinned=True)))
+    assert engine.replay.withheld.keys() == {"nice", "v1"}
+    engine.replay._call = call.__get__(engine)  # type: ignore[method-assign]
+    asyncio.run(engine.replay._settle([*engine.replay.withheld]))
+    assert (engine.replay.withheld, engine.admin.current("nice")) == ({}, "v2")
+
+
+async def interrupted(*_: Any) -> Any:
+    raise asyncio.CancelledError
+
+
 def test_what_is_wanted_after_changes() -> None:
     state = WantedState()
     for action, name, given in [

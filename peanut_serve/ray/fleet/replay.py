@@ -80,12 +80,9 @@ class Replay:
         """Bring the engine to a newer state; with `done`, it was told of the last change and made it."""
         before, self.state = self.state, max(self.state, newer, key=lambda state: state.revision)
         changed = self.state.changed(before)
-        if done and newer.revision == before.revision + 1:
-            for name in changed:
-                self.withheld.pop(name, None)
-                self.unpinned.pop(name, None)
-        else:
-            await self._settle(changed)  # if `run` was faster, this waits until it is done
+        if done and newer.revision == before.revision + 1:  # nothing is left to do for a name that was right before
+            changed = [name for name in changed if name in self.withheld or name in self.unpinned]
+        await self._settle(changed)  # if `run` was faster, this waits until it is done
 
     async def roll_back(self, name: str, digest: str) -> Entry:
         """Roll back to a version and hold it; θ comes from another replica if need be. The engine's answer."""
@@ -96,11 +93,19 @@ class Replay:
         return entry
 
     async def _settle(self, names: Iterable[str]) -> None:
-        async with self._settling:
-            for name in dict.fromkeys(names):
-                wanted = self.state.variants[name]
-                await self._note(self.withheld, name, self._bring(name, wanted))
-                await self._note(self.unpinned, name, self._pin(name, wanted))
+        left = dict.fromkeys(names)
+        try:
+            async with self._settling:
+                for name in list(left):
+                    wanted = self.state.variants[name]
+                    await self._note(self.withheld, name, self._bring(name, wanted))
+                    await self._note(self.unpinned, name, self._pin(name, wanted))
+                    del left[name]
+        except BaseException:
+            # the state has them already: if they were not noted, nobody would try again
+            for name in left:
+                self.withheld.setdefault(name, "the change was interrupted")
+            raise
 
     async def _note(self, failures: dict[str, str], name: str, attempt: Awaitable[None]) -> None:
         try:
