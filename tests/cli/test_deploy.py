@@ -110,6 +110,7 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--admin-port=1"], "--admin-port cannot be used with deploy: each replica has its own"),
         (["--config", "secret.yaml"], "a key does not belong in a configuration"),
         (["--config", "keyed.yaml"], "--api-key-file cannot be used with deploy: give it to deploy, not in"),
+        (["--config", "audited.yaml"], "--audit-log cannot be used with deploy: give it to deploy, not in"),
         (["--config", "tls.yaml"], "--ssl-keyfile cannot be used with deploy"),
         (["--api-key-file", "missing"], "missing cannot be read"),
         (["--api-key-file", "keys", "--admin-key-file", "keys"], "is also in"),
@@ -122,6 +123,7 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
 def test_refusals(here: Path, run_here: Run, options: list[str], message: str) -> None:
     (here / "secret.yaml").write_text("vllm: {api_key: SECRET}\n")
     (here / "keyed.yaml").write_text("api-key-file: keys\n")
+    (here / "audited.yaml").write_text("audit-log: changes\n")
     (here / "tls.yaml").write_text("vllm: {ssl-keyfile: keys}\n")
     (here / "empty").write_text("\n")
     code, error = deploy(run_here, *options)
