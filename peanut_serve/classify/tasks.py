@@ -57,7 +57,7 @@ class OnnxTask:
         return self.path(self.models[precision])
 
     def batch_size(self, precision: str) -> int:
-        """The most inputs of a run whose answers do not depend on each other: one for int8, see `.serving`."""
+        """The most inputs of a run that gives each what it gives alone: one for int8, see `classify.serving`."""
         return 1 if precision == "int8" else self.kind.batch_size
 
     def path(self, name: str) -> Path:
