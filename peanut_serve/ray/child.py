@@ -15,7 +15,7 @@ from peanut_serve.errors import EngineStartError
 
 _LOOK = 0.2  # seconds between two looks at a server that starts
 _LAST_LINES = 20  # of the log, in the error of a failed start
-_KILLED = 5.0  # seconds that the watchdog may take after the grace
+_KILLED = 10.0  # seconds that the watchdog may take after the grace
 
 
 class Child:

@@ -20,6 +20,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK = 0.05  # seconds between two looks at what is left
+_BY_ITSELF = 3.0  # seconds for what is left to end: among it is what removes the shared memory of a killed server
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,10 +45,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _end_descendants() -> None:
     """Kill and reap until this process has no child: those of a killed one become children of this process."""
+    deadline = time.monotonic() + _BY_ITSELF
     while children := _children():
         for child in children:
             try:
-                os.kill(child, signal.SIGKILL)
+                if time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
                 os.waitpid(child, os.WNOHANG)
             except (ProcessLookupError, ChildProcessError):
                 continue

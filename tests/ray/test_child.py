@@ -21,6 +21,11 @@ if sys.argv[3:] == ["stubborn"]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 # a grandchild in a session of its own, as no group reaches it
 grandchild = subprocess.Popen(["sleep", "600"], start_new_session=True)
+# what peanut_serve.vllm_plugin.processes starts: it removes what a killed server has left
+left = pathlib.Path(sys.argv[2] + ".left")
+left.touch()
+cleaner = ["sh", "-c", 'cat > /dev/null; sleep 1; rm -f "$1"', "cleaner", left]
+kept_open = subprocess.Popen(cleaner, stdin=subprocess.PIPE, start_new_session=True)
 pathlib.Path(sys.argv[2]).write_text(str(grandchild.pid))
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -39,6 +44,9 @@ class Started:
 
     def grandchild(self) -> int:
         return int(self.pids.read_text())
+
+    def has_left_something(self) -> bool:
+        return self.pids.with_name("pids.left").exists()
 
 
 @pytest.fixture
@@ -64,6 +72,7 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path)
     asyncio.run(stubborn.child.stop())
     assert stubborn.child.exit_status == 128 + signal.SIGKILL
     assert not runs(stubborn.grandchild())
+    assert not stubborn.has_left_something()
 
 
 def test_nothing_is_left_when_the_replica_is_killed(tmp_path: Path) -> None:
@@ -85,6 +94,7 @@ asyncio.run(asyncio.sleep(600))
     process.kill()
     process.wait(10)
     assert until(lambda: not runs(grandchild), 30)
+    assert not (tmp_path / "pids.left").exists()
 
 
 def test_nothing_is_left_when_the_server_is_killed(started: Started) -> None:
@@ -93,6 +103,7 @@ def test_nothing_is_left_when_the_server_is_killed(started: Started) -> None:
     assert until(lambda: started.child.exit_status is not None, 30)
     assert started.child.exit_status == 128 + signal.SIGKILL
     assert not runs(started.grandchild())
+    assert not started.has_left_something()
 
 
 def test_a_start_that_fails_is_reported_with_the_last_lines(tmp_path: Path) -> None:
