@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from peanut_serve.errors import (
     EngineDownError,
     QueueFullError,
+    RequestTimeoutError,
     RequestTooLargeError,
     RouteRefusedError,
     ServingError,
@@ -42,6 +43,7 @@ _TRIES = 3  # replicas, until a request has had its first byte
 _TAKEN = 30.0  # seconds until a replica has taken a request
 _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
 _MOST_BYTES = 64 << 20  # of a body
+_BODY_SECONDS = 60.0  # until it has arrived, as at a single server
 _LONGEST_NAME = 200
 _METRICS = ("/metrics", "/metrics/")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
@@ -64,11 +66,15 @@ async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 async def _read(request: Request) -> bytes:
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > _MOST_BYTES:
-            raise RequestTooLargeError(f"the body is larger than {_MOST_BYTES >> 20} MiB")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > _MOST_BYTES:
+                    raise RequestTooLargeError(f"the body is larger than {_MOST_BYTES >> 20} MiB")
+                parts.append(part)
+    except TimeoutError:
+        raise RequestTimeoutError(f"the request's body did not arrive within {_BODY_SECONDS:.0f} s") from None
     return b"".join(parts)
 
 

@@ -6,8 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 from ray.exceptions import RayError
+from starlette.requests import Request
 
-from peanut_serve.ray.front import _events
+from peanut_serve.errors import RequestTimeoutError
+from peanut_serve.ray import front
+from peanut_serve.ray.front import _events, _read
 
 
 async def lost_after(*parts: bytes) -> AsyncIterator[bytes]:
@@ -28,3 +31,14 @@ def test_the_event_of_a_lost_replica_is_one_of_its_own(parts: list[bytes]) -> No
     assert end == ""
     error = json.loads(last.strip().removeprefix("data: "))["error"]
     assert "send the request again" in error["message"]
+
+
+def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_BODY_SECONDS", 0.1)
+
+    async def receive() -> dict[str, object]:
+        await asyncio.sleep(60)
+        return {"type": "http.request", "body": b""}
+
+    with pytest.raises(RequestTimeoutError, match="did not arrive"):
+        asyncio.run(asyncio.wait_for(_read(Request({"type": "http"}, receive)), 10))

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from peanut_serve.errors import (
     EngineDownError,
     QueueFullError,
+    RequestTimeoutError,
     RequestTooLargeError,
     ServingError,
     TryLaterError,
@@ -38,6 +39,7 @@ _TRIES = 2  # replicas: a request that ends its replica must not end all of them
 _LONGEST = 120.0  # seconds for an answer, with the time in the queue and the loading of a task
 _GLANCE = 10.0  # seconds, for an answer that is known
 _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
+_BODY_SECONDS = 60.0  # until a body has arrived
 _BODIES = 32  # the most bytes of all requests that are being answered, in bodies of the largest size
 
 
@@ -91,7 +93,7 @@ class ClassifierFront:
             return _refusal(_no_key())
         try:
             told = await self._replicas.broadcast("report").results_async(timeout_s=_GLANCE, return_exceptions=True)
-        except (TimeoutError, RayError):
+        except (TimeoutError, RayError, DeploymentUnavailableError):
             return _refusal(EngineDownError("a replica took too long to answer", 5))
         return JSONResponse([one for one in told if isinstance(one, dict)])
 
@@ -105,13 +107,17 @@ class ClassifierFront:
             if name not in self._tasks:
                 raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")
             parts = []
-            async for part in request.stream():
-                taken, self._bytes = taken + len(part), self._bytes + len(part)
-                if taken > self._most_bytes:
-                    raise RequestTooLargeError(f"the body has more than {self._most_bytes} bytes")
-                if self._bytes > _BODIES * self._most_bytes:
-                    raise QueueFullError("too many requests are being answered")
-                parts.append(part)
+            try:
+                async with asyncio.timeout(_BODY_SECONDS):
+                    async for part in request.stream():
+                        taken, self._bytes = taken + len(part), self._bytes + len(part)
+                        if taken > self._most_bytes:
+                            raise RequestTooLargeError(f"the body has more than {self._most_bytes} bytes")
+                        if self._bytes > _BODIES * self._most_bytes:
+                            raise QueueFullError("too many requests are being answered")
+                        parts.append(part)
+            except TimeoutError:
+                raise RequestTimeoutError(f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
             status, headers, content = await self._pass_on(
                 name, request.headers.get("content-type", ""), b"".join(parts)
             )

@@ -133,7 +133,8 @@ class FleetChanges:
         entry: Entry = {"replica": None, "status": 503, "error": "the replica did not answer"}
         try:
             call = self._engines.options(method_name="call_admin", multiplexed_model_id=change.name)
-            entry = await call.remote("POST", f"{path_of(change.name)}/{change.action}", None)
+            async with asyncio.timeout(_LONGEST):
+                entry = await call.remote("POST", f"{path_of(change.name)}/{change.action}", None)
             return entry
         finally:
             facts = {**_outcome([entry]), **_per_replica([entry], {})}
