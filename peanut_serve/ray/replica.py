@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ _CONNECTION |= {b"date", b"server"}
 _OWN = {b"authorization", b"content-length"}  # of a request to the engine
 _SHORT = 1 << 20  # bytes of a body that is passed on whole, with its headers
 _LOOK = 0.25  # seconds between two looks at what is resident
+_RENEW = 5.0  # seconds after which the names of the same weights are looked up again
+_SERVES = ("serving", "swapping")  # states of an engine that answers, now or after a swap
+_TOGETHER = ("base", "lora")  # kinds of variants whose requests run beside each other
 _PATIENCE = 5.0  # seconds for an answer of the admin API
 _GLANCE = 3.0  # seconds for the metrics
 _FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
@@ -52,6 +56,8 @@ class EngineReplica:
         self._watching: list[asyncio.Task[None]] = []
         self._recent: OrderedDict[str, None] = OrderedDict()  # the variants asked for last, the latest at the end
         self._resident: tuple[str, ...] = ()
+        self._together: tuple[str, ...] = ()  # the variants that one set of weights answers: the base and LoRA
+        self._serves = True
         folder = Path(logs) if logs else own_folder()
         folder.mkdir(parents=True, exist_ok=True)
         folders = state_folders(folder, Path(state) if state else None)
@@ -190,36 +196,47 @@ class EngineReplica:
             return {"replica": self.name, "error": f"{type(error).__name__}: {error}"}
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """For the router: what is resident or withheld. Ray sends this to the front when it has changed."""
-        withheld = sorted(self._replay.withheld)
-        return {"resident": list(self._resident), "slots": self._settings.slots, "withheld": withheld}
+        """For the router. Ray sends this to the front when it has changed.
+
+        resident: what requests need not wait for; slots: how many variants that can be; together: those that share
+        the base's weights, where weights are swapped; withheld: what is refused; serves: whether the engine is up.
+        """
+        return {
+            "resident": list(self._resident),
+            "slots": self._settings.slots,
+            "together": list(self._together),
+            "withheld": sorted(self._replay.withheld),
+            "serves": self._serves,
+        }
 
     async def check_health(self) -> None:
         """Ray replaces this replica if this raises."""
         (await self._client.get("/health", timeout=_PATIENCE)).raise_for_status()
 
     async def _watch(self) -> None:
-        digest = None
+        known, since = "", 0.0
         while True:
             if self._child.exit_status is not None:
                 os._exit(1)  # at once, so that Ray sends no request here any more; the watchdog cleans up
-            if self._settings.slots > 1:
-                self._resident = tuple(sorted(self._recent))
-            else:
-                try:
-                    digest = await self._look_at_engine(digest)
-                except (httpx.HTTPError, ValueError, KeyError):
-                    digest = None  # what was known last may still be right
+            try:
+                engine = (await self._admin.get("/engine")).raise_for_status().json()
+                self._serves = engine["state"] in _SERVES
+                if self._settings.slots > 1:
+                    self._resident = tuple(sorted(self._recent))
+                elif (digest := engine["digest"]) != known or time.monotonic() - since > _RENEW:
+                    await self._look_at_variants(digest)
+                    known, since = digest, time.monotonic()
+            except (httpx.HTTPError, ValueError, KeyError):
+                known = ""  # what was known last may still be right
             await asyncio.sleep(_LOOK)
 
-    async def _look_at_engine(self, known: str | None) -> str:
-        """The digest that the engine has now; if it is not the known one, all its names are resident."""
-        engine = (await self._admin.get("/engine")).raise_for_status().json()
-        digest: str = engine["digest"]
-        if digest != known:
-            variants = (await self._admin.get("/variants")).raise_for_status().json()
-            self._resident = tuple(sorted(one["name"] for one in variants if one["digest"] == digest))
-        return digest
+    async def _look_at_variants(self, digest: str) -> None:
+        """Note the names of the weights that the engine has now, and those that share the base's."""
+        variants = (await self._admin.get("/variants")).raise_for_status().json()
+        self._together = tuple(sorted(one["name"] for one in variants if one["kind"] in _TOGETHER))
+        self._resident = tuple(sorted(one["name"] for one in variants if one["digest"] == digest))
+        if set(self._resident) & {one["name"] for one in variants if one["kind"] == "base"}:
+            self._resident = tuple(sorted({*self._resident, *self._together}))
 
     async def __del__(self) -> None:
         """Awaited by Ray when the replica is removed: ends the engine, which first answers what it runs."""

@@ -13,6 +13,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from peanut_serve.ray.placement import Popularity, Replica, ranked
 
+_BASE = ""  # also what requests without a variant are for
+
 
 class VariantRouter(RequestRouter):
     """One per front."""
@@ -24,6 +26,7 @@ class VariantRouter(RequestRouter):
         # replica -> what it told when it answered a request for a variant, and the variant: newer than what it told
         self._answered: dict[ReplicaID, tuple[dict[str, Any], str]] = {}
         self._unreachable: set[ReplicaID] = set()
+        self._together = frozenset[str]()  # the variants that the base's weights answer, where weights are swapped
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -37,18 +40,21 @@ class VariantRouter(RequestRouter):
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
-        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        told = {replica.replica_id.unique_id: replica.routing_stats for replica in candidate_replicas}
+        self._together = frozenset().union(*(one.get("together", ()) for one in told.values()))
         seen = [self._seen(replica) for replica in candidate_replicas]
         variant = pending_request.metadata.multiplexed_model_id
-        order = ranked(variant, seen, self._popularity)
-        order.sort(key=lambda name: variant in by_name[name].routing_stats.get("withheld", ()))  # these refuse it
+        order = ranked(self._weights(variant), seen, self._popularity)
+        # last those that refuse it, or whose engine is not up
+        order.sort(key=lambda name: variant in told[name].get("withheld", ()) or not told[name].get("serves", True))
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Ray when a replica has taken a request."""
         self._unreachable.discard(replica_id)
         variant = pending_request.metadata.multiplexed_model_id
-        self._popularity.count(variant, time.monotonic())
+        self._popularity.count(self._weights(variant), time.monotonic())
         self._sent.setdefault(replica_id, {})[pending_request.metadata.internal_request_id] = variant
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
@@ -71,13 +77,18 @@ class VariantRouter(RequestRouter):
         self._answered = {replica: answered for replica, answered in self._answered.items() if replica in living}
         self._unreachable &= living
 
+    def _weights(self, variant: str) -> str:
+        """What a turn is for: variants that share the base's weights need only one."""
+        return _BASE if variant in self._together else variant
+
     def _seen(self, replica: RunningReplica) -> Replica:
         told = replica.routing_stats
-        resident = frozenset(told.get("resident", ()))
-        told_then, answered = self._answered.get(replica.replica_id, (None, ""))
+        resident = frozenset(map(self._weights, told.get("resident", ())))
+        told_then, last = self._answered.get(replica.replica_id, (None, ""))
+        answered = self._weights(last)
         if told_then == told and answered not in resident:  # it has not told anything since
             resident = frozenset([answered]) if told.get("slots", 1) == 1 else resident | {answered}
-        sent = Counter(self._sent.get(replica.replica_id, {}).values())
+        sent = Counter(map(self._weights, self._sent.get(replica.replica_id, {}).values()))
         running = sum(count for variant, count in sent.items() if variant in resident)
         waiting = {variant: count for variant, count in sent.items() if variant not in resident}
         return Replica(replica.replica_id.unique_id, resident, told.get("slots", 1), waiting, running)

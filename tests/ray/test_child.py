@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.engines.process_tree import parent_of, runs
 from support.engines.remains import until
 
 from peanut_serve.errors import EngineStartError
@@ -121,14 +122,3 @@ def test_a_start_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(EngineStartError, match="not ready within 0.5 s"):
         asyncio.run(child.wait_until_ready(within=0.5))
     assert child.exit_status is not None
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])

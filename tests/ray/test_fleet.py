@@ -13,6 +13,7 @@ import httpx
 import pytest
 import ray
 from ray import serve
+from support.engines.process_tree import parent_of
 from support.engines.remains import until
 from support.fleet import fake_server
 
@@ -82,7 +83,7 @@ def test_a_variant_stays_where_its_weights_are(fleet: Fleet) -> None:
 
 def test_a_replica_that_is_slow_keeps_its_variant(fleet: Fleet) -> None:
     answered = fleet.ask("v1")
-    replica = parent(parent(answered[1]))  # the watchdog is between
+    replica = parent_of(parent_of(answered[1]))  # the watchdog is between
     time.sleep(2 * QUEUES_KNOWN)
     os.kill(replica, signal.SIGSTOP)
     resumed = threading.Timer(2, os.kill, (replica, signal.SIGCONT))
@@ -221,10 +222,6 @@ def test_an_answer_that_was_cut_is_given_by_another(fleet: Fleet) -> None:
     assert (answer.status_code, answer.json()["variant"]) == (200, "v5")
     assert answer.json()["pid"] != lost
     assert until(lambda: len(living(fleet) - {lost}) == REPLICAS, 60)
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def living(fleet: Fleet) -> set[int]:

@@ -21,6 +21,7 @@ class Engine:
 
     def __init__(self, folder: Path, state: str = "0", theta: dict[str, bytes] | None = None) -> None:
         self.state, self.theta, self.calls = folder / state, theta, list[str]()
+        self.withheld_meanwhile = list[bool]()  # whether the name was, at each of the calls
         self.state.mkdir(exist_ok=True)
         (self.state / "theta").mkdir(exist_ok=True)
         self.admin = FakeAdmin(folder, self.state)
@@ -33,6 +34,7 @@ class Engine:
             return {"replica": "a", "status": 200 if found else 404, "answer": found}
         verb = "unregister" if method == "DELETE" else verb or "register"
         self.calls.append(verb)
+        self.withheld_meanwhile.append(name in self.replay.withheld)
         answer = self.admin.answer(verb, name or body["name"], body)
         return {"replica": "a", "status": answer.status_code, "answer": json.loads(bytes(answer.body) or b"null")}
 
@@ -91,6 +93,17 @@ def test_an_engine_with_the_state_of_an_earlier_time_forgets_it(tmp_path: Path) 
     again = Engine(tmp_path)
     again.follow(later)
     assert (len(again.calls), calls > 0) == (0, True), "what is as wanted is left alone"
+
+
+def test_a_version_that_is_rolled_back_answers_nothing_meanwhile(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, theta={"theta": b"old"})
+    engine.follow(wanted(v1=Wanted(held=OLD), v4=Wanted(pinned=True)))
+    assert list(zip(engine.calls, engine.withheld_meanwhile, strict=True)) == [
+        ("rollback", True),  # without θ, which then comes from another replica
+        ("rollback", True),
+        ("pin", False),
+    ]
+    assert engine.replay.withheld == {}
 
 
 def test_a_name_that_cannot_be_brought_there_is_withheld_until_it_can(tmp_path: Path) -> None:

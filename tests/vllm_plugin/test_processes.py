@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.engines.process_tree import children_of, command_of, parent_of
 from support.engines.remains import left_of, processes, until
 from support.paths import ROOT
 
@@ -146,18 +147,6 @@ def test_an_engine_that_is_killed_takes_its_workers_along(server_script: Path) -
     assert until(lambda: not spawned & processes(server.pid).keys(), 20)
     server.kill()
     server.communicate(timeout=20)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 @pytest.mark.kills

@@ -18,7 +18,7 @@ from torch import Tensor
 from converters.errors import BaseMismatchError, ConversionError, ThetaError
 from converters.methods.peft_form import PeftForm, Shapes, integer
 from converters.methods.shapes import Axes
-from converters.methods.spectral.clusters import find_clusters
+from converters.methods.spectral.clusters import THREAD_COUNTS, Search, find_clusters
 from converters.methods.spectral.decomposed import Decomposed
 from converters.methods.weight_delta import WeightShape
 
@@ -136,8 +136,12 @@ class Adamss(Decomposed):
                 f"the module has in = {weight.shape[1]} and {'a' if bias is not None else 'no'} bias; θ was trained "
                 f"for {saved.shape[1]} columns, a bias included; this is another base"
             )
-        found = find_clusters(weight, bias, self.sizes["r"], self.given["clusters"], self.given["seed"])
-        are_same = _distance(saved.cpu().double(), found.vectors.double()) <= _SAME
+        for threads in THREAD_COUNTS:
+            search = Search(self.sizes["r"], self.given["clusters"], self.given["seed"], threads)
+            found = find_clusters(weight, bias, search)
+            are_same = _distance(saved.cpu().double(), found.vectors.double()) <= _SAME
+            if not are_same or found.sizes == self.heights:
+                break
         if not are_same or found.sizes != self.heights:
             raise ConversionError(
                 f"W0 has {'clusters of other sizes' if are_same else 'other singular vectors'} here than where the "

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from ray.serve.handle import DeploymentHandle
 
 from converters.errors import PeanutError
+from peanut_serve.errors import EngineDownError
 from peanut_serve.ray.fleet.asking import Entry, ask_all
 from peanut_serve.ray.fleet.joint import rollback_target
 from peanut_serve.ray.fleet.wanted import WantedStore
@@ -97,9 +98,11 @@ class FleetChanges:
             async with lock:
                 statuses = await self._statuses(change.name)
                 old = {replica: status.digest for replica, status in statuses.items()}
-                entries = await self._everywhere(change, list(statuses.values()))
+                await self._wanted.newest()  # a change that cannot be remembered is not made
+                given, entries = await self._everywhere(change, list(statuses.values()))
+                entries = await self._remembered(change, given, entries)
         except BaseException as error:
-            kind = "refused" if isinstance(error, PeanutError) else "failed"
+            kind = "refused" if isinstance(error, PeanutError) and not entries else "failed"
             result = {"outcome": kind, "error": f"{type(error).__name__}: {error}"}
             raise
         finally:
@@ -107,7 +110,8 @@ class FleetChanges:
             self._log.write(change.by, change.action, change.name, {**facts, "seconds": _since(began)})
         return entries
 
-    async def _everywhere(self, change: Change, statuses: Sequence[VariantStatus]) -> list[Entry]:
+    async def _everywhere(self, change: Change, statuses: Sequence[VariantStatus]) -> tuple[str | None, list[Entry]]:
+        """What is to be remembered beside the verb, and what the replicas answered."""
         name, given = change.name, None
         if change.action == "rollback":
             given = rollback_target(name, statuses, change.rollback.digest)
@@ -120,12 +124,23 @@ class FleetChanges:
             entries = await self._ask("call_admin", "DELETE", path_of(name) + drain, None)
         else:
             entries = await self._ask("call_admin", "POST", f"{path_of(name)}/{change.action}", None)
+        return given, entries
+
+    async def _remembered(self, change: Change, given: str | None, entries: list[Entry]) -> list[Entry]:
+        """The entries after the others have followed. Raises `EngineDownError` if Ray's store has failed since."""
         done = [entry["replica"] for entry in entries if FleetEntry.model_validate(entry).is_done]
         if not done:
             return entries
-        async with self._remembering:
-            state = await self._wanted.change(change.action, name, given)
-        adopted = await self._ask("adopt", state.model_dump(mode="json"), name, done)
+        try:
+            async with self._remembering:
+                state = await self._wanted.change(change.action, change.name, given)
+        except EngineDownError as error:
+            raise EngineDownError(
+                f"{change.action} of {change.name} was made at {', '.join(done)}, and could not be remembered "
+                f"({error}): replicas that start later will not have it; do it again",
+                error.retry_after,
+            ) from error
+        adopted = await self._ask("adopt", state.model_dump(mode="json"), change.name, done)
         return _with_adopted(change.action, entries, adopted)
 
     async def _make_at_one(self, change: Change) -> Entry:

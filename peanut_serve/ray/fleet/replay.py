@@ -130,6 +130,7 @@ class Replay:
             found = await self._do("POST", "/variants", {"name": name, "source": wanted.source})
         if wanted.held is not None:
             if not found.get("held") or found["digest"] != wanted.held:
+                self.withheld.setdefault(name, "it is being rolled back")  # from a version that nobody wants
                 _checked(await self.roll_back(name, wanted.held))
         elif found.get("held"):
             await self._do("POST", f"{_path(name)}/reload")

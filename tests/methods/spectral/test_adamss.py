@@ -20,7 +20,8 @@ from support.tiny_models import edit_json, edit_weights, tiny_llama
 
 from converters import Weighted, delta_weight, load_adapter, merge, prepare_merge
 from converters.errors import BaseMismatchError, ConversionError, MissingDependencyError, OptionError, ThetaError
-from converters.methods.spectral.clusters import find_clusters
+from converters.methods.spectral import adamss
+from converters.methods.spectral.clusters import Clusters, Search, find_clusters
 from converters.models.checkpoint import open_checkpoint
 from converters.outputs.lora.plan import plan_lora_adapter
 from converters.outputs.lora.write import write_lora_adapter
@@ -123,8 +124,8 @@ def test_a_stream_is_not_enough(tmp_path: Path, adapter: Path) -> None:
 def test_several_threads_find_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     """HF PEFT's layer seeds the random numbers of the process, and leaves them as they were."""
     torch.manual_seed(0)
-    weight = torch.randn(48, 32)
-    wanted, state = find_clusters(weight, None, 8, 3, 0), torch.get_rng_state()
+    weights, search = torch.randn(40, 48, 32), Search(8, 3, 0)  # more than are kept
+    wanted, state = [find_clusters(weight, None, search) for weight in weights], torch.get_rng_state()
     right = torch.svd_lowrank
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -133,10 +134,30 @@ def test_several_threads_find_the_same_clusters(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "svd_lowrank", slow)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: find_clusters(weight, None, 8, 3, 0), range(40)))
-    assert all(torch.equal(one.rows, wanted.rows) for one in found)
-    assert all(torch.equal(one.vectors, wanted.vectors) for one in found)
+        found = list(pool.map(lambda weight: find_clusters(weight, None, search), weights))
+    assert all(torch.equal(one.rows, right.rows) for one, right in zip(found, wanted, strict=True))
+    assert all(torch.equal(one.vectors, right.vectors) for one, right in zip(found, wanted, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_training_with_another_number_of_threads(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen with weights of real size: rounding moves rows to another cluster."""
+    merge(tmp_path / "base", adapter, tmp_path / "wanted")
+    tried = set()
+
+    def moves_a_row(weight: torch.Tensor, bias: torch.Tensor | None, search: Search) -> Clusters:
+        found = find_clusters(weight, bias, search)
+        tried.add(search.threads)
+        sizes = (found.sizes[0] + 1, found.sizes[1] - 1, *found.sizes[2:])
+        return found if search.threads == 4 else replace(found, sizes=sizes)
+
+    monkeypatch.setattr(adamss, "find_clusters", moves_a_row)
+    merge(tmp_path / "base", adapter, tmp_path / "found")
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("wanted", "found"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    assert tried == {torch.get_num_threads(), 1, 2, 4}
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {

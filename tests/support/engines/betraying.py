@@ -10,6 +10,7 @@ from pathlib import Path
 
 import openai
 import torch
+from support.engines.process_tree import descendants_of, resident
 from support.engines.serving import Server
 from support.tiny_models import save_adapter, tiny_llama, unmerged
 from transformers import LlamaForCausalLM
@@ -102,10 +103,4 @@ async def ask(client: openai.AsyncOpenAI, world: World, model: str, prompt: int)
 
 def memory(server: Server) -> int:
     """Resident bytes of the server and its engine."""
-    pids, total = [server.process.pid], 0
-    while pids:
-        pid = pids.pop()
-        pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        status = Path(f"/proc/{pid}/status").read_text().splitlines()
-        total += next((int(line.split()[1]) << 10 for line in status if line.startswith("VmRSS")), 0)
-    return total
+    return sum(map(resident, descendants_of(server.process.pid)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+from support.engines.process_tree import command_of, descendants_of
 from support.paths import ROOT
 
 QUESTIONS = (
@@ -105,11 +106,8 @@ def stalled_reader(server: Server, path: str, body: bytes) -> Iterator[socket.so
 
 def kill(server: Server, name: str) -> None:
     """SIGKILL a process of the server's, by the name that vLLM gives it."""
-    pids = [server.process.pid]
-    for pid in pids:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            pids += map(int, (task / "children").read_text().split())
-    os.kill(next(pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_text().startswith(name)), signal.SIGKILL)
+    pids = descendants_of(server.process.pid)
+    os.kill(next(pid for pid in pids if command_of(pid).startswith(name)), signal.SIGKILL)
 
 
 def _wait(server: Server) -> None:
