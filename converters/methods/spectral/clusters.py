@@ -4,7 +4,6 @@ The random numbers, the SVD in float32 and the k-means depend on the versions of
 number of threads, by rounding. What the layer finds is compared with what was saved by the training, by whoever asks.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import MissingDependencyError
+from converters.methods.spectral.remembering import remembering
 
 _ONE_AT_A_TIME = threading.Lock()  # the layer seeds the random numbers of the process
 _THREADS = torch.get_num_threads()  # of a program that does not set them, as most trainings
@@ -47,11 +47,7 @@ class Search:
     threads: int = _THREADS
 
 
-# A weight is evaluated and verified soon after: what was found last is kept, by the digest of what it follows from
-_latest: dict[tuple[str, Search], Clusters] = {}
-_MOST = 4
-
-
+@remembering
 def find_clusters(weight: Tensor, bias: Tensor | None, search: Search) -> Clusters:
     """The clusters of one module's rows (HF PEFT's `peft/tuners/adamss/layer.py`, `update_layer`).
 
@@ -61,20 +57,6 @@ def find_clusters(weight: Tensor, bias: Tensor | None, search: Search) -> Cluste
 
     Raises `MissingDependencyError` without HF PEFT or scikit-learn.
     """
-    parts = [part.detach().float().cpu().contiguous() for part in (weight, bias) if part is not None]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.numpy().data)
-    key = digest.hexdigest(), search
-    with _ONE_AT_A_TIME:
-        if key not in _latest:
-            _latest[key] = _found(*parts, search=search)
-            while len(_latest) > _MOST:
-                del _latest[next(iter(_latest))]
-        return _latest[key]
-
-
-def _found(weight: Tensor, bias: Tensor | None = None, *, search: Search) -> Clusters:
     try:
         from peft import AdamssConfig
         from peft.tuners.adamss.layer import Linear
@@ -86,10 +68,10 @@ def _found(weight: Tensor, bias: Tensor | None = None, *, search: Search) -> Clu
             "AdaMSS needs HF PEFT and scikit-learn: pip install 'peanut-serve[peft]'"
         ) from None
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    module.weight = torch.nn.Parameter(weight)
+    module.weight = torch.nn.Parameter(weight.detach().float().cpu())
     if bias is not None:
-        module.bias = torch.nn.Parameter(bias)
-    with _threads(search.threads), torch.random.fork_rng(devices=[]), torch.no_grad():
+        module.bias = torch.nn.Parameter(bias.detach().float().cpu())
+    with _ONE_AT_A_TIME, _threads(search.threads), torch.random.fork_rng(devices=[]), torch.no_grad():
         layer = Linear(module, "default", r=search.r, config=config)
     sizes = tuple(len(part) for part in layer.adamss_B["default"].parameters())
     return Clusters(layer.adamss_newB["default"].detach(), layer.scatter_index["default"], sizes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from converters.errors import ConversionError
 from converters.methods.factors import Factors
 from converters.methods.oriented import Oriented
+from converters.methods.spectral.remembering import remembering
 from converters.methods.update import Update
 from converters.methods.weight_delta import Reads
 
@@ -90,6 +91,7 @@ class DecomposedUpdate(Update):
         return Factors(self._left, self._right)
 
 
+@remembering
 def singular_parts(w0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, n), the singular values (n,) and V (n, in) of W0, n the smaller of its sizes.
 
@@ -102,6 +104,7 @@ def singular_parts(w0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, values, v
 
 
+@remembering
 def left_axes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors (k, k) of a weight (k, n), k ≤ n, a column each, and its singular values, largest first.
 

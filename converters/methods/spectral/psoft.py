@@ -21,7 +21,7 @@ from converters.errors import AdapterConfigError, BaseMismatchError, ConversionE
 from converters.methods.multiplicative.rotations import cayley, neumann
 from converters.methods.peft_form import PeftForm, Shapes, boolean, integer, number
 from converters.methods.shapes import Axes
-from converters.methods.spectral.decomposed import Decomposed, singular_parts
+from converters.methods.spectral.decomposed import Decomposed, left_axes, singular_parts
 
 _ELSEWHERE = "merge the adapter with PEFT where it was trained"
 _ALIGNED = 0.999  # of unit vectors: the cosine below which float32 and float64 mean different ones
@@ -148,11 +148,14 @@ def _signed_parts(w0: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises `ConversionError` where float32 cannot tell them apart.
     """
-    u, values, v = (part.to(w0) for part in singular_parts(w0.double()))
-    u, values, v = u[:, :r], values[:r], v[:r]
+    is_wide = w0.shape[0] <= w0.shape[1]
+    axes, values = (part.to(w0) for part in left_axes(w0 if is_wide else w0.T))
+    axes, values = axes[:, :r], values[:r]
+    others = ((w0.T if is_wide else w0) @ axes) / values
+    u, v = (axes, others.T) if is_wide else (others, axes.T)
     near_u, _, near_v = (part.to(w0) for part in singular_parts(w0.float().cpu()))
     cosines = torch.stack([(u * near_u[:, :r]).sum(0), (v * near_v[:r]).sum(1)])
-    if bool((cosines.abs() < _ALIGNED).any()):
+    if not bool((cosines.abs() >= _ALIGNED).all()):  # also where a value is 0, and nothing a number
         raise ConversionError(
             f"some of the {r} largest singular values of W0 are equal in float32, so its singular vectors, which "
             f"PSOFT turns, are not determined; {_ELSEWHERE}"

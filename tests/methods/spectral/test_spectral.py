@@ -66,6 +66,8 @@ def test_psoft_turns_vectors_that_have_to_be_determined() -> None:
     with pytest.raises(ConversionError, match="some of the 3 largest singular values of W0 are equal in float32"):
         psoft.delta(with_values([10.0, 9.0, 9.0 - 1e-9, *SPREAD[3:]]))
     psoft.delta(with_values([*SPREAD[:5], 5.0 - 1e-9, *SPREAD[6:]]))
+    with pytest.raises(ConversionError, match="some of the 3 largest singular values of W0 are equal in float32"):
+        psoft.delta(with_values([10.0, 9.0, *[0.0] * (len(SPREAD) - 2)]))
 
 
 def test_psoft_needs_a_weight_of_its_rank() -> None:
