@@ -124,7 +124,7 @@ def test_errors_of_the_server(ctl: Ctl, control: FakeControl) -> None:
 def test_the_key(ctl: Ctl, control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
-    wrong = "the server rejected the key; PEANUT_ADMIN_KEY or --key-file must contain the one it was started with"
+    wrong = "the server rejected the key; PEANUT_ADMIN_KEY or --key-file must contain the one it was started with, or one of --keys"
     monkeypatch.setenv("PEANUT_ADMIN_KEY", "wrong")
     assert refused(ctl("list")) == wrong
     assert ctl("--key-file", str(file), "list")[0] == 0  # the option has precedence
