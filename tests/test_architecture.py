@@ -84,8 +84,7 @@ THIRD_PARTY = {
     "yaml": (
         "peanut_serve.cli.configuration",
         "peanut_serve.cli.launch",
-        "peanut_serve.cli.deploy_command",
-        "peanut_serve.cli.deploy_classifiers",
+        "peanut_serve.ray.deploying",
     ),
     "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving", "peanut_serve.ray"),
     "vllm": (
