@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import PeanutError
@@ -14,7 +13,7 @@ from peanut_serve.swapping import metrics
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
-from peanut_serve.web.request_body import Scope, check_lifetime, parse_body, request_id, variant_of
+from peanut_serve.web.request_body import ClientLimits, Scope, check_lifetime, parse_body, request_id, variant_of
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -28,21 +27,6 @@ _FAREWELL_SECONDS = 2.0  # to tell a client that its request was aborted
 
 class _StalledError(Exception):
     """The client does not read its response."""
-
-
-@dataclass(frozen=True)
-class ClientLimits:
-    """What one client may take.
-
-    Attributes:
-        body_bytes: size of a body.
-        body_seconds: until a body has arrived.
-        stall_seconds: for which a client may read nothing of its response.
-    """
-
-    body_bytes: int = 64 << 20
-    body_seconds: float = 60.0
-    stall_seconds: float = 30.0
 
 
 class Exchange:

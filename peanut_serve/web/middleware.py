@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from peanut_serve.errors import RouteRefusedError, ServingError, UnauthorizedError, shown
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.web.bearer import BearerKeys
-from peanut_serve.web.exchange import Admit, App, ClientLimits, Exchange, Receive, Send
+from peanut_serve.web.exchange import Admit, App, Exchange, Receive, Send
 from peanut_serve.web.refusals import refusal_messages
-from peanut_serve.web.request_body import Scope
+from peanut_serve.web.request_body import ClientLimits, Scope
 from peanut_serve.web.routes import Access, access_to, refusal_of
 
 

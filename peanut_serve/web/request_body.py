@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -10,6 +11,21 @@ from peanut_serve.errors import RequestBodyError, shown
 Scope = MutableMapping[str, Any]
 
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
+
+
+@dataclass(frozen=True)
+class ClientLimits:
+    """What one client may take.
+
+    Attributes:
+        body_bytes: size of a body.
+        body_seconds: until a body has arrived.
+        stall_seconds: for which a client may read nothing of its response.
+    """
+
+    body_bytes: int = 64 << 20
+    body_seconds: float = 60.0
+    stall_seconds: float = 30.0
 
 
 def request_id(scope: Scope) -> str:

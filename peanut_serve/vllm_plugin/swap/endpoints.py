@@ -34,9 +34,9 @@ from peanut_serve.web.admin import admin_app, bind, serve_on
 from peanut_serve.web.audit import AuditedControl, audit_log
 from peanut_serve.web.console.app import ConsoleHost, add_console, console_link
 from peanut_serve.web.console.data_route import DataRoute
-from peanut_serve.web.exchange import ClientLimits
 from peanut_serve.web.middleware import VariantMiddleware
 from peanut_serve.web.operator import VariantControl
+from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("vllm.peanut_serve")
 

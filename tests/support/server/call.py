@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from support.server.rig import Rig
 
-from peanut_serve.web.exchange import ClientLimits
+from peanut_serve.web.request_body import ClientLimits
 from peanut_serve.web.middleware import VariantMiddleware
 
 
