@@ -71,6 +71,7 @@ THIRD_PARTY = {
     "httpx": ("peanut_serve.cli", "peanut_serve.ray"),
     "pydantic": (
         "peanut_serve.settings",
+        "peanut_serve.tenants",
         "peanut_serve.variants",
         "peanut_serve.web",
         "peanut_serve.cli",
@@ -82,11 +83,17 @@ THIRD_PARTY = {
     "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "yaml": (
+        "peanut_serve.tenants.keys",
         "peanut_serve.cli.configuration",
         "peanut_serve.cli.launch",
         "peanut_serve.ray.deploying",
     ),
-    "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving", "peanut_serve.ray"),
+    "prometheus_client": (
+        "peanut_serve.tenants",
+        "peanut_serve.swapping",
+        "peanut_serve.classify.serving",
+        "peanut_serve.ray",
+    ),
     "vllm": (
         "peanut_serve.vllm_plugin",
         "peanut_serve.cli.launch",

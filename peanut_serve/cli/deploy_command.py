@@ -46,6 +46,7 @@ _REFUSED = {
     "--api-key": "give the keys of clients as --api-key-file",
     "--api-key-file": "give it to deploy, not in the --config of its engines",
     "--admin-key-file": "give it to deploy, not in the --config of its engines",
+    "--keys": "give it to deploy, not in the --config of its engines",
     "--audit-log": "give it to deploy, not in the --config of its engines",
     "--admin-port": _EACH,
     "--admin-host": _EACH,

@@ -24,13 +24,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from converters.errors import PeanutError
-from peanut_serve.errors import RequestTooLargeError, ServingError, TryLaterError
+from peanut_serve.errors import RequestTooLargeError, ServingError, TryLaterError, shown
 from peanut_serve.ray.fleet.asking import Entry, ask_all, lost
 from peanut_serve.ray.fleet.changes import Change, FleetChanges
 from peanut_serve.ray.fleet.joint import joint_change, joint_engine, joint_variants
 from peanut_serve.ray.replica import EngineReplica
 from peanut_serve.web.admin import caller_of
-from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.bearer import sent_key
+from peanut_serve.web.operators import Operator, Operators
 from peanut_serve.web.schema import Registration, Rollback
 
 PREFIX = "/admin/v1"
@@ -48,22 +49,24 @@ class FleetAdmin:
 
     Args:
         engines: the replicas.
-        keys: of operators.
+        operators: who may ask.
         changes: makes their changes.
     """
 
-    def __init__(self, engines: DeploymentHandle[EngineReplica], keys: Sequence[str], changes: FleetChanges) -> None:
-        self._engines, self._keys, self._changes = engines, BearerKeys(keys), changes
+    def __init__(
+        self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges
+    ) -> None:
+        self._engines, self._operators, self._changes = engines, operators, changes
 
     async def answer(self, request: Request) -> Response:
         """Answer a request for a path below `PREFIX`."""
-        if not self._keys.include(request.scope):
-            return _refusal(401, "the admin key is missing or wrong; send it as Authorization: Bearer KEY")
         path = str(request.scope["path"]).removeprefix(PREFIX)
         try:
+            operator = self._operators.find(sent_key(request.scope))
             if request.method == "GET":
                 return await self._show(path) or _unknown(request)
-            change = await self._change_of(request, path)
+            operator.check_change(f"{request.method} {shown(path)}")
+            change = await self._change_of(request, path, operator)
             if change is None:
                 return _unknown(request)
             if change.action in _AT_ONE:
@@ -94,8 +97,8 @@ class FleetAdmin:
     async def _ask(self, method: str, *arguments: Any) -> list[Entry]:
         return await ask_all(self._engines, method, *arguments, within=_GLANCE)
 
-    async def _change_of(self, request: Request, path: str) -> Change | None:
-        by = caller_of(request.scope, self._keys)
+    async def _change_of(self, request: Request, path: str, operator: Operator) -> Change | None:
+        by = caller_of(request.scope, operator)
         body = await _read(request)
         if request.method == "POST" and path == "/variants":
             registration = _parsed(Registration, body)

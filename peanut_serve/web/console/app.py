@@ -18,16 +18,16 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from converters.errors import PeanutError
-from peanut_serve.errors import ServingError, shown
-from peanut_serve.settings.admin_key import checked_key
+from peanut_serve.errors import ForbiddenError, ServingError, UnauthorizedError, shown
 from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.console.actions import Action, Verb, perform
 from peanut_serve.web.console.costs import comparison_cost
 from peanut_serve.web.console.data_route import DataRoute
-from peanut_serve.web.console.guard import LIVE, LOGIN, ROOT, Guard, refusal, secret_in
+from peanut_serve.web.console.guard import LIVE, LOGIN, LOGOUT, ROOT, Guard, refusal, secret_in
 from peanut_serve.web.console.pages import Pages
 from peanut_serve.web.console.playground import Trial, compare
-from peanut_serve.web.console.sessions import Attempts, Sessions, is_same
+from peanut_serve.web.console.sessions import Attempts, Sessions
+from peanut_serve.web.operators import Operators, operators_of
 from peanut_serve.web.schema import Control
 
 logger = logging.getLogger("vllm.peanut_serve")
@@ -42,7 +42,7 @@ class ConsoleHost:
 
     Attributes:
         control: what it shows and changes.
-        key: the admin key.
+        key: the admin key, or who has which.
         port: of the admin API; part of the cookie's name, as browsers send cookies to all ports of a host.
         hosts: names by which browsers reach it, besides loopback and addresses.
         drain_seconds: after which a swap aborts running requests.
@@ -50,7 +50,7 @@ class ConsoleHost:
     """
 
     control: Control
-    key: str
+    key: str | Operators
     port: int
     hosts: Iterable[str] = ()
     drain_seconds: float = 60.0
@@ -82,9 +82,9 @@ class _Console:
     """The handlers. They are methods, as all share the sessions."""
 
     def __init__(self, host: ConsoleHost) -> None:
-        self._host, self._key = host, checked_key(host.key, "the server's settings")
+        self._host, self._operators = host, operators_of(host.key)
         self._pages = Pages(host.control, host.drain_seconds)
-        self._sessions, self._attempts = Sessions(), Attempts()
+        self._sessions, self._attempts = Sessions(self._operators), Attempts()
         self._cookie = f"peanut_console_{host.port}"
         self._trials = 0
         handlers = {PeanutError: _answer_refusal, ClientDisconnect: _answer_too_large, Exception: _answer_bug}
@@ -93,7 +93,7 @@ class _Console:
             Route(f"{ROOT}/", self.page),
             Route(LOGIN, self.login_page),
             Route(LOGIN, self.login, methods=["POST"]),
-            Route(f"{ROOT}/logout", self.logout, methods=["POST"]),
+            Route(LOGOUT, self.logout, methods=["POST"]),
             Route(LIVE, self.live),
             Route(f"{ROOT}/dialog", self.dialog),
             Route(f"{ROOT}/act", self.act, methods=["POST"]),
@@ -115,13 +115,15 @@ class _Console:
             message = f"There were too many wrong keys. Try again in {wait} s."
             return HTMLResponse(self._pages.login(message), 429, {"Retry-After": str(wait)})
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
-        if not is_same(form.get("key", [""])[0].strip(), self._key):
+        try:
+            operator = self._operators.find(form.get("key", [""])[0].strip().encode())
+        except (UnauthorizedError, ForbiddenError):
             self._attempts.failed(address)
             logger.warning("console: a wrong key from %s", shown(address))
-            return HTMLResponse(self._pages.login("This is not the admin key of this server."), 403)
-        answer, secret = RedirectResponse(ROOT, 303), self._sessions.open()
+            return HTMLResponse(self._pages.login("This is not an admin key of this server."), 403)
+        answer, secret = RedirectResponse(ROOT, 303), self._sessions.open(operator)
         if (session := self._sessions.find(secret)) is not None:
-            logger.info("console: session %d from %s", session.number, shown(address))
+            logger.info("console: session %d of %s from %s", session.number, operator.name, shown(address))
         answer.set_cookie(
             self._cookie, secret, path=ROOT, httponly=True, samesite="strict",
             secure=request.url.scheme == "https",
@@ -137,7 +139,8 @@ class _Console:
 
     async def page(self, request: Request) -> Response:
         """The page."""
-        return HTMLResponse(await self._pages.page(request.scope["session"].token))
+        session = request.scope["session"]
+        return HTMLResponse(await self._pages.page(session.token, not session.operator.may_change))
 
     async def live(self, _: Request) -> Response:
         """The sections that change by themselves."""
@@ -188,7 +191,9 @@ class _Console:
 
     def _caller(self, request: Request) -> Caller:
         address = request.client.host if request.client is not None else None
-        return Caller(address, f"console session {request.scope['session'].number}")
+        session = request.scope["session"]
+        who = f"{session.operator.name}, " if session.operator.is_named else ""
+        return Caller(address, f"{who}console session {session.number}")
 
 
 def _first(error: ValidationError) -> str:

@@ -20,6 +20,7 @@ from peanut_serve.web.console.sessions import Session, Sessions
 
 ROOT = "/console"
 LOGIN = f"{ROOT}/login"
+LOGOUT = f"{ROOT}/logout"
 LIVE = f"{ROOT}/live"
 STATIC = f"{ROOT}/static/"
 TOKEN_HEADER = "x-console-token"
@@ -90,6 +91,8 @@ class Guard:
         given = headers.get(TOKEN_HEADER, "").encode()
         if not is_safe and not secrets.compare_digest(given, session.token.encode()):
             return refusal(403, "the token of the session is missing or wrong; reload the page")
+        if not is_safe and path != LOGOUT and not session.operator.may_change:
+            return refusal(403, f"the key of {session.operator.name} is read-only: it shows, and changes nothing")
         return None
 
 

@@ -95,10 +95,10 @@ class Pages:
         """The page with the form for the key."""
         return self._render("login.html", error=error)
 
-    async def page(self, token: str) -> str:
-        """The whole page, for a session with this token."""
-        names = [one.name for one in (await self.view()).variants]
-        return self._render("page.html", token=token, sections=await self.sections(is_new=True), names=names)
+    async def page(self, token: str, is_read_only: bool = False) -> str:
+        """The whole page, for a session with this token, that may perhaps change nothing."""
+        facts = {"names": [one.name for one in (await self.view()).variants], "is_read_only": is_read_only}
+        return self._render("page.html", token=token, sections=await self.sections(is_new=True), **facts)
 
     async def sections(self, is_new: bool = False) -> dict[str, str]:
         """The live sections, by name: rendered now if `is_new`, and otherwise of the last second.

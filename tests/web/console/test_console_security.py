@@ -18,7 +18,9 @@ from peanut_serve.web.audit import AuditedControl, AuditLog
 from peanut_serve.web.console import sessions
 from peanut_serve.web.console.app import ConsoleHost, console_app, console_link
 from peanut_serve.web.console.sessions import Attempts, Sessions
+from peanut_serve.web.operators import Operators
 
+OPERATOR = Operators([KEY]).find(KEY.encode())
 ACT = {"verb": "pin", "name": "base"}
 PAGES = ("/console", "/console/live", "/console/dialog?verb=pin&name=base", "/console/comparison?name=base")
 TRIAL = {"prompt": "p", "variants": ["base"]}
@@ -228,8 +230,8 @@ def test_large_and_malformed_bodies(browser: httpx.Client, control: FakeControl)
 
 def test_sessions_end() -> None:
     now = [0.0]
-    opened = Sessions(lambda: now[0])
-    secret = opened.open()
+    opened = Sessions(Operators([KEY]), lambda: now[0])
+    secret = opened.open(OPERATOR)
     session = opened.find(secret)
     assert session is not None
     assert opened.find(secret + "x") is opened.find(None) is None
@@ -238,7 +240,7 @@ def test_sessions_end() -> None:
         assert opened.find(secret) is session
     now[0] += 31 * 60
     assert opened.find(secret) is None
-    secret = opened.open()
+    secret = opened.open(OPERATOR)
     for _ in range(26):
         now[0] += 29 * 60
         opened.find(secret)
@@ -259,10 +261,10 @@ def test_an_open_page_does_not_keep_its_session(monkeypatch: pytest.MonkeyPatch,
 
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_MOST_SESSIONS", 3)
-    opened = Sessions(time.monotonic)
-    first, second, third = (opened.open() for _ in range(3))
+    opened = Sessions(Operators([KEY]), time.monotonic)
+    first, second, third = (opened.open(OPERATOR) for _ in range(3))
     assert opened.find(first) is not None
-    fourth = opened.open()
+    fourth = opened.open(OPERATOR)
     assert [opened.find(one) is not None for one in (first, second, third, fourth)] == [True, False, True, True]
 
 
