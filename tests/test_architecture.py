@@ -86,8 +86,7 @@ THIRD_PARTY = {
         "peanut_serve.tenants.keys",
         "peanut_serve.cli.configuration",
         "peanut_serve.cli.launch",
-        "peanut_serve.cli.deploy_command",
-        "peanut_serve.cli.deploy_classifiers",
+        "peanut_serve.ray.deploying",
     ),
     "prometheus_client": (
         "peanut_serve.tenants",

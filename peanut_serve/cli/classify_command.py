@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -86,7 +87,7 @@ def _classify(
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
 ) -> None:
-    from peanut_serve.classify.http.door import ClientLimits
+    from peanut_serve.classify.http.door import CLIENTS
     from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
@@ -102,7 +103,7 @@ def _classify(
         memory=_size("--memory", memory),
         threads=threads,
     )
-    clients = ClientLimits(body_bytes=_size("--max-body", max_body))
+    clients = replace(CLIENTS, body_bytes=_size("--max-body", max_body))
     keys = [*(api_key or []), *read_keys(api_key_file)]
     if not all(key and key.isprintable() and " " not in key for key in keys):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")

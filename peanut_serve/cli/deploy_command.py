@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-import yaml  # type: ignore[import-untyped]
 
-from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
 from peanut_serve.cli.launch import check_endpoints, option_names
 from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
-from peanut_serve.ray.declaration import declaration
-from peanut_serve.ray.one_machine import serve_here
+from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
 from peanut_serve.settings.serving import ServeOptions
-from peanut_serve.web.admin import bind
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
 
@@ -140,18 +136,11 @@ def _deploy(
         state=_absolute_path(state),
         audit_log=_absolute_path(audit_log),
     )
-    if keys is None and not local:
-        console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
-    host = host or ("127.0.0.1" if local or keys is None else "0.0.0.0")
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
-        bind(host, port, "the fleet").close()  # not after the engines have started
         if admin_keys is not None:
             AuditLog(settings.audit_file).close()
-        serve_here(settings, host, port)
-        return
-    _write(output, yaml.safe_dump(declaration(settings, host, port), sort_keys=False), overwrite)
-    print(f"wrote {output}; start the fleet, or change it, with: serve deploy {output}")
+    deploy(settings, Target(host, port, output, overwrite, local))
 
 
 def _sources(base: str, adapters: Sequence[str]) -> list[str]:
@@ -201,12 +190,6 @@ def _value(options: Sequence[str], name: str) -> str:
         if spelled.replace("_", "-") == name:
             found = value if equals else after
     return found
-
-
-def _write(file: Path, text: str, overwrite: bool) -> None:
-    if file.exists() and not overwrite:
-        raise OptionError(f"{file} exists; give another --output, or --overwrite")
-    file.write_text(text)
 
 
 def main(argv: list[str], read: Reader) -> NoReturn:

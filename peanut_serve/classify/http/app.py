@@ -7,12 +7,14 @@ from typing import Any
 
 from converters import __version__
 from converters.errors import MissingDependencyError, PeanutError
-from peanut_serve.classify.http import examples, hugging_face, open_inference
-from peanut_serve.classify.http.door import FACTS, ClientLimits, Door, refusal
+from peanut_serve.classify import hugging_face
+from peanut_serve.classify.http import examples, open_inference
+from peanut_serve.classify.http.door import CLIENTS, FACTS, Door, refusal
 from peanut_serve.classify.http.tensors import HEADER
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.classify.serving.version import TaskVersion
 from peanut_serve.errors import RouteRefusedError, TryLaterError
+from peanut_serve.web.request_body import ClientLimits
 
 try:
     from fastapi import APIRouter, FastAPI, Request
@@ -81,23 +83,23 @@ async def list_models(request: Request) -> list[str]:
     tags=["Hugging Face inference"],
 )
 async def ask(request: Request, name: str) -> Response:
-    """The body is an image, or JSON with `inputs` and `parameters`."""
+    """The body is an image or a sound, or JSON with `inputs` and `parameters`."""
     _asked(request, name)
     server = _server(request)
-    body, kind = await request.body(), request.headers.get("content-type", "")
+    body, content_type = await request.body(), request.headers.get("content-type", "")
     if len(body) > _LARGE:
-        question = await asyncio.to_thread(hugging_face.read_question, body, kind)
+        question = await asyncio.to_thread(hugging_face.read_question, body, content_type)
     else:
-        question = hugging_face.read_question(body, kind)
+        question = hugging_face.read_question(body, content_type)
     found = await server.predict_with(
         name,
         len(question.inputs),
         lambda task: (hugging_face.inputs_of(question, task), hugging_face.ask_of(question, task)),
     )
     _answered(request, found.version)
-    task, is_list = found.version.task, question.is_list
+    kind = found.version.task.kind
     size = sum(getattr(one, "size", len(one)) for one in found.answers)
-    written = await server.written(lambda: hugging_face.write_answers(task, found.answers, is_list), size)
+    written = await server.written(lambda: hugging_face.write_answers(kind, question, found.answers), size)
     return Response(written, media_type="application/json")
 
 
@@ -181,7 +183,7 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": message, "type": "InternalError"}, 500)
 
 
-def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLimits | None = None) -> FastAPI:
+def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLimits = CLIENTS) -> FastAPI:
     """Build the application. It stops the server when it is shut down.
 
     Args:
@@ -214,5 +216,5 @@ def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLim
     app.state.server = server
     app.include_router(_routes)
     app.include_router(_v2)
-    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits or ClientLimits())
+    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits)
     return app

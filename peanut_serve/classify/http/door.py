@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import PeanutError
@@ -20,6 +19,8 @@ from peanut_serve.errors import (
     UnauthorizedError,
 )
 from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.deadline import within
+from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -29,24 +30,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+CLIENTS = ClientLimits(body_bytes=16 << 20, body_seconds=30.0)  # unless others are given
 FACTS = "peanut"  # of a scope: what the application says about a request
 _OPEN = ("/health", "/ready", "/metrics", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _BODIES = 16  # as many of the largest size may be in memory
-
-
-@dataclass(frozen=True)
-class ClientLimits:
-    """What one client may take.
-
-    Attributes:
-        body_bytes: size of a body.
-        body_seconds: until a body has arrived.
-        stall_seconds: for which a client may read nothing of its answer.
-    """
-
-    body_bytes: int = 16 << 20
-    body_seconds: float = 30.0
-    stall_seconds: float = 30.0
 
 
 class Door:
@@ -140,7 +127,7 @@ class _Visit:
     async def receive(self, seconds: float) -> Message:
         """A part of the body, within so many seconds."""
         try:
-            message = await asyncio.wait_for(self._receive(), max(seconds, 0.0))
+            message = await within(max(seconds, 0.0), self._receive())
         except asyncio.TimeoutError:
             most = self._limits.body_seconds
             raise RequestTimeoutError(f"the request's body did not arrive within {most:.0f} s") from None
@@ -161,7 +148,7 @@ class _Visit:
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self._headers()]}
         try:
-            await asyncio.wait_for(self._send(message), self._limits.stall_seconds)
+            await within(self._limits.stall_seconds, self._send(message))
         except asyncio.TimeoutError:
             raise _GoneError from None
 

@@ -13,9 +13,9 @@ import uvicorn
 
 from converters.errors import OptionError
 from peanut_serve.classify.http.app import classify_app
-from peanut_serve.classify.http.door import ClientLimits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.web.admin import bind
+from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -83,6 +83,7 @@ def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: Clie
     config = uvicorn.Config(
         classify_app(tasks, keys, limits),
         log_level="warning",
+        access_log=False,  # uvicorn would format a line for each request before it drops it
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
@@ -92,4 +93,4 @@ def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: Clie
     names = tasks.library.names()
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     print(f"serving {', '.join(names[:_SHOWN])}{more} on http://{shown}:{own}", flush=True)
-    asyncio.run(_Server(config, tasks).serve([listener]))
+    _Server(config, tasks).run([listener])  # on uvloop where it is installed

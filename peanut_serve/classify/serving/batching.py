@@ -125,22 +125,18 @@ class Batcher:
         return first.arrived + (0.0 if is_full else self._max_delay)
 
     def _take(self, version: TaskVersion) -> list[Job]:
-        """The oldest job, and those after it that fit a batch with it."""
+        """The oldest job, and the others that are closest to it in length: they need the least padding."""
         queue = self._queues.pop(version)
         batch = [queue.popleft()]
-        rows, tokens = batch[0].rows, batch[0].rows * length(batch[0].arrays)
-        longest, rest = length(batch[0].arrays), deque[Job]()
-        while queue and batch[0].task.batches and rows < self._max_batch:
-            job = queue.popleft()
+        longest = length(batch[0].arrays)
+        rows, tokens = batch[0].rows, batch[0].rows * longest
+        for job in sorted(queue, key=lambda one: abs(length(one.arrays) - longest)) if batch[0].task.batches else ():
             own = length(job.arrays)
             padded = max(longest, own) * (rows + job.rows)
-            if rows + job.rows > self._max_batch or padded > _PADDING * (tokens + own * job.rows):
-                rest.append(job)
-                continue
-            batch.append(job)
-            rows, tokens, longest = rows + job.rows, tokens + own * job.rows, max(longest, own)
-        rest.extend(queue)
-        if rest:
+            if rows + job.rows <= self._max_batch and padded <= _PADDING * (tokens + own * job.rows):
+                batch.append(job)
+                rows, tokens, longest = rows + job.rows, tokens + own * job.rows, max(longest, own)
+        if rest := deque(job for job in queue if job not in batch):
             self._queues[version] = rest
         return batch
 

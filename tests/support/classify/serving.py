@@ -14,17 +14,18 @@ import uvicorn
 from PIL import Image
 
 from peanut_serve.classify.http.app import classify_app
-from peanut_serve.classify.http.door import ClientLimits
+from peanut_serve.classify.http.door import CLIENTS
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.web.admin import bind
+from peanut_serve.web.request_body import ClientLimits
 
 PATIENCE = 240  # seconds: the first request imports transformers
 
 
 @contextmanager
 def classifying(
-    *folders: Path, keys: tuple[str, ...] = (), clients: ClientLimits | None = None, **limits: Any
+    *folders: Path, keys: tuple[str, ...] = (), clients: ClientLimits = CLIENTS, **limits: Any
 ) -> Iterator[tuple[str, TaskServer]]:
     """Serve folders with one thread per run: the URL, and the server behind it."""
     tasks = TaskServer(folders, limits=Limits(**{"threads": 1, "wait_seconds": PATIENCE, **limits}))
