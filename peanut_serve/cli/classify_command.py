@@ -57,6 +57,14 @@ def _classify(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            envvar="PEANUT_KEYS",
+            help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
+        ),
+    ] = None,
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
     ] = _Precision.FP32,
@@ -91,6 +99,8 @@ def _classify(
     from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
+    from peanut_serve.tenants.visits import Tenants
+    from peanut_serve.tenants.watched import WatchedKeys
     from peanut_serve.web.bearer import read_keys
 
     limits = Limits(
@@ -107,14 +117,15 @@ def _classify(
     keys = [*(api_key or []), *read_keys(api_key_file)]
     if not all(key and key.isprintable() and " " not in key for key in keys):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
-    check_host(host, keys)
+    check_host(host, bool(keys) or keys_file is not None)
+    tenants = None if keys_file is None else Tenants(WatchedKeys(keys_file), max_queue)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("peanut_serve").setLevel(logging.INFO)
     tasks = TaskServer(folders, precision=precision.value, limits=limits)
     if dry_run:
         check(tasks)
     else:
-        serve(tasks, host, port, keys, clients)
+        serve(tasks, host, port, keys, clients, tenants)
 
 
 def _size(option: str, text: str) -> int:

@@ -14,6 +14,7 @@ from peanut_serve.classify.http.tensors import HEADER
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.classify.serving.version import TaskVersion
 from peanut_serve.errors import RouteRefusedError, TryLaterError
+from peanut_serve.tenants.visits import Tenants, may_use
 from peanut_serve.web.request_body import ClientLimits
 
 try:
@@ -71,8 +72,8 @@ async def metrics(request: Request) -> Response:
 
 @_routes.get("/models", summary="List the tasks")
 async def list_models(request: Request) -> list[str]:
-    """The names that requests can use."""
-    return await _server(request).names()
+    """The names that requests of this client can use."""
+    return [name for name in await _server(request).names() if may_use(name)]
 
 
 @_routes.post(
@@ -190,6 +191,7 @@ def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLim
         server: answers.
         keys: of clients; empty if none is needed.
         limits: of each client.
+        tenants: of the keys file, if there is one.
     """
 
     @asynccontextmanager
@@ -216,5 +218,5 @@ def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLim
     app.state.server = server
     app.include_router(_routes)
     app.include_router(_v2)
-    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits)
+    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits, tenants=tenants)
     return app

@@ -26,7 +26,7 @@ from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.keys import new_token
-from peanut_serve.tenants.visits import Tenants
+from peanut_serve.tenants.visits import FRONT, Tenants
 from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
@@ -79,6 +79,7 @@ class VariantEndpoints:
         app.add_middleware(
             VariantMiddleware,  # type: ignore[arg-type]
             find_server=server, admit=admit, keys=keys, limits=limits, tenants=tenants,
+            is_behind_front=os.environ.get(FRONT) == "1",
         )  # fmt: skip
 
         @app.get("/health", summary="Check that the server works: it fails if a restart of the server is the cure")
