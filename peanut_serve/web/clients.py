@@ -26,21 +26,22 @@ class Clients:
         self._is_behind_front = is_behind_front
 
     def enter(self, scope: Scope) -> Visit:
-        """Begin a request; leave it by `with`.
+        """Begin a request; leave it by `with`. A key that is in the file as well has the limits of the file.
 
         Raises `UnauthorizedError`, `ForbiddenError` for a key of operators, `TenantLimitError`.
         """
         if self._keys is None and self._tenants is None:
             return Visit()
-        if self._keys is not None and self._keys.include(scope):
-            told = dict(scope["headers"]).get(TENANT_HEADER) if self._is_behind_front else None
-            return Visit(label=told.decode("latin-1")) if told else Visit()
         try:
             if self._tenants is not None:
                 return self._tenants.enter(sent_key(scope))
-            raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
-        except UnauthorizedError as error:
-            raise refused(OTHERS, "key", error) from None
+        except UnauthorizedError:
+            pass  # it may be one of the other keys
+        if self._keys is not None and self._keys.include(scope):
+            told = dict(scope["headers"]).get(TENANT_HEADER) if self._is_behind_front else None
+            return Visit(label=told.decode("latin-1")) if told else Visit()
+        message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+        raise refused(OTHERS, "key", UnauthorizedError(message))
 
 
 def check_route(scope: Scope, path: str, access: Access, visit: Visit) -> None:

@@ -147,8 +147,11 @@ def test_usage_of_every_mode(run_rig: RunRig, tenants: Tenants) -> None:
         counted = {pair: usage(*pair) - count for pair, count in before.items()}
         assert counted == {("v1", "one"): 2, ("v1", "all"): 1, ("base", "all"): 1, ("v2", "one"): 0}
         assert usage("v1", "one", "engine_seconds") > 0
+        both = Call(rig, COMPLETIONS, {"model": "v2"}, keys=[token_of("one")], tenants=tenants, **bearer("one"))
+        assert (await both.answer())[0] == 403  # a key that is also in the file has its limits
         others = usage("v1", "other")
-        await Call(rig, COMPLETIONS, {"model": "v1"}, keys=["key"], tenants=tenants, authorization="Bearer key").answer()
+        own = {"keys": ["key"], "authorization": "Bearer key"}
+        await Call(rig, COMPLETIONS, {"model": "v1"}, tenants=tenants, **own).answer()
         assert usage("v1", "other") == others + 1
 
     run_rig(test)
