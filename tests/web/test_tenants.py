@@ -157,6 +157,19 @@ def test_usage_of_every_mode(run_rig: RunRig, tenants: Tenants) -> None:
     run_rig(test)
 
 
+def test_usage_outlives_the_name(run_merged: RunRig, tenants: Tenants) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.server.register("new", "v1")
+        await Call(rig, COMPLETIONS, {"model": "new"}, tenants=tenants, **bearer("all")).answer()
+        before = usage("other", "all")
+        assert usage("new", "all") == 1
+        await rig.server.unregister("new", drain=True)
+        assert (usage("new", "all"), usage("other", "all")) == (0, before + 1)
+        assert REGISTRY.get_sample_value("peanut_usage_requests_total", {"variant": "new", "tenant": "all"}) is None
+
+    run_merged(test)
+
+
 def test_the_time_of_a_client_that_leaves_is_counted(run_merged: RunRig, tenants: Tenants) -> None:
     async def test(rig: Rig) -> None:
         requests, seconds = usage("v1", "one"), usage("v1", "one", "engine_seconds")
