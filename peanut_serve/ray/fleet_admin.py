@@ -55,9 +55,7 @@ class FleetAdmin:
         changes: makes their changes.
     """
 
-    def __init__(
-        self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges
-    ) -> None:
+    def __init__(self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges) -> None:
         self._engines, self._operators, self._changes = engines, operators, changes
 
     async def answer(self, request: Request) -> Response:

@@ -126,7 +126,9 @@ class Visit:
         """See `take_inputs`."""
         load = self._load
         if self._key is not None and load.inputs and load.inputs + count > most // 2:
-            message = f"{load.inputs} inputs of {self.tenant} wait; with {count} more they are over half of all places"
+            message = (
+                f"{load.inputs} inputs of {self.tenant} wait; with {count} more they are over half of all places"
+            )
             raise refused(self.tenant, "places", TenantLimitError(f"{message}; send them when these are answered"))
         load.inputs += count
 
@@ -142,7 +144,7 @@ class Visit:
             self._load.waiting -= 1
 
     def count(self, variant: str) -> None:
-        """Add it to what its tenant has used of a variant, if it was admitted. `variant` is a name of the catalogue."""
+        """Add it to what its tenant has used of a variant of the catalogue, if it was admitted."""
         if self._admitted_at is not None:
             used = Used(requests=1, engine_seconds=self._clock() - self._admitted_at)
             USAGE.add(variant, self.tenant, used)

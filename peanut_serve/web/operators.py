@@ -72,7 +72,8 @@ class Operators:
         return None if key.role is Role.DATA else Operator(key.name, key.role is Role.ADMIN, before.digest)
 
     def _is_own(self, digest: bytes) -> bool:
-        return any([secrets.compare_digest(digest, own) for own in self._own])  # with every key, found or not
+        matches = [secrets.compare_digest(digest, own) for own in self._own]  # with every key, found or not
+        return any(matches)
 
     def _in_file(self, digest: bytes) -> Key | None:
         return None if self._file is None else self._file.keys.get(digest)

@@ -110,10 +110,18 @@ def test_usage(ctl: Ctl, control: FakeControl) -> None:
     code, out, _ = ctl("usage")
     (row,) = [line.split() for line in out.splitlines() if "v-ctl" in line]
     assert (code, row) == (0, ["v-ctl", "team-ctl", "3", "1000", "250", "12.3"])
-    assert out.splitlines()[0].split() == ["VARIANT", "TENANT", "REQUESTS", "PROMPT", "TOKENS", "GENERATED", "SECONDS"]
+    assert out.splitlines()[0].split() == [
+        "VARIANT",
+        "TENANT",
+        "REQUESTS",
+        "PROMPT",
+        "TOKENS",
+        "GENERATED",
+        "SECONDS",
+    ]
     assert out.splitlines()[-1].startswith("since 20")
     report = json.loads(ctl("usage", "--json")[1])
-    assert [one for one in report["usage"] if one["variant"] == "v-ctl"][0]["engine_seconds"] == 12.34
+    assert next(one for one in report["usage"] if one["variant"] == "v-ctl")["engine_seconds"] == 12.34
     assert report["since"].startswith("20")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from support.commands import Run
-from support.server.tenants import entry, write_keys
 from support.paths import ROOT
+from support.server.tenants import entry, write_keys
 from support.tiny_models import Pair
 
 from converters.errors import MissingDependencyError

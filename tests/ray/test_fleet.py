@@ -181,7 +181,9 @@ def test_engines_are_told_the_tenant_by_the_front_alone(fleet: Fleet) -> None:
 
 
 def test_tenants_and_operators_see_what_is_theirs(fleet: Fleet) -> None:
-    listed = {name: fleet.client.get("/v1/models", headers=headers) for name, headers in (("one", as_("one")), ("all", {}))}
+    listed = {
+        name: fleet.client.get("/v1/models", headers=headers) for name, headers in (("one", as_("one")), ("all", {}))
+    }
     ids = {name: {model["id"] for model in answer.json()["data"]} for name, answer in listed.items()}
     assert ids["one"] == {"v1"}
     assert ids["all"] > {"base", "v0", "v1"}

@@ -50,7 +50,7 @@ keys:
   places: 32
 - {{name: rotating, sha256: [{"cd" * 32}, {"ef" * 32}], variants: style}}
 - name: on.call_2
-  sha256: {"12" * 32}
+  sha256: "{"12" * 32}"
   role: read-only
 """
     )

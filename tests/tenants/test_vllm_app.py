@@ -1,4 +1,4 @@
-"""vLLM's own app, without an engine: which of its routes answer the key of a tenant, and that its own check is gone."""
+"""vLLM's own app, without an engine: which routes answer the key of a tenant, and that its own check is gone."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Operators of a keys file at the admin API and the console: who may look, who may change, and whose name is noted."""
+"""Operators of a keys file at the admin API and the console: who may look and change, and whose name is noted."""
 
 import json
 from collections.abc import Iterator

@@ -83,7 +83,9 @@ def test_no_route_answers_a_key_without_the_right(run_merged: RunRig, tenants: T
             assert call.admitted in ([], [None])
         for path, token in product(paths, ("", "Bearer", "Bearer wrong", f"Basic {token_of('all')}")):
             if access_to(path) is not Access.OPEN:
-                call = Call(rig, path, {"model": "v1"}, tenants=tenants, **({"authorization": token} if token else {}))
+                call = Call(
+                    rig, path, {"model": "v1"}, tenants=tenants, **({"authorization": token} if token else {})
+                )
                 assert (await call.answer())[0] == 401, (path, token)
                 assert call.header("www-authenticate") == "Bearer"
         assert rig.swaps == 0

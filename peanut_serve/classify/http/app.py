@@ -184,7 +184,9 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": message, "type": "InternalError"}, 500)
 
 
-def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLimits = CLIENTS) -> FastAPI:
+def classify_app(
+    server: TaskServer, keys: Sequence[str] = (), limits: ClientLimits = CLIENTS, tenants: Tenants | None = None
+) -> FastAPI:
     """Build the application. It stops the server when it is shut down.
 
     Args:

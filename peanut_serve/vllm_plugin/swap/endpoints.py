@@ -72,7 +72,9 @@ class VariantEndpoints:
         tenants = None
         if (watched := keys_of(settings)) is not None:
             tenants = Tenants(watched, settings.max_queue)
-            args.api_key = [""]  # vLLM would refuse the keys of the file; that means no check, whatever VLLM_API_KEY is
+            args.api_key = [
+                ""
+            ]  # vLLM would refuse the keys of the file; that means no check, whatever VLLM_API_KEY is
             keys.append(new_token())  # of the console
         app.state.peanut_route = DataRoute(app, keys[-1] if keys else None)
         limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_timeout)

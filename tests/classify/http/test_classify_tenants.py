@@ -37,9 +37,10 @@ def tenants(tmp_path: Path) -> Tenants:
 def test_every_route_is_checked(tmp_path: Path, tenants: Tenants) -> None:
     """By the routes of the application itself, with every method."""
     tasks = [stand_in(tmp_path / "served" / name) for name in ("mood", "other")]
-    with classifying(*tasks, keys=(KEY,), tenants=tenants) as (url, _), httpx.Client(
-        base_url=url, timeout=PATIENCE
-    ) as client:
+    with (
+        classifying(*tasks, keys=(KEY,), tenants=tenants) as (url, _),
+        httpx.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
         paths = client.get("/openapi.json").json()["paths"]
         assert len(paths) > 10
         for template in paths:

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ def write_keys(file: Path, *entries: dict[str, Any]) -> Path:
     new = file.with_suffix(".new")
     new.write_text(json.dumps({"keys": entries}))
     new.chmod(0o600)
-    os.replace(new, file)
+    new.replace(file)
     return file
 
 
