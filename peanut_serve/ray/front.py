@@ -179,7 +179,7 @@ class Front:
 
     async def _answer(self, request: Request) -> Response:
         access = access_to(request.url.path)
-        visit = Visit() if access is Access.OPEN else self._clients.enter(request.scope)
+        visit = Visit() if access is Access.OPEN else await self._clients.enter(request.scope)
         with ExitStack() as leaving:
             leaving.enter_context(visit)
             check_route(request.scope, request.url.path, access, visit)

@@ -1,5 +1,6 @@
 """The requests of tenants: who sends one, whether there is room for it, and what it may use."""
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from peanut_serve.tenants.watched import WatchedKeys
 FRONT = "PEANUT_BEHIND_FRONT"  # the environment variable of an engine whose clients are those of a fleet's front
 TENANT_HEADER = b"x-peanut-tenant"  # by which the front tells such an engine whose request it is
 _MINUTE = 60.0
+_GRACE_SECONDS, _LOOKS = 0.1, 10  # for a place: a client has its answer a moment before the request has ended
 
 
 @dataclass
@@ -200,7 +202,7 @@ class Tenants:
         self._loads: dict[str, _Load] = {}
         self._known: Mapping[bytes, Key] = keys.keys
 
-    def enter(self, token: bytes) -> Visit:
+    async def enter(self, token: bytes) -> Visit:
         """Begin a request with a key.
 
         Raises:
@@ -216,6 +218,10 @@ class Tenants:
             message = f"the key of {key.name} has the role {key.role.value}; requests for variants need one of data"
             raise refused(key.name, "role", ForbiddenError(message))
         load = self._loads.setdefault(key.name, _Load(at=self._clock()))
+        for _ in range(_LOOKS):
+            if key.places is None or load.inside < key.places:
+                break
+            await asyncio.sleep(_GRACE_SECONDS / _LOOKS)
         self._check_places(key, load)
         self._check_rate(key, load)
         return Visit(key, load, self._clock)

@@ -25,7 +25,7 @@ class Clients:
         self._keys, self._tenants = BearerKeys(keys) if keys else None, tenants
         self._is_behind_front = is_behind_front
 
-    def enter(self, scope: Scope) -> Visit:
+    async def enter(self, scope: Scope) -> Visit:
         """Begin a request; leave it by `with`. A key that is in the file as well has the limits of the file.
 
         Raises `UnauthorizedError`, `ForbiddenError` for a key of operators, `TenantLimitError`.
@@ -34,7 +34,7 @@ class Clients:
             return Visit()
         try:
             if self._tenants is not None:
-                return self._tenants.enter(sent_key(scope))
+                return await self._tenants.enter(sent_key(scope))
         except UnauthorizedError:
             pass  # it may be one of the other keys
         if self._keys is not None and self._keys.include(scope):

@@ -59,7 +59,7 @@ class VariantMiddleware:
 
     async def _keyed(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            visit = self._clients.enter(scope)
+            visit = await self._clients.enter(scope)
         except ServingError as error:
             await _refuse(error, send)
             return

@@ -77,7 +77,7 @@ def test_the_example(caplog: pytest.LogCaptureFixture) -> None:
         ([{"name": "a"}], "entry 1: sha256: Field required"),
         ([entry("a"), {"name": "b", "sha256": "x"}], "entry 2: sha256: 0: String should match pattern"),
         ([entry("a", sha256=HASH.upper())], "sha256: 0: String should match"),
-        ([entry("a", sha256=[])], "sha256: Tuple should have at least 1 item"),
+        ([entry("a", sha256=[])], "sha256: Value should have at least 1 item"),
         ([entry("a", token="t")], "entry 1: token: Extra inputs are not permitted"),
         ([entry("a", role="root")], "role: Input should be 'data', 'read-only' or 'admin'"),
         ([entry("a", places=0)], "places: Input should be greater than 0"),

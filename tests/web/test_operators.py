@@ -65,7 +65,7 @@ def test_read_only_changes_nothing_by_any_route(url: str, app: FastAPI, control:
     for template in routes:
         path = template.replace("{name}", "base")
         assert client.get(path).status_code in (200, 404, 405), path
-        for method in ("POST", "DELETE", "PUT", "PATCH", "OPTIONS", "FOO"):
+        for method in ("POST", "DELETE", "PUT", "PATCH", "OPTIONS"):
             answer = client.request(method, path, json={"name": "new", "source": "s"})
             expected = 405 if path == "/healthz" else 403
             assert answer.status_code == expected, (method, path)

@@ -78,7 +78,7 @@ def test_what_openais_client_sees(run_rig: RunRig, file: Path) -> None:
         with pytest.raises(openai.RateLimitError, match="team may send 3 requests a minute") as limited:
             await team.chat.completions.create(model="v1", messages=CHAT)
         assert 1 <= int(limited.value.response.headers["retry-after"]) <= 20
-        assert limited.value.code == 429
+        assert limited.value.status_code == 429
         for token in ("wrong", token_of("nobody"), entry("team")["sha256"]):
             with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
                 await client_of(url, token).chat.completions.create(model="v1", messages=CHAT)

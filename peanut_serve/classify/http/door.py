@@ -69,7 +69,7 @@ class Door:
             return
         visit = _Visit(scope, receive, send, self._server, self._limits)
         try:
-            with self._enter(scope) as tenant:
+            with await self._enter(scope) as tenant:
                 self._check(scope)
                 current_visit.set(tenant)
                 try:
@@ -82,11 +82,11 @@ class Door:
             await visit.refuse(error)
         visit.count()
 
-    def _enter(self, scope: Scope) -> Visit:
+    async def _enter(self, scope: Scope) -> Visit:
         """Begin a request. Every route with a task has its name in the path."""
         if scope["path"] in _OPEN:
             return Visit()
-        visit = self._clients.enter(scope)
+        visit = await self._clients.enter(scope)
         try:
             if (found := _TASK.match(scope["path"])) is not None:
                 visit.check(found["name"])

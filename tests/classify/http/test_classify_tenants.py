@@ -96,7 +96,7 @@ def test_inputs_of_one_tenant_leave_room(tmp_path: Path) -> None:
     tenants = tenants_of(write_keys(tmp_path / "keys.json", entry("many"), entry("few")))
 
     def take(name: str, count: int) -> Any:
-        current_visit.set(tenants.enter(token_of(name).encode()))
+        current_visit.set(asyncio.run(tenants.enter(token_of(name).encode())))
         return take_inputs(count, 10)
 
     try:
@@ -130,7 +130,7 @@ def test_the_server_counts_inputs_by_tenant(tmp_path: Path) -> None:
                 await hold.wait()
                 return "answered"
 
-            current_visit.set(tenants.enter(token_of("many").encode()))
+            current_visit.set(await tenants.enter(token_of("many").encode()))
             first = [asyncio.create_task(server._admitted(64, waiting())) for _ in range(2)]
             await asyncio.sleep(0)
             with pytest.raises(TenantLimitError, match="128 inputs of many wait"):
@@ -139,7 +139,7 @@ def test_the_server_counts_inputs_by_tenant(tmp_path: Path) -> None:
             other = asyncio.create_task(server._admitted(64, waiting()))
             hold.set()
             assert await asyncio.gather(*first, other) == ["answered"] * 3
-            current_visit.set(tenants.enter(token_of("many").encode()))
+            current_visit.set(await tenants.enter(token_of("many").encode()))
             assert await server._admitted(64, waiting()) == "answered"
             current_visit.set(None)
 
