@@ -107,9 +107,14 @@ async def _without_other_names(request: Request, answer: Response, variant: str,
         return _refusal(UnknownVariantError(f"there is no variant {shown(variant)}"))
     if request.url.path != _MODELS or answer.status_code != 200:
         return answer
-    parts = [bytes(part) async for part in answer.body_iterator] if isinstance(answer, StreamingResponse) else []
-    listed = json.loads(b"".join(parts) or answer.body)
+    content = bytes(answer.body) if not isinstance(answer, StreamingResponse) else await _whole(answer)
+    listed = json.loads(content)
     return JSONResponse({**listed, "data": [one for one in listed["data"] if visit.may_use(one["id"])]})
+
+
+async def _whole(answer: StreamingResponse) -> bytes:
+    """The content of an answer that comes in parts of bytes."""
+    return b"".join([part async for part in answer.body_iterator if isinstance(part, bytes)])
 
 
 async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
