@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from converters.errors import PeanutError
+from peanut_serve.classify.deadline import within
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.errors import (
     QueueFullError,
@@ -19,7 +20,6 @@ from peanut_serve.errors import (
     UnauthorizedError,
 )
 from peanut_serve.web.bearer import BearerKeys
-from peanut_serve.web.deadline import within
 from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
@@ -67,7 +67,8 @@ class Door:
         visit.count()
 
     def _check(self, scope: Scope) -> None:
-        if self._keys is not None and scope["path"] not in _OPEN and not self._keys.include(scope):
+        is_open = scope["path"] in _OPEN or f"{scope['path']}/".startswith("/console/")  # which has its own login
+        if self._keys is not None and not is_open and not self._keys.include(scope):
             raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity") != b"identity":
