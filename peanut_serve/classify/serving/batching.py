@@ -94,9 +94,7 @@ class Batcher:
     def waiting(self) -> dict[str, int]:
         """How many rows of each version wait, by its name."""
         with self._changed:
-            return {
-                version.name: sum(job.rows for job in queue) for version, queue in self._queues.items() if queue
-            }
+            return {version.name: sum(job.rows for job in queue) for version, queue in self._queues.items() if queue}
 
     def close(self) -> None:
         """Run what is queued, then end the threads."""

@@ -73,7 +73,9 @@ class Preparer:
         is_question = self._kind.task == "question-answering"
         if is_question != isinstance(example, tuple):
             raise OptionError(
-                "the model takes pairs of a question and a text" if is_question else "the model takes single texts, not pairs"
+                "the model takes pairs of a question and a text"
+                if is_question
+                else "the model takes single texts, not pairs"
             )
         assert isinstance(self._preprocessor, TextPreprocessor)
         assert isinstance(example, str | tuple)
@@ -109,7 +111,9 @@ class Preparer:
         samples, rate = read_sound(content)
         if len(samples) > self._limits.max_seconds * rate:
             seconds = len(samples) / rate
-            raise OptionError(f"a sound has {seconds:.1f} seconds, the limit is {self._limits.max_seconds:g}; split it")
+            raise OptionError(
+                f"a sound has {seconds:.1f} seconds, the limit is {self._limits.max_seconds:g}; split it"
+            )
 
     def _check_text(self, example: Example) -> None:
         if isinstance(example, bytes):

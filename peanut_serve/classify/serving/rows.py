@@ -29,7 +29,9 @@ def together(parts: Sequence[Arrays], pad_id: int) -> dict[str, NDArray[Any]]:
     longest = max(map(length, parts))
     if longest == min(map(length, parts)):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {name: _padded([part[name] for part in parts], longest, pad_id * (name == "input_ids")) for name in parts[0]}
+    return {
+        name: _padded([part[name] for part in parts], longest, pad_id * (name == "input_ids")) for name in parts[0]
+    }
 
 
 def _padded(arrays: Sequence[NDArray[Any]], longest: int, fill: int) -> NDArray[Any]:

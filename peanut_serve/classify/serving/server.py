@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from converters.errors import OptionError, PeanutError
+from converters.errors import PeanutError
 from converters.inference.examples import Example
 from converters.inference.session import Arrays
 from peanut_serve.classify.deadline import within

@@ -33,6 +33,7 @@ class Fork:
         self._app, self._console = app, console
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a connection."""
         is_console = scope["type"] != "lifespan" and f"{scope['path']}/".startswith(f"{ROOT}/")
         await (self._console if is_console else self._app)(scope, receive, send)
 

@@ -222,7 +222,9 @@ def test_images_and_classes_by_triton_client(client: triton.InferenceServerClien
         )
 
 
-def test_sounds_and_questions_by_triton_client(client: triton.InferenceServerClient, tmp_path: Path, url: str) -> None:
+def test_sounds_and_questions_by_triton_client(
+    client: triton.InferenceServerClient, tmp_path: Path, url: str
+) -> None:
     assert client.get_model_metadata("sounds")["inputs"] == [{"name": "sound", "datatype": "BYTES", "shape": [-1]}]
     content = save_sound(tmp_path / "a.wav", sound(900)).read_bytes()
     given = triton.InferInput("sound", [1], "BYTES")
@@ -239,7 +241,9 @@ def test_sounds_and_questions_by_triton_client(client: triton.InferenceServerCli
     assert client.infer("squad", inputs).as_numpy("end_logits").shape == (1, 5)
     text = triton.InferInput("text", [1], "BYTES")
     text.set_data_from_numpy(np.array([b"good"], object))
-    with pytest.raises(triton.InferenceServerException, match="squad takes input_ids, attention_mask, token_type_ids"):
+    with pytest.raises(
+        triton.InferenceServerException, match="squad takes input_ids, attention_mask, token_type_ids"
+    ):
         client.infer("squad", [text])
 
 

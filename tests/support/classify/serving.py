@@ -32,7 +32,7 @@ def classifying(
     console: str | None = None,
     **limits: Any,
 ) -> Iterator[tuple[str, TaskServer]]:
-    """Serve folders with one thread per run: the URL, and the server behind it. `console` is the key of its console."""
+    """Serve folders with one thread per run: the URL, and the server. `console` is the key of its console."""
     tasks = TaskServer(folders, limits=Limits(**{"threads": 1, "wait_seconds": PATIENCE, **limits}))
     listener = bind("127.0.0.1", 0)
     own = TaskConsole(console, listener.getsockname()[1]) if console else None

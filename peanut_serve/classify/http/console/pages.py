@@ -99,16 +99,16 @@ class TaskPages(LivePages):
         return self.render("dialog.html", verb=verb, row=row, costs=_costs(verb, row))
 
 
-def _row(
-    name: str, version: TaskVersion | None, opened: OpenFacts | None, waiting: int, traffic: Traffic
-) -> TaskRow:
+def _row(name: str, version: TaskVersion | None, opened: OpenFacts | None, waiting: int, traffic: Traffic) -> TaskRow:
     error = str(version.failure[0]) if version is not None and version.failure else None
     verbs: list[tuple[Verb, bool]] = [
         ("open", opened is None and error is None),
         ("close", opened is not None),
         ("reload", version is not None),
     ]
-    return TaskRow(name, version, opened, error, waiting, traffic, [verb for verb, is_possible in verbs if is_possible])
+    return TaskRow(
+        name, version, opened, error, waiting, traffic, [verb for verb, is_possible in verbs if is_possible]
+    )
 
 
 def _bar(opened: Sequence[OpenFacts], limit: int) -> list[Part]:
@@ -147,7 +147,9 @@ def _costs(verb: Verb, row: TaskRow) -> list[str]:
         shares = row.open.shares if row.open is not None else ()
         found = [f"This frees {size(frees)}. Its next request opens it again, and waits for that."]
         if shares:
-            found.append(f"Its graph stays open for {', '.join(shares[:5])}{' and others' if len(shares) > 5 else ''}.")
+            found.append(
+                f"Its graph stays open for {', '.join(shares[:5])}{' and others' if len(shares) > 5 else ''}."
+            )
         if row.open is not None and row.open.uses:
             found.append(f"{row.open.uses} requests use it now: it cannot be closed before they are answered.")
         return found

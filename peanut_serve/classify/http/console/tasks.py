@@ -75,7 +75,7 @@ class _Tasks:
         return JSONResponse(await self.pages.sections(is_new=True))
 
     async def playground(self, request: Request) -> Response:
-        """What a task says of an image, a sound or a text, as a client would get it, with its digest in the headers."""
+        """What a task says of an image, a sound or a text, as a client would get it; the digest is in the headers."""
         name = self.pages.row(request.query_params.get("name", "")).name
         found, written = await ask_task(
             self._server, name, await request.body(), request.headers.get("content-type", "")
