@@ -80,7 +80,12 @@ THIRD_PARTY = {
     "fastapi": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin", "peanut_serve.ray"),
     "ray": ("peanut_serve.ray",),
     "jinja2": ("peanut_serve.web.console",),
-    "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
+    "starlette": (
+        "peanut_serve.web",
+        "peanut_serve.classify.http",
+        "peanut_serve.vllm_plugin",
+        "peanut_serve.ray.front",
+    ),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "yaml": (
         "peanut_serve.tenants.keys",
@@ -113,6 +118,7 @@ COMMANDS = (
     "peanut_serve.cli.classify_command._classify",
     "peanut_serve.cli.deploy_command._deploy",
     "peanut_serve.cli.size_command._size",
+    "peanut_serve.cli.key_command._key",
     "peanut_serve.cli.deploy_classifiers.deploy_classifiers",
 )
 

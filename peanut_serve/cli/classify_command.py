@@ -62,6 +62,14 @@ def _classify(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            envvar="PEANUT_KEYS",
+            help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
+        ),
+    ] = None,
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
     ] = _Precision.FP32,
@@ -104,7 +112,10 @@ def _classify(
     from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
+    from peanut_serve.tenants.visits import Tenants
+    from peanut_serve.tenants.watched import WatchedKeys
     from peanut_serve.web.bearer import read_keys
+    from peanut_serve.web.operators import Operators
 
     limits = Limits(
         max_batch=max_batch,
@@ -120,7 +131,9 @@ def _classify(
     keys = [*(api_key or []), *read_keys(api_key_file)]
     if not all(key and key.isprintable() and " " not in key for key in keys):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
-    check_host(host, keys)
+    check_host(host, bool(keys) or keys_file is not None)
+    watched = None if keys_file is None else WatchedKeys(keys_file)
+    tenants = None if watched is None else Tenants(watched, max_queue)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in ("peanut_serve", "vllm.peanut_serve"):  # the latter has what is shared with the server of variants
         logging.getLogger(name).setLevel(logging.INFO)
@@ -131,8 +144,9 @@ def _classify(
     admin = os.environ.get(KEY_VARIABLE)
     if admin in keys:
         raise OptionError(f"the key in {KEY_VARIABLE} is also an API key; clients must not have that of operators")
-    console = TaskConsole(admin, port, tuple(console_host or ())) if admin else None
-    serve(tasks, host, port, keys, clients, console)
+    operators = Operators([admin], watched) if admin else None
+    console = TaskConsole(operators, port, tuple(console_host or ())) if operators else None
+    serve(tasks, host, port, keys, clients, console, tenants)
 
 
 def _size(option: str, text: str) -> int:

@@ -19,8 +19,8 @@ from peanut_serve.cli.ctl_output import (
     AnyVariant,
     print_change,
     print_engine,
-    print_variant,
     print_usage,
+    print_variant,
     print_variants,
 )
 from peanut_serve.errors import AdminRequestError

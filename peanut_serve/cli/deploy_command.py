@@ -89,6 +89,10 @@ def _deploy(
     admin_key_file: Annotated[
         Path | None, typer.Option("--admin-key-file", help="File with the admin key; turns the admin API on.")
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option("--keys", help="File of the keys of many teams and operators, with their rights and limits."),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -133,12 +137,14 @@ def _deploy(
         most_waiting=max_waiting,
         key_file=keys,
         admin_key_file=admin_keys,
+        keys=_absolute_path(keys_file),
         state=_absolute_path(state),
         audit_log=_absolute_path(audit_log),
     )
+    has_admin = settings.has_admin  # a keys file that cannot be used is refused now
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
-        if admin_keys is not None:
+        if has_admin:
             AuditLog(settings.audit_file).close()
     deploy(settings, Target(host, port, output, overwrite, local))
 

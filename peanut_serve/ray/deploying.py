@@ -35,9 +35,11 @@ class Target:
 
 def deploy(settings: FleetSettings | ClassifierSettings, target: Target) -> None:
     """Write Serve's config, or serve until SIGINT or SIGTERM. Raises `OptionError`, and what `serve_here` raises."""
-    if settings.key_file is None and not target.is_local:
+    keys = settings.keys if isinstance(settings, FleetSettings) else None
+    is_open = settings.key_file is None and keys is None
+    if is_open and not target.is_local:
         print("note: without --api-key-file, everybody who reaches the address may ask", file=sys.stderr)
-    host = target.host or ("127.0.0.1" if target.is_local or settings.key_file is None else "0.0.0.0")
+    host = target.host or ("127.0.0.1" if target.is_local or is_open else "0.0.0.0")
     if target.is_local:
         bind(host, target.port, "the fleet").close()  # not after the engines have started
         serve_here(settings, host, target.port)

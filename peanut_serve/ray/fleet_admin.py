@@ -3,6 +3,7 @@
     GET    /admin/v1/fleet                          every replica: its engine, and the digest of each name
     GET    /admin/v1/variants, /variants/NAME       as a single server's, with an entry per replica
     GET    /admin/v1/engine                         as a single server's, with an entry per replica
+    GET    /admin/v1/usage                          as a single server's: the sums of the replicas that run now
     POST   /admin/v1/variants                       to all replicas, as the following ones
     DELETE /admin/v1/variants/NAME
     POST   /admin/v1/variants/NAME/{reload,rollback,pin,unpin}
@@ -33,6 +34,7 @@ from peanut_serve.web.admin import caller_of
 from peanut_serve.web.bearer import sent_key
 from peanut_serve.web.operators import Operator, Operators
 from peanut_serve.web.schema import Registration, Rollback
+from peanut_serve.web.usage import UsageReport, summed
 
 PREFIX = "/admin/v1"
 _VERB = re.compile(r"/variants/(?P<name>.+)/(?P<verb>reload|rollback|pin|unpin|activate|preload)")
@@ -53,9 +55,7 @@ class FleetAdmin:
         changes: makes their changes.
     """
 
-    def __init__(
-        self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges
-    ) -> None:
+    def __init__(self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges) -> None:
         self._engines, self._operators, self._changes = engines, operators, changes
 
     async def answer(self, request: Request) -> Response:
@@ -88,6 +88,8 @@ class FleetAdmin:
             return _fleet(await self._ask("report"))
         if path == "/engine":
             return _engine(await self._ask("call_admin", "GET", "/engine"))
+        if path == "/usage":
+            return _usage(await self._ask("call_admin", "GET", "/usage"))
         if path == "/variants":
             return _listed(await self._ask("variants"))
         if found := _NAME.fullmatch(path):
@@ -161,6 +163,13 @@ def _listed(entries: Sequence[Entry], name: str | None = None) -> Response:
     if found is None:
         return _refusal(404, f"no replica has a variant {name!r}", "UnknownVariantError")
     return JSONResponse(found.model_dump(mode="json"))
+
+
+def _usage(entries: Sequence[Entry]) -> Response:
+    told = [UsageReport.model_validate(entry["answer"]) for entry in entries if entry["status"] == 200]
+    if not told:
+        return _refusal(503, f"no replica answers: {joint_change(entries).message}")
+    return JSONResponse(summed(told).model_dump(mode="json"))
 
 
 def _engine(entries: Sequence[Entry]) -> Response:

@@ -96,8 +96,8 @@ def new_token() -> str:
 def read_keys_file(file: Path) -> dict[bytes, Key]:
     """The keys by their digests. None at all is allowed: then nobody has a key of the file.
 
-    Raises `OptionError` if the file cannot be used. The message has no text of the file but names, as keys may be in it
-    by mistake.
+    Raises `OptionError` if the file cannot be used. The message has no text of the file but names, as keys may be in
+    it by mistake.
     """
     try:
         with file.open("rb") as opened:

@@ -1,7 +1,7 @@
 """What tenants have used of which variants since the start of the server, for chargeback, and what they were refused.
 
-The labels are names of variants and of the keys file. What belongs to a name that is gone is added to `other`, so that
-the series of a name end with it, and no sum becomes smaller.
+The labels are names of variants and of the keys file. What belongs to a name that is gone is added to `other`, so
+that the series of a name end with it, and no sum becomes smaller.
 """
 
 import time

@@ -1,5 +1,6 @@
 """The requests of tenants: who sends one, whether there is room for it, and what it may use."""
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ from peanut_serve.tenants.keys import OTHERS, Key, Role
 from peanut_serve.tenants.usage import REFUSED, USAGE, Used, forget_refusals
 from peanut_serve.tenants.watched import WatchedKeys
 
+FRONT = "PEANUT_BEHIND_FRONT"  # the environment variable of an engine whose clients are those of a fleet's front
+TENANT_HEADER = b"x-peanut-tenant"  # by which the front tells such an engine whose request it is
 _MINUTE = 60.0
+_GRACE_SECONDS, _LOOKS = 0.1, 10  # for a place: a client has its answer a moment before the request has ended
 
 
 @dataclass
@@ -29,6 +33,7 @@ class _Load:
     Attributes:
         inside: its requests in the server.
         waiting: those of them that the engine has not admitted.
+        inputs: those of its requests, where one has several that wait each for itself.
         allowance: how many it may send at once; it grows evenly, up to the requests of a minute.
         at: when that was true.
         is_gone: whether the tenant is no longer in the keys file.
@@ -36,6 +41,7 @@ class _Load:
 
     inside: int = 0
     waiting: int = 0
+    inputs: int = 0
     allowance: float = math.inf
     at: float = 0.0
     is_gone: bool = False
@@ -57,12 +63,17 @@ class Visit:
         key: of the tenant; None for clients that are not in a keys file, who have no limits of their own.
         load: of the tenant.
         clock: seconds that only grow.
+        label: the name in labels of a client without a key of the file.
     """
 
     def __init__(
-        self, key: Key | None = None, load: _Load | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        key: Key | None = None,
+        load: _Load | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        label: str = OTHERS,
     ) -> None:
-        self._key, self._load, self._clock = key, load or _Load(), clock
+        self._key, self._load, self._clock, self._label = key, load or _Load(), clock, label
         self._admitted_at: float | None = None
         self._load.inside += 1
         self._load.waiting += 1
@@ -78,7 +89,9 @@ class Visit:
     @property
     def tenant(self) -> str:
         """The name in labels."""
-        return OTHERS if self._key is None or self._load.is_gone else self._key.name
+        if self._key is None:
+            return self._label
+        return OTHERS if self._load.is_gone else self._key.name
 
     @property
     def is_tenant(self) -> bool:
@@ -111,6 +124,21 @@ class Visit:
             return UnknownVariantError(f"there is no variant {shown(variant)}")
         return error
 
+    def take_inputs(self, count: int, most: int) -> Callable[[], None]:
+        """See `take_inputs`."""
+        load = self._load
+        if self._key is not None and load.inputs and load.inputs + count > most // 2:
+            message = (
+                f"{load.inputs} inputs of {self.tenant} wait; with {count} more they are over half of all places"
+            )
+            raise refused(self.tenant, "places", TenantLimitError(f"{message}; send them when these are answered"))
+        load.inputs += count
+
+        def give_back() -> None:
+            load.inputs -= count
+
+        return give_back
+
     def admit(self) -> None:
         """The engine works on it from now on."""
         if self._admitted_at is None:
@@ -118,7 +146,7 @@ class Visit:
             self._load.waiting -= 1
 
     def count(self, variant: str) -> None:
-        """Add it to what its tenant has used of a variant, if it was admitted. `variant` is a name of the catalogue."""
+        """Add it to what its tenant has used of a variant of the catalogue, if it was admitted."""
         if self._admitted_at is not None:
             used = Used(requests=1, engine_seconds=self._clock() - self._admitted_at)
             USAGE.add(variant, self.tenant, used)
@@ -138,6 +166,19 @@ def may_use(variant: str) -> bool:
     """Whether the request that is being handled may use a variant."""
     visit = current_visit.get()
     return visit is None or visit.may_use(variant)
+
+
+def take_inputs(count: int, most: int) -> Callable[[], None]:
+    """Take places for the inputs of the request that is being handled; call what is returned when they are answered.
+
+    Args:
+        count: how many inputs it has.
+        most: how many of all may wait; one tenant gets at most half of these places, or those of one request.
+
+    Raises `TenantLimitError`.
+    """
+    visit = current_visit.get()
+    return (lambda: None) if visit is None else visit.take_inputs(count, most)
 
 
 def refused(tenant: str, reason: str, error: ServingError) -> ServingError:
@@ -161,7 +202,7 @@ class Tenants:
         self._loads: dict[str, _Load] = {}
         self._known: Mapping[bytes, Key] = keys.keys
 
-    def enter(self, token: bytes) -> Visit:
+    async def enter(self, token: bytes) -> Visit:
         """Begin a request with a key.
 
         Raises:
@@ -177,6 +218,10 @@ class Tenants:
             message = f"the key of {key.name} has the role {key.role.value}; requests for variants need one of data"
             raise refused(key.name, "role", ForbiddenError(message))
         load = self._loads.setdefault(key.name, _Load(at=self._clock()))
+        for _ in range(_LOOKS):
+            if key.places is None or load.inside < key.places:
+                break
+            await asyncio.sleep(_GRACE_SECONDS / _LOOKS)
         self._check_places(key, load)
         self._check_rate(key, load)
         return Visit(key, load, self._clock)

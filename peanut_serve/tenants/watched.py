@@ -102,7 +102,7 @@ def keys_of(settings: ServerSettings) -> WatchedKeys | None:
 def _signature(file: Path) -> _Signature:
     """What tells that a file is another than before; None if there is none."""
     try:
-        found = os.stat(file)
+        found = file.stat()
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino

@@ -35,7 +35,7 @@ def sent_key(scope: MutableMapping[str, Any]) -> bytes:
 
 @cache  # of known keys only
 def fingerprint(key: bytes) -> str:
-    """What a log may say of a known key: 12 hexadecimal digits. Slow, so that a log does not help to guess the key."""
+    """What a log may say of a known key: 12 hexadecimal digits. Slow, so that a log does not help to guess it."""
     return hashlib.scrypt(key, salt=b"peanut-serve", n=1 << 14, r=8, p=1, dklen=6).hex()
 
 

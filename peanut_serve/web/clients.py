@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from peanut_serve.errors import RouteRefusedError, UnauthorizedError, shown
 from peanut_serve.tenants.keys import OTHERS
-from peanut_serve.tenants.visits import Tenants, Visit, refused
+from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit, refused
 from peanut_serve.web.bearer import BearerKeys, sent_key
 from peanut_serve.web.request_body import Scope
 from peanut_serve.web.routes import Access, refusal_of
@@ -16,26 +16,32 @@ class Clients:
     Args:
         keys: of clients without limits of their own.
         tenants: of the keys file, if there is one. Without both, no key is needed.
+        is_behind_front: whether all clients are a fleet's front, which says whose requests they are.
     """
 
-    def __init__(self, keys: Sequence[str] = (), tenants: Tenants | None = None) -> None:
+    def __init__(
+        self, keys: Sequence[str] = (), tenants: Tenants | None = None, is_behind_front: bool = False
+    ) -> None:
         self._keys, self._tenants = BearerKeys(keys) if keys else None, tenants
+        self._is_behind_front = is_behind_front
 
-    def enter(self, scope: Scope) -> Visit:
-        """Begin a request; leave it by `with`.
+    async def enter(self, scope: Scope) -> Visit:
+        """Begin a request; leave it by `with`. A key that is in the file as well has the limits of the file.
 
         Raises `UnauthorizedError`, `ForbiddenError` for a key of operators, `TenantLimitError`.
         """
         if self._keys is None and self._tenants is None:
             return Visit()
-        if self._keys is not None and self._keys.include(scope):
-            return Visit()
         try:
             if self._tenants is not None:
-                return self._tenants.enter(sent_key(scope))
-            raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
-        except UnauthorizedError as error:
-            raise refused(OTHERS, "key", error) from None
+                return await self._tenants.enter(sent_key(scope))
+        except UnauthorizedError:
+            pass  # it may be one of the other keys
+        if self._keys is not None and self._keys.include(scope):
+            told = dict(scope["headers"]).get(TENANT_HEADER) if self._is_behind_front else None
+            return Visit(label=told.decode("latin-1")) if told else Visit()
+        message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+        raise refused(OTHERS, "key", UnauthorizedError(message))
 
 
 def check_route(scope: Scope, path: str, access: Access, visit: Visit) -> None:

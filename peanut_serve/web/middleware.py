@@ -28,6 +28,7 @@ class VariantMiddleware:
         keys: API keys of clients without limits of their own.
         limits: of a client.
         tenants: of the keys file, if there is one. Without keys and tenants, no key is needed.
+        is_behind_front: whether all clients are a fleet's front.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class VariantMiddleware:
         keys: Sequence[str] = (),
         limits: ClientLimits = ClientLimits(),  # noqa: B008 - it is frozen
         tenants: Tenants | None = None,
+        is_behind_front: bool = False,
     ) -> None:
         self._app, self._find_server, self._admit, self._limits = app, find_server, admit, limits
-        self._clients = Clients(keys, tenants)
+        self._clients = Clients(keys, tenants, is_behind_front)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -57,7 +59,7 @@ class VariantMiddleware:
 
     async def _keyed(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            visit = self._clients.enter(scope)
+            visit = await self._clients.enter(scope)
         except ServingError as error:
             await _refuse(error, send)
             return

@@ -49,11 +49,14 @@ class Operators:
         self._file = file
 
     def find(self, token: bytes) -> Operator:
-        """The operator with a key. Raises `UnauthorizedError`, and `ForbiddenError` for a key of a tenant."""
+        """The operator with a key. A key that is in the file as well has the role of the file.
+
+        Raises `UnauthorizedError`, and `ForbiddenError` for a key of a tenant.
+        """
         digest = digest_of(token)
-        if self._is_own(digest):
-            return Operator(fingerprint(token), True, digest, is_named=False)
         key = self._in_file(digest)
+        if key is None and self._is_own(digest):
+            return Operator(fingerprint(token), True, digest, is_named=False)
         if key is None:
             raise UnauthorizedError("the admin key is missing or wrong; send it as Authorization: Bearer KEY")
         if key.role is Role.DATA:
@@ -63,15 +66,14 @@ class Operators:
 
     def renewed(self, before: Operator) -> Operator | None:
         """What an operator may do now; None if the key is no longer one of operators."""
-        if self._is_own(before.digest):
-            return before
         key = self._in_file(before.digest)
-        if key is None or key.role is Role.DATA:
-            return None
-        return Operator(key.name, key.role is Role.ADMIN, before.digest)
+        if key is None:
+            return before if self._is_own(before.digest) else None
+        return None if key.role is Role.DATA else Operator(key.name, key.role is Role.ADMIN, before.digest)
 
     def _is_own(self, digest: bytes) -> bool:
-        return any([secrets.compare_digest(digest, own) for own in self._own])  # with every key, found or not
+        matches = [secrets.compare_digest(digest, own) for own in self._own]  # with every key, found or not
+        return any(matches)
 
     def _in_file(self, digest: bytes) -> Key | None:
         return None if self._file is None else self._file.keys.get(digest)

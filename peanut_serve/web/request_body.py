@@ -39,9 +39,7 @@ async def read_body(receive: Receive, limits: ClientLimits) -> bytes | None:
     try:
         return await asyncio.wait_for(_received(receive, limits.body_bytes), limits.body_seconds)
     except asyncio.TimeoutError:
-        raise RequestTimeoutError(
-            f"the request's body did not arrive within {limits.body_seconds:.0f} s"
-        ) from None
+        raise RequestTimeoutError(f"the request's body did not arrive within {limits.body_seconds:.0f} s") from None
 
 
 async def _received(receive: Receive, most_bytes: int) -> bytes | None:

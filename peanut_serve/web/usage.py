@@ -1,11 +1,12 @@
 """What tenants have used, as the admin API shows it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from peanut_serve.tenants.usage import USAGE, UsageBook
+from peanut_serve.tenants.usage import USAGE, UsageBook, Used
 
 
 class TenantUsage(BaseModel):
@@ -34,3 +35,12 @@ def usage_report(book: UsageBook = USAGE) -> UsageReport:
     """The sums of a book."""
     sums = [TenantUsage(variant=variant, tenant=tenant, **asdict(used)) for variant, tenant, used in book.sums()]
     return UsageReport(since=datetime.fromtimestamp(book.since, timezone.utc), usage=sums)
+
+
+def summed(reports: Sequence[UsageReport]) -> UsageReport:
+    """The sums of several servers, since the first began. There is at least one."""
+    book = UsageBook()
+    for one in (one for report in reports for one in report.usage):
+        numbers = one.model_dump(exclude={"variant", "tenant"})
+        book.add(one.variant, one.tenant, Used(**numbers))
+    return usage_report(book).model_copy(update={"since": min(report.since for report in reports)})

@@ -14,6 +14,7 @@ from peanut_serve.classify.http.tensors import HEADER
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.classify.serving.version import TaskVersion
 from peanut_serve.errors import RouteRefusedError, TryLaterError
+from peanut_serve.tenants.visits import Tenants, may_use
 from peanut_serve.web.request_body import ClientLimits
 
 try:
@@ -70,8 +71,8 @@ async def metrics(request: Request) -> Response:
 
 @_routes.get("/models", summary="List the tasks")
 async def list_models(request: Request) -> list[str]:
-    """The names that requests can use."""
-    return await _server(request).names()
+    """The names that requests of this client can use."""
+    return [name for name in await _server(request).names() if may_use(name)]
 
 
 @_routes.post(
@@ -175,6 +176,7 @@ def classify_app(
     keys: Sequence[str] = (),
     limits: ClientLimits = CLIENTS,
     console: TaskConsole | None = None,
+    tenants: Tenants | None = None,
 ) -> FastAPI:
     """Build the application. It stops the server when it is shut down.
 
@@ -183,6 +185,7 @@ def classify_app(
         keys: of clients; empty if none is needed.
         limits: of each client.
         console: that it has at /console; None if it has none.
+        tenants: of the keys file, if there is one.
 
     Raises `MissingDependencyError` if the console needs a package that is not installed.
     """
@@ -216,5 +219,5 @@ def classify_app(
         from peanut_serve.web.console.shell import Fork
 
         app.add_middleware(Fork, console=task_console(server, console, limits.body_bytes))
-    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits)
+    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits, tenants=tenants)
     return app

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from peanut_serve.tenants.usage import REFUSED, USAGE
+from peanut_serve.tenants.watched import KEYS_CURRENT
+
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _OTHERS = "unknown"
@@ -60,6 +63,8 @@ class Metrics:
     def __init__(self) -> None:
         self.traffic: dict[str, Traffic] = {}
         self.registry = CollectorRegistry()
+        for metric in (USAGE, REFUSED, KEYS_CURRENT):  # those of the process
+            self.registry.register(metric)
         own, each = self.registry, ["variant"]
         self.requests = Counter(
             "peanut_requests", "Completed requests, by task and HTTP status.", ["variant", "outcome"], registry=own

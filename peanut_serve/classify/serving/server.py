@@ -31,6 +31,7 @@ from peanut_serve.errors import (
     RequestTooLargeError,
     ServingError,
 )
+from peanut_serve.tenants.visits import take_inputs
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -224,6 +225,7 @@ class TaskServer:
                 raise EngineDownError("the server is stopping")
             if self._inputs + inputs > self.limits.max_queue:
                 raise QueueFullError(f"{self._inputs} inputs are waiting, the limit is {self.limits.max_queue}")
+            give_back = take_inputs(inputs, self.limits.max_queue)
         except ServingError:
             answering.close()
             raise
@@ -234,6 +236,7 @@ class TaskServer:
             raise EngineDownError(f"no answer within {self.limits.wait_seconds:.0f} s; the server is busy") from None
         finally:
             self._inputs -= inputs
+            give_back()
 
     async def _run(self, task: OpenTask, rows: Sequence[Arrays]) -> list[Outputs]:
         jobs = [Job(task, arrays) for arrays in rows]

@@ -1,3 +1,4 @@
+# ruff: noqa: PTH116
 """A version of a task: what its files say at one moment, identified by a digest."""
 
 import hashlib

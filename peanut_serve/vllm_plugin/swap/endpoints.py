@@ -26,7 +26,7 @@ from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.keys import new_token
-from peanut_serve.tenants.visits import Tenants
+from peanut_serve.tenants.visits import FRONT, Tenants
 from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
@@ -73,13 +73,16 @@ class VariantEndpoints:
         tenants = None
         if (watched := keys_of(settings)) is not None:
             tenants = Tenants(watched, settings.max_queue)
-            args.api_key = [""]  # vLLM would refuse the keys of the file; that means no check, whatever VLLM_API_KEY is
+            args.api_key = [
+                ""
+            ]  # vLLM would refuse the keys of the file; that means no check, whatever VLLM_API_KEY is
             keys.append(new_token())  # of the console
         app.state.peanut_route = DataRoute(app, keys[-1] if keys else None)
         limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_timeout)
         app.add_middleware(
             VariantMiddleware,  # type: ignore[arg-type]
             find_server=server, admit=admit, keys=keys, limits=limits, tenants=tenants,
+            is_behind_front=os.environ.get(FRONT) == "1",
         )  # fmt: skip
 
         @app.get("/health", summary="Check that the server works: it fails if a restart of the server is the cure")

@@ -68,7 +68,7 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
         return name if record is None else record.source
 
     async def show_available_models() -> ModelList:
-        """The variants of the catalogue that this client may use. `root` is what a name stands for, of an alias, too."""
+        """The variants that this client may use. `root` is what a name stands for: an alias has another one."""
         length = models.model_config.max_model_len
         cards = [
             ModelCard(

@@ -5,17 +5,19 @@ Login, guard, style and behaviour are those of `peanut_serve.web.console`, of wh
 
 from dataclasses import dataclass
 
+from peanut_serve.web.operators import Operators
+
 
 @dataclass(frozen=True)
 class TaskConsole:
     """Where a console is, and who may use it.
 
     Attributes:
-        key: the admin key.
+        key: the admin key, or who has which.
         port: of the server.
         hosts: names by which browsers reach it, besides loopback and addresses.
     """
 
-    key: str
+    key: str | Operators
     port: int
     hosts: tuple[str, ...] = ()
