@@ -149,6 +149,17 @@ def test_a_row_waits_for_others_but_not_longer_than_it_may() -> None:
         batcher.close()
 
 
+def test_a_row_does_not_wait_if_nothing_is_on_its_way() -> None:
+    batcher, graph = Batcher(max_batch=2, max_delay=5.0, observe=lambda *_: None, expects=lambda: False), Graph()
+    try:
+        job = graph.job(1)
+        batcher.submit(job)
+        assert tokens(job) == [1]
+        assert time.monotonic() - job.arrived < 2.5
+    finally:
+        batcher.close()
+
+
 def test_closing_answers_what_was_submitted_and_nothing_later() -> None:
     batcher, graph = Batcher(max_batch=2, max_delay=5.0, observe=lambda *_: None), Graph()
     jobs = [graph.job(number) for number in range(5)]

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from converters.errors import PeanutError
+from peanut_serve.classify.deadline import within
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.errors import (
     QueueFullError,
@@ -21,7 +22,6 @@ from peanut_serve.errors import (
 )
 from peanut_serve.tenants.visits import Tenants, Visit, current_visit
 from peanut_serve.web.clients import Clients
-from peanut_serve.web.deadline import within
 from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
@@ -84,7 +84,7 @@ class Door:
 
     async def _enter(self, scope: Scope) -> Visit:
         """Begin a request. Every route with a task has its name in the path."""
-        if scope["path"] in _OPEN:
+        if scope["path"] in _OPEN or f"{scope['path']}/".startswith("/console/"):  # which has its own login
             return Visit()
         visit = await self._clients.enter(scope)
         try:

@@ -1,10 +1,8 @@
 """The Open Inference Protocol (v2) of KServe and Triton: metadata of tasks, and inference.
 
-An input is either BYTES, named `image` or `sound` (content of a file) or `text`, which the server
-preprocesses; or the
-tensors of the graph, which the client prepared: not those of sounds, and always those of questions, as the
-protocol has
-no pairs of texts. The version of a model is the digest of a task's version.
+An input is either BYTES, named `image` or `sound` (content of a file) or `text`, which the server preprocesses; or
+the tensors of the graph, which the client prepared: not those of sounds, and always those of questions, as the
+protocol has no pairs of texts. The version of a model is the digest of a task's version.
 """
 
 import asyncio

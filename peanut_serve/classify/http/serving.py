@@ -8,11 +8,13 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import uvicorn
 
 from converters.errors import OptionError
 from peanut_serve.classify.http.app import classify_app
+from peanut_serve.classify.http.console import TaskConsole
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.admin import bind
@@ -80,26 +82,32 @@ def serve(
     port: int,
     keys: list[str],
     limits: ClientLimits,
+    console: TaskConsole | None = None,
     tenants: Tenants | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. The first line on stdout is the address.
 
-    Raises `OptionError` if the address cannot be used, or others can reach it and there is no key.
+    Raises `OptionError` if the address cannot be used, or others can reach it and there is no key, and what
+    `classify_app` raises.
     """
     check_host(host, bool(keys) or tenants is not None)
     listener = bind(host, port, "the server")
     sys.setswitchinterval(_SWITCH)
+    address, own = listener.getsockname()[:2]
+    if console is not None:
+        console = replace(console, port=own, hosts=(host, *console.hosts))
     config = uvicorn.Config(
-        classify_app(tasks, keys, limits, tenants),
+        classify_app(tasks, keys, limits, console, tenants),
         log_level="warning",
         access_log=False,  # uvicorn would format a line for each request before it drops it
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
     )
-    address, own = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     names = tasks.library.names()
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    if console is not None:
+        logger.info("the console is at http://%s:%d/console", shown, own)
     print(f"serving {', '.join(names[:_SHOWN])}{more} on http://{shown}:{own}", flush=True)
     _Server(config, tasks).run([listener])  # on uvloop where it is installed

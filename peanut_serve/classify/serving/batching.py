@@ -2,7 +2,8 @@
 
 The threads that run graphs form the batches themselves, when they are free: so a batch has all rows that came during
 the run before it, and the event loop is not asked between two runs. Whose oldest row is due first is run first. A row
-is due when it has waited for `max_delay`, or at once if its batch is full or the version takes no others.
+is due when it has waited for `max_delay`; at once if its batch is full, the version takes no others, or no request is
+on its way that could join it.
 """
 
 import logging
@@ -60,11 +61,19 @@ class Batcher:
         max_batch: the most rows of a run.
         max_delay: seconds that a row waits for others.
         observe: is told of each run, in the thread that ran it.
+        expects: whether further rows are on their way; called in the threads that run graphs.
         runners: threads, each of which has one run at a time.
     """
 
-    def __init__(self, max_batch: int, max_delay: float, observe: Observer, runners: int = 1) -> None:
-        self._max_batch, self._max_delay, self._observe = max_batch, max_delay, observe
+    def __init__(
+        self,
+        max_batch: int,
+        max_delay: float,
+        observe: Observer,
+        expects: Callable[[], bool] = lambda: True,
+        runners: int = 1,
+    ) -> None:
+        self._max_batch, self._max_delay, self._observe, self._expects = max_batch, max_delay, observe, expects
         self._changed = threading.Condition()
         self._queues: dict[TaskVersion, deque[Job]] = {}
         self._is_closed = False
@@ -81,6 +90,11 @@ class Batcher:
                 raise EngineDownError("the server is stopping")
             self._queues.setdefault(job.task.version, deque()).append(job)
             self._changed.notify()
+
+    def waiting(self) -> dict[str, int]:
+        """How many rows of each version wait, by its name."""
+        with self._changed:
+            return {version.name: sum(job.rows for job in queue) for version, queue in self._queues.items() if queue}
 
     def close(self) -> None:
         """Run what is queued, then end the threads."""
@@ -122,7 +136,7 @@ class Batcher:
     def _due(self, queue: deque[Job]) -> float:
         first = queue[0]
         is_full = not first.task.batches or sum(job.rows for job in queue) >= self._max_batch
-        return first.arrived + (0.0 if is_full else self._max_delay)
+        return first.arrived + (0.0 if is_full or not self._expects() else self._max_delay)
 
     def _take(self, version: TaskVersion) -> list[Job]:
         """The oldest job, and the others that are closest to it in length: they need the least padding."""

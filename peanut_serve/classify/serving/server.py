@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from converters.errors import PeanutError
 from converters.inference.examples import Example
 from converters.inference.session import Arrays
+from peanut_serve.classify.deadline import within
 from peanut_serve.classify.serving.answering import Ask, Result, answer, check_ask
 from peanut_serve.classify.serving.batching import Batcher, Job, Outputs
 from peanut_serve.classify.serving.finding import Finder
@@ -31,7 +32,6 @@ from peanut_serve.errors import (
     ServingError,
 )
 from peanut_serve.tenants.visits import take_inputs
-from peanut_serve.web.deadline import within
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -65,11 +65,12 @@ class TaskServer:
         self.sessions = Sessions(self.limits, self.library.hashes)
         self.metrics = Metrics()
         self.is_ready = True
-        self._inputs, self._is_stopped = 0, False
+        self._inputs, self._submitted, self._is_stopped = 0, 0, False
         self._batcher = Batcher(
             self.limits.max_batch,
             self.limits.max_delay,
             lambda version, rows, seconds: self.metrics.observe_run(version.name, rows, seconds),
+            lambda: self._inputs > self._submitted,
         )
         self._preparing = ThreadPoolExecutor(self.limits.preparing, "prepare")
         self._finder = Finder(self.library, self.sessions, self._preparing)
@@ -179,6 +180,14 @@ class TaskServer:
         async with self._finder.lease(name, digest, lambda task: task.version) as (_, version):
             return version
 
+    async def close_task(self, name: str) -> None:
+        """Close what is open of a task; its next request opens it again. Raises `VariantInUseError`."""
+        await self._in_thread(self.sessions.evict, name)
+
+    def queue(self) -> dict[str, int]:
+        """How many inputs of each task wait for a run."""
+        return self._batcher.waiting()
+
     async def warm_up(self) -> None:
         """Open one task that can be opened: the first one imports transformers, which takes seconds."""
         for name in await self.names():
@@ -231,12 +240,15 @@ class TaskServer:
 
     async def _run(self, task: OpenTask, rows: Sequence[Arrays]) -> list[Outputs]:
         jobs = [Job(task, arrays) for arrays in rows]
-        for job in jobs:
-            self._batcher.submit(job)
+        count = sum(job.rows for job in jobs)
+        self._submitted += count
         waiting = [asyncio.wrap_future(job.outputs) for job in jobs]
         try:
+            for job in jobs:
+                self._batcher.submit(job)
             return await asyncio.gather(*waiting)
         finally:
+            self._submitted -= count
             # of a request that failed or was given up: what has not begun is not run
             for one in waiting:
                 one.cancel()

@@ -35,8 +35,9 @@ from peanut_serve.vllm_plugin.swap.lora_info import tell_residency
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
 from peanut_serve.web.audit import AuditedControl, audit_log
-from peanut_serve.web.console.app import ConsoleHost, add_console, console_link
+from peanut_serve.web.console.app import ConsoleHost, add_console
 from peanut_serve.web.console.data_route import DataRoute
+from peanut_serve.web.console.shell import console_link
 from peanut_serve.web.middleware import VariantMiddleware
 from peanut_serve.web.operator import VariantControl
 from peanut_serve.web.operators import Operators

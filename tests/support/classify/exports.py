@@ -86,7 +86,7 @@ def export_digits(root: Path) -> Path:
 
 def export_questions(root: Path) -> Path:
     """A model that answers questions, `squad`."""
-    made = model(BertForQuestionAnswering)
+    made = model(BertForQuestionAnswering, 2)  # the logits of a first and of a last token
     made.save_pretrained(root / ".squad" / "base")
     text_model(root / ".squad" / "base")
     heads = {"target_modules": ["query", "value"], "modules_to_save": ["qa_outputs"]}

@@ -16,8 +16,9 @@ from support.server.console import Completions, logged_in, serving_console
 
 from peanut_serve.web.audit import AuditedControl, AuditLog
 from peanut_serve.web.console import sessions
-from peanut_serve.web.console.app import ConsoleHost, console_app, console_link
+from peanut_serve.web.console.app import ConsoleHost, console_app
 from peanut_serve.web.console.sessions import Attempts, Sessions
+from peanut_serve.web.console.shell import console_link
 from peanut_serve.web.operators import Operators
 
 OPERATOR = Operators([KEY]).find(KEY.encode())
