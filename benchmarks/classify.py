@@ -5,7 +5,8 @@
 
 rate: answers per second and p95 at 1, 8 and 32 clients, for a ViT-B/16 and a MiniLM; the bare session is called in a
       loop on the same inputs, with the same preprocessing, one after the other.
-memory: anonymous and resident memory of a server that has answered for 1, 10 and 100 tasks of one swappable graph.
+memory: what a server has in memory for itself (USS), and how much of it is anonymous, when it has answered for 1, 10
+      and 100 tasks of one swappable graph. The rest is pages of files, which the system can drop: graphs are mapped.
 
 Every row is added to build/bench/classify.jsonl; remove the file to begin anew.
 """
@@ -132,7 +133,7 @@ def _row(case: Served, name: str, clients: int, load: Load, alone: Load) -> dict
 
 def memory(case: Served, threads: int) -> Iterator[dict[str, Any]]:
     """A server for each number of tasks, after each task has answered."""
-    before: tuple[int, float] | None = None
+    before: tuple[int, dict[str, float]] | None = None
     for count in COUNTS:
         port = free_port()
         with process(ours(case.many(count), port, threads, "--memory", "32GiB"), port) as running:
@@ -140,17 +141,27 @@ def memory(case: Served, threads: int) -> Iterator[dict[str, Any]]:
             for number in range(count):
                 url = f"http://127.0.0.1:{port}/models/task-{number:03}"
                 httpx.post(url, content=case.bodies()[0], headers=headers, timeout=_START).raise_for_status()
-            status = Path(f"/proc/{running.pid}/status").read_text()
-        sizes = {key: int(kib) * 1024 / 1e6 for key, kib in re.findall(r"(VmRSS|RssAnon):\s+(\d+)", status)}
-        each = (sizes["RssAnon"] - before[1]) / (count - before[0]) if before else None
-        before = before or (count, sizes["RssAnon"])
+            sizes = sizes_of(running.pid)
+        before = before or (count, sizes)
+        more = count - before[0]
+        each = {name: f"{(sizes[name] - before[1][name]) / more:.2f} MB" if more else "-" for name in sizes}
         yield {
             "model": case.name,
             "tasks": count,
-            "anonymous": f"{sizes['RssAnon']:.0f} MB",
-            "resident": f"{sizes['VmRSS']:.0f} MB",
-            "a further task": "-" if each is None else f"{each:.2f} MB",
+            **{name: f"{size:.0f} MB" for name, size in sizes.items()},
+            **{f"a further task, {name}": size for name, size in each.items()},
         }
+
+
+def sizes_of(pid: int) -> dict[str, float]:
+    """Memory of a process now, in MB: what no other process has, and the part of it that no file backs.
+
+    Not its peak, which a child of `fork` has from its parent, and which the opening of a graph determines.
+    """
+    found = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    kib = {key: int(size) for key, size in re.findall(r"^(\w+): +(\d+) kB", found, re.MULTILINE)}
+    unique = kib["Private_Clean"] + kib["Private_Dirty"]
+    return {"unique": unique * 1024 / 1e6, "anonymous": kib["Anonymous"] * 1024 / 1e6}
 
 
 def show(title: str, found: Iterator[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ PeanutError (see converters.errors)
 ├── ServingError
 │   ├── RequestBodyError        400: the body does not name a variant, or asks for what cannot be served
 │   ├── UnauthorizedError       401: the API key is missing or wrong
+│   ├── ForbiddenError          403: the API key is not for this
 │   ├── RouteRefusedError       404: this route is not served
 │   ├── RequestTimeoutError     408: the body did not arrive in time
 │   ├── RequestTooLargeError    413: the body is larger than the limit
@@ -16,6 +17,7 @@ PeanutError (see converters.errors)
 │   └── TryLaterError           the response has a Retry-After header
 │       ├── BeingWrittenError   503: its files are still being written
 │       ├── EngineDownError     503: the engine is restarting, or cannot be started
+│       ├── TenantLimitError    429: the owner of the API key has sent too many requests
 │       └── QueueFullError      429: too many requests are waiting
 ├── EngineStartError            the command `peanut-serve`: vLLM could not start its engine
 └── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
@@ -54,6 +56,12 @@ class UnauthorizedError(ServingError):
     """The API key is missing or wrong."""
 
     status = 401
+
+
+class ForbiddenError(ServingError):
+    """The API key is known, but not for this variant or route."""
+
+    status = 403
 
 
 class RouteRefusedError(ServingError):
@@ -131,6 +139,12 @@ class BeingWrittenError(TryLaterError):
 
 class QueueFullError(TryLaterError):
     """Too many requests are waiting."""
+
+    status = 429
+
+
+class TenantLimitError(TryLaterError):
+    """The owner of the API key has sent too many requests, or has too many in the server."""
 
     status = 429
 

@@ -71,6 +71,7 @@ THIRD_PARTY = {
     "httpx": ("peanut_serve.cli", "peanut_serve.ray"),
     "pydantic": (
         "peanut_serve.settings",
+        "peanut_serve.tenants",
         "peanut_serve.variants",
         "peanut_serve.web",
         "peanut_serve.cli",
@@ -79,15 +80,25 @@ THIRD_PARTY = {
     "fastapi": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin", "peanut_serve.ray"),
     "ray": ("peanut_serve.ray",),
     "jinja2": ("peanut_serve.web.console",),
-    "starlette": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
+    "starlette": (
+        "peanut_serve.web",
+        "peanut_serve.classify.http",
+        "peanut_serve.vllm_plugin",
+        "peanut_serve.ray.front",
+    ),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "yaml": (
+        "peanut_serve.tenants.keys",
         "peanut_serve.cli.configuration",
         "peanut_serve.cli.launch",
-        "peanut_serve.cli.deploy_command",
-        "peanut_serve.cli.deploy_classifiers",
+        "peanut_serve.ray.deploying",
     ),
-    "prometheus_client": ("peanut_serve.swapping", "peanut_serve.classify.serving", "peanut_serve.ray"),
+    "prometheus_client": (
+        "peanut_serve.tenants",
+        "peanut_serve.swapping",
+        "peanut_serve.classify.serving",
+        "peanut_serve.ray",
+    ),
     "vllm": (
         "peanut_serve.vllm_plugin",
         "peanut_serve.cli.launch",
@@ -107,6 +118,7 @@ COMMANDS = (
     "peanut_serve.cli.classify_command._classify",
     "peanut_serve.cli.deploy_command._deploy",
     "peanut_serve.cli.size_command._size",
+    "peanut_serve.cli.key_command._key",
     "peanut_serve.cli.deploy_classifiers.deploy_classifiers",
 )
 

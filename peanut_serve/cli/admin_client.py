@@ -81,7 +81,8 @@ class AdminClient:
 
 def _explain(response: httpx.Response, message: str) -> str:
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        return f"the server rejected the key; {KEY_VARIABLE} or --key-file must contain the one it was started with"
+        expected = "the one it was started with, or one of --keys"
+        return f"the server rejected the key; {KEY_VARIABLE} or --key-file must contain {expected}"
     if after := response.headers.get("Retry-After"):
         return f"{message}; try again in {after} s"
     return message

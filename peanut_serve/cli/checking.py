@@ -15,6 +15,7 @@ from converters.serving import VLLM_RANKS
 from peanut_serve.cli.launch import Found, check_endpoints, server_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import ServeOptions
+from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.backup.checking import check_state
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.variants.opening import VersionOpener
@@ -41,10 +42,11 @@ def problems(
             yield f"--{option} {name}: there is no such variant among {', '.join(sorted(names)) or 'none'}"
     limits, refused = _limits(options, arguments)
     yield from refused
-    try:
-        server_variables(settings)
-    except (PeanutError, OSError) as error:
-        yield str(error)
+    for check in (server_variables, keys_of):
+        try:
+            check(settings)
+        except (PeanutError, OSError) as error:
+            yield str(error)
     yield from _audit_log(settings)
     base = None
     folder = Path(options.base).expanduser()

@@ -1,7 +1,9 @@
 """The command `peanut-serve classify`: serves the tasks of ONNX folders over HTTP."""
 
 import logging
+import os
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -11,6 +13,7 @@ import typer
 from converters.cli.flags import in_flags
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
+from peanut_serve.settings.admin_key import KEY_VARIABLE
 
 HELP = """Serve ONNX models that `peanut-merge --format onnx` wrote over HTTP, on ONNX Runtime.
 
@@ -20,6 +23,9 @@ the same task as --quantize wrote it.
 
 Clients use the inference protocol of Hugging Face (POST /models/NAME) or the Open Inference Protocol of KServe and
 Triton (/v2/models/NAME/infer). /openapi.json describes both.
+
+With a key in the environment variable PEANUT_ADMIN_KEY there is a console at /console, on which people see and change
+what is open. It needs the extra `console`.
 
 Examples:
 
@@ -56,6 +62,14 @@ def _classify(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            envvar="PEANUT_KEYS",
+            help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
+        ),
+    ] = None,
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
     ] = _Precision.FP32,
@@ -82,15 +96,26 @@ def _classify(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Number of threads of a run (default: all cores).")
     ] = None,
+    console_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--console-host",
+            help="Name by which browsers reach the console, besides loopback and addresses. Can be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
 ) -> None:
-    from peanut_serve.classify.http.door import ClientLimits
+    from peanut_serve.classify.http.console import TaskConsole
+    from peanut_serve.classify.http.door import CLIENTS
     from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
+    from peanut_serve.tenants.visits import Tenants
+    from peanut_serve.tenants.watched import WatchedKeys
     from peanut_serve.web.bearer import read_keys
+    from peanut_serve.web.operators import Operators
 
     limits = Limits(
         max_batch=max_batch,
@@ -102,18 +127,26 @@ def _classify(
         memory=_size("--memory", memory),
         threads=threads,
     )
-    clients = ClientLimits(body_bytes=_size("--max-body", max_body))
+    clients = replace(CLIENTS, body_bytes=_size("--max-body", max_body))
     keys = [*(api_key or []), *read_keys(api_key_file)]
     if not all(key and key.isprintable() and " " not in key for key in keys):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
-    check_host(host, keys)
+    check_host(host, bool(keys) or keys_file is not None)
+    watched = None if keys_file is None else WatchedKeys(keys_file)
+    tenants = None if watched is None else Tenants(watched, max_queue)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("peanut_serve").setLevel(logging.INFO)
+    for name in ("peanut_serve", "vllm.peanut_serve"):  # the latter has what is shared with the server of variants
+        logging.getLogger(name).setLevel(logging.INFO)
     tasks = TaskServer(folders, precision=precision.value, limits=limits)
     if dry_run:
         check(tasks)
-    else:
-        serve(tasks, host, port, keys, clients)
+        return
+    admin = os.environ.get(KEY_VARIABLE)
+    if admin in keys:
+        raise OptionError(f"the key in {KEY_VARIABLE} is also an API key; clients must not have that of operators")
+    operators = Operators([admin], watched) if admin else None
+    console = TaskConsole(operators, port, tuple(console_host or ())) if operators else None
+    serve(tasks, host, port, keys, clients, console, tenants)
 
 
 def _size(option: str, text: str) -> int:

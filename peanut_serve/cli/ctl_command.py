@@ -19,17 +19,19 @@ from peanut_serve.cli.ctl_output import (
     AnyVariant,
     print_change,
     print_engine,
+    print_usage,
     print_variant,
     print_variants,
 )
 from peanut_serve.errors import AdminRequestError
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.web.schema import Registration, Rollback
+from peanut_serve.web.usage import UsageReport
 
 HELP = f"""Show and change what a running `peanut-serve` or a fleet serves, through its admin API.
 
-The key is the one that the server was started with, read from {KEY_VARIABLE} or from --key-file. It is not encrypted
-over http: use https or an ssh tunnel to reach another machine.
+The key is the one that the server was started with, or one of its --keys file, read from {KEY_VARIABLE} or from
+--key-file. It is not encrypted over http: use https or an ssh tunnel to reach another machine.
 
 Examples:
 
@@ -84,6 +86,11 @@ def _show(context: typer.Context, name: _Name, as_json: Json = False) -> None:
 @app.command("engine", help="Show the state of the engine, and the active variant.")
 def _engine(context: typer.Context, as_json: Json = False) -> None:
     print_engine(context.obj.ask(AnyEngine, "GET", "engine"), as_json)
+
+
+@app.command("usage", help="Show what each team has used of each variant since the start of the server.")
+def _usage(context: typer.Context, as_json: Json = False) -> None:
+    print_usage(context.obj.ask(UsageReport, "GET", "usage"), as_json)
 
 
 @app.command("register", help="Add a variant from a variants folder or an allowed Hub id.")

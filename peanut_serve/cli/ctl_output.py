@@ -14,6 +14,7 @@ from converters.cli.console_adapters import print_facts
 from peanut_serve.errors import AdminRequestError
 from peanut_serve.web.fleet_schema import FleetChange, FleetEngineStatus, FleetEntry, FleetVariantStatus
 from peanut_serve.web.schema import EngineStatus, VariantStatus
+from peanut_serve.web.usage import UsageReport
 
 # a fleet's answer has all fields of a server's, and more
 _Either = Field(union_mode="left_to_right")
@@ -73,6 +74,20 @@ def print_engine(engine: EngineStatus, as_json: bool) -> None:
             table.add_row(*map(escape, [one.replica or "(lost)", *cells, one.error or "-"]))
         _print(table)
     _raise_if(engine.message)
+
+
+def print_usage(report: UsageReport, as_json: bool) -> None:
+    """The table of `usage`."""
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return
+    numbers = [Column(name, justify="right") for name in ("REQUESTS", "PROMPT TOKENS", "GENERATED", "SECONDS")]
+    table = _table(Column("VARIANT", overflow="fold"), "TENANT", *numbers)
+    for one in report.usage:
+        counts = map(str, (one.requests, one.prompt_tokens, one.generated_tokens))
+        table.add_row(escape(one.variant), escape(one.tenant), *counts, f"{one.engine_seconds:.1f}")
+    _print(table)
+    console.out.print(f"since {report.since:%Y-%m-%d %H:%M:%S} UTC", markup=False)
 
 
 def print_change(name: str, done: FleetChange | FleetEntry | VariantStatus | None) -> None:

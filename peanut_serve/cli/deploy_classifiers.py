@@ -5,15 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml  # type: ignore[import-untyped]
 
-from converters.cli import console
 from converters.errors import OptionError
 from converters.serving import parse_size
 from peanut_serve.ray.classifiers.settings import ClassifierSettings, Tunables
-from peanut_serve.ray.declaration import declaration
-from peanut_serve.ray.one_machine import serve_here
-from peanut_serve.web.admin import bind
+from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.web.bearer import read_keys
 
 OPTION = "--classify"
@@ -88,17 +84,7 @@ def deploy_classifiers(
         tunables=Tunables(loaded=loaded, most_waiting=max_waiting, batch_wait=batch_wait),
     )
     _check(settings)
-    if keys is None and not local:
-        console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
-    host = host or ("127.0.0.1" if local or keys is None else "0.0.0.0")
-    if local:
-        bind(host, port, "the fleet").close()  # not after the replicas have started
-        serve_here(settings, host, port)
-        return
-    if output.exists() and not overwrite:
-        raise OptionError(f"{output} exists; give another --output, or --overwrite")
-    output.write_text(yaml.safe_dump(declaration(settings, host, port), sort_keys=False))
-    print(f"wrote {output}; start the fleet, or change it, with: serve deploy {output}")
+    deploy(settings, Target(host, port, output, overwrite, local))
 
 
 def _check(settings: ClassifierSettings) -> None:

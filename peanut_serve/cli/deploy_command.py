@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-import yaml  # type: ignore[import-untyped]
 
-from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
 from peanut_serve.cli.launch import check_endpoints, option_names
 from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
-from peanut_serve.ray.declaration import declaration
-from peanut_serve.ray.one_machine import serve_here
+from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
 from peanut_serve.settings.serving import ServeOptions
-from peanut_serve.web.admin import bind
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
 
@@ -50,6 +46,7 @@ _REFUSED = {
     "--api-key": "give the keys of clients as --api-key-file",
     "--api-key-file": "give it to deploy, not in the --config of its engines",
     "--admin-key-file": "give it to deploy, not in the --config of its engines",
+    "--keys": "give it to deploy, not in the --config of its engines",
     "--audit-log": "give it to deploy, not in the --config of its engines",
     "--admin-port": _EACH,
     "--admin-host": _EACH,
@@ -91,6 +88,10 @@ def _deploy(
     ] = None,
     admin_key_file: Annotated[
         Path | None, typer.Option("--admin-key-file", help="File with the admin key; turns the admin API on.")
+    ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option("--keys", help="File of the keys of many teams and operators, with their rights and limits."),
     ] = None,
     state: Annotated[
         Path | None,
@@ -136,21 +137,16 @@ def _deploy(
         most_waiting=max_waiting,
         key_file=keys,
         admin_key_file=admin_keys,
+        keys=_absolute_path(keys_file),
         state=_absolute_path(state),
         audit_log=_absolute_path(audit_log),
     )
-    if keys is None and not local:
-        console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
-    host = host or ("127.0.0.1" if local or keys is None else "0.0.0.0")
+    has_admin = settings.has_admin  # a keys file that cannot be used is refused now
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
-        bind(host, port, "the fleet").close()  # not after the engines have started
-        if admin_keys is not None:
+        if has_admin:
             AuditLog(settings.audit_file).close()
-        serve_here(settings, host, port)
-        return
-    _write(output, yaml.safe_dump(declaration(settings, host, port), sort_keys=False), overwrite)
-    print(f"wrote {output}; start the fleet, or change it, with: serve deploy {output}")
+    deploy(settings, Target(host, port, output, overwrite, local))
 
 
 def _sources(base: str, adapters: Sequence[str]) -> list[str]:
@@ -200,12 +196,6 @@ def _value(options: Sequence[str], name: str) -> str:
         if spelled.replace("_", "-") == name:
             found = value if equals else after
     return found
-
-
-def _write(file: Path, text: str, overwrite: bool) -> None:
-    if file.exists() and not overwrite:
-        raise OptionError(f"{file} exists; give another --output, or --overwrite")
-    file.write_text(text)
 
 
 def main(argv: list[str], read: Reader) -> NoReturn:

@@ -38,6 +38,7 @@ Examples:
   peanut-serve ctl list
   peanut-serve size --base ./smollm2 --adapters ./tasks --gpu-memory 80GB
   peanut-serve state export --state ./state -o state.tar
+  peanut-serve key search --variants 'math-*' --requests-per-minute 600
   peanut-serve deploy --base ./smollm2 --adapters ./tasks --replicas 4
   peanut-serve predict ./pets-onnx beagle.png
   peanut-serve classify ./pets-onnx --port 8080
@@ -47,7 +48,7 @@ Examples:
 
 
 # each has a module of its own, which is imported only if it is used; `deploy` reads the options of a server besides
-_SUBCOMMANDS = ("ctl", "predict", "classify", "size", "state")
+_SUBCOMMANDS = ("ctl", "predict", "classify", "size", "state", "key")
 
 
 class _Mode(str, Enum):
@@ -137,6 +138,10 @@ _ApiKeyFile = Annotated[
 _AdminKeyFile = Annotated[
     Path | None, typer.Option("--admin-key-file", help="File with the key of the admin API (else PEANUT_ADMIN_KEY).")
 ]
+_Keys = Annotated[
+    Path | None,
+    typer.Option("--keys", help="File of the keys of many teams and operators, with their rights and limits."),
+]
 _State = Annotated[
     Path | None,
     typer.Option(
@@ -199,6 +204,7 @@ def _serve(
     audit_log: _AuditLog = None,
     admin_key_file: _AdminKeyFile = None,
     api_key_file: _ApiKeyFile = None,
+    keys: _Keys = None,
     state: _State = None,
     allow_untested_vllm: _AllowUntested = False,
     check: _Check = False,
@@ -215,6 +221,7 @@ def _serve(
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
+        "keys": keys,
     }  # fmt: skip
     options = ServeOptions(
         base,

@@ -19,6 +19,7 @@ from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.environment import CACHE, CACHE_SIZE, Settings
 from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.settings.serving import ServeOptions
+from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
@@ -39,6 +40,7 @@ def serve(options: ServeOptions) -> None:
     if options.check:
         _check(options, found, arguments, settings)
         return
+    keys_of(settings)  # a keys file that cannot be used is refused now
     variables = server_variables(settings)
     if options.dry_run:
         _show(options, found, arguments)

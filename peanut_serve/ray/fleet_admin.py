@@ -3,6 +3,7 @@
     GET    /admin/v1/fleet                          every replica: its engine, and the digest of each name
     GET    /admin/v1/variants, /variants/NAME       as a single server's, with an entry per replica
     GET    /admin/v1/engine                         as a single server's, with an entry per replica
+    GET    /admin/v1/usage                          as a single server's: the sums of the replicas that run now
     POST   /admin/v1/variants                       to all replicas, as the following ones
     DELETE /admin/v1/variants/NAME
     POST   /admin/v1/variants/NAME/{reload,rollback,pin,unpin}
@@ -24,14 +25,16 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from converters.errors import PeanutError
-from peanut_serve.errors import RequestTooLargeError, ServingError, TryLaterError
+from peanut_serve.errors import RequestTooLargeError, ServingError, TryLaterError, shown
 from peanut_serve.ray.fleet.asking import Entry, ask_all, lost
 from peanut_serve.ray.fleet.changes import Change, FleetChanges
 from peanut_serve.ray.fleet.joint import joint_change, joint_engine, joint_variants
 from peanut_serve.ray.replica import EngineReplica
 from peanut_serve.web.admin import caller_of
-from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.bearer import sent_key
+from peanut_serve.web.operators import Operator, Operators
 from peanut_serve.web.schema import Registration, Rollback
+from peanut_serve.web.usage import UsageReport, summed
 
 PREFIX = "/admin/v1"
 _VERB = re.compile(r"/variants/(?P<name>.+)/(?P<verb>reload|rollback|pin|unpin|activate|preload)")
@@ -48,22 +51,22 @@ class FleetAdmin:
 
     Args:
         engines: the replicas.
-        keys: of operators.
+        operators: who may ask.
         changes: makes their changes.
     """
 
-    def __init__(self, engines: DeploymentHandle[EngineReplica], keys: Sequence[str], changes: FleetChanges) -> None:
-        self._engines, self._keys, self._changes = engines, BearerKeys(keys), changes
+    def __init__(self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges) -> None:
+        self._engines, self._operators, self._changes = engines, operators, changes
 
     async def answer(self, request: Request) -> Response:
         """Answer a request for a path below `PREFIX`."""
-        if not self._keys.include(request.scope):
-            return _refusal(401, "the admin key is missing or wrong; send it as Authorization: Bearer KEY")
         path = str(request.scope["path"]).removeprefix(PREFIX)
         try:
+            operator = self._operators.find(sent_key(request.scope))
             if request.method == "GET":
                 return await self._show(path) or _unknown(request)
-            change = await self._change_of(request, path)
+            operator.check_change(f"{request.method} {shown(path)}")
+            change = await self._change_of(request, path, operator)
             if change is None:
                 return _unknown(request)
             if change.action in _AT_ONE:
@@ -85,6 +88,8 @@ class FleetAdmin:
             return _fleet(await self._ask("report"))
         if path == "/engine":
             return _engine(await self._ask("call_admin", "GET", "/engine"))
+        if path == "/usage":
+            return _usage(await self._ask("call_admin", "GET", "/usage"))
         if path == "/variants":
             return _listed(await self._ask("variants"))
         if found := _NAME.fullmatch(path):
@@ -94,8 +99,8 @@ class FleetAdmin:
     async def _ask(self, method: str, *arguments: Any) -> list[Entry]:
         return await ask_all(self._engines, method, *arguments, within=_GLANCE)
 
-    async def _change_of(self, request: Request, path: str) -> Change | None:
-        by = caller_of(request.scope, self._keys)
+    async def _change_of(self, request: Request, path: str, operator: Operator) -> Change | None:
+        by = caller_of(request.scope, operator)
         body = await _read(request)
         if request.method == "POST" and path == "/variants":
             registration = _parsed(Registration, body)
@@ -158,6 +163,13 @@ def _listed(entries: Sequence[Entry], name: str | None = None) -> Response:
     if found is None:
         return _refusal(404, f"no replica has a variant {name!r}", "UnknownVariantError")
     return JSONResponse(found.model_dump(mode="json"))
+
+
+def _usage(entries: Sequence[Entry]) -> Response:
+    told = [UsageReport.model_validate(entry["answer"]) for entry in entries if entry["status"] == 200]
+    if not told:
+        return _refusal(503, f"no replica answers: {joint_change(entries).message}")
+    return JSONResponse(summed(told).model_dump(mode="json"))
 
 
 def _engine(entries: Sequence[Entry]) -> Response:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,28 +14,34 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.types import Receive, Scope, Send
 
 from peanut_serve.errors import (
     EngineDownError,
     QueueFullError,
     RequestTimeoutError,
     RequestTooLargeError,
-    RouteRefusedError,
     ServingError,
     TryLaterError,
-    UnauthorizedError,
+    UnknownVariantError,
     shown,
 )
 from peanut_serve.ray.fleet.changes import FleetChanges
 from peanut_serve.ray.fleet.metrics import JointMetrics
 from peanut_serve.ray.fleet.wanted import WantedStore, base_of
 from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
-from peanut_serve.ray.replica import EngineReplica, Headers, end_to_end
+from peanut_serve.ray.replica import EngineReplica, end_to_end
+from peanut_serve.ray.replica import Request as EngineRequest
 from peanut_serve.ray.settings import FleetSettings
+from peanut_serve.tenants.usage import REFUSED
+from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit
+from peanut_serve.tenants.watched import KEYS_CURRENT
 from peanut_serve.web.audit import AuditLog
-from peanut_serve.web.bearer import BearerKeys, read_keys
+from peanut_serve.web.bearer import read_keys
+from peanut_serve.web.clients import Clients, check_route
+from peanut_serve.web.operators import Operators
 from peanut_serve.web.refusals import error_body
-from peanut_serve.web.request_body import parse_body, variant_of
+from peanut_serve.web.request_body import check_own, parse_body, variant_of
 from peanut_serve.web.routes import Access, access_to
 
 logger = logging.getLogger("ray.serve")
@@ -45,10 +52,69 @@ _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are
 _MOST_BYTES = 64 << 20  # of a body
 _BODY_SECONDS = 60.0  # until it has arrived, as at a single server
 _LONGEST_NAME = 200
+_MODELS = "/v1/models"
 _METRICS = ("/metrics", "/metrics/")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _GONE = (RayError, ReplicaUnavailableError)
 _LOST = "the replica that answered was lost; send the request again"
+
+
+class _Visited(Response):
+    """An answer of a visit, which ends with it.
+
+    Args:
+        answer: to send.
+        visit: to end.
+    """
+
+    def __init__(self, answer: Response, visit: Visit) -> None:
+        self.background = None  # FastAPI looks for it
+        self._answer, self._visit = answer, visit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        with self._visit:
+            await self._answer(scope, receive, send)
+
+
+def _variant(request: Request, body: bytes, access: Access, visit: Visit) -> str:
+    """The variant that a request names, or no text. Raises `ForbiddenError` if it may not use it."""
+    if request.method != "POST":
+        return ""
+    value = parse_body(body)
+    variant = variant_of(value, request.scope) or ""
+    if access in (Access.ANSWER, Access.NAMES):
+        if visit.is_restricted and not variant:
+            raise visit.forbid("requests without the name of a variant in model")
+        visit.check(variant)
+        check_own(value, visit)
+    return variant
+
+
+def _passed(request: Request, body: bytes, visit: Visit) -> EngineRequest:
+    """A request for an engine, which counts what it does for the tenant."""
+    url = request.url
+    target = f"{url.path}?{url.query}" if url.query else url.path
+    headers = [(key, value) for key, value in request.scope["headers"] if key.lower() != TENANT_HEADER]
+    if visit.is_tenant:
+        headers.append((TENANT_HEADER, visit.tenant.encode()))
+    return request.method, target, headers, body
+
+
+async def _without_other_names(request: Request, answer: Response, variant: str, visit: Visit) -> Response:
+    """An answer for a tenant that may not use all variants: without the names of others."""
+    if answer.status_code == UnknownVariantError.status and request.method == "POST":
+        return _refusal(UnknownVariantError(f"there is no variant {shown(variant)}"))
+    if request.url.path != _MODELS or answer.status_code != 200:
+        return answer
+    content = bytes(answer.body) if not isinstance(answer, StreamingResponse) else await _whole(answer)
+    listed = json.loads(content)
+    return JSONResponse({**listed, "data": [one for one in listed["data"] if visit.may_use(one["id"])]})
+
+
+async def _whole(answer: StreamingResponse) -> bytes:
+    """The content of an answer that comes in parts of bytes."""
+    return b"".join([part async for part in answer.body_iterator if isinstance(part, bytes)])
 
 
 async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -94,13 +160,15 @@ class Front:
     def __init__(self, engines: DeploymentHandle[EngineReplica], settings: dict[str, Any]) -> None:
         fleet = FleetSettings.model_validate(settings)
         self._engines = engines.options(stream=True, method_name="handle")
-        self._keys = BearerKeys(read_keys(fleet.key_file)) if fleet.key_file else None
+        watched = fleet.watched_keys()
+        tenants = Tenants(watched, fleet.most_waiting) if watched is not None else None
+        self._clients = Clients(read_keys(fleet.key_file), tenants)
         self._admin = None
-        if fleet.admin_key_file:
+        if fleet.has_admin:
             wanted = WantedStore(serve.get_replica_context().app_name, base_of(fleet.engine.options), None)
-            keys = read_keys(fleet.admin_key_file)
-            self._admin = FleetAdmin(engines, keys, FleetChanges(engines, wanted, AuditLog(fleet.audit_file)))
-        self._metrics = JointMetrics(engines)
+            operators = Operators(read_keys(fleet.admin_key_file), watched)
+            self._admin = FleetAdmin(engines, operators, FleetChanges(engines, wanted, AuditLog(fleet.audit_file)))
+        self._metrics = JointMetrics(engines, (REFUSED, KEYS_CURRENT) if tenants is not None else ())
 
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
@@ -115,26 +183,28 @@ class Front:
             return _refusal(error)
 
     async def _answer(self, request: Request) -> Response:
-        path = request.url.path
-        access = access_to(path)
-        if access is Access.REFUSED:
-            raise RouteRefusedError(f"{request.method} {shown(path)} is not served")
-        if self._keys is not None and access is not Access.OPEN and not self._keys.include(request.scope):
-            raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
-        body = await _read(request)
-        variant = variant_of(parse_body(body), request.scope) if request.method == "POST" else None
-        target = f"{path}?{request.url.query}" if request.url.query else path
-        # clients choose the name, of any length; to find a replica, its beginning will do
-        where = (variant or "")[:_LONGEST_NAME]
-        return await self._pass_on(where, (request.method, target, list(request.scope["headers"]), body))
+        access = access_to(request.url.path)
+        visit = Visit() if access is Access.OPEN else await self._clients.enter(request.scope)
+        with ExitStack() as leaving:
+            leaving.enter_context(visit)
+            check_route(request.scope, request.url.path, access, visit)
+            body = await _read(request)
+            variant = _variant(request, body, access, visit)
+            answer = await self._pass_on(variant, _passed(request, body, visit), visit)
+            if visit.is_restricted:
+                answer = await _without_other_names(request, answer, variant, visit)
+            leaving.pop_all()  # what is answered has its place until the end
+            return _Visited(answer, visit)
 
-    async def _pass_on(self, variant: str, request: tuple[str, str, Headers, bytes]) -> Response:
+    async def _pass_on(self, variant: str, request: EngineRequest, visit: Visit) -> Response:
+        variant = variant[:_LONGEST_NAME]  # clients choose the name, of any length; its beginning will do
         for last in [False] * (_TRIES - 1) + [True]:
             sent: Any = self._engines.options(multiplexed_model_id=variant).remote(variant, request)
             answer: AsyncIterator[Any] = aiter(sent)
             try:
                 async with asyncio.timeout(_TAKEN):
                     await sent._fetch_future_result_async()  # taken by a replica; nothing public waits for that
+                visit.admit()
                 status, headers, body = await anext(answer)
             except BackPressureError:
                 raise QueueFullError("too many requests are waiting") from None

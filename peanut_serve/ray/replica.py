@@ -21,10 +21,11 @@ from peanut_serve.ray.fleet.theta import FleetTheta
 from peanut_serve.ray.fleet.wanted import WantedState, WantedStore, base_of
 from peanut_serve.ray.settings import EngineSettings, own_folder, state_folders
 from peanut_serve.ray.state import StateFolder
+from peanut_serve.tenants.visits import FRONT
 from peanut_serve.variants.kept_theta import has_theta, read_theta
 
 # options of an engine that a fleet decides: one in the environment of a node is not to count
-_DECIDED = ("PEANUT_API_KEY_FILE", "PEANUT_ADMIN_KEY_FILE", "PEANUT_ADMIN_HOST", "PEANUT_AUDIT_LOG")
+_DECIDED = ("PEANUT_API_KEY_FILE", "PEANUT_ADMIN_KEY_FILE", "PEANUT_ADMIN_HOST", "PEANUT_AUDIT_LOG", "PEANUT_KEYS")
 _PORT_TAKEN = ("ddress already in use", "cannot listen on")  # in the log of an engine that ended
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body
@@ -80,7 +81,7 @@ class EngineReplica:
         key, admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         own = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin_port), "--no-console"]
         own += ["--state", str(self._state.path)]
-        keys = {**dict.fromkeys(_DECIDED, ""), "VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key}
+        keys = {**dict.fromkeys(_DECIDED, ""), "VLLM_API_KEY": key, "PEANUT_ADMIN_KEY": admin_key, FRONT: "1"}
         self._child = Child.start(
             [*self._settings.command, *self._settings.options, *own],
             {**self._settings.variables, **keys},

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from peanut_serve.settings.server import default_state
+from peanut_serve.tenants.watched import WatchedKeys
 from peanut_serve.web.audit import FILE
 
 _SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
@@ -44,7 +45,8 @@ class FleetSettings(BaseModel):
         cpus: of each replica.
         most_waiting: requests that may wait until a replica takes them before the next one is answered with 429.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
-        admin_key_file: the same for operators; without it there is no admin API.
+        admin_key_file: the same for operators; without it, or a key of operators in `keys`, there is no admin API.
+        keys: file of the keys of many teams; see `peanut_serve/tenants/keys.py`.
         logs: folder for the output of the engines; by default one that only this user has, see `own_folder`.
         state: folder with a folder for the state of each engine of a machine; by default within `logs`.
         audit_log: file of who changed what through the admin API; by default in `state`.
@@ -61,9 +63,20 @@ class FleetSettings(BaseModel):
     most_waiting: PositiveInt = 1024
     key_file: Path | None = None
     admin_key_file: Path | None = None
+    keys: Path | None = None
     logs: Path | None = None
     state: Path | None = None
     audit_log: Path | None = None
+
+    def watched_keys(self) -> WatchedKeys | None:
+        """The keys of the file, if there is one. Raises `OptionError` if it cannot be used."""
+        return None if self.keys is None else WatchedKeys(self.keys)
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether there is an admin API. Raises `OptionError` as `watched_keys`."""
+        watched = self.watched_keys()
+        return self.admin_key_file is not None or (watched is not None and watched.has_operators)
 
     @property
     def audit_file(self) -> Path:

@@ -32,6 +32,7 @@ class ServerSettings(BaseModel):
         max_wait: seconds after which a waiting request is overdue, and its variant is swapped to next.
         min_dwell: minimum number of seconds a variant stays active while it has requests.
         max_queue: maximum number of waiting requests.
+        keys: file of the keys of many teams; see `peanut_serve/tenants/keys.py`.
         audit_log: file of who changed what through the admin API; by default in `state`.
         admin_host, admin_port: where the admin API listens; without a port, it is disabled.
         console: whether the admin port has a console.
@@ -60,6 +61,7 @@ class ServerSettings(BaseModel):
     max_wait: float = Field(10.0, ge=0)
     min_dwell: float = Field(0.5, ge=0)
     max_queue: int = Field(1024, gt=0)
+    keys: Path | None = None
     audit_log: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(None, gt=0, lt=65536)
@@ -92,6 +94,7 @@ def server_settings(
     state: Path | None,
     max_body: str = "64MiB",
     audit_log: Path | None = None,
+    keys: Path | None = None,
     **options: Any,
 ) -> ServerSettings:
     """Check the options of the command, and return them as settings.
@@ -102,13 +105,14 @@ def server_settings(
         state: folder of the state that is kept across restarts; by default in huggingface-hub's assets cache.
         max_body: a size like `64MiB`.
         audit_log: file of who changed what through the admin API; by default in the state folder.
+        keys: file of the keys of many teams.
         options: the other fields of `ServerSettings`.
 
     Raises `OptionError` for an invalid value, and for an admin port without a key.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
     folder = (state or state_of(base)).expanduser().resolve()
-    files = {"state": folder, "audit_log": audit_log.expanduser().absolute() if audit_log else None}
+    files = {"state": folder, "audit_log": _absolute(audit_log), "keys": _absolute(keys)}
     try:
         settings = ServerSettings.model_validate({**options, **sizes, **files})
     except ValidationError as error:
@@ -116,10 +120,15 @@ def server_settings(
         name = str(first["loc"][0]).replace("_", "-")
         raise OptionError(f"--{name} is {first['input']}: {first['msg'].lower()}") from None
     if settings.admin_port is not None:
-        if not (key := os.environ.get(KEY_VARIABLE)):
+        if key := os.environ.get(KEY_VARIABLE):
+            checked_key(key, KEY_VARIABLE)
+        elif settings.keys is None:
             raise OptionError(f"--admin-port needs a key: set {KEY_VARIABLE}")
-        checked_key(key, KEY_VARIABLE)
     return settings
+
+
+def _absolute(file: Path | None) -> Path | None:
+    return file.expanduser().absolute() if file else None
 
 
 def _size(option: str, text: str) -> int:

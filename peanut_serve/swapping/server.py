@@ -20,6 +20,7 @@ from peanut_serve.swapping.host_side import HostSide, Preparation
 from peanut_serve.swapping.observing import ObservedServer
 from peanut_serve.swapping.requests import Admitted, Usage
 from peanut_serve.swapping.swappable import SwappableEngine
+from peanut_serve.tenants.usage import USAGE
 from peanut_serve.variants.catalogue import Catalogue
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.version import Version
@@ -116,6 +117,7 @@ class VariantServer(ObservedServer):
     def _forget(self, name: str) -> None:
         """Remove what was counted for a name that is no longer served."""
         metrics.forget(name)
+        USAGE.forget_variant(name)
         self.usage.pop(name, None)
         self.driver.usage.pop(name, None)
         self.in_flight.pop(name, None)

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 from converters.errors import MissingDependencyError, OptionError, PeanutError
-from peanut_serve.errors import ServingError, TryLaterError
-from peanut_serve.settings.admin_key import checked_key
+from peanut_serve.errors import ForbiddenError, ServingError, TryLaterError, UnauthorizedError, shown
 from peanut_serve.web.audit import Caller, caller
-from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.bearer import sent_key
+from peanut_serve.web.operators import Operator, Operators, operators_of
 from peanut_serve.web.schema import (
     Control,
     EngineStatus,
@@ -25,6 +25,7 @@ from peanut_serve.web.schema import (
     VariantStatus,
     VariantTraffic,
 )
+from peanut_serve.web.usage import UsageReport, usage_report
 
 try:
     import uvicorn
@@ -42,6 +43,7 @@ except ImportError as error:
 # seconds that responses in progress get when the server stops; it does not wait longer for a swap
 _GRACE = 5
 _MOST_BYTES = 64 << 10  # of a body
+_READING = ("GET", "HEAD")
 
 
 async def _control(request: Request) -> Control:
@@ -58,6 +60,7 @@ _Drain = Annotated[bool, Query(description="Stop accepting requests for it, and 
 
 _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
+    403: "The key is one of clients, or may change nothing.",
     404: "There is no variant of this name, or no version with this digest.",
     409: "The name is taken or not allowed, or the variant is in use.",
     422: "The request is malformed, or the variant cannot be evaluated.",
@@ -77,7 +80,7 @@ _SWAPPING = _refusals(404, 422, 500, 503)
 _routes = APIRouter(
     prefix="/admin/v1",
     dependencies=[Security(_BEARER)],
-    responses={**_refusals(401), "default": {"model": ErrorAnswer, "description": "Any other error."}},
+    responses={**_refusals(401, 403), "default": {"model": ErrorAnswer, "description": "Any other error."}},
 )
 
 
@@ -160,13 +163,23 @@ async def list_traffic(control: _Controlled) -> list[VariantTraffic]:
     return await control.traffic()
 
 
+@_routes.get("/usage", summary="Show what each tenant has used")
+async def get_usage() -> UsageReport:
+    """Sums by variant and tenant since the start of the server: the metrics `peanut_usage_...` for people."""
+    return usage_report()
+
+
 async def healthz() -> dict[str, str]:
     """Reports that the admin API responds. It does not check the engine, and needs no key."""
     return {"status": "ok"}
 
 
-def admin_app(control: Control, key: str) -> FastAPI:
+def admin_app(control: Control, key: str | Operators) -> FastAPI:
     """Build the admin API. Everything but GET /healthz needs `Authorization: Bearer KEY`, even the OpenAPI document.
+
+    Args:
+        control: the server.
+        key: the admin key, or who has which.
 
     Raises `OptionError` if the key cannot be sent in a header.
     """
@@ -189,31 +202,39 @@ def admin_app(control: Control, key: str) -> FastAPI:
     app.state.control = control
     app.add_api_route("/healthz", healthz, summary="Check that the admin API responds")
     app.include_router(_routes)
-    app.add_middleware(_KeyGuard, key=checked_key(key, "the server's settings"))
+    app.add_middleware(_KeyGuard, operators=operators_of(key))
     return app
 
 
 class _KeyGuard:
     """Checks the key before anything else: a dependency would run only after the body was read and parsed."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._keys = app, BearerKeys([key])
+    def __init__(self, app: ASGIApp, operators: Operators) -> None:
+        self._app, self._operators = app, operators
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] == "/healthz" or self._keys.include(scope):
-            if scope["type"] == "http":
-                caller.set(caller_of(scope, self._keys))
-            await self._app(scope, _limited(receive), send)
-            return
-        message = "the admin key is missing or wrong; send it as Authorization: Bearer KEY"
-        refusal = _refusal(401, "AuthenticationError", message, {"WWW-Authenticate": "Bearer"})
-        await refusal(scope, receive, send)
+        if scope["type"] != "lifespan" and scope["path"] != "/healthz":
+            try:
+                operator = self._operators.find(sent_key(scope))
+                if (method := scope.get("method")) not in _READING:
+                    operator.check_change(f"{method} {shown(scope['path'])}")
+            except (UnauthorizedError, ForbiddenError) as error:
+                await _key_refusal(error)(scope, receive, send)
+                return
+            caller.set(caller_of(scope, operator))
+        await self._app(scope, _limited(receive), send)
 
 
-def caller_of(scope: MutableMapping[str, Any], keys: BearerKeys) -> Caller:
+def _key_refusal(error: ServingError) -> JSONResponse:
+    is_unknown = isinstance(error, UnauthorizedError)
+    kind, headers = ("AuthenticationError", {"WWW-Authenticate": "Bearer"}) if is_unknown else ("ForbiddenError", {})
+    return _refusal(error.status, kind, str(error), headers)
+
+
+def caller_of(scope: MutableMapping[str, Any], operator: Operator) -> Caller:
     """Who sent a request, an ASGI scope."""
     client = scope.get("client")
-    return Caller(client[0] if client else None, keys.fingerprint(scope))
+    return Caller(client[0] if client else None, operator.name)
 
 
 def _limited(receive: Receive) -> Receive:

@@ -31,7 +31,7 @@ class Caller:
 
     Attributes:
         address: of the client; None if it is unknown.
-        key: fingerprint of the key, see `BearerKeys.fingerprint`, or the session of the console.
+        key: name of the operator, see `Operator`, in the console with the number of the session.
     """
 
     address: str | None = None

@@ -22,24 +22,20 @@ class BearerKeys:
 
     def include(self, scope: MutableMapping[str, Any]) -> bool:
         """Whether a request, an ASGI scope, has one of the keys."""
-        given = _hash(_sent(scope))
+        given = _hash(sent_key(scope))
         matches = [secrets.compare_digest(given, known) for known in self._hashes]  # with every key, found or not
         return any(matches)
 
-    def fingerprint(self, scope: MutableMapping[str, Any]) -> str | None:
-        """What a log may say of the key of a request: 12 hexadecimal digits. None if it has none of the keys."""
-        return _fingerprint(_sent(scope)) if self.include(scope) else None
 
-
-def _sent(scope: MutableMapping[str, Any]) -> bytes:
+def sent_key(scope: MutableMapping[str, Any]) -> bytes:
     """The key of a request; empty, which no key is, if it has none."""
     scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
     return bytes(key.strip()) if scheme.lower() == b"bearer" else b""
 
 
 @cache  # of known keys only
-def _fingerprint(key: bytes) -> str:
-    # slow, so that a log does not help to guess the key
+def fingerprint(key: bytes) -> str:
+    """What a log may say of a known key: 12 hexadecimal digits. Slow, so that a log does not help to guess it."""
     return hashlib.scrypt(key, salt=b"peanut-serve", n=1 << 14, r=8, p=1, dklen=6).hex()
 
 

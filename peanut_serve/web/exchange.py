@@ -5,20 +5,30 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, RequestTimeoutError, RequestTooLargeError, shown
+from peanut_serve.errors import EngineDownError, shown
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
+from peanut_serve.tenants.keys import OTHERS
+from peanut_serve.tenants.visits import Visit
 from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
-from peanut_serve.web.request_body import Scope, check_lifetime, parse_body, request_id, variant_of
+from peanut_serve.web.request_body import (
+    ClientLimits,
+    Receive,
+    Scope,
+    check_lifetime,
+    check_own,
+    parse_body,
+    read_body,
+    request_id,
+    variant_of,
+)
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 Admit = Callable[[Admitted | None], object]
@@ -30,21 +40,6 @@ class _StalledError(Exception):
     """The client does not read its response."""
 
 
-@dataclass(frozen=True)
-class ClientLimits:
-    """What one client may take.
-
-    Attributes:
-        body_bytes: size of a body.
-        body_seconds: until a body has arrived.
-        stall_seconds: for which a client may read nothing of its response.
-    """
-
-    body_bytes: int = 64 << 20
-    body_seconds: float = 60.0
-    stall_seconds: float = 30.0
-
-
 class Exchange:
     """A request, from its body to the end of its response.
 
@@ -53,10 +48,12 @@ class Exchange:
         server: admits the request when the engine has the weights.
         admit: called with the admitted request, in the context in which the application handles it.
         limits: of this client.
+        visit: whose request it is.
     """
 
-    def __init__(self, app: App, server: VariantServer, admit: Admit, limits: ClientLimits) -> None:
+    def __init__(self, app: App, server: VariantServer, admit: Admit, limits: ClientLimits, visit: Visit) -> None:
         self._app, self._server, self._admit, self._limits = app, server, admit, limits
+        self._visit = visit
         self._body = b""
         self._is_sent = False
         self._status = 0
@@ -73,16 +70,18 @@ class Exchange:
         self._id = request_id(scope)
         name, arrival = "unknown", asyncio.get_running_loop().time()
         try:
-            if not await self._read_body():
+            if (body := await read_body(receive, self._limits)) is None:
                 return
-            value = parse_body(self._body)
+            self._body, value = body, parse_body(body)
             name = variant_of(value, scope) or self._server.base_name
+            self._visit.check(name)
+            check_own(value, self._visit)
             check_lifetime(value)
             outcome = await self._answer(name)
         except PeanutError as error:
             outcome = "refused"
             with suppress(_StalledError):
-                await self._refuse(error)
+                await self._refuse(self._visit.without_names(error, name))
         except Exception:
             if not self._is_stalled:
                 raise
@@ -104,6 +103,7 @@ class Exchange:
                 await _cancel(disconnect)
                 if disconnect.done() and not disconnect.cancelled():
                     return "disconnected"
+                self._visit.admit()
                 self._admit(self._admitted)
                 self._answering = asyncio.create_task(self._app(self._scope, self._replay, self._reply))
                 self._look()
@@ -114,6 +114,7 @@ class Exchange:
                     return "aborted"
                 return str(self._status) if self._status else "disconnected"
         finally:
+            self._visit.count(name if self._server.has(name) else OTHERS)
             if self._watch is not None:
                 self._watch.cancel()
             await _cancel(disconnect)
@@ -158,32 +159,6 @@ class Exchange:
         self._is_aborted = True
         if self._answering is not None:
             self._answering.cancel()
-
-    async def _read_body(self) -> bool:
-        """Read the request's body. Returns whether it is complete: false if the client disconnected."""
-        try:
-            return await asyncio.wait_for(self._receive_body(), self._limits.body_seconds)
-        except asyncio.TimeoutError:
-            raise RequestTimeoutError(
-                f"the request's body did not arrive within {self._limits.body_seconds:.0f} s"
-            ) from None
-
-    async def _receive_body(self) -> bool:
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                return False
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._limits.body_bytes:
-                raise RequestTooLargeError(
-                    f"the request's body is larger than {self._limits.body_bytes >> 20} MiB; see --max-body"
-                )
-            if not message.get("more_body"):
-                self._body = b"".join(parts)
-                return True
 
     async def _until_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -1,18 +1,20 @@
-"""Middleware that every request passes: it knows the route, checks the key, and waits for the variant's weights.
+"""Middleware that every request passes: it knows the route and the client, and waits for the variant's weights.
 
 It is plain ASGI, so that streams pass unchanged. It runs after vLLM's own check of API keys, which leaves out routes
-that do not begin with /v1, /v2, /inference or /cohere.
+that do not begin with /v1, /v2, /inference or /cohere, and which there is none of if there is a keys file.
 """
 
 from collections.abc import Callable, Sequence
 
-from peanut_serve.errors import RouteRefusedError, ServingError, UnauthorizedError, shown
+from converters.errors import PeanutError
+from peanut_serve.errors import ServingError, UnauthorizedError
 from peanut_serve.swapping.server import VariantServer
-from peanut_serve.web.bearer import BearerKeys
-from peanut_serve.web.exchange import Admit, App, ClientLimits, Exchange, Receive, Send
-from peanut_serve.web.refusals import refusal_messages
-from peanut_serve.web.request_body import Scope
-from peanut_serve.web.routes import Access, access_to, refusal_of
+from peanut_serve.tenants.visits import Tenants, Visit, current_visit
+from peanut_serve.web.clients import Clients, check_route
+from peanut_serve.web.exchange import Admit, App, Exchange, Send
+from peanut_serve.web.refusals import Message, refusal_messages
+from peanut_serve.web.request_body import ClientLimits, Receive, Scope, parse_body, read_body, variant_of
+from peanut_serve.web.routes import Access, access_to
 
 
 class VariantMiddleware:
@@ -23,8 +25,10 @@ class VariantMiddleware:
         find_server: returns the server, once it exists.
         admit: called with the admitted request, in the context of that request; with None for a request that
             needs the names, but no weights.
-        keys: API keys; none means that no key is needed.
+        keys: API keys of clients without limits of their own.
         limits: of a client.
+        tenants: of the keys file, if there is one. Without keys and tenants, no key is needed.
+        is_behind_front: whether all clients are a fleet's front.
     """
 
     def __init__(
@@ -34,9 +38,11 @@ class VariantMiddleware:
         admit: Admit,
         keys: Sequence[str] = (),
         limits: ClientLimits = ClientLimits(),  # noqa: B008 - it is frozen
+        tenants: Tenants | None = None,
+        is_behind_front: bool = False,
     ) -> None:
         self._app, self._find_server, self._admit, self._limits = app, find_server, admit, limits
-        self._keys = BearerKeys(keys) if keys else None
+        self._clients = Clients(keys, tenants, is_behind_front)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -44,27 +50,60 @@ class VariantMiddleware:
             await send({"type": "websocket.close", "code": 1008, "reason": "peanut-serve does not serve websockets"})
         elif scope["type"] != "http" or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
-        elif (error := self._refusal(scope)) is not None:
-            headers = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
-            for message in refusal_messages(error, headers):
-                await send(message)
-        elif _access(scope) is Access.ANSWER and scope["method"] == "POST":
-            await Exchange(self._app, self._find_server(), self._admit, self._limits).run(scope, receive, send)
-        else:
-            if _access(scope) is Access.NAMES:
-                self._admit(None)
-            elif _path(scope).rstrip("/") == "/metrics":
+        elif _access(scope) is Access.OPEN:
+            if _path(scope).rstrip("/") == "/metrics":
                 await self._find_server().observe()  # here, in the event loop: metrics are collected in a thread
             await self._app(scope, receive, send)
+        else:
+            await self._keyed(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> ServingError | None:
-        path, access = _path(scope), _access(scope)
-        if access is not Access.OPEN and self._keys is not None and not self._keys.include(scope):
-            return UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
-        if access is Access.REFUSED:
-            reason = refusal_of(path) or "peanut-serve does not know this route"
-            return RouteRefusedError(f"{scope['method']} {shown(path)} is not served: {reason}")
-        return None
+    async def _keyed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            visit = await self._clients.enter(scope)
+        except ServingError as error:
+            await _refuse(error, send)
+            return
+        with visit:
+            access = _access(scope)
+            try:
+                check_route(scope, _path(scope), access, visit)
+            except ServingError as error:
+                await _refuse(error, send)
+                return
+            current_visit.set(visit)
+            if access is Access.ANSWER and scope["method"] == "POST":
+                exchange = Exchange(self._app, self._find_server(), self._admit, self._limits, visit)
+                await exchange.run(scope, receive, send)
+                return
+            if access is Access.NAMES:
+                self._admit(None)
+                if scope["method"] == "POST" and visit.is_restricted:
+                    await self._named(scope, receive, send, visit)
+                    return
+            await self._app(scope, receive, send)
+
+    async def _named(self, scope: Scope, receive: Receive, send: Send, visit: Visit) -> None:
+        """A request that needs the name of a variant, of a tenant that may not use all."""
+        try:
+            if (body := await read_body(receive, self._limits)) is None:
+                return
+            visit.check(variant_of(parse_body(body), scope) or self._find_server().base_name)
+        except PeanutError as error:
+            await _refuse(error, send)
+            return
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            """The body, which was read already."""
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+
+async def _refuse(error: PeanutError, send: Send) -> None:
+    headers = [(b"www-authenticate", b"Bearer")] if isinstance(error, UnauthorizedError) else []
+    for message in refusal_messages(error, headers):
+        await send(message)
 
 
 def _path(scope: Scope) -> str:

@@ -1,15 +1,60 @@
 """What the middleware reads from a request: its id, its body, and the variant that it names."""
 
+import asyncio
 import json
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from peanut_serve.errors import RequestBodyError, shown
+from peanut_serve.errors import RequestBodyError, RequestTimeoutError, RequestTooLargeError, shown
+from peanut_serve.tenants.visits import Visit
 
 Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
+
+
+@dataclass(frozen=True)
+class ClientLimits:
+    """What one client may take.
+
+    Attributes:
+        body_bytes: size of a body.
+        body_seconds: until a body has arrived.
+        stall_seconds: for which a client may read nothing of its response.
+    """
+
+    body_bytes: int = 64 << 20
+    body_seconds: float = 60.0
+    stall_seconds: float = 30.0
+
+
+async def read_body(receive: Receive, limits: ClientLimits) -> bytes | None:
+    """Read a request's body; None if the client disconnected before it was complete.
+
+    Raises `RequestTimeoutError`, `RequestTooLargeError`.
+    """
+    try:
+        return await asyncio.wait_for(_received(receive, limits.body_bytes), limits.body_seconds)
+    except asyncio.TimeoutError:
+        raise RequestTimeoutError(f"the request's body did not arrive within {limits.body_seconds:.0f} s") from None
+
+
+async def _received(receive: Receive, most_bytes: int) -> bytes | None:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most_bytes:
+            raise RequestTooLargeError(f"the request's body is larger than {most_bytes >> 20} MiB; see --max-body")
+        if not message.get("more_body"):
+            return b"".join(parts)
 
 
 def request_id(scope: Scope) -> str:
@@ -62,3 +107,9 @@ def check_lifetime(value: dict[str, Any]) -> None:
             "background is set: a response that is generated in the background would outlive its request, and with "
             "it the weights of its variant; send the request without background, or with stream"
         )
+
+
+def check_own(value: dict[str, Any], visit: Visit) -> None:
+    """Refuse a request of a tenant that goes on from a stored response: these are not kept apart by tenants."""
+    if visit.is_tenant and value.get("previous_response_id"):
+        raise visit.forbid("previous_response_id: stored responses are those of all clients; send the messages again")

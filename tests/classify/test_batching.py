@@ -75,8 +75,8 @@ def test_rows_that_wait_share_a_run_and_get_their_own_answers(batcher: Batcher) 
     held(batcher, graph, jobs)
     assert [tokens(job) for job in jobs] == [[*range(10, 10 + length)] for length in (3, 2, 3, 4, 3)]
     assert [len(run) for run in graph.runs] == [1, 4, 1]
-    assert graph.runs[1].shape == (4, 4)
-    assert graph.runs[1][1].tolist() == [10, 11, PAD, PAD]
+    assert graph.runs[1].shape == (4, 3)
+    assert graph.runs[1][3].tolist() == [10, 11, PAD]
 
 
 def test_versions_never_share_a_run_and_the_oldest_is_first(batcher: Batcher) -> None:
@@ -101,6 +101,15 @@ def test_a_batch_is_never_mostly_padding(batcher: Batcher) -> None:
     held(batcher, graph, jobs)
     assert [len(tokens(job)) for job in jobs] == [1, 40, 1]
     assert [run.shape for run in graph.runs] == [(1, 1), (2, 1), (1, 40)]
+
+
+def test_rows_of_one_length_are_run_together(batcher: Batcher) -> None:
+    """The oldest row is first, and gets those that are closest to it in length, not those that came next."""
+    graph = Graph()
+    jobs = [graph.job(*range(10, 10 + length)) for length in (8, 12, 7, 11, 9, 12, 8, 11)]
+    held(batcher, graph, jobs)
+    assert [len(tokens(job)) for job in jobs] == [8, 12, 7, 11, 9, 12, 8, 11]
+    assert [run.shape for run in graph.runs[1:]] == [(4, 9), (4, 12)]
 
 
 def test_a_bad_row_does_not_fail_the_others(batcher: Batcher) -> None:
@@ -136,6 +145,17 @@ def test_a_row_waits_for_others_but_not_longer_than_it_may() -> None:
         batcher.submit(alone)
         assert tokens(alone) == [3]
         assert time.monotonic() - alone.arrived >= 0.5
+    finally:
+        batcher.close()
+
+
+def test_a_row_does_not_wait_if_nothing_is_on_its_way() -> None:
+    batcher, graph = Batcher(max_batch=2, max_delay=5.0, observe=lambda *_: None, expects=lambda: False), Graph()
+    try:
+        job = graph.job(1)
+        batcher.submit(job)
+        assert tokens(job) == [1]
+        assert time.monotonic() - job.arrived < 2.5
     finally:
         batcher.close()
 

@@ -33,6 +33,19 @@ def test_a_version_is_the_same_object_until_its_files_change(tmp_path: Path) -> 
     assert second.digest != first.digest
 
 
+def test_what_was_found_is_known_without_reading_files(tmp_path: Path) -> None:
+    library = Library([stand_in(tmp_path / "mood"), stand_in(tmp_path / "other")])
+    first = library.current("mood")
+    shutil.rmtree(tmp_path / "mood")
+    assert library.found() == {"mood": first, "other": None}
+    stand_in(tmp_path / "mood")
+    library.reread("mood")
+    assert library.found() == {"mood": None, "other": None}
+    second = library.current("mood")
+    assert second is not first
+    assert second.digest == first.digest
+
+
 def test_the_digest_depends_on_all_that_answers_depend_on(tmp_path: Path) -> None:
     def digest(name: str, **changes: object) -> str:
         folder = stand_in(tmp_path / name / "mood", **changes)

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from support.server.admin import KEY, FakeControl, serving_app
 
 from peanut_serve.cli import ctl_command
+from peanut_serve.tenants.usage import USAGE, Used
 from peanut_serve.web.admin import admin_app, bind
 
 Ctl = Callable[..., tuple[int, str, str]]
@@ -104,6 +105,26 @@ def test_changes(ctl: Ctl, control: FakeControl) -> None:
     ]
 
 
+def test_usage(ctl: Ctl, control: FakeControl) -> None:
+    USAGE.add("v-ctl", "team-ctl", Used(3, 1000, 250, 12.34))
+    code, out, _ = ctl("usage")
+    (row,) = [line.split() for line in out.splitlines() if "v-ctl" in line]
+    assert (code, row) == (0, ["v-ctl", "team-ctl", "3", "1000", "250", "12.3"])
+    assert out.splitlines()[0].split() == [
+        "VARIANT",
+        "TENANT",
+        "REQUESTS",
+        "PROMPT",
+        "TOKENS",
+        "GENERATED",
+        "SECONDS",
+    ]
+    assert out.splitlines()[-1].startswith("since 20")
+    report = json.loads(ctl("usage", "--json")[1])
+    assert next(one for one in report["usage"] if one["variant"] == "v-ctl")["engine_seconds"] == 12.34
+    assert report["since"].startswith("20")
+
+
 @pytest.mark.parametrize(
     "name", ["..", ".", "../engine", "a?drain=true", "a#b", "50%", "%2E%2E", "é", "a b", "/", "a//b"]
 )
@@ -124,7 +145,10 @@ def test_errors_of_the_server(ctl: Ctl, control: FakeControl) -> None:
 def test_the_key(ctl: Ctl, control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
-    wrong = "the server rejected the key; PEANUT_ADMIN_KEY or --key-file must contain the one it was started with"
+    wrong = (
+        "the server rejected the key; PEANUT_ADMIN_KEY or --key-file must contain the one it was started with, "
+        "or one of --keys"
+    )
     monkeypatch.setenv("PEANUT_ADMIN_KEY", "wrong")
     assert refused(ctl("list")) == wrong
     assert ctl("--key-file", str(file), "list")[0] == 0  # the option has precedence

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from support.commands import Run
 from support.paths import ROOT
+from support.server.tenants import entry, write_keys
 from support.tiny_models import Pair
 
 from converters.errors import MissingDependencyError
@@ -111,6 +112,9 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--config", "secret.yaml"], "a key does not belong in a configuration"),
         (["--config", "keyed.yaml"], "--api-key-file cannot be used with deploy: give it to deploy, not in"),
         (["--config", "audited.yaml"], "--audit-log cannot be used with deploy: give it to deploy, not in"),
+        (["--config", "teams.yaml"], "--keys cannot be used with deploy: give it to deploy, not in"),
+        (["--keys", "empty"], "expected a list under keys:"),
+        (["--keys", "none"], "/none cannot be read: No such file"),
         (["--config", "tls.yaml"], "--ssl-keyfile cannot be used with deploy"),
         (["--api-key-file", "missing"], "missing cannot be read"),
         (["--api-key-file", "keys", "--admin-key-file", "keys"], "is also in"),
@@ -124,6 +128,7 @@ def test_refusals(here: Path, run_here: Run, options: list[str], message: str) -
     (here / "secret.yaml").write_text("vllm: {api_key: SECRET}\n")
     (here / "keyed.yaml").write_text("api-key-file: keys\n")
     (here / "audited.yaml").write_text("audit-log: changes\n")
+    (here / "teams.yaml").write_text("keys: teams\n")
     (here / "tls.yaml").write_text("vllm: {ssl-keyfile: keys}\n")
     (here / "empty").write_text("\n")
     code, error = deploy(run_here, *options)
@@ -131,6 +136,16 @@ def test_refusals(here: Path, run_here: Run, options: list[str], message: str) -
     assert message in error
     assert [line.startswith("peanut-serve deploy: ") for line in error.splitlines()][-1:] == [True]
     assert not (here / "fleet.yaml").exists()
+
+
+def test_teams_are_known_to_the_front_alone(here: Path, run_here: Run) -> None:
+    write_keys(here / "teams.json", entry("team"), entry("boss", role="admin"))
+    code, error = deploy(run_here, "--keys", "teams.json")
+    assert (code, "without --api-key-file" in error) == (0, False)
+    assert written(here)["http_options"]["host"] == "0.0.0.0"  # type: ignore[index]
+    settings = FleetSettings.model_validate(written(here)["applications"][0]["args"])  # type: ignore[index]
+    assert (settings.keys, settings.has_admin) == (here / "teams.json", True)
+    assert not any("teams.json" in option for option in settings.engine.options)
 
 
 def test_an_open_fleet_is_noted(here: Path, run_here: Run) -> None:

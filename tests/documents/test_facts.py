@@ -20,6 +20,8 @@ from converters.inference.text_models import TEXT_MODELS
 from peanut_serve.settings import environment
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.metrics import StateCollector
+from peanut_serve.tenants.usage import REFUSED, USAGE
+from peanut_serve.tenants.watched import KEYS_CURRENT
 from peanut_serve.web.routes import _ACCESS, Access
 
 WINGS = ("converters", "peanut_serve")
@@ -78,6 +80,7 @@ def test_the_public_names_exist() -> None:
 def test_every_metric_stands_in_the_table() -> None:
     table = {row[0].strip("`") for row in rows(SERVING.section("Metrics and health"))}
     defined = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase | StateCollector)]
+    defined += [USAGE, REFUSED, KEYS_CURRENT]
     found = [one for metric in defined for one in metric.collect()]
     assert table == {f"{one.name}_total" if one.type == "counter" else one.name for one in found}
 

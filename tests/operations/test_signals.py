@@ -14,6 +14,8 @@ from support.paths import ROOT
 from support.project.documents import Document
 
 from peanut_serve.swapping import metrics
+from peanut_serve.tenants.usage import REFUSED, USAGE
+from peanut_serve.tenants.watched import KEYS_CURRENT
 from peanut_serve.web import exchange
 
 pytestmark = pytest.mark.slow  # imports vLLM
@@ -28,9 +30,11 @@ OF_THE_SCRAPE = {"job", "instance", "le", "__name__"}
 def ours() -> dict[str, set[str]]:
     """Series -> labels of the metrics of this package."""
     defined = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
-    return {
+    defined += [REFUSED, KEYS_CURRENT]
+    found = {
         f"{metric._name}{suffix}": set(metric._labelnames) for metric in defined for suffix in SUFFIXES[metric._type]
     }
+    return found | {f"{family.name}_total": {"variant", "tenant"} for family in USAGE.collect()}
 
 
 def vllms() -> set[str]:

@@ -16,6 +16,8 @@ from ray import serve
 from support.engines.process_tree import parent_of
 from support.engines.remains import until
 from support.fleet import fake_server
+from support.server.gateway import samples_of
+from support.server.tenants import entry, token_of, write_keys
 
 from peanut_serve.ray.app import build
 from peanut_serve.ray.child import free_port
@@ -64,6 +66,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
         (folder / "admin").write_text(ADMIN_KEY)
         files = {"key_file": str(keys), "admin_key_file": str(folder / "admin"), "logs": str(folder)}
+        entries = [entry("one", variants=["v1", "new-*"], places=1), entry("eye", role="read-only")]
+        files["keys"] = str(write_keys(folder / "keys.json", *entries))
         serve.run(build({"engine": engine, "replicas": REPLICAS, "cpus": 0.1, **files}))
         yield Fleet(f"http://127.0.0.1:{port}", journal)
     finally:
@@ -126,6 +130,77 @@ def test_refusals(fleet: Fleet, path: str, content: bytes, key: str, status: int
     answer = httpx.post(fleet.address + path, content=content, headers={"Authorization": f"Bearer {key}"})
     assert answer.status_code == status
     assert status == 200 or answer.json()["error"]["message"]
+
+
+def as_(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token_of(name)}"}
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status", "reason"),
+    [
+        (COMPLETIONS, b'{"model": "v1"}', 200, ""),
+        (COMPLETIONS, b'{"model": "v0"}', 403, "the key of one may not use v0"),
+        (COMPLETIONS, b"{}", 403, "may not use requests without the name of a variant"),
+        ("/tokenize", b'{"model": "v0"}', 403, "may not use v0"),
+        ("/invocations", b'{"model": "v0"}', 403, "may not use v0"),
+        (COMPLETIONS, b'{"model": "new-1"}', 404, "there is no variant new-1"),
+        ("/v1/responses/1/cancel", b"{}", 403, "which is for a key of --api-key"),
+        ("/no/such/route", b"{}", 404, "is not served"),
+    ],
+)
+def test_what_a_tenant_may_use(fleet: Fleet, path: str, content: bytes, status: int, reason: str) -> None:
+    answer = httpx.post(fleet.address + path, content=content, headers=as_("one"), timeout=60)
+    assert answer.status_code == status
+    assert status == 200 or reason in answer.json()["error"]["message"]
+
+
+def test_a_tenant_has_its_places_until_the_end_of_its_answers(fleet: Fleet) -> None:
+    body = {"model": "v1", "stream": True, "max_tokens": 40}
+    with httpx.stream("POST", fleet.address + COMPLETIONS, json=body, headers=as_("one"), timeout=60) as stream:
+        parts = stream.iter_bytes()
+        next(parts)
+        refused = httpx.post(fleet.address + COMPLETIONS, json={"model": "v1"}, headers=as_("one"), timeout=60)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "one has 1 requests in the server, and may have 1" in refused.json()["error"]["message"]
+        assert b"".join(parts).endswith(b"data: [DONE]\n\n")
+
+    def is_answered() -> bool:
+        answer = httpx.post(fleet.address + COMPLETIONS, json={"model": "v1"}, headers=as_("one"), timeout=60)
+        return answer.status_code == 200
+
+    assert until(is_answered, 10)
+    with httpx.stream("POST", fleet.address + COMPLETIONS, json=body, headers=as_("one"), timeout=60) as left:
+        next(left.iter_bytes())
+    assert until(is_answered, 10), "the place of a client that left was not given back"
+
+
+def test_engines_are_told_the_tenant_by_the_front_alone(fleet: Fleet) -> None:
+    made_up = {"X-Peanut-Tenant": "somebody"}
+    for headers, told in ((as_("one"), "one"), ({"Authorization": f"Bearer {KEY}"}, "")):
+        answer = httpx.post(f"{fleet.address}/tokenize", json={"model": "v1"}, headers={**headers, **made_up})
+        assert answer.headers["x-tenant"] == told
+
+
+def test_tenants_and_operators_see_what_is_theirs(fleet: Fleet) -> None:
+    listed = {
+        name: fleet.client.get("/v1/models", headers=headers) for name, headers in (("one", as_("one")), ("all", {}))
+    }
+    ids = {name: {model["id"] for model in answer.json()["data"]} for name, answer in listed.items()}
+    assert ids["one"] == {"v1"}
+    assert ids["all"] > {"base", "v0", "v1"}
+    assert fleet.operate("GET", "/variants", token_of("eye")).status_code == 200
+    refused = fleet.operate("POST", "/variants/v1/pin", token_of("eye"))
+    assert (refused.status_code, "is read-only" in refused.json()["error"]["message"]) == (403, True)
+    assert fleet.operate("GET", "/variants", token_of("one")).status_code == 403
+    assert httpx.post(fleet.address + COMPLETIONS, json={}, headers=as_("eye")).status_code == 403
+    (usage,) = fleet.operate("GET", "/usage", token_of("eye")).json()["usage"]
+    assert (usage["tenant"], usage["requests"], usage["engine_seconds"]) == ("one", 2 * REPLICAS, 0.5 * REPLICAS)
+    time.sleep(1.1)  # for which a page of metrics is used again
+    page = httpx.get(f"{fleet.address}/metrics", timeout=60).text
+    refusals = [labels for labels, _ in samples_of(page, "peanut_refused_requests")]
+    assert {"tenant": "eye", "reason": "role", "replica": "front"} in refusals
+    assert ({"replica": "front"}, 1.0) in samples_of(page, "peanut_keys_current")
 
 
 def test_each_engine_has_a_state_folder_of_its_own(fleet: Fleet) -> None:

@@ -14,6 +14,7 @@ from converters.errors import OptionError
 from peanut_serve.errors import NotAdmittedError
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.requests import Admitted
+from peanut_serve.tenants.visits import Visit, current_visit
 from peanut_serve.variants.version import VariantKind, Version
 
 pytestmark = pytest.mark.slow  # vLLM is imported
@@ -140,6 +141,43 @@ def test_the_tokens_of_embeddings_are_counted() -> None:
     before = counted()
     asyncio.run(outputs(lambda lora: client.encode("prompt", None, "id", lora_request=lora), admission("embedding")))
     assert counted() - before == 3
+
+
+@pytest.mark.parametrize(("is_read", "generated"), [(True, 3), (False, 1)])
+def test_the_tokens_of_a_tenant_are_counted_however_it_ends(is_read: bool, generated: int) -> None:
+    """Of a stream whose client leaves, those that came before."""
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    from peanut_serve.vllm_plugin.swap.engine_door import guard
+    from peanut_serve.vllm_plugin.swap.models import admitted
+
+    class Streaming(Client):
+        async def generate(self, prompt: str, params: object, request_id: str, *, lora_request: Any = None) -> Any:
+            for number in range(3):
+                one = CompletionOutput(0, "a", [number], None, None)
+                yield RequestOutput(request_id, prompt, [1, 2, 3, 4], None, [one], finished=number == 2)
+
+    def counted() -> list[float]:
+        labels = {"variant": "streamed", "tenant": "team"}
+        families = ("prompt_tokens", "generated_tokens")
+        own = [REGISTRY.get_sample_value(f"peanut_usage_{family}_total", labels) or 0.0 for family in families]
+        kinds = ({"variant": "streamed", "kind": kind} for kind in ("prompt", "generated"))
+        return [*own, *(REGISTRY.get_sample_value("peanut_tokens_total", kind) or 0.0 for kind in kinds)]
+
+    async def ask() -> None:
+        admitted.set(admission("streamed"))
+        current_visit.set(Visit(label="team"))
+        outputs = client.generate("prompt", None, "id")
+        async for _ in outputs:
+            if not is_read:
+                await outputs.aclose()
+                break
+
+    client: Any = Streaming()
+    guard(client)
+    before = counted()
+    asyncio.run(ask())
+    assert [after - was for after, was in zip(counted(), before, strict=True)] == [4, generated, 4, generated]
 
 
 def test_a_pause_aborts_what_is_left_in_the_engine() -> None:

@@ -12,8 +12,10 @@ import termios
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -33,6 +35,7 @@ from support.paths import ROOT
 from support.server.console import logged_in
 from support.server.exposition import check_families
 from support.server.gateway import metric_specs, read_endpoint, samples_of
+from support.server.tenants import entry, token_of, write_keys
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from converters import merge
@@ -55,6 +58,7 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (folder / "admin-port").write_text(port)
     options = (
         "--mode", "auto", "--prefix-cache", "salted", "--state", str(folder / "state"), "--api-key", "none",
+        "--keys", str(write_keys(folder / "keys.json", entry("team", variants=["smollm2-*"]))),
         "--admin-port", port, "--drain-timeout", "5",
         "--enable-prompt-tokens-details", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
     )  # fmt: skip
@@ -102,6 +106,37 @@ def test_lora_where_possible(server: Server) -> None:
     assert set(swaps(server)) == {"upper-folder", BASE}
     assert "evaluated smollm2-json in" in server.log.read_text()
     assert {model.id for model in server.client.models.list()} == {BASE, *RIGHT}
+
+
+def test_a_team_has_its_own_variants_and_usage(server: Server) -> None:
+    team = openai.OpenAI(base_url=f"{server.url}/v1", api_key=token_of("team"), max_retries=0)
+    assert [model.id for model in team.models.list()] == ["smollm2-json"]
+    for variant in ("upper-folder", BASE):
+        with pytest.raises(openai.PermissionDeniedError, match="the key of team may not use"):
+            answer(team, variant, QUESTIONS[1])
+
+    def used() -> list[float]:
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
+        families = ("requests", "prompt_tokens", "generated_tokens", "engine_seconds")
+        found = [samples_of(text, f"peanut_usage_{family}") for family in families]
+        own = {"variant": "smollm2-json", "tenant": "team"}
+        return [sum(value for labels, value in samples if labels == own) for samples in found]
+
+    before = used()
+    ask: Any = partial(
+        team.chat.completions.create,
+        model="smollm2-json", messages=[{"role": "user", "content": QUESTIONS[1]}], temperature=0, max_tokens=16,
+    )  # fmt: skip
+    told = [ask().usage, [*ask(stream=True, stream_options={"include_usage": True})][-1].usage]
+    requests, prompt, generated, seconds = (now - was for now, was in zip(used(), before, strict=True))
+    assert (requests, prompt) == (2, sum(one.prompt_tokens for one in told))
+    assert generated == sum(one.completion_tokens for one in told) > 0
+    assert seconds > 0
+    stored = server.client.responses.create(model="smollm2-json", input="hello", max_output_tokens=4)
+    with pytest.raises(openai.PermissionDeniedError, match="which is for a key of --api-key"):
+        team.responses.retrieve(stored.id)
+    with pytest.raises(openai.PermissionDeniedError, match="may not use previous_response_id"):
+        team.responses.create(model="smollm2-json", input="go on", previous_response_id=stored.id)
 
 
 def test_the_console_asks_both_side_by_side(server: Server) -> None:

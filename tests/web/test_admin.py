@@ -161,13 +161,13 @@ def test_the_openapi_document(client: httpx.Client) -> None:
         for method, route in methods.items()
         if path != "/healthz"
     }
-    assert len(routes) == 13
-    assert len({route["operationId"] for route in routes.values()}) == 13
+    assert len(routes) == 14
+    assert len({route["operationId"] for route in routes.values()}) == 14
     assert routes["post", f"{V1}/variants/{{name}}/activate"]["operationId"] == "activate_variant"
     for (_, path), route in routes.items():
         assert route["summary"]
         assert route["security"] == [{"adminKey": []}]
-        wanted = {"401", "default", *({"404"} if "{name}" in path else ())}
+        wanted = {"401", "403", "default", *({"404"} if "{name}" in path else ())}
         assert wanted <= set(route["responses"])
         for status in set(route["responses"]) - {"200", "201", "204"}:
             schema = route["responses"][status]["content"]["application/json"]["schema"]

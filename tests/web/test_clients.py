@@ -14,7 +14,7 @@ from support.server.weights import Weights
 
 from peanut_serve.swapping import gate
 from peanut_serve.web import exchange
-from peanut_serve.web.exchange import ClientLimits
+from peanut_serve.web.request_body import ClientLimits
 from peanut_serve.web.routes import _ACCESS, _REASONS, Access, access_to
 
 STREAM = "/v1/chat/completions"

@@ -1,18 +1,21 @@
 """The HTTP application: routes, errors, and the OpenAPI description."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from converters import __version__
 from converters.errors import MissingDependencyError, PeanutError
-from peanut_serve.classify.http import examples, hugging_face, open_inference
-from peanut_serve.classify.http.door import FACTS, ClientLimits, Door, refusal
+from peanut_serve.classify.http import examples, open_inference
+from peanut_serve.classify.http.asking import ask_task
+from peanut_serve.classify.http.console import TaskConsole
+from peanut_serve.classify.http.door import CLIENTS, FACTS, Door, refusal
 from peanut_serve.classify.http.tensors import HEADER
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.classify.serving.version import TaskVersion
 from peanut_serve.errors import RouteRefusedError, TryLaterError
+from peanut_serve.tenants.visits import Tenants, may_use
+from peanut_serve.web.request_body import ClientLimits
 
 try:
     from fastapi import APIRouter, FastAPI, Request
@@ -25,7 +28,6 @@ except ImportError as error:
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"default": examples.ERROR}
 _routes = APIRouter(responses=_ERRORS)
-_LARGE = 64 << 10  # bytes of a body that is read beside the loop
 _NAME = "/models/{name}"
 _VERSION = f"{_NAME}/versions/{{version}}"
 
@@ -69,8 +71,8 @@ async def metrics(request: Request) -> Response:
 
 @_routes.get("/models", summary="List the tasks")
 async def list_models(request: Request) -> list[str]:
-    """The names that requests can use."""
-    return await _server(request).names()
+    """The names that requests of this client can use."""
+    return [name for name in await _server(request).names() if may_use(name)]
 
 
 @_routes.post(
@@ -81,23 +83,11 @@ async def list_models(request: Request) -> list[str]:
     tags=["Hugging Face inference"],
 )
 async def ask(request: Request, name: str) -> Response:
-    """The body is an image, or JSON with `inputs` and `parameters`."""
+    """The body is an image or a sound, or JSON with `inputs` and `parameters`."""
     _asked(request, name)
-    server = _server(request)
-    body, kind = await request.body(), request.headers.get("content-type", "")
-    if len(body) > _LARGE:
-        question = await asyncio.to_thread(hugging_face.read_question, body, kind)
-    else:
-        question = hugging_face.read_question(body, kind)
-    found = await server.predict_with(
-        name,
-        len(question.inputs),
-        lambda task: (hugging_face.inputs_of(question, task), hugging_face.ask_of(question, task)),
-    )
+    content_type = request.headers.get("content-type", "")
+    found, written = await ask_task(_server(request), name, await request.body(), content_type)
     _answered(request, found.version)
-    task, is_list = found.version.task, question.is_list
-    size = sum(getattr(one, "size", len(one)) for one in found.answers)
-    written = await server.written(lambda: hugging_face.write_answers(task, found.answers, is_list), size)
     return Response(written, media_type="application/json")
 
 
@@ -181,13 +171,23 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": message, "type": "InternalError"}, 500)
 
 
-def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLimits | None = None) -> FastAPI:
+def classify_app(
+    server: TaskServer,
+    keys: Sequence[str] = (),
+    limits: ClientLimits = CLIENTS,
+    console: TaskConsole | None = None,
+    tenants: Tenants | None = None,
+) -> FastAPI:
     """Build the application. It stops the server when it is shut down.
 
     Args:
         server: answers.
         keys: of clients; empty if none is needed.
         limits: of each client.
+        console: that it has at /console; None if it has none.
+        tenants: of the keys file, if there is one.
+
+    Raises `MissingDependencyError` if the console needs a package that is not installed.
     """
 
     @asynccontextmanager
@@ -214,5 +214,10 @@ def classify_app(server: TaskServer, keys: Sequence[str] = (), limits: ClientLim
     app.state.server = server
     app.include_router(_routes)
     app.include_router(_v2)
-    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits or ClientLimits())
+    if console is not None:
+        from peanut_serve.classify.http.console.tasks import task_console
+        from peanut_serve.web.console.shell import Fork
+
+        app.add_middleware(Fork, console=task_console(server, console, limits.body_bytes))
+    app.add_middleware(Door, server=server, keys=tuple(keys), limits=limits, tenants=tenants)
     return app

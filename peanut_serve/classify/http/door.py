@@ -3,12 +3,13 @@
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import PeanutError
+from peanut_serve.classify.deadline import within
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.errors import (
     QueueFullError,
@@ -19,7 +20,9 @@ from peanut_serve.errors import (
     TryLaterError,
     UnauthorizedError,
 )
-from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.tenants.visits import Tenants, Visit, current_visit
+from peanut_serve.web.clients import Clients
+from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -29,24 +32,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+CLIENTS = ClientLimits(body_bytes=16 << 20, body_seconds=30.0)  # unless others are given
 FACTS = "peanut"  # of a scope: what the application says about a request
 _OPEN = ("/health", "/ready", "/metrics", "/openapi.json", "/v2/health/live", "/v2/health/ready")
+_TASK = re.compile(r"/(?:v2/)?models/(?P<name>[^/]+)")
 _BODIES = 16  # as many of the largest size may be in memory
-
-
-@dataclass(frozen=True)
-class ClientLimits:
-    """What one client may take.
-
-    Attributes:
-        body_bytes: size of a body.
-        body_seconds: until a body has arrived.
-        stall_seconds: for which a client may read nothing of its answer.
-    """
-
-    body_bytes: int = 16 << 20
-    body_seconds: float = 30.0
-    stall_seconds: float = 30.0
 
 
 class Door:
@@ -57,11 +47,19 @@ class Door:
         server: whose metrics count requests; while it is not ready, connections are closed after their answer.
         keys: of clients; empty if none is needed.
         limits: of each client.
+        tenants: of the keys file, if there is one.
     """
 
-    def __init__(self, app: App, server: TaskServer, keys: Sequence[str], limits: ClientLimits) -> None:
+    def __init__(
+        self,
+        app: App,
+        server: TaskServer,
+        keys: Sequence[str],
+        limits: ClientLimits,
+        tenants: Tenants | None = None,
+    ) -> None:
         self._app, self._server, self._limits = app, server, limits
-        self._keys = BearerKeys(keys) if keys else None
+        self._clients = Clients(keys, tenants)
         self._bytes = 0  # of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,17 +69,33 @@ class Door:
             return
         visit = _Visit(scope, receive, send, self._server, self._limits)
         try:
-            self._check(scope)
-            await self._handle(visit)
+            with await self._enter(scope) as tenant:
+                self._check(scope)
+                current_visit.set(tenant)
+                try:
+                    await self._handle(visit, tenant)
+                finally:
+                    visit.count_usage(tenant)
         except _GoneError:
             visit.status = 499
         except PeanutError as error:
             await visit.refuse(error)
         visit.count()
 
+    async def _enter(self, scope: Scope) -> Visit:
+        """Begin a request. Every route with a task has its name in the path."""
+        if scope["path"] in _OPEN or f"{scope['path']}/".startswith("/console/"):  # which has its own login
+            return Visit()
+        visit = await self._clients.enter(scope)
+        try:
+            if (found := _TASK.match(scope["path"])) is not None:
+                visit.check(found["name"])
+        except ServingError:
+            with visit:
+                raise
+        return visit
+
     def _check(self, scope: Scope) -> None:
-        if self._keys is not None and scope["path"] not in _OPEN and not self._keys.include(scope):
-            raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise RequestBodyError("the body is compressed (Content-Encoding); send it as it is")
@@ -94,7 +108,7 @@ class Door:
             f"the request's body is larger than {self._limits.body_bytes >> 10} KiB; see --max-body"
         )
 
-    async def _handle(self, visit: "_Visit") -> None:
+    async def _handle(self, visit: "_Visit", tenant: Visit) -> None:
         taken = 0
         try:
             parts: list[bytes] = []
@@ -112,6 +126,7 @@ class Door:
                     break
             visit.body = b"".join(parts)
             del parts
+            tenant.admit()
             await self._app(visit.scope, visit.replay, visit.send)
         finally:
             self._bytes -= taken
@@ -140,7 +155,7 @@ class _Visit:
     async def receive(self, seconds: float) -> Message:
         """A part of the body, within so many seconds."""
         try:
-            message = await asyncio.wait_for(self._receive(), max(seconds, 0.0))
+            message = await within(max(seconds, 0.0), self._receive())
         except asyncio.TimeoutError:
             most = self._limits.body_seconds
             raise RequestTimeoutError(f"the request's body did not arrive within {most:.0f} s") from None
@@ -161,7 +176,7 @@ class _Visit:
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self._headers()]}
         try:
-            await asyncio.wait_for(self._send(message), self._limits.stall_seconds)
+            await within(self._limits.stall_seconds, self._send(message))
         except asyncio.TimeoutError:
             raise _GoneError from None
 
@@ -187,6 +202,11 @@ class _Visit:
         if not self._server.is_ready:
             found.append((b"connection", b"close"))
         return found
+
+    def count_usage(self, tenant: Visit) -> None:
+        """As what a tenant has used, if a task was asked and found."""
+        if {"asked", "digest"} <= self._facts.keys():
+            tenant.count(self._facts["name"])
 
     def count(self) -> None:
         """In the metrics, if the request was for a task."""

@@ -29,23 +29,26 @@ HUGGING_FACE_BODY: dict[str, Any] = {
                 "type": "object",
                 "required": ["inputs"],
                 "properties": {
-                    "inputs": {"description": "A text or an image in base64, or a list of them."},
+                    "inputs": {"description": "A text, an image or a sound in base64, or a list of them."},
                     "parameters": {"type": "object"},
                 },
             },
             "examples": {
                 "a text": {"value": {"inputs": "A well executed spy thriller.", "parameters": {"top_k": 1}}},
                 "a pair of texts": {"value": {"inputs": {"text": "It rains.", "text_pair": "It is wet."}}},
+                "a question": {"value": {"inputs": {"question": "Who was in Paris?",
+                                                    "context": "Angela Merkel was in Paris."}}},
                 "entities": {"value": {"inputs": "Angela Merkel was in Paris.",
                                        "parameters": {"aggregation_strategy": "simple"}}},
                 "embeddings": {"value": {"inputs": ["good film", "bad film"], "normalize": True}},
             },
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "audio/wav": {"schema": {"type": "string", "format": "binary"}},
     },
 }  # fmt: skip
 HUGGING_FACE_ANSWER: dict[str, Any] = {
-    "description": "Labels with scores, entities, or features.",
+    "description": "Labels with scores, entities, answers, or features.",
     "content": {"application/json": {"schema": _ANYTHING, "example": [{"label": "beagle", "score": 0.97}]}},
 }
 INFER_BODY: dict[str, Any] = {

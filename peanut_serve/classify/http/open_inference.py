@@ -1,7 +1,8 @@
 """The Open Inference Protocol (v2) of KServe and Triton: metadata of tasks, and inference.
 
-An input is either BYTES, named `image` (content of a file) or `text`, which the server preprocesses; or the tensors
-of the graph, which the client prepared. The version of a model is the digest of a task's version.
+An input is either BYTES, named `image` or `sound` (content of a file) or `text`, which the server preprocesses; or
+the tensors of the graph, which the client prepared: not those of sounds, and always those of questions, as the
+protocol has no pairs of texts. The version of a model is the digest of a task's version.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from converters.errors import OptionError
 from peanut_serve.classify.http.tensors import Request, read_request, write_response
 from peanut_serve.classify.predictions import function_for, scores
 from peanut_serve.classify.serving.results import Inferred, as_matrix
+from peanut_serve.classify.serving.rows import is_by_token
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.classify.serving.version import TaskVersion
 from peanut_serve.classify.tasks import OnnxTask
@@ -22,21 +24,26 @@ from peanut_serve.errors import RequestBodyError, shown
 
 _LARGE = 64 << 10  # bytes of a body that is read beside the loop
 _SCORES, _LENGTHS = "scores", "lengths"
-_CLASSIFIERS = ("image-classification", "text-classification")
+_CLASSIFIERS = ("image-classification", "audio-classification", "text-classification")
 _INPUTS: dict[str, tuple[str, list[int]]] = {"pixel_values": ("FP32", [-1, -1, -1, -1])}
 
 
 def metadata(version: TaskVersion) -> dict[str, Any]:
     """What the protocol says of a model. `tensor_inputs` are what may be sent instead of `inputs`."""
     task = version.task
+    own = _bytes_input(task)
     tensors = [_described(name, *_INPUTS.get(name, ("INT64", [-1, -1]))) for name in task.kind.inputs]
     return {
         "name": version.name,
         "versions": [version.digest],
         "platform": "onnxruntime_onnx",
-        "inputs": [_described(_bytes_input(task), "BYTES", [-1])],
+        "inputs": tensors if own is None else [_described(own, "BYTES", [-1])],
         "outputs": [_described(name, *_output(task, name)) for name in _outputs(task)],
-        "parameters": {"task": task.kind.task, "labels": list(task.labels), "tensor_inputs": tensors},
+        "parameters": {
+            "task": task.kind.task,
+            "labels": list(task.labels),
+            "tensor_inputs": [] if own == "sound" else tensors,
+        },
     }
 
 
@@ -44,23 +51,25 @@ def _described(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": shape}
 
 
-def _bytes_input(task: OnnxTask) -> str:
-    return "image" if task.kind.takes_files else "text"
+def _bytes_input(task: OnnxTask) -> str | None:
+    """The input of BYTES; None for questions, which are pairs of texts."""
+    if task.kind.task == "question-answering":
+        return None
+    if not task.kind.takes_files:
+        return "text"
+    return "image" if task.kind.inputs == ("pixel_values",) else "sound"
 
 
 def _outputs(task: OnnxTask) -> list[str]:
-    more = [_SCORES] if task.kind.task in _CLASSIFIERS else [_LENGTHS] if _is_by_token(task) else []
+    more = [_SCORES] if task.kind.task in _CLASSIFIERS else [_LENGTHS] if is_by_token(task.kind) else []
     return [*task.kind.outputs, *more]
 
 
 def _output(task: OnnxTask, name: str) -> tuple[str, list[int]]:
     if name == _LENGTHS:
         return "INT64", [-1]
-    return "FP32", [-1, *([-1] if _is_by_token(task) else []), len(task.labels) or -1]
-
-
-def _is_by_token(task: OnnxTask) -> bool:
-    return not task.kind.takes_files and task.kind.task in ("token-classification", "feature-extraction")
+    width = [] if task.kind.task == "question-answering" else [len(task.labels) or -1]
+    return "FP32", [-1, *([-1] if is_by_token(task.kind) else []), *width]
 
 
 async def infer(
@@ -105,12 +114,11 @@ def _check_outputs(request: Request, task: OnnxTask) -> None:
 async def _run(server: TaskServer, version: TaskVersion, request: Request, digest: str | None) -> Inferred:
     task, name = version.task, version.name
     own = _bytes_input(task)
-    if own not in request.tensors:
+    if own is None or own not in request.tensors:
         wrong = [one for one, tensor in request.tensors.items() if isinstance(tensor, list)]
         if wrong:
-            raise OptionError(
-                f"{name} takes BYTES as {own}, or {', '.join(task.kind.inputs)}; found {shown(wrong[0])}"
-            )
+            bytes_as = f"BYTES as {own}, or " if own is not None else ""
+            raise OptionError(f"{name} takes {bytes_as}{', '.join(task.kind.inputs)}; found {shown(wrong[0])}")
         arrays = {key: tensor for key, tensor in request.tensors.items() if isinstance(tensor, np.ndarray)}
         return await server.infer(name, arrays, digest)
     given = request.tensors[own]

@@ -8,14 +8,17 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import uvicorn
 
 from converters.errors import OptionError
 from peanut_serve.classify.http.app import classify_app
-from peanut_serve.classify.http.door import ClientLimits
+from peanut_serve.classify.http.console import TaskConsole
 from peanut_serve.classify.serving.server import TaskServer
+from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.admin import bind
+from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -50,14 +53,15 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def check_host(host: str, keys: list[str]) -> None:
-    """Raise `OptionError` for an address that others can reach, if there is no key."""
+def check_host(host: str, has_keys: bool) -> None:
+    """Raise `OptionError` for an address that others can reach, if no key is needed."""
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = False  # a name may stand for any address
-    if not is_loopback and not keys:
-        raise OptionError(f"--host {host} can be reached by others; give --api-key-file, or serve on 127.0.0.1")
+    if not is_loopback and not has_keys:
+        found = f"--host {host} can be reached by others"
+        raise OptionError(f"{found}; give --api-key-file or --keys, or serve on 127.0.0.1")
 
 
 def check(tasks: TaskServer) -> None:
@@ -72,24 +76,38 @@ def check(tasks: TaskServer) -> None:
     asyncio.run(opened())
 
 
-def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: ClientLimits) -> None:
+def serve(
+    tasks: TaskServer,
+    host: str,
+    port: int,
+    keys: list[str],
+    limits: ClientLimits,
+    console: TaskConsole | None = None,
+    tenants: Tenants | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM. The first line on stdout is the address.
 
-    Raises `OptionError` if the address cannot be used, or others can reach it and there is no key.
+    Raises `OptionError` if the address cannot be used, or others can reach it and there is no key, and what
+    `classify_app` raises.
     """
-    check_host(host, keys)
+    check_host(host, bool(keys) or tenants is not None)
     listener = bind(host, port, "the server")
     sys.setswitchinterval(_SWITCH)
+    address, own = listener.getsockname()[:2]
+    if console is not None:
+        console = replace(console, port=own, hosts=(host, *console.hosts))
     config = uvicorn.Config(
-        classify_app(tasks, keys, limits),
+        classify_app(tasks, keys, limits, console, tenants),
         log_level="warning",
+        access_log=False,  # uvicorn would format a line for each request before it drops it
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
     )
-    address, own = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     names = tasks.library.names()
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    if console is not None:
+        logger.info("the console is at http://%s:%d/console", shown, own)
     print(f"serving {', '.join(names[:_SHOWN])}{more} on http://{shown}:{own}", flush=True)
-    asyncio.run(_Server(config, tasks).serve([listener]))
+    _Server(config, tasks).run([listener])  # on uvloop where it is installed

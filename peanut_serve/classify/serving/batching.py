@@ -2,7 +2,8 @@
 
 The threads that run graphs form the batches themselves, when they are free: so a batch has all rows that came during
 the run before it, and the event loop is not asked between two runs. Whose oldest row is due first is run first. A row
-is due when it has waited for `max_delay`, or at once if its batch is full or the version takes no others.
+is due when it has waited for `max_delay`; at once if its batch is full, the version takes no others, or no request is
+on its way that could join it.
 """
 
 import logging
@@ -60,11 +61,19 @@ class Batcher:
         max_batch: the most rows of a run.
         max_delay: seconds that a row waits for others.
         observe: is told of each run, in the thread that ran it.
+        expects: whether further rows are on their way; called in the threads that run graphs.
         runners: threads, each of which has one run at a time.
     """
 
-    def __init__(self, max_batch: int, max_delay: float, observe: Observer, runners: int = 1) -> None:
-        self._max_batch, self._max_delay, self._observe = max_batch, max_delay, observe
+    def __init__(
+        self,
+        max_batch: int,
+        max_delay: float,
+        observe: Observer,
+        expects: Callable[[], bool] = lambda: True,
+        runners: int = 1,
+    ) -> None:
+        self._max_batch, self._max_delay, self._observe, self._expects = max_batch, max_delay, observe, expects
         self._changed = threading.Condition()
         self._queues: dict[TaskVersion, deque[Job]] = {}
         self._is_closed = False
@@ -81,6 +90,11 @@ class Batcher:
                 raise EngineDownError("the server is stopping")
             self._queues.setdefault(job.task.version, deque()).append(job)
             self._changed.notify()
+
+    def waiting(self) -> dict[str, int]:
+        """How many rows of each version wait, by its name."""
+        with self._changed:
+            return {version.name: sum(job.rows for job in queue) for version, queue in self._queues.items() if queue}
 
     def close(self) -> None:
         """Run what is queued, then end the threads."""
@@ -122,25 +136,21 @@ class Batcher:
     def _due(self, queue: deque[Job]) -> float:
         first = queue[0]
         is_full = not first.task.batches or sum(job.rows for job in queue) >= self._max_batch
-        return first.arrived + (0.0 if is_full else self._max_delay)
+        return first.arrived + (0.0 if is_full or not self._expects() else self._max_delay)
 
     def _take(self, version: TaskVersion) -> list[Job]:
-        """The oldest job, and those after it that fit a batch with it."""
+        """The oldest job, and the others that are closest to it in length: they need the least padding."""
         queue = self._queues.pop(version)
         batch = [queue.popleft()]
-        rows, tokens = batch[0].rows, batch[0].rows * length(batch[0].arrays)
-        longest, rest = length(batch[0].arrays), deque[Job]()
-        while queue and batch[0].task.batches and rows < self._max_batch:
-            job = queue.popleft()
+        longest = length(batch[0].arrays)
+        rows, tokens = batch[0].rows, batch[0].rows * longest
+        for job in sorted(queue, key=lambda one: abs(length(one.arrays) - longest)) if batch[0].task.batches else ():
             own = length(job.arrays)
             padded = max(longest, own) * (rows + job.rows)
-            if rows + job.rows > self._max_batch or padded > _PADDING * (tokens + own * job.rows):
-                rest.append(job)
-                continue
-            batch.append(job)
-            rows, tokens, longest = rows + job.rows, tokens + own * job.rows, max(longest, own)
-        rest.extend(queue)
-        if rest:
+            if rows + job.rows <= self._max_batch and padded <= _PADDING * (tokens + own * job.rows):
+                batch.append(job)
+                rows, tokens, longest = rows + job.rows, tokens + own * job.rows, max(longest, own)
+        if rest := deque(job for job in queue if job not in batch):
             self._queues[version] = rest
         return batch
 

@@ -96,9 +96,19 @@ class Library:
                 raise VariantError(f"{name} cannot be served: {error}") from None
             return entry.version
 
+    def reread(self, name: str) -> None:
+        """Forget what was found of a name: its files are read and opened anew, even if they did not change."""
+        if (entry := self._entries.get(name)) is not None:
+            entry.version = None
+
     def is_known(self, name: str) -> bool:
         """Whether a name has been found, now or earlier. Reads no files."""
         return name in self._entries or name in self._configs
+
+    def found(self) -> dict[str, TaskVersion | None]:
+        """Every name with the version that was last found; None if it was never asked for. Reads no files."""
+        names = {*self._configs, *self._entries}
+        return {name: one.version if (one := self._entries.get(name)) else None for name in sorted(names)}
 
     def _entry(self, name: str) -> _Entry:
         if (found := self._entries.get(name)) is not None:

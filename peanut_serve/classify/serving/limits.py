@@ -14,6 +14,7 @@ class Limits:
         max_inputs: the most inputs of one request.
         max_pixels: of an image, before it is decoded.
         max_characters: of a text.
+        max_seconds: of a sound; the memory of attention grows with its square.
         wait_seconds: until a request has its answer, or is given up.
         memory: bytes of the graphs and adapters that are open.
         threads: of one run; None for all cores.
@@ -26,6 +27,7 @@ class Limits:
     max_inputs: int = 64
     max_pixels: int = 40_000_000
     max_characters: int = 200_000
+    max_seconds: float = 60.0
     wait_seconds: float = 60.0
     memory: int = 4 << 30
     threads: int | None = None

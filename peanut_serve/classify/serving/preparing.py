@@ -2,17 +2,21 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import OptionError
+from converters.inference.audio import AudioPreprocessor
 from converters.inference.examples import Example
 from converters.inference.images import ImagePreprocessor
 from converters.inference.kinds import ModelKind
 from converters.inference.preprocessing import open_preprocessor
 from converters.inference.session import Arrays
+from converters.inference.sounds import read_sound
 from converters.inference.texts import TextPreprocessor
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.tasks import OnnxTask
@@ -20,10 +24,26 @@ from peanut_serve.errors import VariantError
 
 Spans = list[tuple[int, int] | None]
 
-_SERVED = (
-    "image-classification", "image-feature-extraction", "text-classification", "token-classification",
-    "feature-extraction", "sentence-similarity",
+SERVED = (
+    "image-classification", "image-feature-extraction", "audio-classification", "text-classification",
+    "token-classification", "question-answering", "feature-extraction", "sentence-similarity",
 )  # fmt: skip
+_BY_PLACE = ("token-classification", "question-answering")  # tasks whose answers are parts of the text
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An input as a row.
+
+    Attributes:
+        arrays: (1, ...), by the names of the graph's inputs.
+        text: that answers are parts of; of token classifiers and for questions.
+        spans: where the tokens of the row are in it; None for any other task.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    text: str = ""
+    spans: Spans | None = None
 
 
 class Preparer:
@@ -35,40 +55,65 @@ class Preparer:
         limits: of which `max_characters` matters here.
 
     Attributes:
-        takes_images: whether inputs are images, rather than texts.
         pad_id: pads `input_ids`; the other inputs are padded with 0.
     """
 
-    def __init__(self, preprocessor: ImagePreprocessor | TextPreprocessor, kind: ModelKind, limits: Limits) -> None:
+    def __init__(
+        self, preprocessor: AudioPreprocessor | ImagePreprocessor | TextPreprocessor, kind: ModelKind, limits: Limits
+    ) -> None:
         self._preprocessor, self._kind, self._limits = preprocessor, kind, limits
         self._lock = threading.Lock()  # a tokenizer's settings change from call to call
-        self.takes_images = isinstance(preprocessor, ImagePreprocessor)
         self.pad_id = preprocessor.pad_id if isinstance(preprocessor, TextPreprocessor) else 0
 
+    def prepare(self, example: Example, truncate: bool = False) -> Prepared:
+        """An input with all that its answer needs. Takes and raises what `row` does."""
+        arrays = self.row(example, truncate)
+        if self._kind.task not in _BY_PLACE:
+            return Prepared(arrays)
+        is_question = self._kind.task == "question-answering"
+        if is_question != isinstance(example, tuple):
+            raise OptionError(
+                "the model takes pairs of a question and a text"
+                if is_question
+                else "the model takes single texts, not pairs"
+            )
+        assert isinstance(self._preprocessor, TextPreprocessor)
+        assert isinstance(example, str | tuple)
+        with self._lock:
+            spans = self._preprocessor.spans(example)
+        return Prepared(arrays, example if isinstance(example, str) else example[1], spans)
+
     def row(self, example: Example, truncate: bool = False) -> dict[str, NDArray[Any]]:
-        """The arrays (1, ...) of an image or a text.
+        """The arrays (1, ...) of an image, a sound, a text or a pair of texts.
 
         Args:
-            example: content of an image file, or a text; never a path.
+            example: content of a file, or texts; never a path.
             truncate: whether a text that is too long for the model is cut, or refused.
 
         Raises:
             OptionError: it is not what the model takes, broken, or too large.
             CheckpointError: tokenizer and model do not fit each other.
         """
-        if isinstance(self._preprocessor, ImagePreprocessor):
-            if not isinstance(example, bytes):
-                raise OptionError("the model takes images: send the content of an image file, not text")
-            return self._preprocessor([example])
-        self._check_text(example)
-        with self._lock:
-            return self._preprocessor([example], truncate)
+        if isinstance(example, Path):
+            raise OptionError("an input is a path, expected the content of a file, or a text")
+        if isinstance(self._preprocessor, TextPreprocessor):
+            self._check_text(example)
+            with self._lock:
+                return self._preprocessor([example], truncate)
+        if not isinstance(example, bytes):
+            what = "images" if isinstance(self._preprocessor, ImagePreprocessor) else "sounds"
+            raise OptionError(f"the model takes {what}: send the content of a file, not text")
+        if isinstance(self._preprocessor, AudioPreprocessor):
+            self._check_sound(example)
+        return self._preprocessor([example])
 
-    def spans(self, text: str) -> Spans:
-        """Where each token of a row is in its text. Raises as `TextPreprocessor.spans`."""
-        assert isinstance(self._preprocessor, TextPreprocessor)
-        with self._lock:
-            return self._preprocessor.spans(text)
+    def _check_sound(self, content: bytes) -> None:
+        samples, rate = read_sound(content)
+        if len(samples) > self._limits.max_seconds * rate:
+            seconds = len(samples) / rate
+            raise OptionError(
+                f"a sound has {seconds:.1f} seconds, the limit is {self._limits.max_seconds:g}; split it"
+            )
 
     def _check_text(self, example: Example) -> None:
         if isinstance(example, bytes):
@@ -94,6 +139,8 @@ class Preparer:
             if not np.isfinite(pixels).all():
                 raise OptionError("pixel_values has NaN or infinity")
             return len(pixels)
+        if isinstance(self._preprocessor, AudioPreprocessor):
+            raise OptionError("the model takes sounds; send the content of a WAV file as sound, not its samples")
         most = self._preprocessor.max_length
         (shape, *others) = shapes
         if others or len(shape) != 2 or 0 in shape or any(array.dtype != np.int64 for array in arrays.values()):
@@ -120,14 +167,11 @@ def prepare_inputs(task: OnnxTask, limits: Limits) -> Preparer:
         VariantError: this server does not answer for this kind of task.
         CheckpointError, MissingDependencyError: its tokenizer or preprocessor cannot be used.
     """
-    if task.kind.task not in _SERVED or task.kind.takes_waves:
+    if task.kind.task not in SERVED:
         raise VariantError(
-            f"it does {task.kind.task}, which peanut-serve predict runs; served are {', '.join(_SERVED)}"
+            f"it does {task.kind.task}, which peanut-serve predict runs; served are {', '.join(SERVED)}"
         )
-    found = open_preprocessor(task.folder, task.kind, task.config, limits.max_pixels)
-    if not isinstance(found, ImagePreprocessor | TextPreprocessor):
-        raise VariantError("it takes sounds, which peanut-serve predict runs")
-    return Preparer(found, task.kind, limits)
+    return Preparer(open_preprocessor(task.folder, task.kind, task.config, limits.max_pixels), task.kind, limits)
 
 
 def split_rows(arrays: Arrays, size: int) -> Sequence[dict[str, NDArray[Any]]]:

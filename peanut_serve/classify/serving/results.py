@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peanut_serve.classify.serving.answering import Answer
+from peanut_serve.classify.serving.answering import Result
 from peanut_serve.classify.serving.batching import Outputs
 from peanut_serve.classify.serving.version import TaskVersion
 
@@ -21,7 +21,7 @@ class Answered:
     """
 
     version: TaskVersion
-    answers: Sequence[Answer]
+    answers: Sequence[Result]
 
 
 @dataclass(frozen=True)

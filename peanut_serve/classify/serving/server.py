@@ -8,16 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from converters.errors import OptionError, PeanutError
+from numpy.typing import NDArray
+
+from converters.errors import PeanutError
 from converters.inference.examples import Example
 from converters.inference.session import Arrays
-from peanut_serve.classify.serving.answering import Ask, answer, check_ask
+from peanut_serve.classify.deadline import within
+from peanut_serve.classify.serving.answering import Ask, Result, answer, check_ask
 from peanut_serve.classify.serving.batching import Batcher, Job, Outputs
 from peanut_serve.classify.serving.finding import Finder
 from peanut_serve.classify.serving.library import Library
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.metrics import Metrics
-from peanut_serve.classify.serving.preparing import Spans, split_rows
+from peanut_serve.classify.serving.preparing import Prepared, split_rows
 from peanut_serve.classify.serving.results import Answered, Inferred
 from peanut_serve.classify.serving.sessions import OpenTask, Sessions
 from peanut_serve.classify.serving.version import TaskVersion
@@ -28,6 +31,7 @@ from peanut_serve.errors import (
     RequestTooLargeError,
     ServingError,
 )
+from peanut_serve.tenants.visits import take_inputs
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -61,11 +65,12 @@ class TaskServer:
         self.sessions = Sessions(self.limits, self.library.hashes)
         self.metrics = Metrics()
         self.is_ready = True
-        self._inputs, self._is_stopped = 0, False
+        self._inputs, self._submitted, self._is_stopped = 0, 0, False
         self._batcher = Batcher(
             self.limits.max_batch,
             self.limits.max_delay,
             lambda version, rows, seconds: self.metrics.observe_run(version.name, rows, seconds),
+            lambda: self._inputs > self._submitted,
         )
         self._preparing = ThreadPoolExecutor(self.limits.preparing, "prepare")
         self._finder = Finder(self.library, self.sessions, self._preparing)
@@ -97,7 +102,7 @@ class TaskServer:
     async def predict(
         self, name: str, inputs: Sequence[Example], ask: Ask | None = None, digest: str | None = None
     ) -> Answered:
-        """Answer for images (content of files) or texts.
+        """Answer for images and sounds (content of files), texts, or pairs of texts.
 
         Args:
             name: of a task.
@@ -123,19 +128,21 @@ class TaskServer:
             digest: as in `predict`.
         """
 
-        def prepare(task: OpenTask) -> tuple[Ask, list[tuple[Arrays, str, Spans | None]]]:
+        def prepare(task: OpenTask) -> tuple[Ask, list[Prepared]]:
             inputs, ask = make(task.loaded.task)
             check_ask(task.loaded.task, ask)
-            return ask, [_prepare(task, one, ask) for one in inputs]
+            return ask, [task.preparer.prepare(one, ask.truncate) for one in inputs]
 
         async def answered() -> Answered:
-            async with self._finder.lease(name, digest) as task:
-                ask, prepared = await self._in_thread(prepare, task)
-                rows = await self._run(task, [arrays for arrays, _, _ in prepared])
+            async with self._finder.lease(name, digest, prepare) as (task, (ask, prepared)):
+                rows = await self._run(task, [one.arrays for one in prepared])
                 own = task.loaded.task
-                texts = [(text, spans) for _, text, spans in prepared]
-                answers = [answer(own, row, ask, *more) for row, more in zip(rows, texts, strict=True)]
-                return Answered(task.version, answers)
+
+                def answers() -> list[Result]:
+                    return [answer(own, row, ask, one) for row, one in zip(rows, prepared, strict=True)]
+
+                is_slow = prepared[0].spans is not None  # tokens, or even pairs of them, are looked at one by one
+                return Answered(task.version, await self._in_thread(answers) if is_slow else answers())
 
         return await self._admitted(count, answered())
 
@@ -144,8 +151,7 @@ class TaskServer:
         count = max((len(array) for array in arrays.values() if array.ndim), default=0)
 
         async def inferred() -> Inferred:
-            async with self._finder.lease(name, digest) as task:
-                await self._in_thread(task.preparer.check, arrays)
+            async with self._finder.lease(name, digest, lambda one: one.preparer.check(arrays)) as (task, _):
                 size = self.limits.max_batch if task.batches else 1
                 found = await self._run(task, split_rows(arrays, size))
                 rows = [[one[i : i + 1] for one in part] for part in found for i in range(len(part[0]))]
@@ -156,9 +162,11 @@ class TaskServer:
     async def outputs(self, name: str, inputs: Sequence[Example], digest: str | None = None) -> Inferred:
         """The outputs of the graph for images or texts. Takes and raises what `predict` does."""
 
+        def prepare(task: OpenTask) -> list[dict[str, NDArray[Any]]]:
+            return [task.preparer.row(one) for one in inputs]
+
         async def inferred() -> Inferred:
-            async with self._finder.lease(name, digest) as task:
-                rows = await self._in_thread(lambda: [task.preparer.row(one) for one in inputs])
+            async with self._finder.lease(name, digest, prepare) as (task, rows):
                 return Inferred(task.version, await self._run(task, rows))
 
         return await self._admitted(len(inputs), inferred())
@@ -169,8 +177,16 @@ class TaskServer:
 
     async def load(self, name: str, digest: str | None = None) -> TaskVersion:
         """Open a task, so that its next request does not wait for that. Raises what `predict` does."""
-        async with self._finder.lease(name, digest) as task:
-            return task.version
+        async with self._finder.lease(name, digest, lambda task: task.version) as (_, version):
+            return version
+
+    async def close_task(self, name: str) -> None:
+        """Close what is open of a task; its next request opens it again. Raises `VariantInUseError`."""
+        await self._in_thread(self.sessions.evict, name)
+
+    def queue(self) -> dict[str, int]:
+        """How many inputs of each task wait for a run."""
+        return self._batcher.waiting()
 
     async def warm_up(self) -> None:
         """Open one task that can be opened: the first one imports transformers, which takes seconds."""
@@ -209,40 +225,33 @@ class TaskServer:
                 raise EngineDownError("the server is stopping")
             if self._inputs + inputs > self.limits.max_queue:
                 raise QueueFullError(f"{self._inputs} inputs are waiting, the limit is {self.limits.max_queue}")
+            give_back = take_inputs(inputs, self.limits.max_queue)
         except ServingError:
             answering.close()
             raise
         self._inputs += inputs
         try:
-            return await asyncio.wait_for(answering, self.limits.wait_seconds)
+            return await within(self.limits.wait_seconds, answering)
         except asyncio.TimeoutError:
             raise EngineDownError(f"no answer within {self.limits.wait_seconds:.0f} s; the server is busy") from None
         finally:
             self._inputs -= inputs
+            give_back()
 
     async def _run(self, task: OpenTask, rows: Sequence[Arrays]) -> list[Outputs]:
         jobs = [Job(task, arrays) for arrays in rows]
-        for job in jobs:
-            self._batcher.submit(job)
+        count = sum(job.rows for job in jobs)
+        self._submitted += count
         waiting = [asyncio.wrap_future(job.outputs) for job in jobs]
         try:
+            for job in jobs:
+                self._batcher.submit(job)
             return await asyncio.gather(*waiting)
         finally:
+            self._submitted -= count
             # of a request that failed or was given up: what has not begun is not run
             for one in waiting:
                 one.cancel()
 
     async def _in_thread(self, call: Callable[..., _T], *arguments: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, call, *arguments)
-
-
-def _prepare(task: OpenTask, example: Example, ask: Ask) -> tuple[Arrays, str, Spans | None]:
-    """The arrays of an input, and for a token classifier its text with the places of the tokens."""
-    if isinstance(example, Path):
-        raise OptionError("an input is a path, expected the content of an image, or a text")
-    arrays = task.preparer.row(example, ask.truncate)
-    if task.loaded.task.kind.task != "token-classification":
-        return arrays, "", None
-    if not isinstance(example, str):
-        raise OptionError(f"{task.version.name} takes single texts, not pairs")
-    return arrays, example, task.preparer.spans(example)

@@ -15,7 +15,7 @@ from peanut_serve.classify.loaded import LoadedTask, load_task
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.preparing import Preparer, prepare_inputs
 from peanut_serve.classify.serving.version import FileHashes, State, TaskVersion
-from peanut_serve.errors import BeingWrittenError, EngineDownError, VariantError
+from peanut_serve.errors import BeingWrittenError, EngineDownError, VariantError, VariantInUseError
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -44,6 +44,24 @@ class OpenTask:
     def batches(self) -> bool:
         """Whether a row gives in a batch what it gives alone."""
         return self.loaded.task.batch_size(self.version.precision) > 1
+
+
+@dataclass(frozen=True)
+class OpenFacts:
+    """What is open of a version.
+
+    Attributes:
+        version: what is open.
+        uses: requests that it must stay open for.
+        frees: bytes that closing it would free now: none while it is used, and those of its graph if no other version
+            has it.
+        shares: names of the other versions with the same graph.
+    """
+
+    version: TaskVersion
+    uses: int
+    frees: int
+    shares: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -86,6 +104,30 @@ class Sessions:
         """The names whose versions are open."""
         with self._changed:
             return {version.name for version in self._open}
+
+    def facts(self) -> list[OpenFacts]:
+        """What is open, by name."""
+        with self._changed:
+            return [self._facts(task) for task in sorted(self._open.values(), key=lambda one: one.version.name)]
+
+    def _facts(self, task: OpenTask) -> OpenFacts:
+        version = task.version
+        shares = tuple(sorted(one.name for one in self._open if one.graph == version.graph and one is not version))
+        size = version.adapter_bytes + (0 if shares else version.graph_bytes)
+        return OpenFacts(version, task.uses, 0 if task.uses else size, shares)
+
+    def evict(self, name: str) -> None:
+        """Close what is open of a name; its next request opens it again.
+
+        Raises `VariantInUseError` if requests use it.
+        """
+        with self._changed:
+            found = [task for task in self._open.values() if task.version.name == name]
+            if uses := sum(task.uses for task in found):
+                raise VariantInUseError(f"{name} is used by {uses} requests; try again when they are answered")
+            for task in found:
+                self._close(task.version)
+            self._changed.notify_all()
 
     @contextmanager
     def lease(self, version: TaskVersion) -> Iterator[OpenTask]:

@@ -1,7 +1,9 @@
+# ruff: noqa: PTH116
 """A version of a task: what its files say at one moment, identified by a digest."""
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,14 +23,14 @@ _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # suffixes of what tokenize
 _OF_THE_TASK = ("id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path")
 
 
-def state_of(files: Iterable[Path]) -> State:
+def state_of(files: Iterable[Path | str]) -> State:
     """A value that changes when a file is replaced, written to, or removed."""
     return tuple((str(file), *_stat(file)) for file in files)
 
 
-def _stat(file: Path) -> tuple[int | None, ...]:
+def _stat(file: Path | str) -> tuple[int | None, ...]:
     try:
-        found = file.stat()
+        found = os.stat(file)  # for each request, and a Path of each file would take longer
     except OSError:
         return (None,)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -93,7 +95,7 @@ class TaskVersion:
     @property
     def is_current(self) -> bool:
         """Whether the files are those that were read."""
-        return state_of(Path(str(path)) for path, *_ in self.state) == self.state
+        return state_of(str(path) for path, *_ in self.state) == self.state
 
     @property
     def files(self) -> list[Path]:

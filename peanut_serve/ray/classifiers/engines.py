@@ -2,7 +2,7 @@
 
 from converters.errors import OptionError
 from peanut_serve.classify.engine import OnnxEngine
-from peanut_serve.classify.inference_form import SERVED
+from peanut_serve.classify.serving.preparing import SERVED
 from peanut_serve.ray.classifiers.settings import ClassifierSettings
 
 

@@ -3,7 +3,7 @@
 GET  /health       200 while a replica answers
 GET  /models       the tasks, with what they do and their labels
 GET  /replicas     what each replica has loaded, and the inputs and batches of each task
-POST /models/NAME  see `peanut_serve.classify.inference_form`
+POST /models/NAME  see `peanut_serve.classify.hugging_face`
 """
 
 import asyncio

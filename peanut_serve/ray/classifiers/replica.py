@@ -13,16 +13,28 @@ from ray import serve
 from converters.errors import OptionError, PeanutError
 from converters.inference.examples import Example
 from peanut_serve.classify.engine import OnnxEngine
-from peanut_serve.classify.inference_form import Asked, answer, compute, read_request
-from peanut_serve.errors import QueueFullError, RequestBodyError, ServingError, TryLaterError
+from peanut_serve.classify.hugging_face import Question, ask_of, inputs_of, read_question, write_answers
+from peanut_serve.classify.serving.answering import Ask, Result, answer, check_ask
+from peanut_serve.classify.serving.limits import Limits
+from peanut_serve.classify.serving.preparing import Preparer, prepare_inputs
+from peanut_serve.classify.serving.rows import apart, together
+from peanut_serve.classify.tasks import OnnxTask
+from peanut_serve.errors import (
+    QueueFullError,
+    RequestBodyError,
+    RequestTooLargeError,
+    ServingError,
+    TryLaterError,
+)
 from peanut_serve.ray.classifiers.engines import open_engines
 from peanut_serve.ray.classifiers.settings import ClassifierSettings, Tunables
 
 logger = logging.getLogger("ray.serve")
 
+_LIMITS = Limits()
 _THREADS = 2  # so that one batch is prepared, or a task loaded, while another one runs
 
-Item = tuple[Example, int]  # an example, and how many labels are wanted at most
+Item = tuple[Example, Ask]  # an input, and how its answer is wanted
 Reply = tuple[int, dict[str, str], bytes]  # status, headers, JSON
 
 
@@ -33,6 +45,7 @@ class ClassifierReplica:
         parsed = ClassifierSettings.model_validate(settings)
         self._engines = open_engines(parsed)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="classifier")
+        self._preparers: dict[str, Preparer] = {}
         self._queues: dict[str, Any] = {}  # task -> a function of `serve.batch`
         self._loaded: OrderedDict[str, None] = OrderedDict()  # the task used last at the end
         self._counts: dict[str, tuple[int, int]] = {}  # task -> inputs, batches
@@ -55,7 +68,7 @@ class ClassifierReplica:
     async def answer(self, task: str, content_type: str, body: bytes) -> Reply:
         """The response to a request for a task that there is."""
         try:
-            value = await self._answer(task, content_type, body)
+            return 200, {}, await self._answer(self._engines[task].find(task), content_type, body)
         except ServingError as error:
             again = {"retry-after": str(error.retry_after)} if isinstance(error, TryLaterError) else {}
             return error.status, again, _json({"error": str(error), "error_type": type(error).__name__})
@@ -63,25 +76,22 @@ class ClassifierReplica:
             logger.error("%s cannot run: %s", task, error)
             message = f"{task} cannot run on this server; its log has the reason"
             return 500, {}, _json({"error": message, "error_type": type(error).__name__})
-        return 200, {}, _json(value)
 
-    async def _answer(self, task: str, content_type: str, body: bytes) -> Any:
-        kind = self._engines[task].find(task).kind
+    async def _answer(self, task: OnnxTask, content_type: str, body: bytes) -> bytes:
         loop = asyncio.get_running_loop()
-        asked: Asked = await loop.run_in_executor(self._pool, read_request, kind, content_type, body)
-        count = len(asked.examples)
-        if self._waiting and self._waiting + count > self._tunables.most_waiting:
+        question, items = await loop.run_in_executor(self._pool, _read, task, content_type, body)
+        if self._waiting and self._waiting + len(items) > self._tunables.most_waiting:
             raise QueueFullError(f"{self._waiting} inputs are waiting, at most {self._tunables.most_waiting} may")
-        queue = self._queue(task)
-        self._waiting += count
+        queue = self._queue(task.name)
+        self._waiting += len(items)
         try:
-            found = await asyncio.gather(*(queue((one, asked.top_k)) for one in asked.examples))
+            found = await asyncio.gather(*(queue(item) for item in items))
         finally:
-            self._waiting -= count
+            self._waiting -= len(items)
         for one in found:
             if isinstance(one, PeanutError):
                 raise one
-        return answer(kind, asked, found)
+        return write_answers(task.kind, question, found)
 
     def _queue(self, task: str) -> Callable[[Item], Awaitable[Any]]:
         """The queue of a task. A single one for all would fill a batch with many tasks, and then take it apart."""
@@ -90,7 +100,7 @@ class ClassifierReplica:
 
             async def run_batch(items: list[Item]) -> list[Any]:
                 loop = asyncio.get_running_loop()
-                found = await loop.run_in_executor(self._pool, _run, engine, task, items)
+                found = await loop.run_in_executor(self._pool, self._run, engine, task, items)
                 self._note(task, len(items))
                 return found
 
@@ -103,6 +113,24 @@ class ClassifierReplica:
         queue: Callable[[Item], Awaitable[Any]] = self._queues[task]
         return queue
 
+    def _run(self, engine: OnnxEngine, task: str, items: list[Item]) -> list[Result | PeanutError]:
+        """The answer to each input, or the error that it has."""
+        try:
+            loaded, preparer = engine.load(task), self._preparers.get(task)
+            if preparer is None:
+                preparer = self._preparers[task] = prepare_inputs(loaded.task, _LIMITS)
+            prepared = [preparer.prepare(example, ask.truncate) for example, ask in items]
+            parts = [one.arrays for one in prepared]
+            rows = apart(loaded.run_all(together(parts, preparer.pad_id)), parts, loaded.task.kind)
+        except OptionError as error:
+            if len(items) == 1:
+                return [RequestBodyError(str(error))]
+            return [one for item in items for one in self._run(engine, task, [item])]  # one of them is to blame
+        except PeanutError as error:
+            return [error] * len(items)
+        asks = [ask for _, ask in items]
+        return [answer(loaded.task, *each) for each in zip(rows, asks, prepared, strict=True)]
+
     def _note(self, task: str, inputs: int) -> None:
         before, batches = self._counts.get(task, (0, 0))
         self._counts[task] = before + inputs, batches + 1
@@ -113,6 +141,7 @@ class ClassifierReplica:
     def _unload_oldest(self) -> None:
         while len(self._loaded) > self._tunables.loaded:
             oldest, _ = self._loaded.popitem(last=False)
+            self._preparers.pop(oldest, None)
             self._pool.submit(self._engines[oldest].unload, oldest)  # it waits while another task is loaded
 
     def record_routing_stats(self) -> dict[str, Any]:
@@ -120,16 +149,17 @@ class ClassifierReplica:
         return {"resident": sorted(self._loaded), "slots": self._tunables.loaded}
 
 
-def _run(engine: OnnxEngine, task: str, items: list[Item]) -> list[Any]:
-    """What the model gives for each example, or the error that it has."""
+def _read(task: OnnxTask, content_type: str, body: bytes) -> tuple[Question, list[Item]]:
+    """What a request asks of a task. Raises `RequestBodyError` or `RequestTooLargeError`."""
+    question = read_question(body, content_type)
+    if not 1 <= len(question.inputs) <= _LIMITS.max_inputs:
+        raise RequestTooLargeError(f"there are {len(question.inputs)} inputs; expected 1 to {_LIMITS.max_inputs}")
     try:
-        return compute(engine, task, [example for example, _ in items], max(top_k for _, top_k in items))
+        ask = ask_of(question, task)
+        check_ask(task, ask)
+        return question, [(one, ask) for one in inputs_of(question, task)]
     except OptionError as error:
-        if len(items) == 1:
-            return [RequestBodyError(str(error))]
-        return [one for item in items for one in _run(engine, task, [item])]  # one of them is to blame
-    except PeanutError as error:
-        return [error] * len(items)
+        raise RequestBodyError(str(error)) from None
 
 
 def _json(value: Any) -> bytes:

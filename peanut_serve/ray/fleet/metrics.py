@@ -13,6 +13,7 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -23,6 +24,7 @@ logger = logging.getLogger("ray.serve")
 
 LABEL = "replica"
 _THEIRS = "exported_replica"  # a label of that name that a sample has already, as Prometheus renames it
+_FRONT = "front"  # in the place of a replica
 _UP = "peanut_replica_up"
 _HELP = f"# HELP {_UP} 1 if a replica has answered, 0 if it has not, or was lost in the last minutes.\n"
 _WITHIN = 5.0  # seconds that a replica has
@@ -86,10 +88,11 @@ class JointMetrics:
 
     Args:
         engines: the replicas.
+        own: metrics of the front.
     """
 
-    def __init__(self, engines: DeploymentHandle[Any]) -> None:
-        self._engines = engines
+    def __init__(self, engines: DeploymentHandle[Any], own: Sequence[Collector] = ()) -> None:
+        self._engines, self._own = engines, own
         self._seen: dict[str, float] = {}  # replica -> when it answered last
         self._page, self._made, self._making = "", 0.0, asyncio.Lock()
 
@@ -116,4 +119,6 @@ class JointMetrics:
         kept = sorted(lost, key=self._seen.__getitem__)[-_MOST_LOST:]
         self._seen = {name: seen for name, seen in self._seen.items() if name in told or name in kept}
         up = {**dict.fromkeys(kept, False), **{name: families is not None for name, families in told.items()}}
-        return joined([families for families in told.values() if families is not None], up)
+        pages = [families for families in told.values() if families is not None]
+        own = [metric for collector in self._own for metric in collector.collect()]
+        return joined([*pages, {metric.name: _rendered(metric, _FRONT) for metric in own}], up)

@@ -25,6 +25,9 @@ from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
+from peanut_serve.tenants.keys import new_token
+from peanut_serve.tenants.visits import FRONT, Tenants
+from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
@@ -32,11 +35,13 @@ from peanut_serve.vllm_plugin.swap.lora_info import tell_residency
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
 from peanut_serve.web.audit import AuditedControl, audit_log
-from peanut_serve.web.console.app import ConsoleHost, add_console, console_link
+from peanut_serve.web.console.app import ConsoleHost, add_console
 from peanut_serve.web.console.data_route import DataRoute
-from peanut_serve.web.exchange import ClientLimits
+from peanut_serve.web.console.shell import console_link
 from peanut_serve.web.middleware import VariantMiddleware
 from peanut_serve.web.operator import VariantControl
+from peanut_serve.web.operators import Operators
+from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -65,9 +70,20 @@ class VariantEndpoints:
 
         args: Namespace = app.state.args
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-        app.state.peanut_route = DataRoute(app, keys[0] if keys else None)
+        tenants = None
+        if (watched := keys_of(settings)) is not None:
+            tenants = Tenants(watched, settings.max_queue)
+            args.api_key = [
+                ""
+            ]  # vLLM would refuse the keys of the file; that means no check, whatever VLLM_API_KEY is
+            keys.append(new_token())  # of the console
+        app.state.peanut_route = DataRoute(app, keys[-1] if keys else None)
         limits = ClientLimits(body_bytes=settings.max_body, stall_seconds=settings.stall_timeout)
-        app.add_middleware(VariantMiddleware, find_server=server, admit=admit, keys=keys, limits=limits)  # type: ignore[arg-type]
+        app.add_middleware(
+            VariantMiddleware,  # type: ignore[arg-type]
+            find_server=server, admit=admit, keys=keys, limits=limits, tenants=tenants,
+            is_behind_front=os.environ.get(FRONT) == "1",
+        )  # fmt: skip
 
         @app.get("/health", summary="Check that the server works: it fails if a restart of the server is the cure")
         async def health() -> JSONResponse:
@@ -102,11 +118,13 @@ class VariantEndpoints:
 
 def _admin(settings: ServerSettings, port: int, server: VariantServer, route: DataRoute) -> FastAPI:
     """The application of the admin port: the admin API, and the console unless it is off."""
-    control, key = AuditedControl(VariantControl(server), audit_log(settings)), os.environ[KEY_VARIABLE]
-    app = admin_app(control, key)
+    control = AuditedControl(VariantControl(server), audit_log(settings))
+    own = os.environ.get(KEY_VARIABLE)
+    operators = Operators([own] if own else [], keys_of(settings))
+    app = admin_app(control, operators)
     if settings.console:
         hosts = [settings.admin_host, *settings.console_host]
-        add_console(app, ConsoleHost(control, key, port, hosts, settings.drain_seconds, route))
+        add_console(app, ConsoleHost(control, operators, port, hosts, settings.drain_seconds, route))
         logger.info("the console is at %s", console_link(settings.admin_host, port))
     return app
 

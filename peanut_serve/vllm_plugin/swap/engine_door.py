@@ -18,6 +18,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from peanut_serve.errors import NotAdmittedError
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.requests import Admitted
+from peanut_serve.tenants.usage import count_tokens
+from peanut_serve.tenants.visits import current_tenant
 from peanut_serve.vllm_plugin.swap.models import admitted
 
 # set while this package itself uses the engine, for a canary
@@ -41,15 +43,15 @@ def _guarded(run: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Asy
                     yield output
             return
         request = _checked(signature.bind(*args, **kwargs).arguments.get("lora_request"))
-        total: dict[int, int] = {}
-        async with aclosing(run(*args, **kwargs)) as outputs:
-            async for output in outputs:
-                _check_running(request)
-                if isinstance(output, RequestOutput):
-                    _count(request.name, output, total)
-                elif isinstance(output, PoolingRequestOutput) and output.finished:
-                    metrics.TOKENS.labels(request.name, "prompt").inc(len(output.prompt_token_ids))
-                yield output
+        tokens = _Tokens(request.name)
+        try:
+            async with aclosing(run(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    _check_running(request)
+                    tokens.see(output)
+                    yield output
+        finally:
+            tokens.count()
 
     return guarded
 
@@ -74,13 +76,35 @@ def _check_running(request: Admitted) -> None:
         raise NotAdmittedError(f"the request for {request.name} has ended; the engine may have other weights now")
 
 
-def _count(name: str, output: RequestOutput, total: dict[int, int]) -> None:
-    for one in output.outputs:
-        # cumulative or not, depending on the client's `stream`; either way, the last one is counted once
-        total[one.index] = total.get(one.index, 0) + len(one.token_ids)
-    if output.finished:
-        metrics.TOKENS.labels(name, "prompt").inc(len(output.prompt_token_ids or ()))
-        metrics.TOKENS.labels(name, "generated").inc(sum(total.values()))
+class _Tokens:
+    """The tokens of one request to the engine, as far as it has told of them.
+
+    They are counted when the request ends in any way. Of one whose client leaves, those are counted that came before;
+    without `stream`, vLLM tells of none before the end.
+
+    Args:
+        variant: whose weights answer.
+    """
+
+    def __init__(self, variant: str) -> None:
+        self._variant = variant
+        self._prompt, self._generated = 0, 0
+
+    def see(self, output: object) -> None:
+        """Note an output. Those of generation have all tokens, or the latest, depending on the client's `stream`."""
+        if isinstance(output, RequestOutput):
+            self._prompt = len(output.prompt_token_ids or ())
+            self._generated += sum(len(one.token_ids) for one in output.outputs)
+        elif isinstance(output, PoolingRequestOutput) and output.finished:
+            self._prompt = len(output.prompt_token_ids)
+
+    def count(self) -> None:
+        """Count them by variant, and by tenant."""
+        if self._prompt or self._generated:
+            metrics.TOKENS.labels(self._variant, "prompt").inc(self._prompt)
+            if self._generated:  # none where the model computes embeddings
+                metrics.TOKENS.labels(self._variant, "generated").inc(self._generated)
+            count_tokens(self._variant, current_tenant(), self._prompt, self._generated)
 
 
 class PrefixSalts:

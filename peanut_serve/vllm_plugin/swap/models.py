@@ -16,6 +16,7 @@ from vllm.lora.request import LoRARequest
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
+from peanut_serve.tenants.visits import may_use
 
 # the request that is being handled; every request has its own context
 admitted: ContextVar[Admitted | None] = ContextVar("admitted", default=None)
@@ -67,7 +68,7 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
         return name if record is None else record.source
 
     async def show_available_models() -> ModelList:
-        """The variants of the catalogue, used or not. `root` is what a name stands for: an alias has another one."""
+        """The variants that this client may use. `root` is what a name stands for: an alias has another one."""
         length = models.model_config.max_model_len
         cards = [
             ModelCard(
@@ -78,6 +79,7 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
                 permission=[ModelPermission()],
             )
             for name in await server.names()
+            if may_use(name)
         ]
         return ModelList(data=cards)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from peanut_serve.web.console.live_pages import shown, size
 from peanut_serve.web.schema import EngineStatus, SwapStatus, VariantState, VariantStatus
 
 _MOST_SWAPS = 10  # the latest ones tell best what the next one takes
@@ -163,21 +164,6 @@ def comparison_cost(view: View, names: Sequence[str]) -> str:
         f"Comparing merged variants costs swaps: {_counted(swaps, 'swap')} here ({each}). The answers come one after "
         "another, and all other requests wait during each swap."
     )
-
-
-def shown(seconds: float) -> str:
-    """A duration as people read it."""
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def size(count: int) -> str:
-    """A number of bytes as people read it."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
 
 
 def _counted(count: int, thing: str) -> str:

@@ -20,6 +20,7 @@ from peanut_serve.web.console.sessions import Session, Sessions
 
 ROOT = "/console"
 LOGIN = f"{ROOT}/login"
+LOGOUT = f"{ROOT}/logout"
 LIVE = f"{ROOT}/live"
 STATIC = f"{ROOT}/static/"
 TOKEN_HEADER = "x-console-token"
@@ -47,10 +48,13 @@ class Guard:
         sessions: the logins.
         hosts: names by which browsers reach this server, besides loopback and addresses.
         cookie: name of the cookie with the secret of a session.
+        bodies: path -> the most bytes of a body, where it is not that of the console's own forms.
     """
 
-    def __init__(self, app: ASGIApp, sessions: Sessions, hosts: Iterable[str], cookie: str) -> None:
-        self._app, self._sessions, self._cookie = app, sessions, cookie
+    def __init__(
+        self, app: ASGIApp, sessions: Sessions, hosts: Iterable[str], cookie: str, bodies: Mapping[str, int]
+    ) -> None:
+        self._app, self._sessions, self._cookie, self._bodies = app, sessions, cookie, bodies
         self._hosts = {*_LOOPBACK, *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +66,8 @@ class Guard:
         is_use = scope["path"] != LIVE  # an open page asks for it by itself, and stays open after its person has left
         scope["session"] = session = self._sessions.find(secret_in(headers, self._cookie), is_use)
         refusal = self._foreign(scope, headers) or self._without_session(scope, headers, session)
-        await (refusal or self._app)(scope, _limited(receive), _with_headers(send))
+        most = _MOST_BYTES if refusal else self._bodies.get(scope["path"], _MOST_BYTES)
+        await (refusal or self._app)(scope, _limited(receive, most), _with_headers(send))
 
     def _foreign(self, scope: Scope, headers: Headers) -> Response | None:
         """The refusal of a request that did not come from the console's own pages."""
@@ -90,6 +95,8 @@ class Guard:
         given = headers.get(TOKEN_HEADER, "").encode()
         if not is_safe and not secrets.compare_digest(given, session.token.encode()):
             return refusal(403, "the token of the session is missing or wrong; reload the page")
+        if not is_safe and path != LOGOUT and not session.operator.may_change:
+            return refusal(403, f"the key of {session.operator.name} is read-only: it shows, and changes nothing")
         return None
 
 
@@ -121,7 +128,7 @@ def _is_address(name: str) -> bool:
     return True  # a page cannot rebind an address, only a name
 
 
-def _limited(receive: Receive) -> Receive:
+def _limited(receive: Receive, most: int) -> Receive:
     size = 0
 
     async def limited() -> Message:
@@ -129,7 +136,7 @@ def _limited(receive: Receive) -> Receive:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
-        return message if size <= _MOST_BYTES else {"type": "http.disconnect"}
+        return message if size <= most else {"type": "http.disconnect"}
 
     return limited
 

@@ -8,6 +8,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from peanut_serve.web.operators import Operator, Operators
+
 _IDLE_SECONDS = 30 * 60.0
 _LONGEST_SECONDS = 12 * 3600.0
 _MOST_SESSIONS = 64
@@ -25,34 +27,37 @@ class Session:
         number: counts the logins; for the log, as it gives nothing away.
         token: what the page has to send with every change, besides the cookie.
         opened, used: in seconds of the clock.
+        operator: who logged in; renewed with each request.
     """
 
     number: int
     token: str
     opened: float
     used: float
+    operator: Operator
 
 
 class Sessions:
     """The logins, by a secret that only the browser has: here is its hash. The least recently used one makes room.
 
     Args:
+        operators: whose keys open a session; it ends when the key is taken away.
         clock: seconds that only grow.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, operators: Operators, clock: Callable[[], float] = time.monotonic) -> None:
+        self._operators, self._clock = operators, clock
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
         self._count = 0
 
-    def open(self) -> str:
+    def open(self, operator: Operator) -> str:
         """Begin a session; the secret for the cookie."""
         secret, now = secrets.token_urlsafe(32), self._clock()
         self._drop_expired(now)
         while len(self._sessions) >= _MOST_SESSIONS:
             self._sessions.popitem(last=False)
         self._count += 1
-        self._sessions[_hash(secret)] = Session(self._count, secrets.token_urlsafe(32), now, now)
+        self._sessions[_hash(secret)] = Session(self._count, secrets.token_urlsafe(32), now, now, operator)
         return secret
 
     def find(self, secret: str | None, is_use: bool = True) -> Session | None:
@@ -61,8 +66,13 @@ class Sessions:
             return None
         now = self._clock()
         self._drop_expired(now)
-        session = self._sessions.get(key := _hash(secret))
-        if session is not None and is_use:
+        if (session := self._sessions.get(key := _hash(secret))) is None:
+            return None
+        if (operator := self._operators.renewed(session.operator)) is None:
+            del self._sessions[key]
+            return None
+        session.operator = operator
+        if is_use:
             session.used = now
             self._sessions.move_to_end(key)
         return session
@@ -106,11 +116,6 @@ class Attempts:
     def failed(self, address: str) -> None:
         """Count a wrong key."""
         self._failures.append((self._clock(), address))
-
-
-def is_same(given: str, key: str) -> bool:
-    """Compare keys in constant time, whatever their lengths."""
-    return secrets.compare_digest(_hash(given), _hash(key))
 
 
 def _hash(secret: str) -> bytes:

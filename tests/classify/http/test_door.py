@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from peanut_serve.classify.http.door import FACTS, ClientLimits, Door, refusal
+from peanut_serve.classify.http.door import FACTS, Door, refusal
 from peanut_serve.errors import QueueFullError, UnauthorizedError
+from peanut_serve.web.request_body import ClientLimits
 
 LIMITS = ClientLimits(body_bytes=100, body_seconds=0.2, stall_seconds=0.2)
 

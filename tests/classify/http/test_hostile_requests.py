@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance
 from support.classify.serving import PATIENCE, classifying, digit, raw
 from support.classify.stand_ins import stand_in
 
-from peanut_serve.classify.http.door import ClientLimits
+from peanut_serve.web.request_body import ClientLimits
 
 KEY = "a-key"
 LIMITS = ClientLimits(body_bytes=64 << 10, body_seconds=1.0, stall_seconds=1.0)

@@ -1,7 +1,9 @@
 """The two protocols, by the clients that people use: `huggingface_hub.InferenceClient` and `tritonclient[http]`."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -11,13 +13,14 @@ from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 from support.classify.exports import TEXTS
 from support.classify.serving import PATIENCE, classifying, digit
+from support.media.sound_files import save_sound, sound
 
 from peanut_serve.classify.engine import OnnxEngine
 from peanut_serve.classify.serving.server import TaskServer
 
 pytestmark = pytest.mark.slow  # traces models
 
-NAMES = ["angry", "digits", "features", "happy", "mood", "names", "sentences", "sober", "tired"]
+NAMES = ["angry", "digits", "features", "happy", "mood", "names", "sentences", "sober", "sounds", "squad", "tired"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,48 @@ def test_features_by_the_hub_client(url: str, exports: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(several, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(several[2], wanted[2] / np.linalg.norm(wanted[2]), rtol=1e-4, atol=1e-5)
     assert hub(url, "features").feature_extraction(TEXTS[0]).shape == (4, 32)
+
+
+def test_sounds_by_the_hub_client(url: str, exports: Path, tmp_path: Path) -> None:
+    """Of unequal lengths at the same time: what is padded would get another answer."""
+    files = [save_sound(tmp_path / f"{count}.wav", sound(count, count)) for count in (900, 1503)]
+    wanted = OnnxEngine(exports / "sounds").predict(files)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda file: hub(url, "sounds").audio_classification(file), files))
+    for own, labels in zip(wanted, found, strict=True):
+        assert [(one.label, one.score) for one in labels] == [(one.label, pytest.approx(one.score)) for one in own]
+    (best,) = hub(url, "sounds").audio_classification(files[0].read_bytes(), top_k=1)
+    assert best.label == wanted[0][0].label
+    with pytest.raises(HfHubHTTPError, match="was trained on 16000; convert it"):
+        hub(url, "sounds").audio_classification(save_sound(tmp_path / "slow.wav", sound(900), 8000))
+    with pytest.raises(HfHubHTTPError, match="a sound has 61.0 seconds, the limit is 60; split it"):
+        hub(url, "sounds").audio_classification(save_sound(tmp_path / "long.wav", sound(16000 * 61), bits=8))
+
+
+def test_questions_by_the_hub_client(url: str, exports: Path) -> None:
+    pairs = [("good", "bad film film"), ("bad film", "good"), ("film", "bad good film good bad bad")]
+    wanted = OnnxEngine(exports / "squad").answers(pairs, top_k=2)
+    client = hub(url, "squad")
+
+    def ask(pair: tuple[str, str]) -> list[Any]:
+        return [client.question_answering(question=pair[0], context=pair[1], top_k=top_k) for top_k in (None, 2)]
+
+    with ThreadPoolExecutor(3) as pool:  # in one batch, as well as they can
+        found = list(pool.map(ask, pairs))
+    for (best, both), own in zip(found, wanted, strict=True):
+        places = [(one.answer, one.start, one.end, pytest.approx(one.score)) for one in both]
+        assert places == [(one.text, one.start, one.end, one.score) for one in own]
+        assert (best.answer, best.start, best.end) == (own[0].text, own[0].start, own[0].end)
+    with pytest.raises(HfHubHTTPError, match="split it: the rest would be ignored"):
+        client.question_answering(question="good", context="bad " * 30)
+    with pytest.raises(HfHubHTTPError, match="does not support the parameter doc_stride"):
+        client.question_answering(question="good", context="bad", doc_stride=8)
+
+
+def test_similarities_by_the_hub_client(url: str, exports: Path) -> None:
+    first, *others = OnnxEngine(exports / "sentences").embeddings(TEXTS)
+    wanted = [first @ one / np.linalg.norm(first) / np.linalg.norm(one) for one in others]
+    assert hub(url, "sentences").sentence_similarity(TEXTS[0], list(TEXTS[1:])) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_what_the_hub_client_cannot_have_is_an_error_with_a_sentence(url: str) -> None:
@@ -175,6 +220,31 @@ def test_images_and_classes_by_triton_client(client: triton.InferenceServerClien
         assert [float(one.decode().split(":")[0]) for one in row] == pytest.approx(
             [one.score for one in wanted], abs=1e-5
         )
+
+
+def test_sounds_and_questions_by_triton_client(
+    client: triton.InferenceServerClient, tmp_path: Path, url: str
+) -> None:
+    assert client.get_model_metadata("sounds")["inputs"] == [{"name": "sound", "datatype": "BYTES", "shape": [-1]}]
+    content = save_sound(tmp_path / "a.wav", sound(900)).read_bytes()
+    given = triton.InferInput("sound", [1], "BYTES")
+    given.set_data_from_numpy(np.array([content], object))
+    found = client.infer("sounds", [given]).as_numpy("scores")[0]
+    wanted = {one.label: one.score for one in hub(url, "sounds").audio_classification(content)}
+    assert sorted(found) == pytest.approx(sorted(wanted.values()), abs=1e-5)
+
+    described = client.get_model_metadata("squad")
+    assert [one["name"] for one in described["inputs"]] == ["input_ids", "attention_mask", "token_type_ids"]
+    inputs = [triton.InferInput(one["name"], [1, 5], one["datatype"]) for one in described["inputs"]]
+    for one, row in zip(inputs, ([2, 4, 3, 5, 3], [1] * 5, [0, 0, 0, 1, 1]), strict=True):
+        one.set_data_from_numpy(np.array([row], np.int64))
+    assert client.infer("squad", inputs).as_numpy("end_logits").shape == (1, 5)
+    text = triton.InferInput("text", [1], "BYTES")
+    text.set_data_from_numpy(np.array([b"good"], object))
+    with pytest.raises(
+        triton.InferenceServerException, match="squad takes input_ids, attention_mask, token_type_ids"
+    ):
+        client.infer("squad", [text])
 
 
 def test_outputs_by_token_have_lengths(client: triton.InferenceServerClient) -> None:

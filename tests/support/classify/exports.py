@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from support.companions.preprocessor_folders import WORDS, text_model
 from support.companions.sentence_folders import pooling_modes, write_modules
+from support.onnx_zoo.sound_rows import PROJECTED, QV, WAVES
 from support.paths import DATA
 from support.tiny_models import save_adapter
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
     PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
 )
 
 from converters.api.exporting import export_onnx
@@ -33,7 +37,8 @@ TEXTS = ("good film", "bad", "good good bad film bad film", "film film bad good 
 def model(kind: type[PreTrainedModel], labels: int = 3) -> PreTrainedModel:
     """With weights of such a size that every layer matters."""
     torch.manual_seed(0)
-    made = kind(BertConfig(**BERT, num_labels=labels))
+    settings = BERT if kind.config_class is BertConfig else WAVES
+    made = kind(kind.config_class(**settings, num_labels=labels))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -79,12 +84,37 @@ def export_digits(root: Path) -> Path:
     return root / "digits"
 
 
+def export_questions(root: Path) -> Path:
+    """A model that answers questions, `squad`."""
+    made = model(BertForQuestionAnswering, 2)  # the logits of a first and of a last token
+    made.save_pretrained(root / ".squad" / "base")
+    text_model(root / ".squad" / "base")
+    heads = {"target_modules": ["query", "value"], "modules_to_save": ["qa_outputs"]}
+    save_adapter(made, root / ".squad" / "adapter", **heads)
+    folders = (root / ".squad" / "base", root / ".squad" / "adapter", root / "squad")
+    export_onnx(*folders, options=ExportOptions(verify=False))
+    return root / "squad"
+
+
+def export_sounds(root: Path) -> Path:
+    """A classifier of sounds of any length, `sounds`."""
+    made = model(Wav2Vec2ForSequenceClassification)
+    made.save_pretrained(root / ".sounds" / "base")
+    Wav2Vec2FeatureExtractor().save_pretrained(root / ".sounds" / "base")
+    save_adapter(made, root / ".sounds" / "adapter", target_modules=QV, modules_to_save=PROJECTED)
+    folders = (root / ".sounds" / "base", root / ".sounds" / "adapter", root / "sounds")
+    export_onnx(*folders, labels=["hum", "click", "hiss"], options=ExportOptions(verify=False))
+    return root / "sounds"
+
+
 def export_all(root: Path) -> Path:
-    """A folder of exports: `swappable`, `mood` (in every precision), `names`, `sentences`, `features`, `digits`."""
+    """A folder of exports: `swappable`, `mood` (in every precision), and one of each other kind of task."""
     export_tasks(root, [Form.SWAPPABLE])
     export_one(root / "mood", BertForSequenceClassification, ["bad", "fair", "good"], quantize=("int8", "fp16"))
     export_one(root / "names", BertForTokenClassification, ["O", "B-X", "I-X"])
     export_one(root / "sentences", BertModel, None, sentences=True)
     export_one(root / "features", BertModel, None)
     export_digits(root)
+    export_questions(root)
+    export_sounds(root)
     return root

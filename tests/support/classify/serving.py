@@ -14,24 +14,32 @@ import uvicorn
 from PIL import Image
 
 from peanut_serve.classify.http.app import classify_app
-from peanut_serve.classify.http.door import ClientLimits
+from peanut_serve.classify.http.console import TaskConsole
+from peanut_serve.classify.http.door import CLIENTS
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.server import TaskServer
+from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.admin import bind
+from peanut_serve.web.request_body import ClientLimits
 
 PATIENCE = 240  # seconds: the first request imports transformers
 
 
 @contextmanager
 def classifying(
-    *folders: Path, keys: tuple[str, ...] = (), clients: ClientLimits | None = None, **limits: Any
+    *folders: Path,
+    keys: tuple[str, ...] = (),
+    clients: ClientLimits = CLIENTS,
+    console: str | None = None,
+    tenants: Tenants | None = None,
+    **limits: Any,
 ) -> Iterator[tuple[str, TaskServer]]:
-    """Serve folders with one thread per run: the URL, and the server behind it."""
+    """Serve folders with one thread per run: the URL, and the server. `console` is the key of its console."""
     tasks = TaskServer(folders, limits=Limits(**{"threads": 1, "wait_seconds": PATIENCE, **limits}))
     listener = bind("127.0.0.1", 0)
-    config = uvicorn.Config(
-        classify_app(tasks, keys, clients), ws="none", log_level="warning", timeout_graceful_shutdown=30
-    )
+    own = TaskConsole(console, listener.getsockname()[1]) if console else None
+    app = classify_app(tasks, keys, clients, own, tenants)
+    config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

@@ -76,7 +76,15 @@ class FakeServer:
     async def echo(self, request: Request) -> Response:
         """What came in, byte for byte, and an odd answer."""
         headers = {"x-body": (await request.body()).hex(), "x-query": request.url.query, "x-odd": "a, b;c"}
+        headers["x-tenant"] = ",".join(request.headers.getlist("x-peanut-tenant"))
         return Response(bytes(range(256)), 418, headers | {"x-key": request.headers["authorization"]})
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": name} for name in NAMES]})
+
+    async def usage(self, _: Request) -> Response:
+        used = {"requests": 2, "prompt_tokens": 30, "generated_tokens": 4, "engine_seconds": 0.5}
+        return JSONResponse({"since": "2026-01-02T00:00:00Z", "usage": [{"variant": "v1", "tenant": "one", **used}]})
 
     async def complete(self, request: Request) -> Response:
         body = await request.json()
@@ -117,6 +125,7 @@ class FakeServer:
         admin = Starlette(
             routes=[
                 Route("/admin/v1/engine", self.engine),
+                Route("/admin/v1/usage", self.usage),
                 Route("/admin/v1/variants", self.change, methods=["POST"]),
                 Route("/admin/v1/variants/{name:path}/{verb}", self.change, methods=["POST"]),
                 Route("/admin/v1/variants/{name:path}", self.change, methods=["DELETE"]),
@@ -130,6 +139,7 @@ class FakeServer:
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
                 Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/models", self.models),
                 Route("/tokenize", self.echo, methods=["POST"]),
             ]
         )

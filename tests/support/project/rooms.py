@@ -20,6 +20,7 @@ CONVERTERS = (
 PEANUT_SERVE = (
     "errors",
     "settings",  # what the environment and the options say
+    "tenants",  # keys of many teams, their limits and usage
     "variants",  # what can be served: catalogue, versions, weights on the host
     "lora",  # adapters as LoRA for vLLM
     "swapping",  # one engine, many variants in turn

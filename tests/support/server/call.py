@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from support.server.rig import Rig
 
-from peanut_serve.web.exchange import ClientLimits
+from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.middleware import VariantMiddleware
+from peanut_serve.web.request_body import ClientLimits
 
 
 class Call:
@@ -21,6 +22,7 @@ class Call:
         method: str = "POST",
         keys: Sequence[str] = (),
         limits: ClientLimits | None = None,
+        tenants: Tenants | None = None,
         **headers: str,
     ) -> None:
         self.rig, self.sent, self.gone = rig, [], asyncio.Event()
@@ -30,7 +32,7 @@ class Call:
         self.is_read = False
         self.admitted: list[str | None] = []
         admit = lambda one: self.admitted.append(one and one.name)  # noqa: E731
-        middleware = VariantMiddleware(self._app, lambda: rig.server, admit, keys, limits or ClientLimits())
+        middleware = VariantMiddleware(self._app, lambda: rig.server, admit, keys, limits or ClientLimits(), tenants)
         self.reads, self.uploads = asyncio.Event(), asyncio.Event()  # whether the client does
         self.reads.set()
         self.uploads.set()

@@ -150,7 +150,7 @@ def activate(page: Page, name: str) -> None:
 
 def test_a_wrong_key(seen: Seen, site: Site) -> None:
     log_in(seen.page, site, "wrong")
-    expect(seen.page.get_by_role("alert")).to_have_text("This is not the admin key of this server.")
+    expect(seen.page.get_by_role("alert")).to_have_text("This is not an admin key of this server.")
     assert "wrong" not in seen.page.url
     assert seen.page.context.cookies() == []
     seen.page.goto(f"{site.url}/console")

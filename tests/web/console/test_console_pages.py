@@ -15,8 +15,9 @@ from support.paths import ROOT
 from support.server.admin import REFUSALS, FakeControl
 from support.server.console import Completions, logged_in, serving_console
 
-from peanut_serve.web.console.costs import View, action_cost, comparison_cost, estimate, shown, size
+from peanut_serve.web.console.costs import View, action_cost, comparison_cost, estimate
 from peanut_serve.web.console.data_route import DataRoute, Message
+from peanut_serve.web.console.live_pages import shown, size
 from peanut_serve.web.console.playground import difference
 from peanut_serve.web.schema import SwapStatus, VariantState, VariantStatus
 
@@ -68,7 +69,7 @@ def test_nothing_is_fetched_from_elsewhere(browser: httpx.Client) -> None:
     page = browser.get("/console").text + browser.get("/console/login").text
     static = [file.read_text() for file in (CONSOLE / "static").iterdir()]
     templates = [file.read_text() for file in (CONSOLE / "templates").rglob("*.html")]
-    assert len(templates) == 10
+    assert len(templates) == 11
     for text in (page, *static, *templates):
         assert set(re.findall(r"https?://[^\"'\s<>]+", text)) <= {"http://www.w3.org/2000/svg"}
         assert "//cdn" not in text

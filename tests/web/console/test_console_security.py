@@ -16,9 +16,12 @@ from support.server.console import Completions, logged_in, serving_console
 
 from peanut_serve.web.audit import AuditedControl, AuditLog
 from peanut_serve.web.console import sessions
-from peanut_serve.web.console.app import ConsoleHost, console_app, console_link
+from peanut_serve.web.console.app import ConsoleHost, console_app
 from peanut_serve.web.console.sessions import Attempts, Sessions
+from peanut_serve.web.console.shell import console_link
+from peanut_serve.web.operators import Operators
 
+OPERATOR = Operators([KEY]).find(KEY.encode())
 ACT = {"verb": "pin", "name": "base"}
 PAGES = ("/console", "/console/live", "/console/dialog?verb=pin&name=base", "/console/comparison?name=base")
 TRIAL = {"prompt": "p", "variants": ["base"]}
@@ -196,7 +199,7 @@ def test_wrong_keys_are_limited(url: str) -> None:
         for key in ("", "wrong", KEY + "x", KEY[:-1], "\0"):
             answer = client.post("/console/login", data={"key": key})
             assert answer.status_code == 403
-            assert "not the admin key" in answer.text
+            assert "not an admin key" in answer.text
             assert key not in ("", "\0") or "set-cookie" not in answer.headers
         limited = client.post("/console/login", data={"key": KEY})  # the right one
         assert limited.status_code == 429
@@ -228,8 +231,8 @@ def test_large_and_malformed_bodies(browser: httpx.Client, control: FakeControl)
 
 def test_sessions_end() -> None:
     now = [0.0]
-    opened = Sessions(lambda: now[0])
-    secret = opened.open()
+    opened = Sessions(Operators([KEY]), lambda: now[0])
+    secret = opened.open(OPERATOR)
     session = opened.find(secret)
     assert session is not None
     assert opened.find(secret + "x") is opened.find(None) is None
@@ -238,7 +241,7 @@ def test_sessions_end() -> None:
         assert opened.find(secret) is session
     now[0] += 31 * 60
     assert opened.find(secret) is None
-    secret = opened.open()
+    secret = opened.open(OPERATOR)
     for _ in range(26):
         now[0] += 29 * 60
         opened.find(secret)
@@ -259,10 +262,10 @@ def test_an_open_page_does_not_keep_its_session(monkeypatch: pytest.MonkeyPatch,
 
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_MOST_SESSIONS", 3)
-    opened = Sessions(time.monotonic)
-    first, second, third = (opened.open() for _ in range(3))
+    opened = Sessions(Operators([KEY]), time.monotonic)
+    first, second, third = (opened.open(OPERATOR) for _ in range(3))
     assert opened.find(first) is not None
-    fourth = opened.open()
+    fourth = opened.open(OPERATOR)
     assert [opened.find(one) is not None for one in (first, second, third, fourth)] == [True, False, True, True]
 
 
