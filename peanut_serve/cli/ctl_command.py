@@ -54,7 +54,10 @@ _KeyFile = Annotated[
 ]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant.")]
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of a variants folder, or Hub id.")]
-_Drain = Annotated[bool, typer.Option("--drain", help="Stop accepting requests for it, and wait for running ones.")]
+_Drain = Annotated[
+    bool,
+    typer.Option("--drain", help="Wait for its requests; those that take longer than --drain-timeout are aborted."),
+]
 _Digest = Annotated[
     str | None, typer.Option("--digest", help="Earlier digest, as listed by `show` (default: the previous one).")
 ]

@@ -54,7 +54,7 @@ _BEARER = HTTPBearer(
     auto_error=False, scheme_name="adminKey", description="The admin key, not the API key for completions."
 )
 _Controlled = Annotated[Control, Depends(_control)]
-_Drain = Annotated[bool, Query(description="Stop accepting requests for it, and wait for running ones.")]
+_Drain = Annotated[bool, Query(description="Wait for its requests, and abort those that take longer than --drain-timeout.")]
 
 _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
