@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from peanut_serve.errors import (
     EngineDownError,
     QueueFullError,
+    RequestBodyError,
     RequestTimeoutError,
     RequestTooLargeError,
     RouteRefusedError,
@@ -78,6 +79,14 @@ async def _read(request: Request) -> bytes:
     return b"".join(parts)
 
 
+def _is_text(query: bytes) -> bool:
+    try:
+        query.decode()  # as Starlette does for every use of the URL
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _refusal(error: ServingError) -> JSONResponse:
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else None
     return JSONResponse(error_body(error, error.status), error.status, headers)
@@ -105,6 +114,8 @@ class Front:
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
         """Pass a request on; errors have the form of OpenAI's API."""
+        if not _is_text(request.scope["query_string"]):
+            return _refusal(RequestBodyError("the query of the URL is not UTF-8; encode its bytes as %XX"))
         if self._admin is not None and request.url.path.startswith(f"{PREFIX}/"):
             return await self._admin.answer(request)
         if request.method == "GET" and request.url.path in _METRICS:
