@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
 
@@ -65,22 +66,40 @@ def _classify(
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Maximum inputs of one run.")] = 8,
     max_delay: Annotated[
         float,
-        typer.Option("--max-delay", min=0, max=1000, help="Longest time an input waits for others, in milliseconds."),
+        typer.Option(
+            "--max-delay",
+            min=0,
+            max=1000,
+            callback=finite,
+            help="Longest time an input waits for others, in milliseconds.",
+        ),
     ] = 2.0,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", min=1, help="Maximum number of inputs that wait; then 429 is answered.")
+        int,
+        typer.Option(
+            "--max-queue", min=1, max=COUNT, help="Maximum number of inputs that wait; then 429 is answered."
+        ),
     ] = 256,
-    max_inputs: Annotated[int, typer.Option("--max-inputs", min=1, help="Maximum inputs of one request.")] = 64,
+    max_inputs: Annotated[
+        int, typer.Option("--max-inputs", min=1, max=COUNT, help="Maximum inputs of one request.")
+    ] = 64,
     max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
     max_pixels: Annotated[
         int,
         typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded."),
     ] = 40_000_000,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=1, help="Longest time a request waits for its answer, in seconds.")
+        float,
+        typer.Option(
+            "--timeout",
+            min=1,
+            max=SECONDS,
+            callback=finite,
+            help="Longest time a request waits for its answer, in seconds.",
+        ),
     ] = 60.0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Number of threads of a run (default: all cores).")
+        int | None, typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores).")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")

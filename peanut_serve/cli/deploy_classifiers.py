@@ -8,11 +8,13 @@ import typer
 import yaml  # type: ignore[import-untyped]
 
 from converters.cli import console
+from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError
 from converters.serving import parse_size
 from peanut_serve.ray.classifiers.settings import ClassifierSettings, Tunables
 from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import serve_here
+from peanut_serve.settings.hosts import refuse_open
 from peanut_serve.web.admin import bind
 from peanut_serve.web.bearer import read_keys
 
@@ -40,18 +42,35 @@ def deploy_classifiers(
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graphs to run.")
     ] = _Precision.FP32,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Number of replicas.")] = 1,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of replicas.")] = 1,
     cpus: Annotated[
-        float, typer.Option("--cpus-per-replica", min=0, help="CPUs of each replica, and threads of a run.")
+        float,
+        typer.Option(
+            "--cpus-per-replica",
+            min=0,
+            max=1024,
+            callback=finite,
+            help="CPUs of each replica, and threads of a run.",
+        ),
     ] = 1.0,
     loaded: Annotated[
-        int, typer.Option("--max-loaded", min=1, help="Tasks that a replica keeps in memory.")
+        int, typer.Option("--max-loaded", min=1, max=COUNT, help="Tasks that a replica keeps in memory.")
     ] = Tunables().loaded,
     batch_wait: Annotated[
-        float, typer.Option("--batch-wait", min=0, help="Seconds that an input waits for others of its task.")
+        float,
+        typer.Option(
+            "--batch-wait",
+            min=0,
+            max=SECONDS,
+            callback=finite,
+            help="Seconds that an input waits for others of its task.",
+        ),
     ] = Tunables().batch_wait,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Inputs that a replica may have before 429 is answered.")
+        int,
+        typer.Option(
+            "--max-waiting", min=1, max=COUNT, help="Inputs that a replica may have before 429 is answered."
+        ),
     ] = Tunables().most_waiting,
     max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
     api_key_file: Annotated[
@@ -91,6 +110,7 @@ def deploy_classifiers(
     if keys is None and not local:
         console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
     host = host or ("127.0.0.1" if local or keys is None else "0.0.0.0")
+    refuse_open(host, keys is not None)
     if local:
         bind(host, port, "the fleet").close()  # not after the replicas have started
         serve_here(settings, host, port)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from converters.cli import console
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, finite
 from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
 from peanut_serve.cli.launch import check_endpoints, option_names
@@ -21,6 +23,8 @@ from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import serve_here
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
+from peanut_serve.settings.hosts import refuse_open
+from peanut_serve.settings.server import OF_ADMIN
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.web.admin import bind
 from peanut_serve.web.audit import AuditLog
@@ -78,13 +82,26 @@ def _deploy(
         list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
     ],
     mode: Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")] = _Mode.LORA,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Number of engines.")] = 1,
-    gpus: Annotated[float, typer.Option("--gpus-per-replica", min=0, help="GPUs of each engine.")] = 0.0,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of engines.")] = 1,
+    gpus: Annotated[
+        float,
+        typer.Option("--gpus-per-replica", min=0, max=1024, callback=finite, help="GPUs of each engine."),
+    ] = 0.0,
     cpus: Annotated[
-        float, typer.Option("--cpus-per-replica", min=0, help="CPUs of each engine, and threads if it has no GPU.")
+        float,
+        typer.Option(
+            "--cpus-per-replica",
+            min=0,
+            max=1024,
+            callback=finite,
+            help="CPUs of each engine, and threads if it has no GPU.",
+        ),
     ] = 1.0,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Requests that may wait for an engine before 429 is answered.")
+        int,
+        typer.Option(
+            "--max-waiting", min=1, max=COUNT, help="Requests that may wait for an engine before 429 is answered."
+        ),
     ] = 1024,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
@@ -126,6 +143,8 @@ def _deploy(
     keys, admin_keys = _absolute_path(api_key_file), _absolute_path(admin_key_file)
     if set(read_keys(keys)) & set(read_keys(admin_keys)):
         raise OptionError(f"a key in {admin_keys} is also in {keys}; clients must not have the key of operators")
+    if audit_log is not None and admin_keys is None:
+        raise OptionError("--audit-log is for the admin API, which is off; give --admin-key-file too")
     if gpus > 1 and not gpus.is_integer():
         raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
     settings = FleetSettings(
@@ -142,6 +161,7 @@ def _deploy(
     if keys is None and not local:
         console.err.print("note: without --api-key-file, everybody who reaches the address may ask", markup=False)
     host = host or ("127.0.0.1" if local or keys is None else "0.0.0.0")
+    refuse_open(host, keys is not None)
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
         bind(host, port, "the fleet").close()  # not after the engines have started
@@ -185,7 +205,9 @@ def _engine(arguments: Sequence[str], read: Reader) -> EngineSettings:
     options = read(arguments)
     for name in sorted((option_names(arguments) | option_names(options.vllm)) & _REFUSED.keys()):
         raise OptionError(f"{name} cannot be used with deploy: {_REFUSED[name]}")
-    _, vllm, _ = checked(options)
+    # what the environment says of the admin API does not count: each replica has its own
+    serving = {name: value for name, value in options.serving.items() if name not in OF_ADMIN}
+    _, vllm, _ = checked(replace(options, serving=serving))
     slots = _value(vllm, "--max-loras") if options.mode == "lora" else "1"
     if not slots.isdecimal() or slots == "0":
         raise OptionError(f"--max-loras is {slots}; expected a positive number")

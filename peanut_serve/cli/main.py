@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.cli.options import Version
 from converters.errors import PeanutError
 
@@ -48,6 +49,10 @@ Examples:
 
 # each has a module of its own, which is imported only if it is used; `deploy` reads the options of a server besides
 _SUBCOMMANDS = ("ctl", "predict", "classify", "size", "state")
+
+
+_SECONDS: dict[str, Any] = {"min": 0, "max": SECONDS, "callback": finite}
+_COUNT: dict[str, Any] = {"min": 1, "max": COUNT}
 
 
 class _Mode(str, Enum):
@@ -92,7 +97,9 @@ _DrainOption = Annotated[_Drain, typer.Option("--drain", help="Let a swap wait f
 _DrainTimeout = Annotated[
     float,
     typer.Option(
-        "--drain-timeout", help="Longest time a swap waits for running requests before it aborts them, in seconds."
+        "--drain-timeout",
+        **_SECONDS,
+        help="Longest time a swap waits for running requests before it aborts them, in seconds.",
     ),
 ]
 _HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
@@ -111,17 +118,26 @@ _Preload = Annotated[
 ]
 _MaxWait = Annotated[
     float,
-    typer.Option("--max-wait", help="Longest time a request waits before its variant is swapped in, in seconds."),
+    typer.Option(
+        "--max-wait", **_SECONDS, help="Longest time a request waits before its variant is swapped in, in seconds."
+    ),
 ]
 _MinDwell = Annotated[
     float,
     typer.Option(
-        "--min-dwell", help="Shortest time between swaps while the active variant has requests, in seconds."
+        "--min-dwell",
+        **_SECONDS,
+        help="Shortest time between swaps while the active variant has requests, in seconds.",
     ),
 ]
-_MaxQueue = Annotated[int, typer.Option("--max-queue", help="Maximum number of requests waiting for a swap.")]
+_MaxQueue = Annotated[
+    int, typer.Option("--max-queue", **_COUNT, help="Maximum number of requests waiting for a swap.")
+]
 _AdminPort = Annotated[
-    int | None, typer.Option("--admin-port", help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY.")
+    int | None,
+    typer.Option(
+        "--admin-port", min=1, max=65535, help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY."
+    ),
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
 _Console = Annotated[
@@ -150,16 +166,24 @@ _AuditLog = Annotated[
     ),
 ]
 _MaxEvaluations = Annotated[
-    int, typer.Option("--max-evaluations", help="Maximum number of adapters that wait to be evaluated.")
+    int, typer.Option("--max-evaluations", **_COUNT, help="Maximum number of adapters that wait to be evaluated.")
 ]
 _MaxBody = Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")]
 _Stall = Annotated[
     float,
-    typer.Option("--stall-timeout", help="Longest time a client may read nothing of its response, in seconds."),
+    typer.Option(
+        "--stall-timeout",
+        min=0.001,
+        max=SECONDS,
+        callback=finite,
+        help="Longest time a client may read nothing of its response, in seconds.",
+    ),
 ]
 _Settle = Annotated[
     float,
-    typer.Option("--settle", help="Time that files must not have changed for before they are served, in seconds."),
+    typer.Option(
+        "--settle", **_SECONDS, help="Time that files must not have changed for before they are served, in seconds."
+    ),
 ]
 _AllowUntested = Annotated[
     bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 from converters.cli import console
 from converters.errors import OptionError
@@ -17,6 +18,7 @@ from peanut_serve.cli.launch import (
 )
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.environment import CACHE, CACHE_SIZE, Settings
+from peanut_serve.settings.hosts import is_loopback
 from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.variants.roots import AdapterRoots
@@ -40,6 +42,7 @@ def serve(options: ServeOptions) -> None:
         _check(options, found, arguments, settings)
         return
     variables = server_variables(settings)
+    _note_open_address(arguments, keys)
     if options.dry_run:
         _show(options, found, arguments)
         return
@@ -77,6 +80,17 @@ def _use_keys(options: ServeOptions) -> list[str]:
         raise OptionError(f"the key in {options.admin_key_file} is also one of clients; give operators another")
     os.environ[KEY_VARIABLE] = checked_key(admin_keys[0], str(options.admin_key_file))
     return keys
+
+
+def _note_open_address(arguments: Sequence[str], keys: Sequence[str]) -> None:
+    if keys or "--api-key" in option_names(arguments) or os.environ.get("VLLM_API_KEY"):
+        return
+    for option, after in pairwise([*arguments, ""]):
+        name, equals, value = option.partition("=")
+        if name == "--host" and not is_loopback(host := value if equals else after):
+            console.err.print(
+                f"note: --host {host} can be reached by others, who need no key; see --api-key-file", markup=False
+            )
 
 
 def _check(options: ServeOptions, found: Found, arguments: Sequence[str], settings: ServerSettings) -> None:

@@ -14,6 +14,9 @@ from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 
 VARIABLE = "PEANUT_SERVER_SETTINGS"
 
+# options of the admin API, without which they would have no effect
+OF_ADMIN = ("admin_host", "audit_log", "console_host")
+
 
 class ServerSettings(BaseModel):
     """See `peanut-serve --help`.
@@ -51,14 +54,14 @@ class ServerSettings(BaseModel):
     roots: tuple[str, ...]
     state: Path
     drain: Literal["wait", "abort"] = "wait"
-    drain_timeout: float = Field(60.0, ge=0)
+    drain_timeout: float = Field(60.0, ge=0, allow_inf_nan=False)
     host_cache: int = Field(8 << 30, gt=0)
     base_copy: Literal["host", "disk"] = "host"
     prefix_cache: Literal["reset", "salted"] = "reset"
     pin: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
-    max_wait: float = Field(10.0, ge=0)
-    min_dwell: float = Field(0.5, ge=0)
+    max_wait: float = Field(10.0, ge=0, allow_inf_nan=False)
+    min_dwell: float = Field(0.5, ge=0, allow_inf_nan=False)
     max_queue: int = Field(1024, gt=0)
     audit_log: Path | None = None
     admin_host: str = "127.0.0.1"
@@ -68,10 +71,10 @@ class ServerSettings(BaseModel):
     device: str = "cpu"
     cache: Path
     cache_bytes: int = Field(20 * 10**9, gt=0)
-    settle: float = Field(1.0, ge=0)
+    settle: float = Field(1.0, ge=0, allow_inf_nan=False)
     max_evaluations: int = Field(64, gt=0)
     max_body: int = Field(64 << 20, gt=0)
-    stall_timeout: float = Field(30.0, gt=0)
+    stall_timeout: float = Field(30.0, gt=0, allow_inf_nan=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "ServerSettings | None":
@@ -104,7 +107,8 @@ def server_settings(
         audit_log: file of who changed what through the admin API; by default in the state folder.
         options: the other fields of `ServerSettings`.
 
-    Raises `OptionError` for an invalid value, and for an admin port without a key.
+    Raises `OptionError` for an invalid value, for an admin port without a key, and for options of an admin API that
+    there is not.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
     folder = (state or state_of(base)).expanduser().resolve()
@@ -119,6 +123,10 @@ def server_settings(
         if not (key := os.environ.get(KEY_VARIABLE)):
             raise OptionError(f"--admin-port needs a key: set {KEY_VARIABLE}")
         checked_key(key, KEY_VARIABLE)
+        return settings
+    for name in OF_ADMIN:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise OptionError(f"--{name.replace('_', '-')} is for the admin API, which is off; give --admin-port too")
     return settings
 
 

@@ -116,6 +116,9 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--api-key-file", "keys", "--admin-key-file", "keys"], "is also in"),
         (["--admin-key-file", "empty"], "there is no key in"),
         (["--api-key-file", "empty"], "there is no key in"),
+        (["--audit-log", "changes"], "--audit-log is for the admin API, which is off; give --admin-key-file too"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached by others; give --api-key-file, or serve on 127.0.0.1"),
+        (["--host", "0.0.0.0", "--local"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),
         (["--gpus-per-replica", "1.5"], "--gpus-per-replica is 1.5; expected a whole number"),
         (["-o", "keys"], "keys exists; give another --output, or --overwrite"),
     ],
@@ -131,6 +134,14 @@ def test_refusals(here: Path, run_here: Run, options: list[str], message: str) -
     assert message in error
     assert [line.startswith("peanut-serve deploy: ") for line in error.splitlines()][-1:] == [True]
     assert not (here / "fleet.yaml").exists()
+
+
+def test_options_of_the_admin_api_in_the_environment_do_not_count(
+    here: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEANUT_AUDIT_LOG", "log")
+    monkeypatch.setenv("PEANUT_ADMIN_HOST", "0.0.0.0")
+    assert deploy(run_here)[0] == 0
 
 
 def test_an_open_fleet_is_noted(here: Path, run_here: Run) -> None:

@@ -1,7 +1,6 @@
 """Listening, and a stop that loses nothing."""
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -11,10 +10,10 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from converters.errors import OptionError
 from peanut_serve.classify.http.app import classify_app
 from peanut_serve.classify.http.door import ClientLimits
 from peanut_serve.classify.serving.server import TaskServer
+from peanut_serve.settings.hosts import refuse_open
 from peanut_serve.web.admin import bind
 
 logger = logging.getLogger("peanut_serve.classify")
@@ -52,12 +51,7 @@ class _Server(uvicorn.Server):
 
 def check_host(host: str, keys: list[str]) -> None:
     """Raise `OptionError` for an address that others can reach, if there is no key."""
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False  # a name may stand for any address
-    if not is_loopback and not keys:
-        raise OptionError(f"--host {host} can be reached by others; give --api-key-file, or serve on 127.0.0.1")
+    refuse_open(host, bool(keys))
 
 
 def check(tasks: TaskServer) -> None:
