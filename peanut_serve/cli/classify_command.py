@@ -36,6 +36,10 @@ Examples:
 """
 
 
+class _LogFormat(str, Enum):
+    TEXT, JSON = "text", "json"
+
+
 class _Precision(str, Enum):
     FP32, FP16, INT8 = "fp32", "fp16", "int8"
 
@@ -101,6 +105,9 @@ def _classify(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores).")
     ] = None,
+    log_format: Annotated[
+        _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
+    ] = _LogFormat.TEXT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
@@ -109,6 +116,7 @@ def _classify(
     from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
+    from peanut_serve.signals.json_logs import json_logging, use_json_logs
     from peanut_serve.web.bearer import read_keys
 
     limits = Limits(
@@ -126,8 +134,11 @@ def _classify(
     if not all(key and key.isprintable() and " " not in key for key in keys):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
     check_host(host, keys)
-    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("peanut_serve").setLevel(logging.INFO)
+    if log_format is _LogFormat.JSON:
+        use_json_logs(json_logging(stream="ext://sys.stderr"))
+    else:
+        logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+        logging.getLogger("peanut_serve").setLevel(logging.INFO)
     tasks = TaskServer(folders, precision=precision.value, limits=limits)
     if dry_run:
         check(tasks)

@@ -33,6 +33,10 @@ Examples:
 """
 
 
+class _LogFormat(str, Enum):
+    TEXT, JSON = "text", "json"
+
+
 class _Precision(str, Enum):
     FP32, FP16, INT8 = "fp32", "fp16", "int8"
 
@@ -87,6 +91,9 @@ def deploy_classifiers(
         "classifiers.yaml"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
+    log_format: Annotated[
+        _LogFormat, typer.Option("--log-format", help="Lines of Ray Serve's logs: text, or a JSON object each.")
+    ] = _LogFormat.TEXT,
     local: Annotated[
         bool, typer.Option("--local", help="Write nothing; serve on this machine until Ctrl-C or SIGTERM.")
     ] = False,
@@ -104,6 +111,7 @@ def deploy_classifiers(
         cpus=cpus,
         key_file=keys,
         most_bytes=most_bytes,
+        log_format=log_format.value,
         tunables=Tunables(loaded=loaded, most_waiting=max_waiting, batch_wait=batch_wait),
     )
     _check(settings)

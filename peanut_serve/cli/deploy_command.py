@@ -17,7 +17,7 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT, finite
 from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
-from peanut_serve.cli.launch import check_endpoints, option_names
+from peanut_serve.cli.launch import check_endpoints, option_names, value_of
 from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.declaration import declaration
@@ -208,20 +208,11 @@ def _engine(arguments: Sequence[str], read: Reader) -> EngineSettings:
     # what the environment says of the admin API does not count: each replica has its own
     serving = {name: value for name, value in options.serving.items() if name not in OF_ADMIN}
     _, vllm, _ = checked(replace(options, serving=serving))
-    slots = _value(vllm, "--max-loras") if options.mode == "lora" else "1"
+    # 1 is vLLM's default, if a --config file has the option
+    slots = value_of(vllm, "--max-loras") or "1" if options.mode == "lora" else "1"
     if not slots.isdecimal() or slots == "0":
         raise OptionError(f"--max-loras is {slots}; expected a positive number")
-    return EngineSettings(options=tuple(arguments), slots=int(slots))
-
-
-def _value(options: Sequence[str], name: str) -> str:
-    """The value of an option of vLLM; 1, vLLM's default for --max-loras, if a --config file has it."""
-    found = "1"
-    for option, after in pairwise([*options, ""]):
-        spelled, equals, value = option.partition("=")
-        if spelled.replace("_", "-") == name:
-            found = value if equals else after
-    return found
+    return EngineSettings(options=tuple(arguments), slots=int(slots), log_format=options.log_format)
 
 
 def _write(file: Path, text: str, overwrite: bool) -> None:

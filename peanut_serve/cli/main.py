@@ -67,6 +67,10 @@ class _BaseCopy(str, Enum):
     HOST, DISK = "host", "disk"
 
 
+class _LogFormat(str, Enum):
+    TEXT, JSON = "text", "json"
+
+
 class _PrefixCache(str, Enum):
     RESET, SALTED = "reset", "salted"
 
@@ -185,6 +189,9 @@ _Settle = Annotated[
         "--settle", **_SECONDS, help="Time that files must not have changed for before they are served, in seconds."
     ),
 ]
+_LogFormatOption = Annotated[
+    _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each, vLLM's too.")
+]
 _AllowUntested = Annotated[
     bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
 ]
@@ -224,6 +231,7 @@ def _serve(
     admin_key_file: _AdminKeyFile = None,
     api_key_file: _ApiKeyFile = None,
     state: _State = None,
+    log_format: _LogFormatOption = _LogFormat.TEXT,
     allow_untested_vllm: _AllowUntested = False,
     check: _Check = False,
     dry_run: _DryRun = False,
@@ -253,6 +261,7 @@ def _serve(
         check,
         api_key_file,
         admin_key_file,
+        log_format.value,
     )
     (context.obj or serve)(options)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from peanut_serve.settings.server import default_state
+from peanut_serve.signals.json_logs import LogFormat
 from peanut_serve.web.audit import FILE
 
 _SERVER = (sys.executable, "-c", "from peanut_serve.cli.main import main; main()")
@@ -22,6 +23,7 @@ class EngineSettings(BaseModel):
         command: the program that gets the options.
         start_seconds: how long it may take until it is ready.
         stop_seconds: how long it may take to answer what it runs when it is stopped.
+        log_format: of its log; those of Ray Serve are in the same format.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +34,7 @@ class EngineSettings(BaseModel):
     command: tuple[str, ...] = _SERVER
     start_seconds: PositiveFloat = 1800.0
     stop_seconds: PositiveFloat = 30.0
+    log_format: LogFormat = "text"
 
 
 class FleetSettings(BaseModel):
@@ -64,6 +67,11 @@ class FleetSettings(BaseModel):
     logs: Path | None = None
     state: Path | None = None
     audit_log: Path | None = None
+
+    @property
+    def log_format(self) -> LogFormat:
+        """Of all logs."""
+        return self.engine.log_format
 
     @property
     def audit_file(self) -> Path:

@@ -14,6 +14,7 @@ from peanut_serve.classify.http.app import classify_app
 from peanut_serve.classify.http.door import ClientLimits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.settings.hosts import refuse_open
+from peanut_serve.signals.json_logs import uvicorn_logging
 from peanut_serve.web.admin import bind
 
 logger = logging.getLogger("peanut_serve.classify")
@@ -79,6 +80,7 @@ def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: Clie
         log_level="warning",
         ws="none",
         server_header=False,
+        **uvicorn_logging(),
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
     )
     address, own = listener.getsockname()[:2]
