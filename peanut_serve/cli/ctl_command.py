@@ -52,6 +52,14 @@ _KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", help=f"File that contains the admin key (default: the key in {KEY_VARIABLE})."),
 ]
+_CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        envvar="PEANUT_ADMIN_CA_FILE",
+        help="File with the certificates to trust, for https (default: those of the system).",
+    ),
+]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant.")]
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of a variants folder, or Hub id.")]
 _Drain = Annotated[
@@ -70,8 +78,13 @@ def _path(name: str, verb: str = "") -> str:
 
 
 @app.callback()
-def _connect(context: typer.Context, url: _Url = "http://127.0.0.1:8001", key_file: _KeyFile = None) -> None:
-    context.obj = AdminClient(url, key_file)
+def _connect(
+    context: typer.Context,
+    url: _Url = "http://127.0.0.1:8001",
+    key_file: _KeyFile = None,
+    ca_file: _CaFile = None,
+) -> None:
+    context.obj = AdminClient(url, key_file, ca_file)
 
 
 @app.command("list", help="List all variants.")

@@ -57,6 +57,8 @@ _REFUSED = {
     "--audit-log": "give it to deploy, not in the --config of its engines",
     "--admin-port": _EACH,
     "--admin-host": _EACH,
+    "--admin-ssl-certfile": _EACH,
+    "--admin-ssl-keyfile": _EACH,
     "--console-host": _EACH,
     "--uds": _HOP,
     "--ssl-keyfile": _HOP,

@@ -144,6 +144,14 @@ _AdminPort = Annotated[
     ),
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
+_AdminCertificate = Annotated[
+    Path | None,
+    typer.Option("--admin-ssl-certfile", help="Certificate of the admin port (PEM), which then has TLS."),
+]
+_AdminCertificateKey = Annotated[
+    Path | None,
+    typer.Option("--admin-ssl-keyfile", help="Key of that certificate (default: in the same file)."),
+]
 _Console = Annotated[
     bool, typer.Option("--console/--no-console", help="Serve the console at /console of the admin port.")
 ]
@@ -225,6 +233,8 @@ def _serve(
     settle: _Settle = 1.0,
     admin_port: _AdminPort = None,
     admin_host: _AdminHost = "127.0.0.1",
+    admin_ssl_certfile: _AdminCertificate = None,
+    admin_ssl_keyfile: _AdminCertificateKey = None,
     console: _Console = True,
     console_host: _ConsoleHost = None,
     audit_log: _AuditLog = None,
@@ -247,6 +257,7 @@ def _serve(
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
+        "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
     options = ServeOptions(
         base,

@@ -24,6 +24,7 @@ from peanut_serve.settings.hosts import is_loopback
 from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.signals.json_logs import LOGGING_PATH, LogLines, json_logging, use_json_logs, write_configuration
+from peanut_serve.signals.tracing import OPTION, check_tracing
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
@@ -50,6 +51,12 @@ def serve(options: ServeOptions) -> None:
         return
     variables = server_variables(settings)
     _note_open_address(arguments, keys)
+    if settings.admin_port is not None and settings.certificate is None and not is_loopback(settings.admin_host):
+        console.err.print(
+            f"note: --admin-host {settings.admin_host} can be reached by others, and the key is sent in plain text; "
+            "see --admin-ssl-certfile",
+            markup=False,
+        )
     if options.dry_run:
         _show(options, found, arguments)
         return
@@ -139,6 +146,8 @@ def checked(options: ServeOptions) -> tuple[Found, list[str], ServerSettings]:
     for name in sorted(set(base_names(options.base, options.vllm)) & set(found.names(options.mode))):
         console.err.print(f"note: {name} will not be served: the base has this name", markup=False)
     arguments = vllm_options(options.base, options.mode, found, options.vllm)
+    if OPTION in option_names(options.vllm):
+        check_tracing()
     return found, arguments, _settings(options, names)
 
 

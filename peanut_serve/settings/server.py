@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from converters.errors import OptionError
 from converters.serving import parse_size
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
+from peanut_serve.settings.tls import Certificate
 
 VARIABLE = "PEANUT_SERVER_SETTINGS"
 
+_CERTIFICATE = ("admin_ssl_certfile", "admin_ssl_keyfile")
 # options of the admin API, without which they would have no effect
-OF_ADMIN = ("admin_host", "audit_log", "console_host")
+OF_ADMIN = ("admin_host", "admin_ssl_certfile", "admin_ssl_keyfile", "audit_log", "console_host")
 
 
 class ServerSettings(BaseModel):
@@ -37,6 +39,7 @@ class ServerSettings(BaseModel):
         max_queue: maximum number of waiting requests.
         audit_log: file of who changed what through the admin API; by default in `state`.
         admin_host, admin_port: where the admin API listens; without a port, it is disabled.
+        admin_ssl_certfile, admin_ssl_keyfile: its certificate, see `Certificate`; without one, it has no TLS.
         console: whether the admin port has a console.
         console_host: names by which browsers reach it, besides loopback and addresses.
         device: where f is evaluated.
@@ -66,6 +69,8 @@ class ServerSettings(BaseModel):
     audit_log: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(None, gt=0, lt=65536)
+    admin_ssl_certfile: Path | None = None
+    admin_ssl_keyfile: Path | None = None
     console: bool = True
     console_host: tuple[str, ...] = ()
     device: str = "cpu"
@@ -81,6 +86,11 @@ class ServerSettings(BaseModel):
         """Read the settings that the launcher wrote to the environment; None if there are none."""
         text = environment.get(VARIABLE)
         return cls.model_validate_json(text) if text else None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """Of the admin port; None without TLS."""
+        return Certificate(self.admin_ssl_certfile, self.admin_ssl_keyfile) if self.admin_ssl_certfile else None
 
     @property
     def drain_seconds(self) -> float:
@@ -107,18 +117,23 @@ def server_settings(
         audit_log: file of who changed what through the admin API; by default in the state folder.
         options: the other fields of `ServerSettings`.
 
-    Raises `OptionError` for an invalid value, for an admin port without a key, and for options of an admin API that
-    there is not.
+    Raises `OptionError` for an invalid value, for an admin port without a key, for a certificate that cannot be used,
+    and for options of an admin API that there is not.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
     folder = (state or state_of(base)).expanduser().resolve()
-    files = {"state": folder, "audit_log": audit_log.expanduser().absolute() if audit_log else None}
+    named = {"audit_log": audit_log} | {name: options.pop(name, None) for name in _CERTIFICATE}
+    files = {"state": folder} | {name: file.expanduser().absolute() for name, file in named.items() if file}
     try:
         settings = ServerSettings.model_validate({**options, **sizes, **files})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise OptionError(f"--{name} is {first['input']}: {first['msg'].lower()}") from None
+    if settings.admin_ssl_keyfile is not None and settings.admin_ssl_certfile is None:
+        raise OptionError("--admin-ssl-keyfile needs --admin-ssl-certfile, the certificate of the key")
+    if settings.certificate is not None:
+        settings.certificate.check()
     if settings.admin_port is not None:
         if not (key := os.environ.get(KEY_VARIABLE)):
             raise OptionError(f"--admin-port needs a key: set {KEY_VARIABLE}")

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from peanut_serve.errors import ServingError, TryLaterError
 from peanut_serve.settings.admin_key import checked_key
+from peanut_serve.settings.tls import Certificate
 from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.bearer import BearerKeys
+from peanut_serve.web.connections import AdminProtocol, TimeLimits
 from peanut_serve.web.schema import (
     Control,
     EngineStatus,
@@ -282,10 +284,19 @@ def bind(host: str, port: int, what: str = "the admin API") -> socket.socket:
     return listener
 
 
-async def serve_on(app: FastAPI, listener: socket.socket) -> None:
-    """Serve the app in the running loop until cancelled."""
+async def serve_on(app: FastAPI, listener: socket.socket, certificate: Certificate | None = None) -> None:
+    """Serve the app in the running loop until cancelled, with TLS if there is a certificate."""
+    files = {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile} if certificate else {}
     # no log_config: vLLM configures uvicorn's loggers for both servers
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=_GRACE)
+    config = uvicorn.Config(
+        TimeLimits(app),
+        http=AdminProtocol,
+        log_config=None,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=_GRACE,
+        **files,  # type: ignore[arg-type]
+    )
     server = _Server(config)
     try:
         await server.serve([listener])

@@ -16,6 +16,7 @@ from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.settings.hosts import refuse_open
 from peanut_serve.signals.json_logs import uvicorn_logging
 from peanut_serve.web.admin import bind
+from peanut_serve.web.connections import BoundedProtocol
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -80,6 +81,7 @@ def serve(tasks: TaskServer, host: str, port: int, keys: list[str], limits: Clie
         log_level="warning",
         ws="none",
         server_header=False,
+        http=BoundedProtocol,
         **uvicorn_logging(),
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
     )

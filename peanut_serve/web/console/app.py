@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
@@ -88,6 +89,7 @@ class _Console:
         self._cookie = f"peanut_console_{host.port}"
         self._trials = 0
         handlers = {PeanutError: _answer_refusal, ClientDisconnect: _answer_too_large, Exception: _answer_bug}
+        handlers[HTTPException] = _answer_http_error
         routes: list[BaseRoute] = [
             Route(ROOT, self.page),
             Route(f"{ROOT}/", self.page),
@@ -201,6 +203,11 @@ async def _answer_refusal(_: Request, error: Exception) -> Response:
     return refusal(status, str(error))
 
 
+async def _answer_http_error(_: Request, error: Exception) -> Response:
+    found = error if isinstance(error, HTTPException) else HTTPException(500)
+    return refusal(found.status_code, found.detail, found.headers)
+
+
 async def _answer_too_large(_: Request, __: Exception) -> Response:
     return refusal(413, "the body is too large")
 
@@ -209,7 +216,7 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     return refusal(500, f"unexpected {type(error).__name__}; see the server's log")
 
 
-def console_link(host: str, port: int) -> str:
+def console_link(host: str, port: int, scheme: str = "http") -> str:
     """Where a browser on the machine of the server opens the console."""
     name: Any = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{name}:{port}{ROOT}"
+    return f"{scheme}://{name}:{port}{ROOT}"

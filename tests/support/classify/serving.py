@@ -18,6 +18,7 @@ from peanut_serve.classify.http.door import ClientLimits
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.web.admin import bind
+from peanut_serve.web.connections import BoundedProtocol
 
 PATIENCE = 240  # seconds: the first request imports transformers
 
@@ -30,7 +31,11 @@ def classifying(
     tasks = TaskServer(folders, limits=Limits(**{"threads": 1, "wait_seconds": PATIENCE, **limits}))
     listener = bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        classify_app(tasks, keys, clients), ws="none", log_level="warning", timeout_graceful_shutdown=30
+        classify_app(tasks, keys, clients),
+        http=BoundedProtocol,
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=30,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
