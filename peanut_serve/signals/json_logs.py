@@ -109,13 +109,14 @@ def write_configuration(configuration: Mapping[str, Any], folder: Path) -> Path:
     return file
 
 
-class LogLines(io.TextIOBase):
+class LogLines(io.StringIO):
     """A text file whose texts become log lines: for what a command prints for people before it serves."""
 
     def __init__(self, logger: logging.Logger) -> None:
+        super().__init__()
         self._logger = logger
 
-    def write(self, text: str) -> int:
+    def write(self, text: str, /) -> int:
         """Log a text."""
         if line := " ".join(text.split()):
             self._logger.warning("%s", line)

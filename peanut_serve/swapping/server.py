@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, UnknownVariantError, VariantInUseError
+from peanut_serve.errors import EngineDownError, UnknownVariantError, VariantInUseError, shown
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.lora.slots import AdapterSlots
 from peanut_serve.settings.server import ServerSettings
+from peanut_serve.signals.tracing import annotate, span
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.driver import SwapDriver
 from peanut_serve.swapping.gate import ABORT_SECONDS, Gate, Places, Ticket
@@ -145,7 +146,9 @@ class VariantServer(ObservedServer):
         waiting.callback(self.places.give_back)
         with waiting, ExitStack() as holds:
             variant = self.catalogue.find(name)
+            note = waiting.enter_context(span("peanut.queue", {"peanut.variant": name}))
             version = await self._preparation.current(name, holds)
+            note({"peanut.digest": version.digest, "peanut.kind": version.kind.value})
             ticket = Ticket(self._weights_of(version), arrival, abort, name)
             with self._counted(variant, ticket):
                 self.driver.check(ticket.digest)
@@ -188,6 +191,7 @@ class VariantServer(ObservedServer):
 
     def record_end(self, name: str, outcome: str, seconds: float) -> None:
         """Count a request that ended, if its name is that of a variant."""
+        annotate({"peanut.variant": shown(name), "peanut.outcome": outcome})
         if self.has(name):
             self.usage.setdefault(name, Usage()).end(outcome, seconds)
 

@@ -7,6 +7,7 @@ that do not begin with /v1, /v2, /inference or /cohere.
 from collections.abc import Callable, Sequence
 
 from peanut_serve.errors import RouteRefusedError, ServingError, UnauthorizedError, shown
+from peanut_serve.signals.tracing import request_span
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.web.bearer import BearerKeys
 from peanut_serve.web.exchange import Admit, App, ClientLimits, Exchange, Receive, Send
@@ -49,7 +50,8 @@ class VariantMiddleware:
             for message in refusal_messages(error, headers):
                 await send(message)
         elif _access(scope) is Access.ANSWER and scope["method"] == "POST":
-            await Exchange(self._app, self._find_server(), self._admit, self._limits).run(scope, receive, send)
+            with request_span(scope):
+                await Exchange(self._app, self._find_server(), self._admit, self._limits).run(scope, receive, send)
         else:
             if _access(scope) is Access.NAMES:
                 self._admit(None)
