@@ -1,18 +1,19 @@
 """No number of an option ends in a traceback: what cannot be meant is a usage error, in a sentence."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
 from support.commands import Run
+from support.tiny_models import Pair
 from typer.main import get_command
 
 from converters.cli.merge_command import run_command
 from converters.errors import OptionError
 from converters.files.sizes import parse_size
-from peanut_serve.cli import ctl_command, state_command
 from peanut_serve.cli.classify_command import _classify
 from peanut_serve.cli.deploy_classifiers import deploy_classifiers
 from peanut_serve.cli.deploy_command import _deploy
@@ -26,32 +27,23 @@ WRONG = ("nan", "inf", "-inf", "-1", "1e308", "1" + "0" * 400, "x")
 OF_THE_LIBRARY = {"--scaling", "--rank", "--max-error", "--opset"}
 
 
-def command_of(function: Any) -> Any:
+def numbers(function: Callable[..., None]) -> list[tuple[Any, Any]]:
+    """(command, option) of each option that takes a number."""
     app = typer.Typer()
     app.command()(function)
-    return get_command(app)
+    command, hints = get_command(app), get_type_hints(function)
+    return [(command, one) for one in command.params if {hints[str(one.name)], *get_args(hints[str(one.name)])} & {int, float}]
 
 
-def numbers(command: Any) -> Iterator[Any]:
-    """The options that take a number, by what their default or their help says of their type."""
-    for option in command.params:
-        if option.type.name.partition(" ")[0].removesuffix("range").strip() in ("integer", "float", "int"):
-            yield option
-
-
-def every_number() -> list[tuple[str, Any, Any]]:
-    commands = {function.__name__: command_of(function) for function in COMMANDS}
-    commands |= {f"ctl {name}": one for name, one in get_command(ctl_command.app).commands.items()}  # type: ignore[attr-defined]
-    commands |= {f"state {name}": one for name, one in get_command(state_command.app).commands.items()}  # type: ignore[attr-defined]
-    return [(name, command, option) for name, command in commands.items() for option in numbers(command)]
+EVERY = [(function.__name__, *found) for function in COMMANDS for found in numbers(function)]
 
 
 def test_the_options_are_found() -> None:
-    assert len(every_number()) >= 30
-    assert {option.opts[0] for option in numbers(command_of(run_command))} == OF_THE_LIBRARY
+    assert len(EVERY) >= 30
+    assert {option.opts[0] for _, option in numbers(run_command)} == OF_THE_LIBRARY
 
 
-@pytest.mark.parametrize(("name", "command", "option"), every_number())
+@pytest.mark.parametrize(("name", "command", "option"), EVERY)
 def test_numbers_that_cannot_be_meant(name: str, command: Any, option: Any) -> None:
     context = typer.Context(command)
     for text in WRONG:
@@ -67,6 +59,29 @@ def test_numbers_that_cannot_be_meant(name: str, command: Any, option: Any) -> N
 def test_sizes_that_cannot_be_meant(text: str) -> None:
     with pytest.raises(OptionError, match="is not a valid size; expected something like 5GB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--scaling nan", "nan"),
+        ("--scaling inf", "inf"),
+        ("--format lora --rank 0", "--rank 0 is not a rank"),
+        ("--format lora --rank -1", "--rank -1 is not a rank"),
+        ("--format lora --rank 2 --max-error nan", "is not a relative error"),
+        ("--format lora --rank 2 --max-error inf", "is not a relative error"),
+        ("--format onnx --opset 0", "--opset 0 is older than what torch writes"),
+        ("--format onnx --opset 1" + "0" * 40, "cannot be run by ONNX Runtime"),
+        ("--max-shard-size 0", "'0' is not a valid size"),
+        ("--max-shard-size " + "9" * 400 + "GB", "is not a valid size"),
+    ],
+)
+def test_what_the_library_says(pair: Pair, tmp_path: Path, run_here: Run, options: str, message: str) -> None:
+    command = ("peanut-merge", "--base", pair.base, "--adapter", pair.adapter, "-o", tmp_path / "out")
+    done = run_here(*command, *options.split())
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
