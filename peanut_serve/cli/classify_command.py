@@ -103,7 +103,8 @@ def _classify(
         ),
     ] = 60.0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores).")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores)."),
     ] = None,
     log_format: Annotated[
         _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")

@@ -1,7 +1,7 @@
 """Spans for OpenTelemetry, beside vLLM's own: of a request, of its wait for the weights, and of each swap.
 
-vLLM's `--otlp-traces-endpoint` turns them on, and decides where they go. The span of a request continues the trace that
-its client has begun, and vLLM's span is made its child by the headers that vLLM reads.
+vLLM's `--otlp-traces-endpoint` turns them on, and decides where they go. The span of a request continues the trace
+that its client has begun, and vLLM's span is made its child by the headers that vLLM reads.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -14,7 +14,15 @@ from converters.errors import MissingDependencyError
 
 try:
     from opentelemetry.context import Context
-    from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, get_current_span, get_tracer, set_span_in_context
+    from opentelemetry.trace import (
+        SpanKind,
+        Status,
+        StatusCode,
+        Tracer,
+        get_current_span,
+        get_tracer,
+        set_span_in_context,
+    )
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     _MISSING: ImportError | None = None

@@ -12,9 +12,8 @@ from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
 from peanut_serve.variants.lora_export import LoraExport
 
-
-# The version of this package whose results are the same as those of this one. To be set to the next version when what
-# an adapter is evaluated to changes, even in the last bits: names can then not be rolled back to versions from before.
+# The first version of this package with the results of this one. To be set to the next version when what an adapter
+# is evaluated to changes, even in the last bits: names can then not be rolled back to versions from before.
 # tests/variants/test_evaluation_version.py compares the results of all methods with recorded ones.
 EVALUATION = "0.1.0"
 

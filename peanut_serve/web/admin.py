@@ -15,7 +15,7 @@ from peanut_serve.settings.admin_key import checked_key
 from peanut_serve.settings.tls import Certificate
 from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.bearer import BearerKeys
-from peanut_serve.web.connections import AdminProtocol, TimeLimits
+from peanut_serve.web.connections import AdminProtocol, TimeLimit
 from peanut_serve.web.schema import (
     Control,
     EngineStatus,
@@ -56,7 +56,9 @@ _BEARER = HTTPBearer(
     auto_error=False, scheme_name="adminKey", description="The admin key, not the API key for completions."
 )
 _Controlled = Annotated[Control, Depends(_control)]
-_Drain = Annotated[bool, Query(description="Wait for its requests, and abort those that take longer than --drain-timeout.")]
+_Drain = Annotated[
+    bool, Query(description="Wait for its requests, and abort those that take longer than --drain-timeout.")
+]
 
 _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
@@ -289,7 +291,7 @@ async def serve_on(app: FastAPI, listener: socket.socket, certificate: Certifica
     files = {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile} if certificate else {}
     # no log_config: vLLM configures uvicorn's loggers for both servers
     config = uvicorn.Config(
-        TimeLimits(app),
+        TimeLimit(app),
         http=AdminProtocol,
         log_config=None,
         lifespan="off",

@@ -93,7 +93,7 @@ def audit_log(settings: ServerSettings) -> AuditLog:
 class _Handler(logging.handlers.RotatingFileHandler):
     def _open(self) -> TextIOWrapper:
         """Open the file, and lock it until it is closed. Raises `BlockingIOError` if another process has it."""
-        opened = open(self.baseFilename, self.mode, encoding=self.encoding, opener=_privately)
+        opened = open(self.baseFilename, self.mode, encoding=self.encoding, opener=_privately)  # noqa: SIM115
         try:
             if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Connections, below HTTP: what a client may take before its request is known, and while it sends and reads.
 
-uvicorn waits for the headers of a request without a limit, and keeps all of them. It looks its protocol up by the name
-`auto`, for vLLM's server as well, so that one entry of a table bounds every port.
+uvicorn waits for the headers of a request without a limit, and keeps all of them. It looks its protocol up by the
+name `auto`, for vLLM's server as well, so that one entry of a table bounds every port.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ HEADER_BYTES = 64 << 10  # of the headers of a request
 ADMIN_CONNECTIONS = 64  # of the admin port
 BODY_SECONDS = 30.0  # of the admin port, until a body has arrived
 STALL_SECONDS = 30.0  # of the admin port, for which a client may read nothing of its answer
+CLOSE_SECONDS = 30.0  # between looks at a connection, of which the second ends one that is closed but not read
 
 
 class Bounds(asyncio.Protocol):
@@ -40,8 +41,10 @@ class Bounds(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self._given_up: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes of headers that are not complete
+        self._was_closing = False
         is_full = self.most is not None and len(self.connections) >= self.most
         super().connection_made(transport)
+        self._next_look = self.loop.call_later(CLOSE_SECONDS, self._look)
         if is_full:
             self._refuse(503, "TooManyConnections", f"{self.most} connections are open; close some, or try again")
         else:
@@ -65,12 +68,22 @@ class Bounds(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
+        self._next_look.cancel()
         self._stop_waiting()
         super().connection_lost(exc)
 
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _look(self) -> None:
+        """End a connection that was closed long ago, but whose client does not read what it was sent last."""
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+                return
+            self._was_closing = True
+        self._next_look = self.loop.call_later(CLOSE_SECONDS, self._look)
 
     def _stop_waiting(self) -> None:
         if self._given_up is not None:
@@ -97,9 +110,27 @@ class BoundedProtocol(Bounds, AutoHTTPProtocol):  # type: ignore[misc, valid-typ
 
 
 class AdminProtocol(BoundedProtocol):
-    """The same for the admin port, whose connections are counted."""
+    """The same for the admin port, whose connections are counted, and end if their client does not read."""
 
     most = ADMIN_CONNECTIONS
+    _stalled: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().connection_lost(exc)
 
 
 def bound_connections() -> None:
@@ -107,12 +138,8 @@ def bound_connections() -> None:
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
 
 
-class _StalledError(Exception):
-    """The client does not read its answer."""
-
-
-class TimeLimits:
-    """Gives up a request whose body does not arrive, or whose answer is not read.
+class TimeLimit:
+    """Gives up a request whose body does not arrive.
 
     Args:
         app: answers the requests.
@@ -123,21 +150,7 @@ class TimeLimits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_in_time(message: Message) -> None:
-            """Send a part of the answer."""
-            try:
-                await asyncio.wait_for(send(message), STALL_SECONDS)
-            except asyncio.TimeoutError:
-                raise _StalledError from None
-
-        try:
-            await self._app(scope, _in_time(receive), send_in_time)
-        except _StalledError:
-            logger.info("%s: the client does not read its answer", scope["path"])
+        await self._app(scope, _in_time(receive) if scope["type"] == "http" else receive, send)
 
 
 def _in_time(receive: Receive) -> Receive:

@@ -117,7 +117,10 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--admin-key-file", "empty"], "there is no key in"),
         (["--api-key-file", "empty"], "there is no key in"),
         (["--audit-log", "changes"], "--audit-log is for the admin API, which is off; give --admin-key-file too"),
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached by others; give --api-key-file, or serve on 127.0.0.1"),
+        (
+            ["--host", "0.0.0.0"],
+            "--host 0.0.0.0 can be reached by others; give --api-key-file, or serve on 127.0.0.1",
+        ),
         (["--host", "0.0.0.0", "--local"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),
         (["--gpus-per-replica", "1.5"], "--gpus-per-replica is 1.5; expected a whole number"),
         (["-o", "keys"], "keys exists; give another --output, or --overwrite"),

@@ -108,17 +108,24 @@ def test_the_loggers_of_a_process_of_vllm(tmp_path: Path) -> None:
     assert by_logger["other.library"]["message"] == "of another\nlibrary"
     assert by_logger["uvicorn.error"]["message"] == "of uvicorn"
     access = by_logger["uvicorn.access"]
-    assert (access["client"], access["method"], access["path"], access["status"]) == ("1.2.3.4:5", "GET", "/health", 200)
+    assert (access["client"], access["method"], access["path"], access["status"]) == (
+        "1.2.3.4:5",
+        "GET",
+        "/health",
+        200,
+    )
     assert len([one for one in found if one["logger"] == "uvicorn.access"]) == 1
     assert "vllm.quiet" not in by_logger
 
 
-def test_what_vllm_is_started_with(pair: Pair, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_vllm_is_started_with(
+    pair: Pair, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[str] = []
     monkeypatch.setattr(serve, "run_vllm", lambda arguments: started.append(os.environ["VLLM_LOGGING_CONFIG_PATH"]))
     monkeypatch.setattr(serve, "check_endpoints", lambda allow_untested: None)
     monkeypatch.setattr(serve, "use_json_logs", lambda logs: None)  # it is for the whole process
-    monkeypatch.setattr(serve, "console", SimpleNamespace(err=SimpleNamespace(print=print, file=None)))
+    monkeypatch.setattr(serve, "console", SimpleNamespace(err=SimpleNamespace(print=lambda *_, **__: None)))
     (tmp_path / "tasks").mkdir()
     command = ["peanut-serve", "--base", pair.base, "--adapters", tmp_path / "tasks", "--state", tmp_path / "state"]
     done = run_here(*command, "--log-format", "json", "--log-level", "debug")

@@ -1,6 +1,5 @@
-"""Spans of requests, queue and swaps, and that vLLM's span continues them; they reach a receiver of OTLP over HTTP."""
+"""Spans of requests, queue and swaps, and that vLLM's span continues them; a receiver of OTLP over HTTP gets them."""
 
-import asyncio
 import gzip
 import threading
 from collections.abc import Iterator
@@ -84,7 +83,7 @@ def test_a_request_and_its_swap(run_rig: RunRig, exporter: InMemorySpanExporter)
         assert Headers(scope=call.scope)["tracestate"] == "a=b"
         assert request.attributes["peanut.outcome"] == "200"
         digest = rig.server.swapper.active.version.digest
-        facts = {"peanut.variant": "v1", "peanut.digest": digest, "peanut.kind": "checkpoint"}
+        facts = {"peanut.variant": "v1", "peanut.digest": digest, "peanut.kind": "adapter"}
         assert dict(queue.attributes) == facts
         swap = named(exporter, "peanut.swap")
         facts = {"outcome": "done", "from": "base", "to": "v1", "to_digest": digest, "waiting": 1}
@@ -166,7 +165,7 @@ def test_spans_reach_a_receiver(run_rig: RunRig) -> None:
     class Receiver(BaseHTTPRequestHandler):
         """OTLP over HTTP."""
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
@@ -197,20 +196,30 @@ def test_spans_reach_a_receiver(run_rig: RunRig) -> None:
             stop_tracing()
             receiver.shutdown()
             thread.join(30)
-    spans = [span for one in received for group in one.resource_spans for scope in group.scope_spans for span in scope.spans]
+    spans = [
+        span
+        for one in received
+        for group in one.resource_spans
+        for scope in group.scope_spans
+        for span in scope.spans
+    ]
     names = {span.name for span in spans}
     assert {"peanut.request", "peanut.queue", "peanut.swap", "peanut.swap.apply"} <= names
     (request,) = [span for span in spans if span.name == "peanut.request"]
     assert (request.trace_id.hex(), request.parent_span_id.hex()) == (TRACE, PARENT)
 
 
-def test_tracing_without_opentelemetry(pair: Pair, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_without_opentelemetry(
+    pair: Pair, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tasks").mkdir()
     command = ("peanut-serve", "--base", pair.base, "--adapters", tmp_path / "tasks", "--dry-run")
     options = ("--otlp-traces-endpoint", "http://127.0.0.1:4318/v1/traces")
     assert run_here(*command, *options).returncode == 0
     monkeypatch.setattr(tracing, "_MISSING", ImportError("No module named 'opentelemetry'"))
     done = run_here(*command, *options)
-    refusal = "--otlp-traces-endpoint needs OpenTelemetry (No module named 'opentelemetry'): pip install opentelemetry-sdk"
+    refusal = (
+        "--otlp-traces-endpoint needs OpenTelemetry (No module named 'opentelemetry'): pip install opentelemetry-sdk"
+    )
     assert (done.returncode, refusal in done.stderr) == (1, True)
     assert run_here(*command).returncode == 0

@@ -45,7 +45,9 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch
         asyncio.run(asyncio.wait_for(_read(Request({"type": "http"}, receive)), 10))
 
 
-@pytest.mark.parametrize(("query", "status"), [(b"a=\xff", 400), (b"\xc3", 400), (b"a=%FF", 404), ("a=é".encode(), 404)])
+@pytest.mark.parametrize(
+    ("query", "status"), [(b"a=\xff", 400), (b"\xc3", 400), (b"a=%FF", 404), ("a=é".encode(), 404)]
+)
 def test_a_query_that_is_not_text_is_an_error_of_the_client(query: bytes, status: int) -> None:
     scope = {"type": "http", "method": "GET", "path": "/none", "query_string": query, "headers": []}
     scope |= {"server": ("127.0.0.1", 80), "scheme": "http"}

@@ -63,7 +63,9 @@ def test_a_short_digest_of_several_versions_is_refused(site: Site) -> None:
     record = site.catalogue.find("v1").record
     twins = ["ab" * 20, "abc" + "d" * 37]
     record.previous = [*twins, "ef" * 20]
-    with pytest.raises(VariantError, match="several versions of v1 may be meant: abababababab, abcddddddddd; give more"):
+    with pytest.raises(
+        VariantError, match="several versions of v1 may be meant: abababababab, abcddddddddd; give more"
+    ):
         rollback(site, "ab")
     with pytest.raises(VariantError, match="version abcddddddddd of v1 is no longer available"):
         rollback(site, "abc")

@@ -107,7 +107,9 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_two_servers_do_not_share_a_file(file: Path) -> None:
     """Each would rotate the lines of the other away."""
     log = AuditLog(file, most_bytes=1000, kept=20)
-    with pytest.raises(OptionError, match="another server writes the audit log .*; give each server a file of its own"):
+    with pytest.raises(
+        OptionError, match="another server writes the audit log .*; give each server a file of its own"
+    ):
         AuditLog(file)
     for number in range(50):
         log.write(Caller("::1", "f"), "pin", f"v{number}", {})

@@ -6,7 +6,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -29,7 +29,7 @@ BEGUN = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "
 
 @pytest.fixture(autouse=True)
 def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HEADER_SECONDS", "BODY_SECONDS", "STALL_SECONDS"):
+    for name in ("HEADER_SECONDS", "BODY_SECONDS", "STALL_SECONDS", "CLOSE_SECONDS"):
         monkeypatch.setattr(connections, name, 0.5)
 
 
@@ -74,7 +74,7 @@ def seconds_until_closed(url: str, sent: bytes, drip: bytes = b"") -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("sent", [b"", b"G", BEGUN])
+@pytest.mark.parametrize("sent", [b"", b"GET /", BEGUN])
 def test_headers_that_do_not_arrive_at_the_admin_port(admin_url: str, sent: bytes) -> None:
     assert 0.3 < seconds_until_closed(admin_url, sent, b"a" if sent else b"") < 10
     assert httpx.get(f"{admin_url}/healthz").status_code == 200
@@ -109,14 +109,14 @@ def test_headers_that_do_not_arrive_at_classifiers(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+async def no_content(scope: dict, receive: object, send: object) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})  # type: ignore[operator]
+    await send({"type": "http.response.body"})  # type: ignore[operator]
+
+
 @contextmanager
-def uvicorn_serving(**options: object) -> Iterator[str]:
+def uvicorn_serving(app: object = no_content, **options: object) -> Iterator[str]:
     """A server as vLLM starts it: with uvicorn's own choice of a protocol."""
-
-    async def app(scope: dict, receive: object, send: object) -> None:
-        await send({"type": "http.response.start", "status": 204, "headers": []})  # type: ignore[operator]
-        await send({"type": "http.response.body"})  # type: ignore[operator]
-
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, **options))  # type: ignore[arg-type]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
@@ -203,14 +203,12 @@ def test_a_body_that_does_not_arrive_at_the_admin_port(admin_url: str) -> None:
     assert b"the body did not arrive within" in answer
 
 
-def test_an_answer_that_nobody_reads_at_the_admin_port(admin_url: str) -> None:
-    """The client asks for the same again and again; its connection is closed."""
-    headers = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n"
-    ask = f"GET /admin/v1/openapi.json HTTP/1.1\r\n{headers}\r\n".encode()
+def is_ended(url: str, ask: bytes) -> bool:
+    """Whether a connection ends whose client asks again and again, and reads nothing."""
     began = time.monotonic()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        host, port = admin_url.rpartition("/")[2].split(":")
+        host, port = url.rpartition("/")[2].split(":")
         client.connect((host, int(port)))
         client.settimeout(0.2)
         while time.monotonic() - began < PATIENCE:
@@ -219,8 +217,27 @@ def test_an_answer_that_nobody_reads_at_the_admin_port(admin_url: str) -> None:
             except TimeoutError:
                 continue
             except OSError:
-                break
-    assert time.monotonic() - began < PATIENCE
+                return True
+    return False
+
+
+@pytest.mark.parametrize("is_admin", [True, False])
+def test_an_answer_that_nobody_reads(is_admin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The admin port ends the connection; elsewhere the application gives up, and uvicorn closes it in vain."""
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    bound_connections()
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        for _ in range(100):
+            part = {"type": "http.response.body", "body": b"a" * 65536, "more_body": True}
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(send(part), PATIENCE if is_admin else 0.1)  # type: ignore[operator]
+        # it returns without the end of the response
+
+    options = {"http": AdminProtocol} if is_admin else {}
+    with uvicorn_serving(app, **options) as url:
+        assert is_ended(url, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 
 
 def test_h11_is_bounded_too() -> None:

@@ -58,8 +58,8 @@ def check_archive(archive: Path) -> tuple[Contents, StateReport]:
     report = StateReport(contents.schema_version, contents.base, usable=sorted(contents.thetas))
     if not _evaluates_alike(contents.package_version):
         report.notes.append(
-            f"it was written by version {contents.package_version}; this is {__version__}, whose results are those of "
-            f"{EVALUATION}: it reads the adapters again, and cannot return to the earlier versions"
+            f"it was written by version {contents.package_version}; this is {__version__}, whose results are those "
+            f"of {EVALUATION}: it reads the adapters again, and cannot return to the earlier versions"
         )
     return contents, report
 
@@ -155,8 +155,8 @@ def _theta_problem(kept: Path, digest: str, base: str) -> str | None:
     if digest in {digest_of(kind, adapter.digest, base) for kind in _KINDS}:
         return None
     return (
-        f"is damaged, or was kept by a version of peanut-serve with other results than those of {EVALUATION}: its digest "
-        "is another"
+        f"is damaged, or was kept by a version of peanut-serve with other results than those of {EVALUATION}: "
+        "its digest is another"
     )
 
 

@@ -25,7 +25,7 @@ def evaluated() -> dict[str, Tensor]:
         found = {}
         for name, make in SAMPLES.items():
             torch.manual_seed(0)
-            method, w0 = make(), torch.randn(OUT, IN, dtype=torch.float64)
+            method, w0 = make().to("cpu", torch.float64), torch.randn(OUT, IN, dtype=torch.float64)
             found[name] = method.delta(w0).contiguous()
         return found
     finally:
