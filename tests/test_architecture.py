@@ -66,6 +66,7 @@ THIRD_PARTY = {
     "onnxruntime": ("converters.inference", "converters.outputs.onnx.graphs"),
     "PIL": ("converters.inference",),
     "matplotlib": ("converters.inspection",),
+    "opentelemetry": ("peanut_serve.signals",),
     "typer": ("converters.cli", "peanut_serve.cli"),
     "rich": ("converters.cli", "peanut_serve.cli"),
     "httpx": ("peanut_serve.cli", "peanut_serve.ray"),

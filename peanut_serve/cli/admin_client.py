@@ -1,6 +1,7 @@
 """The client of the admin API, for `peanut-serve ctl`."""
 
 import os
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ class AdminClient:
     Attributes:
         url: its URL, without /admin/v1.
         key_file: file with the key; by default the key is read from the environment.
+        ca_file: certificates of the authorities that are trusted with https; by default those of the system.
     """
 
     url: str
     key_file: Path | None
+    ca_file: Path | None = None
 
     def ask(
         self, answer: Any, method: str, path: str, body: BaseModel | None = None, has_timeout: bool = True
@@ -50,17 +53,27 @@ class AdminClient:
         raise AdminRequestError(_explain(response, refusal.message))
 
     def _send(self, method: str, path: str, body: BaseModel | None, timeout: float | None) -> httpx.Response:
-        headers = {b"Authorization": b"Bearer " + self._key().encode()}
+        headers, trust = {b"Authorization": b"Bearer " + self._key().encode()}, self._trust()
         content = body.model_dump() if body else None
         try:
             with httpx.Client(
                 timeout=httpx.Timeout(timeout, connect=_TIMEOUT),
+                verify=trust,
                 trust_env=httpx.URL(self.url).host not in _LOCAL_HOSTS,  # a proxy would resolve these to itself
             ) as client:
                 url = f"{self.url.rstrip('/')}/admin/v1/{path}"
                 return client.request(method, url, headers=headers, json=content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise AdminRequestError(self._failure(error)) from None
+
+    def _trust(self) -> ssl.SSLContext | bool:
+        if self.ca_file is None:
+            return True
+        try:
+            return ssl.create_default_context(cafile=self.ca_file.expanduser())
+        except OSError as error:
+            reason = error.strerror if not isinstance(error, ssl.SSLError) else "it has no certificate in PEM form"
+            raise OptionError(f"--ca-file {self.ca_file} cannot be used: {reason}") from None
 
     def _key(self) -> str:
         if self.key_file is not None:
@@ -72,11 +85,16 @@ class AdminClient:
     def _failure(self, error: Exception) -> str:
         if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
             return f"{self.url} is not a valid URL; expected one like http://127.0.0.1:8001"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return f"{self.url} is not trusted ({error}); give the certificate of its authority as --ca-file"
+        if "WRONG_VERSION_NUMBER" in str(error) or "RECORD_LAYER_FAILURE" in str(error):
+            return f"{self.url} does not speak TLS; use an http:// URL, or start the server with --admin-ssl-certfile"
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             found = f"cannot reach {self.url} ({error or 'no response'})"
             return f"{found}; check --url, and that `peanut-serve --mode merged --admin-port` is running"
         reason = str(error) or type(error).__name__
-        return f"{self.url} did not complete its response ({reason}); see the server's log, and retry"
+        hint = "; if it has TLS, use an https:// URL" if self.url.startswith("http://") else ""
+        return f"{self.url} did not complete its response ({reason}){hint}; see the server's log, and retry"
 
 
 def _explain(response: httpx.Response, message: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
 from peanut_serve.settings.admin_key import KEY_VARIABLE
@@ -39,6 +40,10 @@ Examples:
   curl http://127.0.0.1:8080/models/sentiment-onnx -H 'Content-Type: application/json' \\
     -d '{"inputs": "A well executed spy thriller."}'
 """
+
+
+class _LogFormat(str, Enum):
+    TEXT, JSON = "text", "json"
 
 
 class _Precision(str, Enum):
@@ -79,22 +84,41 @@ def _classify(
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Maximum inputs of one run.")] = 8,
     max_delay: Annotated[
         float,
-        typer.Option("--max-delay", min=0, max=1000, help="Longest time an input waits for others, in milliseconds."),
+        typer.Option(
+            "--max-delay",
+            min=0,
+            max=1000,
+            callback=finite,
+            help="Longest time an input waits for others, in milliseconds.",
+        ),
     ] = 2.0,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", min=1, help="Maximum number of inputs that wait; then 429 is answered.")
+        int,
+        typer.Option(
+            "--max-queue", min=1, max=COUNT, help="Maximum number of inputs that wait; then 429 is answered."
+        ),
     ] = 256,
-    max_inputs: Annotated[int, typer.Option("--max-inputs", min=1, help="Maximum inputs of one request.")] = 64,
+    max_inputs: Annotated[
+        int, typer.Option("--max-inputs", min=1, max=COUNT, help="Maximum inputs of one request.")
+    ] = 64,
     max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
     max_pixels: Annotated[
         int,
         typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded."),
     ] = 40_000_000,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=1, help="Longest time a request waits for its answer, in seconds.")
+        float,
+        typer.Option(
+            "--timeout",
+            min=1,
+            max=SECONDS,
+            callback=finite,
+            help="Longest time a request waits for its answer, in seconds.",
+        ),
     ] = 60.0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Number of threads of a run (default: all cores).")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores)."),
     ] = None,
     console_host: Annotated[
         list[str] | None,
@@ -103,6 +127,9 @@ def _classify(
             help="Name by which browsers reach the console, besides loopback and addresses. Can be repeated.",
         ),
     ] = None,
+    log_format: Annotated[
+        _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
+    ] = _LogFormat.TEXT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
@@ -112,6 +139,7 @@ def _classify(
     from peanut_serve.classify.http.serving import check, check_host, serve
     from peanut_serve.classify.serving.limits import Limits
     from peanut_serve.classify.serving.server import TaskServer
+    from peanut_serve.signals.json_logs import json_logging, use_json_logs
     from peanut_serve.tenants.visits import Tenants
     from peanut_serve.tenants.watched import WatchedKeys
     from peanut_serve.web.bearer import read_keys
@@ -134,9 +162,12 @@ def _classify(
     check_host(host, bool(keys) or keys_file is not None)
     watched = None if keys_file is None else WatchedKeys(keys_file)
     tenants = None if watched is None else Tenants(watched, max_queue)
-    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
-    for name in ("peanut_serve", "vllm.peanut_serve"):  # the latter has what is shared with the server of variants
-        logging.getLogger(name).setLevel(logging.INFO)
+    if log_format is _LogFormat.JSON:
+        use_json_logs(json_logging(stream="ext://sys.stderr"))
+    else:
+        logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+        for name in ("peanut_serve", "vllm.peanut_serve"):  # the latter: shared with servers of variants
+            logging.getLogger(name).setLevel(logging.INFO)
     tasks = TaskServer(folders, precision=precision.value, limits=limits)
     if dry_run:
         check(tasks)

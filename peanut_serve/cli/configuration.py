@@ -24,7 +24,7 @@ _BELONGS = f"options of vLLM belong below {VLLM}:"
 # what is done once, not configured
 _NOT_CONFIGURED = ("config", "check", "dry_run", "version", "help")
 # variables with this prefix that are no options
-_OTHER_VARIABLES = ("ADMIN_KEY", "ADMIN_URL", "BEHIND_FRONT", "DEVICE", "SERVER_SETTINGS")
+_OTHER_VARIABLES = ("ADMIN_KEY", "ADMIN_URL", "ADMIN_CA_FILE", "BEHIND_FRONT", "DEVICE", "SERVER_SETTINGS")
 # options of vLLM that may not be in a file, and why
 _NOT_IN_A_FILE = {
     "model": "the model is --base",

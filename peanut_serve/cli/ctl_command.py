@@ -54,9 +54,20 @@ _KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", help=f"File that contains the admin key (default: the key in {KEY_VARIABLE})."),
 ]
+_CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        envvar="PEANUT_ADMIN_CA_FILE",
+        help="File with the certificates to trust, for https (default: those of the system).",
+    ),
+]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant.")]
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Entry of a variants folder, or Hub id.")]
-_Drain = Annotated[bool, typer.Option("--drain", help="Stop accepting requests for it, and wait for running ones.")]
+_Drain = Annotated[
+    bool,
+    typer.Option("--drain", help="Wait for its requests; those that take longer than --drain-timeout are aborted."),
+]
 _Digest = Annotated[
     str | None, typer.Option("--digest", help="Earlier digest, as listed by `show` (default: the previous one).")
 ]
@@ -69,8 +80,13 @@ def _path(name: str, verb: str = "") -> str:
 
 
 @app.callback()
-def _connect(context: typer.Context, url: _Url = "http://127.0.0.1:8001", key_file: _KeyFile = None) -> None:
-    context.obj = AdminClient(url, key_file)
+def _connect(
+    context: typer.Context,
+    url: _Url = "http://127.0.0.1:8001",
+    key_file: _KeyFile = None,
+    ca_file: _CaFile = None,
+) -> None:
+    context.obj = AdminClient(url, key_file, ca_file)
 
 
 @app.command("list", help="List all variants.")

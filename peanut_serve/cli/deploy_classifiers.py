@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError
 from converters.serving import parse_size
 from peanut_serve.ray.classifiers.settings import ClassifierSettings, Tunables
@@ -27,6 +28,10 @@ Examples:
 """
 
 
+class _LogFormat(str, Enum):
+    TEXT, JSON = "text", "json"
+
+
 class _Precision(str, Enum):
     FP32, FP16, INT8 = "fp32", "fp16", "int8"
 
@@ -36,18 +41,35 @@ def deploy_classifiers(
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graphs to run.")
     ] = _Precision.FP32,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Number of replicas.")] = 1,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of replicas.")] = 1,
     cpus: Annotated[
-        float, typer.Option("--cpus-per-replica", min=0, help="CPUs of each replica, and threads of a run.")
+        float,
+        typer.Option(
+            "--cpus-per-replica",
+            min=0,
+            max=1024,
+            callback=finite,
+            help="CPUs of each replica, and threads of a run.",
+        ),
     ] = 1.0,
     loaded: Annotated[
-        int, typer.Option("--max-loaded", min=1, help="Tasks that a replica keeps in memory.")
+        int, typer.Option("--max-loaded", min=1, max=COUNT, help="Tasks that a replica keeps in memory.")
     ] = Tunables().loaded,
     batch_wait: Annotated[
-        float, typer.Option("--batch-wait", min=0, help="Seconds that an input waits for others of its task.")
+        float,
+        typer.Option(
+            "--batch-wait",
+            min=0,
+            max=SECONDS,
+            callback=finite,
+            help="Seconds that an input waits for others of its task.",
+        ),
     ] = Tunables().batch_wait,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Inputs that a replica may have before 429 is answered.")
+        int,
+        typer.Option(
+            "--max-waiting", min=1, max=COUNT, help="Inputs that a replica may have before 429 is answered."
+        ),
     ] = Tunables().most_waiting,
     max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
     api_key_file: Annotated[
@@ -64,6 +86,9 @@ def deploy_classifiers(
         "classifiers.yaml"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
+    log_format: Annotated[
+        _LogFormat, typer.Option("--log-format", help="Lines of Ray Serve's logs: text, or a JSON object each.")
+    ] = _LogFormat.TEXT,
     local: Annotated[
         bool, typer.Option("--local", help="Write nothing; serve on this machine until Ctrl-C or SIGTERM.")
     ] = False,
@@ -81,6 +106,7 @@ def deploy_classifiers(
         cpus=cpus,
         key_file=keys,
         most_bytes=most_bytes,
+        log_format=log_format.value,
         tunables=Tunables(loaded=loaded, most_waiting=max_waiting, batch_wait=batch_wait),
     )
     _check(settings)

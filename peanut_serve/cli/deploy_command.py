@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, finite
 from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
-from peanut_serve.cli.launch import check_endpoints, option_names
+from peanut_serve.cli.launch import check_endpoints, option_names, value_of
 from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
+from peanut_serve.settings.server import OF_ADMIN
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
@@ -50,6 +53,8 @@ _REFUSED = {
     "--audit-log": "give it to deploy, not in the --config of its engines",
     "--admin-port": _EACH,
     "--admin-host": _EACH,
+    "--admin-ssl-certfile": _EACH,
+    "--admin-ssl-keyfile": _EACH,
     "--console-host": _EACH,
     "--uds": _HOP,
     "--ssl-keyfile": _HOP,
@@ -75,13 +80,26 @@ def _deploy(
         list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
     ],
     mode: Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")] = _Mode.LORA,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Number of engines.")] = 1,
-    gpus: Annotated[float, typer.Option("--gpus-per-replica", min=0, help="GPUs of each engine.")] = 0.0,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of engines.")] = 1,
+    gpus: Annotated[
+        float,
+        typer.Option("--gpus-per-replica", min=0, max=1024, callback=finite, help="GPUs of each engine."),
+    ] = 0.0,
     cpus: Annotated[
-        float, typer.Option("--cpus-per-replica", min=0, help="CPUs of each engine, and threads if it has no GPU.")
+        float,
+        typer.Option(
+            "--cpus-per-replica",
+            min=0,
+            max=1024,
+            callback=finite,
+            help="CPUs of each engine, and threads if it has no GPU.",
+        ),
     ] = 1.0,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Requests that may wait for an engine before 429 is answered.")
+        int,
+        typer.Option(
+            "--max-waiting", min=1, max=COUNT, help="Requests that may wait for an engine before 429 is answered."
+        ),
     ] = 1024,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
@@ -127,6 +145,8 @@ def _deploy(
     keys, admin_keys = _absolute_path(api_key_file), _absolute_path(admin_key_file)
     if set(read_keys(keys)) & set(read_keys(admin_keys)):
         raise OptionError(f"a key in {admin_keys} is also in {keys}; clients must not have the key of operators")
+    if audit_log is not None and admin_keys is None:
+        raise OptionError("--audit-log is for the admin API, which is off; give --admin-key-file too")
     if gpus > 1 and not gpus.is_integer():
         raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
     settings = FleetSettings(
@@ -181,21 +201,14 @@ def _engine(arguments: Sequence[str], read: Reader) -> EngineSettings:
     options = read(arguments)
     for name in sorted((option_names(arguments) | option_names(options.vllm)) & _REFUSED.keys()):
         raise OptionError(f"{name} cannot be used with deploy: {_REFUSED[name]}")
-    _, vllm, _ = checked(options)
-    slots = _value(vllm, "--max-loras") if options.mode == "lora" else "1"
+    # what the environment says of the admin API does not count: each replica has its own
+    serving = {name: value for name, value in options.serving.items() if name not in OF_ADMIN}
+    _, vllm, _ = checked(replace(options, serving=serving))
+    # 1 is vLLM's default, if a --config file has the option
+    slots = value_of(vllm, "--max-loras") or "1" if options.mode == "lora" else "1"
     if not slots.isdecimal() or slots == "0":
         raise OptionError(f"--max-loras is {slots}; expected a positive number")
-    return EngineSettings(options=tuple(arguments), slots=int(slots))
-
-
-def _value(options: Sequence[str], name: str) -> str:
-    """The value of an option of vLLM; 1, vLLM's default for --max-loras, if a --config file has it."""
-    found = "1"
-    for option, after in pairwise([*options, ""]):
-        spelled, equals, value = option.partition("=")
-        if spelled.replace("_", "-") == name:
-            found = value if equals else after
-    return found
+    return EngineSettings(options=tuple(arguments), slots=int(slots), log_format=options.log_format)
 
 
 def main(argv: list[str], read: Reader) -> NoReturn:

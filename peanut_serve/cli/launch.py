@@ -176,6 +176,16 @@ def option_names(given: Sequence[str]) -> set[str]:
     return own | _in_config_file(_with_separate_config(given))
 
 
+def value_of(given: Sequence[str], option: str) -> str | None:
+    """The last value of an option of vLLM; None if it is not given on the command line."""
+    found = None
+    for one, after in pairwise([*given, ""]):
+        spelled, equals, value = one.partition("=")
+        if spelled.replace("_", "-") == option:
+            found = value if equals else after
+    return found
+
+
 def _with_separate_config(given: Sequence[str]) -> list[str]:
     """Write `--config=FILE` as two arguments: vLLM silently does not read the file of one.
 

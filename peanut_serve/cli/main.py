@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.cli.options import Version
 from converters.errors import PeanutError
 
@@ -51,6 +52,10 @@ Examples:
 _SUBCOMMANDS = ("ctl", "predict", "classify", "size", "state", "key")
 
 
+_SECONDS: dict[str, Any] = {"min": 0, "max": SECONDS, "callback": finite}
+_COUNT: dict[str, Any] = {"min": 1, "max": COUNT}
+
+
 class _Mode(str, Enum):
     LORA, MERGED, AUTO = "lora", "merged", "auto"
 
@@ -61,6 +66,10 @@ class _Drain(str, Enum):
 
 class _BaseCopy(str, Enum):
     HOST, DISK = "host", "disk"
+
+
+class _LogFormat(str, Enum):
+    TEXT, JSON = "text", "json"
 
 
 class _PrefixCache(str, Enum):
@@ -93,7 +102,9 @@ _DrainOption = Annotated[_Drain, typer.Option("--drain", help="Let a swap wait f
 _DrainTimeout = Annotated[
     float,
     typer.Option(
-        "--drain-timeout", help="Longest time a swap waits for running requests before it aborts them, in seconds."
+        "--drain-timeout",
+        **_SECONDS,
+        help="Longest time a swap waits for running requests before it aborts them, in seconds.",
     ),
 ]
 _HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
@@ -112,19 +123,36 @@ _Preload = Annotated[
 ]
 _MaxWait = Annotated[
     float,
-    typer.Option("--max-wait", help="Longest time a request waits before its variant is swapped in, in seconds."),
+    typer.Option(
+        "--max-wait", **_SECONDS, help="Longest time a request waits before its variant is swapped in, in seconds."
+    ),
 ]
 _MinDwell = Annotated[
     float,
     typer.Option(
-        "--min-dwell", help="Shortest time between swaps while the active variant has requests, in seconds."
+        "--min-dwell",
+        **_SECONDS,
+        help="Shortest time between swaps while the active variant has requests, in seconds.",
     ),
 ]
-_MaxQueue = Annotated[int, typer.Option("--max-queue", help="Maximum number of requests waiting for a swap.")]
+_MaxQueue = Annotated[
+    int, typer.Option("--max-queue", **_COUNT, help="Maximum number of requests waiting for a swap.")
+]
 _AdminPort = Annotated[
-    int | None, typer.Option("--admin-port", help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY.")
+    int | None,
+    typer.Option(
+        "--admin-port", min=1, max=65535, help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY."
+    ),
 ]
 _AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
+_AdminCertificate = Annotated[
+    Path | None,
+    typer.Option("--admin-ssl-certfile", help="Certificate of the admin port (PEM), which then has TLS."),
+]
+_AdminCertificateKey = Annotated[
+    Path | None,
+    typer.Option("--admin-ssl-keyfile", help="Key of that certificate (default: in the same file)."),
+]
 _Console = Annotated[
     bool, typer.Option("--console/--no-console", help="Serve the console at /console of the admin port.")
 ]
@@ -155,16 +183,27 @@ _AuditLog = Annotated[
     ),
 ]
 _MaxEvaluations = Annotated[
-    int, typer.Option("--max-evaluations", help="Maximum number of adapters that wait to be evaluated.")
+    int, typer.Option("--max-evaluations", **_COUNT, help="Maximum number of adapters that wait to be evaluated.")
 ]
 _MaxBody = Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")]
 _Stall = Annotated[
     float,
-    typer.Option("--stall-timeout", help="Longest time a client may read nothing of its response, in seconds."),
+    typer.Option(
+        "--stall-timeout",
+        min=0.001,
+        max=SECONDS,
+        callback=finite,
+        help="Longest time a client may read nothing of its response, in seconds.",
+    ),
 ]
 _Settle = Annotated[
     float,
-    typer.Option("--settle", help="Time that files must not have changed for before they are served, in seconds."),
+    typer.Option(
+        "--settle", **_SECONDS, help="Time that files must not have changed for before they are served, in seconds."
+    ),
+]
+_LogFormatOption = Annotated[
+    _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each, vLLM's too.")
 ]
 _AllowUntested = Annotated[
     bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
@@ -199,6 +238,8 @@ def _serve(
     settle: _Settle = 1.0,
     admin_port: _AdminPort = None,
     admin_host: _AdminHost = "127.0.0.1",
+    admin_ssl_certfile: _AdminCertificate = None,
+    admin_ssl_keyfile: _AdminCertificateKey = None,
     console: _Console = True,
     console_host: _ConsoleHost = None,
     audit_log: _AuditLog = None,
@@ -206,6 +247,7 @@ def _serve(
     api_key_file: _ApiKeyFile = None,
     keys: _Keys = None,
     state: _State = None,
+    log_format: _LogFormatOption = _LogFormat.TEXT,
     allow_untested_vllm: _AllowUntested = False,
     check: _Check = False,
     dry_run: _DryRun = False,
@@ -222,6 +264,7 @@ def _serve(
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
         "keys": keys,
+        "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
     options = ServeOptions(
         base,
@@ -236,6 +279,7 @@ def _serve(
         check,
         api_key_file,
         admin_key_file,
+        log_format.value,
     )
     (context.obj or serve)(options)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT
 from converters.cli.options import Json
 from converters.errors import OptionError, PeanutError
 
@@ -51,7 +52,9 @@ def _predict(
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graph to run.")
     ] = _Precision.FP32,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Number of labels to show per input, best first.")] = 5,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=1, max=COUNT, help="Number of labels to show per input, best first.")
+    ] = 5,
     text_file: Annotated[Path | None, typer.Option("--text-file", help="File with one text per line.")] = None,
     pairs: Annotated[
         bool,
@@ -60,7 +63,7 @@ def _predict(
         ),
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Number of threads (default: all cores).")
+        int | None, typer.Option("--threads", min=1, max=1024, help="Number of threads (default: all cores).")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,7 +1,9 @@
 """Starts a vLLM server with the options of `peanut-serve`."""
 
+import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from converters.cli import console
 from converters.errors import OptionError
@@ -13,12 +15,16 @@ from peanut_serve.cli.launch import (
     option_names,
     run_vllm,
     server_variables,
+    value_of,
     vllm_options,
 )
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.environment import CACHE, CACHE_SIZE, Settings
+from peanut_serve.settings.hosts import is_loopback
 from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.settings.serving import ServeOptions
+from peanut_serve.signals.json_logs import LOGGING_PATH, LogLines, json_logging, use_json_logs, write_configuration
+from peanut_serve.signals.tracing import OPTION, check_tracing
 from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import VariantStore
@@ -36,12 +42,23 @@ def serve(options: ServeOptions) -> None:
     something.
     """
     keys = _use_keys(options)
+    logs = _json_logs(options) if options.log_format == "json" else None
+    if logs is not None and not (options.check or options.dry_run):
+        use_json_logs(logs)
+        console.err.file = LogLines(logging.getLogger("peanut_serve"))
     found, arguments, settings = checked(options)
     if options.check:
         _check(options, found, arguments, settings)
         return
     keys_of(settings)  # a keys file that cannot be used is refused now
     variables = server_variables(settings)
+    _note_open_address(arguments, keys)
+    if settings.admin_port is not None and settings.certificate is None and not is_loopback(settings.admin_host):
+        console.err.print(
+            f"note: --admin-host {settings.admin_host} can be reached by others, and the key is sent in plain text; "
+            "see --admin-ssl-certfile",
+            markup=False,
+        )
     if options.dry_run:
         _show(options, found, arguments)
         return
@@ -55,6 +72,8 @@ def serve(options: ServeOptions) -> None:
     ).close()  # a folder that another server uses is refused now, not after the engine started
     if settings.admin_port is not None:
         audit_log(settings).close()
+    if logs is not None:
+        variables[LOGGING_PATH] = str(write_configuration(logs, settings.state))
     os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
     # the list of this process's arguments, which others can see, does not change; vLLM hides them in its log
     run_vllm([*arguments, *(["--api-key", *keys] if keys else [])])
@@ -81,6 +100,31 @@ def _use_keys(options: ServeOptions) -> list[str]:
     return keys
 
 
+def _json_logs(options: ServeOptions) -> dict[str, Any]:
+    """The configuration of logging. Raises `OptionError` if vLLM has another one."""
+    given = option_names(options.vllm)
+    others = [one for one in sorted(given) if one.startswith(("--log-config-file", "--logging-config"))]
+    others += [LOGGING_PATH] * (LOGGING_PATH in os.environ)
+    if others:
+        raise OptionError(f"--log-format json and {others[0]} are both given; leave one of them out")
+    if os.environ.get("VLLM_CONFIGURE_LOGGING", "1") == "0":
+        raise OptionError("--log-format json cannot be used with VLLM_CONFIGURE_LOGGING=0; unset the variable")
+    if "--disable-access-log-for-endpoints" in given:
+        raise OptionError("--disable-access-log-for-endpoints has no effect on JSON logs; leave it out")
+    level = value_of(options.vllm, "--log-level") or os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
+    return json_logging(level.upper(), os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stdout"))
+
+
+def _note_open_address(arguments: Sequence[str], keys: Sequence[str]) -> None:
+    if keys or "--api-key" in option_names(arguments) or os.environ.get("VLLM_API_KEY"):
+        return
+    host = value_of(arguments, "--host")
+    if host is not None and not is_loopback(host):
+        console.err.print(
+            f"note: --host {host} can be reached by others, who need no key; see --api-key-file", markup=False
+        )
+
+
 def _check(options: ServeOptions, found: Found, arguments: Sequence[str], settings: ServerSettings) -> None:
     from peanut_serve.cli.checking import problems, show_problems
 
@@ -104,6 +148,8 @@ def checked(options: ServeOptions) -> tuple[Found, list[str], ServerSettings]:
     for name in sorted(set(base_names(options.base, options.vllm)) & set(found.names(options.mode))):
         console.err.print(f"note: {name} will not be served: the base has this name", markup=False)
     arguments = vllm_options(options.base, options.mode, found, options.vllm)
+    if OPTION in option_names(options.vllm):
+        check_tracing()
     return found, arguments, _settings(options, names)
 
 

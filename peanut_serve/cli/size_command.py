@@ -12,9 +12,10 @@ import typer
 from converters import Checkpoint, open_checkpoint
 from converters.cli import console
 from converters.cli.flags import in_flags
+from converters.cli.numbers import COUNT, finite
 from converters.cli.options import Json
 from converters.errors import CheckpointError, OptionError, PeanutError
-from converters.serving import parse_size
+from converters.serving import SHORT_NAMES, is_hub_id, parse_size
 from peanut_serve.variants.sizing import (
     BYTES,
     VariantSize,
@@ -63,16 +64,19 @@ def _size(
     dtype: Annotated[_Dtype, typer.Option("--dtype", help="As for vLLM.")] = _Dtype.AUTO,
     kv_cache_dtype: Annotated[_CacheDtype, typer.Option("--kv-cache-dtype", help="As for vLLM.")] = _CacheDtype.AUTO,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=1, help="As for vLLM (default: that of the config).")
+        int | None,
+        typer.Option("--max-model-len", min=1, max=10**9, help="As for vLLM (default: that of the config)."),
     ] = None,
     max_loras: Annotated[
-        int | None, typer.Option("--max-loras", min=1, help="As for vLLM (default: as peanut-serve chooses).")
+        int | None,
+        typer.Option("--max-loras", min=1, max=COUNT, help="As for vLLM (default: as peanut-serve chooses)."),
     ] = None,
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", help="Memory of a GPU, like 80GB: shows what fits.")
     ] = None,
     utilization: Annotated[
-        float, typer.Option("--gpu-memory-utilization", min=0.01, max=1.0, help="As for vLLM.")
+        float,
+        typer.Option("--gpu-memory-utilization", min=0.01, max=1.0, callback=finite, help="As for vLLM."),
     ] = 0.92,
     host_cache: Annotated[str, typer.Option("--host-cache", help="As for peanut-serve.")] = "8GiB",
     as_json: Json = False,
@@ -112,9 +116,12 @@ def _size(
 
 def _opened(base: str) -> Checkpoint:
     folder = Path(base).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {base}; download the base first, with: hf download {base}")
-    return open_checkpoint(folder)
+    if folder.is_dir():
+        return open_checkpoint(folder)
+    repository = SHORT_NAMES.get(base, base)
+    if folder.is_absolute() or base.startswith((".", "~")) or not is_hub_id(repository):
+        raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
+    raise CheckpointError(f"there is no folder {base}; download the base first, with: hf download {repository}")
 
 
 def _bytes(option: str, text: str | None) -> int | None:

@@ -10,13 +10,18 @@ from ray.serve.config import RequestRouterConfig
 from peanut_serve.ray.front import Front
 from peanut_serve.ray.replica import EngineReplica
 from peanut_serve.ray.settings import FleetSettings
+from peanut_serve.signals.json_logs import LogFormat
 
 ROUTING: dict[str, Any] = {
     "request_router_class": "peanut_serve.ray.router:VariantRouter",
     "request_routing_stats_period_s": 0.5,  # how often replicas tell what is resident; Ray's default is 10
 }
 _ONGOING = 4096  # the engines queue, as they know what a swap costs; Ray must not
-QUIET = {"enable_access_log": False}
+
+
+def logging_config(log_format: LogFormat) -> dict[str, Any]:
+    """Settings of Ray's `LoggingConfig` for a deployment."""
+    return {"enable_access_log": False, **({"encoding": "JSON"} if log_format == "json" else {})}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -38,7 +43,7 @@ def application(settings: FleetSettings, routing: Mapping[str, Any] = ROUTING) -
         graceful_shutdown_timeout_s=settings.engine.stop_seconds + 10,
         graceful_shutdown_wait_loop_s=0.2,
         request_router_config=RequestRouterConfig(**routing),
-        logging_config=QUIET,
+        logging_config=logging_config(settings.log_format),
     )(EngineReplica)
     front = serve.deployment(
         name="Front",
@@ -47,7 +52,7 @@ def application(settings: FleetSettings, routing: Mapping[str, Any] = ROUTING) -
         health_check_period_s=2,  # Ray's default is 10: nobody is answered until a lost one is missed
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": 0},
-        logging_config=QUIET,
+        logging_config=logging_config(settings.log_format),
     )(Front)
     folders = [str(folder) if folder else None for folder in (settings.logs, settings.state)]
     engines = engine.bind(settings.engine.model_dump(mode="json"), *folders)

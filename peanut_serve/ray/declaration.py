@@ -15,6 +15,7 @@ def declaration(settings: FleetSettings | ClassifierSettings, host: str, port: i
     """
     return {
         "http_options": {"host": host, "port": port},
+        **({"logging_config": {"encoding": "JSON"}} if settings.log_format == "json" else {}),
         "applications": [
             {
                 "name": NAME,

@@ -11,6 +11,7 @@ from peanut_serve.ray.classifiers.settings import ClassifierSettings
 from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import serve_here
 from peanut_serve.ray.settings import FleetSettings
+from peanut_serve.settings.hosts import refuse_open
 from peanut_serve.web.admin import bind
 
 
@@ -37,9 +38,10 @@ def deploy(settings: FleetSettings | ClassifierSettings, target: Target) -> None
     """Write Serve's config, or serve until SIGINT or SIGTERM. Raises `OptionError`, and what `serve_here` raises."""
     keys = settings.keys if isinstance(settings, FleetSettings) else None
     is_open = settings.key_file is None and keys is None
+    host = target.host or ("127.0.0.1" if target.is_local or is_open else "0.0.0.0")
+    refuse_open(host, not is_open)
     if is_open and not target.is_local:
         print("note: without --api-key-file, everybody who reaches the address may ask", file=sys.stderr)
-    host = target.host or ("127.0.0.1" if target.is_local or is_open else "0.0.0.0")
     if target.is_local:
         bind(host, target.port, "the fleet").close()  # not after the engines have started
         serve_here(settings, host, target.port)

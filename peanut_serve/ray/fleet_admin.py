@@ -13,6 +13,7 @@ The schemas are in `peanut_serve.web.fleet_schema`. An answer of all has an entr
 every replica did it and they have the same digest now; the one of the replicas if all refuse alike; otherwise 207.
 """
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from converters.errors import PeanutError
-from peanut_serve.errors import RequestTooLargeError, ServingError, TryLaterError, shown
+from peanut_serve.errors import RequestTimeoutError, RequestTooLargeError, ServingError, TryLaterError, shown
 from peanut_serve.ray.fleet.asking import Entry, ask_all, lost
 from peanut_serve.ray.fleet.changes import Change, FleetChanges
 from peanut_serve.ray.fleet.joint import joint_change, joint_engine, joint_variants
@@ -42,6 +43,7 @@ _NAME = re.compile(r"/variants/(?P<name>.+)")
 _AT_ONE = ("activate", "preload")
 _GLANCE = 10.0  # seconds, for what is known already
 _MOST_BYTES = 64 << 10  # of a body
+_BODY_SECONDS = 30.0  # until it has arrived
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -121,10 +123,14 @@ class FleetAdmin:
 
 async def _read(request: Request) -> bytes:
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _MOST_BYTES:
-            raise RequestTooLargeError(f"the body is larger than {_MOST_BYTES >> 10} KiB")
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > _MOST_BYTES:
+                    raise RequestTooLargeError(f"the body is larger than {_MOST_BYTES >> 10} KiB")
+    except TimeoutError:
+        raise RequestTimeoutError(f"the request's body did not arrive within {_BODY_SECONDS:.0f} s") from None
     return body
 
 

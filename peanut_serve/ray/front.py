@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from peanut_serve.errors import (
     EngineDownError,
     QueueFullError,
+    RequestBodyError,
     RequestTimeoutError,
     RequestTooLargeError,
     ServingError,
@@ -144,6 +145,14 @@ async def _read(request: Request) -> bytes:
     return b"".join(parts)
 
 
+def _is_text(query: bytes) -> bool:
+    try:
+        query.decode()  # as Starlette does for every use of the URL
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _refusal(error: ServingError) -> JSONResponse:
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else None
     return JSONResponse(error_body(error, error.status), error.status, headers)
@@ -173,6 +182,8 @@ class Front:
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
         """Pass a request on; errors have the form of OpenAI's API."""
+        if not _is_text(request.scope["query_string"]):
+            return _refusal(RequestBodyError("the query of the URL is not UTF-8; encode its bytes as %XX"))
         if self._admin is not None and request.url.path.startswith(f"{PREFIX}/"):
             return await self._admin.answer(request)
         if request.method == "GET" and request.url.path in _METRICS:

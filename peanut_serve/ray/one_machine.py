@@ -13,6 +13,7 @@ from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.classifiers.settings import ClassifierSettings
 from peanut_serve.ray.declaration import NAME
 from peanut_serve.ray.settings import FleetSettings
+from peanut_serve.signals.json_logs import LogFormat
 
 # Ray reads them when it is imported. Engines are not to be niced, and a proxy on a busy machine takes its time.
 # Nothing in the front and in replicas blocks, so that they can do without the threads that Ray has for code that may
@@ -56,7 +57,7 @@ def serve_here(settings: FleetSettings | ClassifierSettings, host: str, port: in
     cpus = max(math.ceil(settings.replicas * settings.cpus), os.cpu_count() or 1)  # of the machine, or shared
     listen()
     try:
-        _start_ray(cpus, host, port)
+        _start_ray(cpus, host, port, settings.log_format)
         listen()  # again: Ray has set handlers of its own
         gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
         if settings.replicas * settings.gpus > gpus:
@@ -81,14 +82,15 @@ def serve_here(settings: FleetSettings | ClassifierSettings, host: str, port: in
             ray.shutdown()
 
 
-def _start_ray(cpus: int, host: str, port: int) -> None:
+def _start_ray(cpus: int, host: str, port: int, log_format: LogFormat) -> None:
     """Start a node of Ray, and Serve on it. Raises `EngineStartError`."""
     import ray
     from ray import serve
 
     try:
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        logs = {"log_level": "WARNING", **({"encoding": "JSON"} if log_format == "json" else {})}
+        serve.start(http_options={"host": host, "port": port}, logging_config=logs)
     except Exception as error:  # Ray raises many kinds, plain `Exception` among them
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineStartError(f"Ray did not start on this machine: {reason}") from None

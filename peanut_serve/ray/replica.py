@@ -25,7 +25,10 @@ from peanut_serve.tenants.visits import FRONT
 from peanut_serve.variants.kept_theta import has_theta, read_theta
 
 # options of an engine that a fleet decides: one in the environment of a node is not to count
-_DECIDED = ("PEANUT_API_KEY_FILE", "PEANUT_ADMIN_KEY_FILE", "PEANUT_ADMIN_HOST", "PEANUT_AUDIT_LOG", "PEANUT_KEYS")
+_DECIDED = (
+    *("PEANUT_API_KEY_FILE", "PEANUT_ADMIN_KEY_FILE", "PEANUT_ADMIN_HOST", "PEANUT_AUDIT_LOG", "PEANUT_KEYS"),
+    *("PEANUT_ADMIN_SSL_CERTFILE", "PEANUT_ADMIN_SSL_KEYFILE"),
+)
 _PORT_TAKEN = ("ddress already in use", "cannot listen on")  # in the log of an engine that ended
 Headers = list[tuple[bytes, bytes]]
 Request = tuple[str, str, Headers, bytes]  # method, path with query, headers, body

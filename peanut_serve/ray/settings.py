@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from peanut_serve.settings.server import default_state
+from peanut_serve.signals.json_logs import LogFormat
 from peanut_serve.tenants.watched import WatchedKeys
 from peanut_serve.web.audit import FILE
 
@@ -23,6 +24,7 @@ class EngineSettings(BaseModel):
         command: the program that gets the options.
         start_seconds: how long it may take until it is ready.
         stop_seconds: how long it may take to answer what it runs when it is stopped.
+        log_format: of its log; those of Ray Serve are in the same format.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +35,7 @@ class EngineSettings(BaseModel):
     command: tuple[str, ...] = _SERVER
     start_seconds: PositiveFloat = 1800.0
     stop_seconds: PositiveFloat = 30.0
+    log_format: LogFormat = "text"
 
 
 class FleetSettings(BaseModel):
@@ -77,6 +80,11 @@ class FleetSettings(BaseModel):
         """Whether there is an admin API. Raises `OptionError` as `watched_keys`."""
         watched = self.watched_keys()
         return self.admin_key_file is not None or (watched is not None and watched.has_operators)
+
+    @property
+    def log_format(self) -> LogFormat:
+        """Of all logs."""
+        return self.engine.log_format
 
     @property
     def audit_file(self) -> Path:

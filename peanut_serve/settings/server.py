@@ -11,8 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from converters.errors import OptionError
 from converters.serving import parse_size
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
+from peanut_serve.settings.tls import Certificate
 
 VARIABLE = "PEANUT_SERVER_SETTINGS"
+
+_CERTIFICATE = ("admin_ssl_certfile", "admin_ssl_keyfile")
+# options of the admin API, without which they would have no effect
+OF_ADMIN = ("admin_host", "admin_ssl_certfile", "admin_ssl_keyfile", "audit_log", "console_host")
 
 
 class ServerSettings(BaseModel):
@@ -35,6 +40,7 @@ class ServerSettings(BaseModel):
         keys: file of the keys of many teams; see `peanut_serve/tenants/keys.py`.
         audit_log: file of who changed what through the admin API; by default in `state`.
         admin_host, admin_port: where the admin API listens; without a port, it is disabled.
+        admin_ssl_certfile, admin_ssl_keyfile: its certificate, see `Certificate`; without one, it has no TLS.
         console: whether the admin port has a console.
         console_host: names by which browsers reach it, besides loopback and addresses.
         device: where f is evaluated.
@@ -52,34 +58,41 @@ class ServerSettings(BaseModel):
     roots: tuple[str, ...]
     state: Path
     drain: Literal["wait", "abort"] = "wait"
-    drain_timeout: float = Field(60.0, ge=0)
+    drain_timeout: float = Field(60.0, ge=0, allow_inf_nan=False)
     host_cache: int = Field(8 << 30, gt=0)
     base_copy: Literal["host", "disk"] = "host"
     prefix_cache: Literal["reset", "salted"] = "reset"
     pin: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
-    max_wait: float = Field(10.0, ge=0)
-    min_dwell: float = Field(0.5, ge=0)
+    max_wait: float = Field(10.0, ge=0, allow_inf_nan=False)
+    min_dwell: float = Field(0.5, ge=0, allow_inf_nan=False)
     max_queue: int = Field(1024, gt=0)
     keys: Path | None = None
     audit_log: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(None, gt=0, lt=65536)
+    admin_ssl_certfile: Path | None = None
+    admin_ssl_keyfile: Path | None = None
     console: bool = True
     console_host: tuple[str, ...] = ()
     device: str = "cpu"
     cache: Path
     cache_bytes: int = Field(20 * 10**9, gt=0)
-    settle: float = Field(1.0, ge=0)
+    settle: float = Field(1.0, ge=0, allow_inf_nan=False)
     max_evaluations: int = Field(64, gt=0)
     max_body: int = Field(64 << 20, gt=0)
-    stall_timeout: float = Field(30.0, gt=0)
+    stall_timeout: float = Field(30.0, gt=0, allow_inf_nan=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "ServerSettings | None":
         """Read the settings that the launcher wrote to the environment; None if there are none."""
         text = environment.get(VARIABLE)
         return cls.model_validate_json(text) if text else None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """Of the admin port; None without TLS."""
+        return Certificate(self.admin_ssl_certfile, self.admin_ssl_keyfile) if self.admin_ssl_certfile else None
 
     @property
     def drain_seconds(self) -> float:
@@ -108,27 +121,33 @@ def server_settings(
         keys: file of the keys of many teams.
         options: the other fields of `ServerSettings`.
 
-    Raises `OptionError` for an invalid value, and for an admin port without a key.
+    Raises `OptionError` for an invalid value, for an admin port without a key, for a certificate that cannot be used,
+    and for options of an admin API that there is not.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
     folder = (state or state_of(base)).expanduser().resolve()
-    files = {"state": folder, "audit_log": _absolute(audit_log), "keys": _absolute(keys)}
+    named = {"audit_log": audit_log, "keys": keys} | {name: options.pop(name, None) for name in _CERTIFICATE}
+    files = {"state": folder} | {name: file.expanduser().absolute() for name, file in named.items() if file}
     try:
         settings = ServerSettings.model_validate({**options, **sizes, **files})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise OptionError(f"--{name} is {first['input']}: {first['msg'].lower()}") from None
+    if settings.admin_ssl_keyfile is not None and settings.admin_ssl_certfile is None:
+        raise OptionError("--admin-ssl-keyfile needs --admin-ssl-certfile, the certificate of the key")
+    if settings.certificate is not None:
+        settings.certificate.check()
     if settings.admin_port is not None:
         if key := os.environ.get(KEY_VARIABLE):
             checked_key(key, KEY_VARIABLE)
         elif settings.keys is None:
             raise OptionError(f"--admin-port needs a key: set {KEY_VARIABLE}")
+        return settings
+    for name in OF_ADMIN:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise OptionError(f"--{name.replace('_', '-')} is for the admin API, which is off; give --admin-port too")
     return settings
-
-
-def _absolute(file: Path | None) -> Path | None:
-    return file.expanduser().absolute() if file else None
 
 
 def _size(option: str, text: str) -> int:

@@ -26,6 +26,7 @@ class ServeOptions:
         check: look for what is wrong instead of starting vLLM.
         api_key_file: file with the keys of clients.
         admin_key_file: file with the key of the admin API.
+        log_format: of the server and vLLM.
     """
 
     base: str
@@ -40,3 +41,4 @@ class ServeOptions:
     check: bool = False
     api_key_file: Path | None = None
     admin_key_file: Path | None = None
+    log_format: Literal["text", "json"] = "text"

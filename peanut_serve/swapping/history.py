@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from peanut_serve.signals.tracing import Past, record
 from peanut_serve.swapping.policy import Reason, View
 from peanut_serve.swapping.transaction import Phase, Report
 
@@ -86,21 +87,33 @@ class SwapHistory:
         )  # fmt: skip
 
     def end(self, begun: SwapRecord, report: Report, error: Exception | None = None, is_down: bool = False) -> None:
-        """Keep an attempt as it ended; the oldest one makes room."""
-        self._records.append(
-            replace(
-                begun,
-                outcome="down" if is_down else _outcome(report, error),
-                error=None if error is None else str(error)[:_MOST_CHARACTERS],
-                seconds={phase.value: seconds for phase, seconds in report.seconds.items()},
-                tensors=report.tensors,
-                nbytes=report.nbytes,
-            )
+        """Keep an attempt as it ended, and make its span; the oldest one makes room."""
+        ended = replace(
+            begun,
+            outcome="down" if is_down else _outcome(report, error),
+            error=None if error is None else str(error)[:_MOST_CHARACTERS],
+            seconds={phase.value: seconds for phase, seconds in report.seconds.items()},
+            tensors=report.tensors,
+            nbytes=report.nbytes,
         )
+        self._records.append(ended)
+        record(_past(ended, report))
 
     def latest(self) -> list[SwapRecord]:
         """The newest first."""
         return list(reversed(self._records))
+
+
+def _past(swap: SwapRecord, report: Report) -> Past:
+    """An attempt, with its phases as parts."""
+    facts: dict[str, str | int | float | bool] = {
+        "cause": swap.cause, "outcome": swap.outcome, "from": swap.before, "from_digest": swap.before_digest,
+        "to": swap.target, "to_digest": swap.digest, "running": swap.running, "waiting": sum(swap.waiting.values()),
+        "longest_wait": swap.longest_wait, "tensors": swap.tensors, "bytes": swap.nbytes,
+    }  # fmt: skip
+    phases = [Past(f"peanut.swap.{phase.value}", began, ended) for phase, began, ended in report.times]
+    attributes = {f"peanut.swap.{name}": value for name, value in facts.items()}
+    return Past("peanut.swap", swap.at, time.time(), attributes, swap.error, phases)
 
 
 def _outcome(report: Report, error: Exception | None) -> Outcome:

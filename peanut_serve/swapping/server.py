@@ -3,25 +3,25 @@
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, VariantInUseError
+from peanut_serve.errors import EngineDownError, UnknownVariantError, VariantInUseError, shown
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.lora.slots import AdapterSlots
 from peanut_serve.settings.server import ServerSettings
+from peanut_serve.signals.tracing import annotate, span
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.driver import SwapDriver
-from peanut_serve.swapping.gate import Gate, Places, Ticket
+from peanut_serve.swapping.gate import ABORT_SECONDS, Gate, Places, Ticket
 from peanut_serve.swapping.host_side import HostSide, Preparation
 from peanut_serve.swapping.observing import ObservedServer
 from peanut_serve.swapping.requests import Admitted, Usage
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.tenants.usage import USAGE
-from peanut_serve.variants.catalogue import Catalogue
+from peanut_serve.variants.catalogue import Catalogue, Variant
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.version import Version
 
@@ -51,7 +51,8 @@ class VariantServer(ObservedServer):
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
-        self.in_flight: Counter[str] = Counter()  # name -> waiting and running requests
+        # waiting and running requests; by the variant, as a name may come back while requests for the old one end
+        self.in_flight: dict[Variant, set[Ticket]] = {}
         evaluations = Evaluations(settings.max_evaluations)
         self._host = HostSide(settings.host_cache, evaluations, swappable)
         cache = LoraCache(settings.cache, settings.cache_bytes)
@@ -104,7 +105,7 @@ class VariantServer(ObservedServer):
     def _forget_gone(self, found: set[str]) -> None:
         """Forget names that were listed and are not any more, or that were removed before their last request."""
         gone = (self._listed - found) | {name for name in self.usage.keys() - found if not self.has(name)}
-        busy = {name for name in gone if self.in_flight[name] > 0}
+        busy = {variant.name for variant in self.in_flight} & gone
         for name in gone - busy:
             self._forget(name)
         self._listed = found | busy
@@ -120,7 +121,6 @@ class VariantServer(ObservedServer):
         USAGE.forget_variant(name)
         self.usage.pop(name, None)
         self.driver.usage.pop(name, None)
-        self.in_flight.pop(name, None)
 
     def has(self, name: str) -> bool:
         """Whether a request can use a name."""
@@ -147,10 +147,12 @@ class VariantServer(ObservedServer):
         waiting = ExitStack()
         waiting.callback(self.places.give_back)
         with waiting, ExitStack() as holds:
+            variant = self.catalogue.find(name)
+            note = waiting.enter_context(span("peanut.queue", {"peanut.variant": name}))
             version = await self._preparation.current(name, holds)
-            self.in_flight[name] += 1
-            try:
-                ticket = Ticket(self._weights_of(version), arrival, abort, name)
+            note({"peanut.digest": version.digest, "peanut.kind": version.kind.value})
+            ticket = Ticket(self._weights_of(version), arrival, abort, name)
+            with self._counted(variant, ticket):
                 self.driver.check(ticket.digest)
                 self.driver.notice_death()
                 await self.gate.enter(ticket)
@@ -164,8 +166,16 @@ class VariantServer(ObservedServer):
                     yield Admitted(name, version, lambda: ticket in self.gate.running, lora)
                 finally:
                     self.gate.leave(ticket)
-            finally:
-                self.in_flight[name] -= 1
+
+    @contextmanager
+    def _counted(self, variant: Variant, ticket: Ticket) -> Iterator[None]:
+        self.in_flight.setdefault(variant, set()).add(ticket)
+        try:
+            yield
+        finally:
+            self.in_flight[variant].discard(ticket)
+            if not self.in_flight[variant]:
+                del self.in_flight[variant]
 
     def _weights_of(self, version: Version) -> str:
         return version.digest if version.has_own_weights else self.catalogue.base.digest
@@ -183,6 +193,7 @@ class VariantServer(ObservedServer):
 
     def record_end(self, name: str, outcome: str, seconds: float) -> None:
         """Count a request that ended, if its name is that of a variant."""
+        annotate({"peanut.variant": shown(name), "peanut.outcome": outcome})
         if self.has(name):
             self.usage.setdefault(name, Usage()).end(outcome, seconds)
 
@@ -219,20 +230,37 @@ class VariantServer(ObservedServer):
             raise
 
     async def unregister(self, name: str, drain: bool) -> None:
-        """Remove a variant, after its last request if `drain`.
+        """Remove a variant; with `drain`, wait for its requests, which are aborted after `drain_timeout`.
 
         Raises `UnknownVariantError`, and `VariantInUseError` if it has requests and `drain` is not set.
         """
         variant = self.catalogue.find(name)
-        if self.in_flight[name] and not drain:
-            raise VariantInUseError(f"{name} has {self.in_flight[name]} requests; wait for them with drain=true")
+        if (count := len(self.in_flight.get(variant, ()))) and not drain:
+            raise VariantInUseError(f"{name} has {count} requests; wait for them with drain=true")
         digest = variant.version.digest if variant.version is not None else None
         self.catalogue.unregister(name)  # new requests no longer find it
-        while self.in_flight[name]:
-            await asyncio.sleep(_POLL_SECONDS)
-        self._forget(name)
+        if not await self._has_none_within(variant, self.settings.drain_timeout):
+            self._abort_requests(variant)
+            await self._has_none_within(variant, ABORT_SECONDS)
+        if not self.has(name):  # it may have been added again
+            self._forget(name)
         if digest is not None and self.catalogue.name_of(digest) is None:
             self.cache.drop(digest)
+
+    async def _has_none_within(self, variant: Variant, seconds: float) -> bool:
+        """Whether the last request for a variant ends within so many seconds."""
+        until = time.monotonic() + seconds
+        while variant in self.in_flight and time.monotonic() < until:
+            await asyncio.sleep(_POLL_SECONDS)
+        return variant not in self.in_flight
+
+    def _abort_requests(self, variant: Variant) -> None:
+        error = UnknownVariantError(f"{variant.name} was removed while the request waited")
+        for ticket in list(self.in_flight[variant]):
+            if ticket.admission.done():
+                ticket.abort()
+            else:
+                ticket.admission.set_exception(error)
 
     async def reload(self, name: str) -> None:
         """Read the files of a variant again, and retry a failed swap. Raises the same errors as `prepare`."""

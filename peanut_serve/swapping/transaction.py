@@ -94,22 +94,31 @@ class Report:
 
     Attributes:
         seconds: duration of each phase.
+        times: when each phase began and ended, in seconds since the epoch; a phase may come twice.
         tensors: number of tensors that were loaded.
         nbytes: their size.
     """
 
     seconds: dict[Phase, float] = field(default_factory=dict)
+    times: list[tuple[Phase, float, float]] = field(default_factory=list)
     tensors: int = 0
     nbytes: int = 0
 
     @contextmanager
     def timing(self, phase: Phase) -> Iterator[None]:
         """Measure the duration of a phase, even if it fails."""
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.time()
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + took
+            self.times.append((phase, began, began + took))
+
+    def include(self, other: "Report") -> None:
+        """Add the phases of another one."""
+        self.seconds |= other.seconds
+        self.times += other.times
 
 
 class Swapper:
@@ -212,7 +221,7 @@ class Swapper:
             await self._engine.resume()
         except Exception as failure:
             logger.error("the engine cannot be resumed, restarting it: %s", failure)
-            report.seconds |= (await self.restart_engine()).seconds
+            report.include(await self.restart_engine())
             raise EngineDiedError(f"the engine died before the swap, and was restarted: {error}") from error
         raise SwapError(f"the engine could not be paused for the swap: {error}") from error
 
@@ -228,7 +237,7 @@ class Swapper:
                 await self._load(places, self.active, report)
         except Exception as failure:
             logger.error("rollback failed, restarting the engine: %s", failure)
-            report.seconds |= (await self.restart_engine()).seconds
+            report.include(await self.restart_engine())
             raise SwapError(
                 f"the swap failed ({error}), and so did the rollback ({failure}): the engine was restarted"
             ) from error

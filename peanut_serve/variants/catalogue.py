@@ -163,13 +163,20 @@ class Catalogue:
         return variant, version
 
     async def reload(self, name: str, prepare: Prepare) -> Variant:
-        """Read the files again, whether they have changed or not. Raises the same errors as `current`."""
+        """Read the files again, whether they have changed or not. If that fails, a version that is held stays held.
+
+        Raises the same errors as `current`.
+        """
         variant = self._own(name)
         async with variant.lock:
             source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
             variant.version = None
-            variant.record.seen, variant.record.held = (), False
-            await self._renew(variant, source, state, prepare)
+            try:
+                await self._renew(variant, source, state, prepare, reads_files=True)
+            except BaseException:
+                if not variant.record.held:  # or the next request reads them again
+                    variant.record = variant.record.model_copy(update={"seen": ()})
+                raise
         return variant
 
     def earlier(self, variant: Variant) -> list[str]:
@@ -179,8 +186,18 @@ class Catalogue:
             known.insert(0, variant.record.digest)  # the current version, if its files can no longer be read
         return known
 
-    def _has(self, variant: Variant, digest: str) -> bool:
-        return digest == variant.record.digest or has_theta(self._store.folder, digest)
+    def _earlier_one(self, variant: Variant, digest: str | None) -> str:
+        """The digest of the version that an operator means. Raises `VariantError` if there is none, or several."""
+        if digest is not None and (digest == variant.record.digest or has_theta(self._store.folder, digest)):
+            return digest
+        known = list(dict.fromkeys(self.earlier(variant)))
+        found = known[:1] if digest is None else [one for one in known if one.startswith(digest)]
+        if len(found) == 1:
+            return found[0]
+        listed = ", ".join(one[:12] for one in (found or known)) or "none"
+        if not found:
+            raise VariantError(f"{variant.name} has no such earlier version; its earlier versions are {listed}")
+        raise VariantError(f"several versions of {variant.name} may be meant: {listed}; give more of the digest")
 
     async def rollback(self, name: str, digest: str | None, prepare: Prepare, hold: bool = False) -> Variant:
         """Move a name to an earlier version, until its files change, or with `hold` until it is reloaded.
@@ -192,21 +209,16 @@ class Catalogue:
             prepare: as for `current`.
             hold: whether changes of the files are ignored from now on.
 
-        Raises `UnknownVariantError`, and `VariantError` if there is no such version or it is no longer available.
+        Raises `UnknownVariantError`, and `VariantError` if there is no such version, there are several, or it is no
+        longer available.
         """
         variant = self._own(name)
         async with variant.lock:
-            known = self.earlier(variant)
-            earlier = [one for one in known if digest is None or one.startswith(digest)]
-            if digest is not None and self._has(variant, digest):
-                earlier = [digest]
-            if not earlier:
-                listed = ", ".join(one[:12] for one in known) or "none"
-                raise VariantError(f"{name} has no such earlier version; its earlier versions are {listed}")
+            earlier = self._earlier_one(variant, digest)
             source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
-            version = await asyncio.to_thread(self._reader.reopen, name, source, earlier[0])
+            version = await asyncio.to_thread(self._reader.reopen, name, source, earlier)
             if version is None:
-                raise VariantError(f"version {earlier[0][:12]} of {name} is no longer available")
+                raise VariantError(f"version {earlier[:12]} of {name} is no longer available")
             await self._move(variant, version, state, prepare, hold)
         return variant
 
@@ -256,12 +268,17 @@ class Catalogue:
             raise VariantNameError(f"{name} is the base model, which cannot be changed")
         return variant
 
-    async def _renew(self, variant: Variant, source: VariantSource, state: State, prepare: Prepare) -> Version:
-        """Open the version that is in the files now, and move the name to it."""
+    async def _renew(
+        self, variant: Variant, source: VariantSource, state: State, prepare: Prepare, reads_files: bool = False
+    ) -> Version:
+        """Open the version that is in the files now, and move the name to it.
+
+        Unless `reads_files`, that is the known version if it is held, or if the files are unchanged since a restart.
+        """
         try:
-            version, known = None, variant.record.digest
-            held = variant.record.held
-            if known is not None and (held or state == variant.record.seen):  # unchanged since a restart
+            version, known = None, None if reads_files else variant.record.digest
+            held = variant.record.held and not reads_files
+            if known is not None and (held or state == variant.record.seen):
                 version = await asyncio.to_thread(self._reader.reopen, variant.name, source, known)
                 if version is None and held:
                     raise VariantError(

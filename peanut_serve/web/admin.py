@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from peanut_serve.errors import ForbiddenError, ServingError, TryLaterError, UnauthorizedError, shown
+from peanut_serve.settings.tls import Certificate
 from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.bearer import sent_key
+from peanut_serve.web.connections import AdminProtocol, TimeLimit
 from peanut_serve.web.operators import Operator, Operators, operators_of
 from peanut_serve.web.schema import (
     Control,
@@ -56,7 +58,9 @@ _BEARER = HTTPBearer(
     auto_error=False, scheme_name="adminKey", description="The admin key, not the API key for completions."
 )
 _Controlled = Annotated[Control, Depends(_control)]
-_Drain = Annotated[bool, Query(description="Stop accepting requests for it, and wait for running ones.")]
+_Drain = Annotated[
+    bool, Query(description="Wait for its requests, and abort those that take longer than --drain-timeout.")
+]
 
 _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
@@ -303,10 +307,19 @@ def bind(host: str, port: int, what: str = "the admin API") -> socket.socket:
     return listener
 
 
-async def serve_on(app: FastAPI, listener: socket.socket) -> None:
-    """Serve the app in the running loop until cancelled."""
+async def serve_on(app: FastAPI, listener: socket.socket, certificate: Certificate | None = None) -> None:
+    """Serve the app in the running loop until cancelled, with TLS if there is a certificate."""
+    files = {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile} if certificate else {}
     # no log_config: vLLM configures uvicorn's loggers for both servers
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=_GRACE)
+    config = uvicorn.Config(
+        TimeLimit(app),
+        http=AdminProtocol,
+        log_config=None,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=_GRACE,
+        **files,  # type: ignore[arg-type]
+    )
     server = _Server(config)
     try:
         await server.serve([listener])

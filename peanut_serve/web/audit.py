@@ -1,9 +1,11 @@
 """Who changed what on the admin side: JSON lines in a file that is rotated. A key is never written, see `Caller`."""
 
+import fcntl
 import json
 import logging
 import logging.handlers
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,14 +45,14 @@ caller: ContextVar[Caller] = ContextVar("caller", default=_NOBODY)  # of the req
 
 
 class AuditLog:
-    """A file that gets a line for each change. One process writes it.
+    """A file that gets a line for each change. One process writes it: others would rotate its lines away.
 
     Args:
         file: created if it does not exist; only its owner may read it.
         most_bytes: size from which a new file is begun.
         kept: number of full files that are kept.
 
-    Raises `OptionError` if it cannot be written.
+    Raises `OptionError` if it cannot be written, or another process writes it.
     """
 
     def __init__(self, file: Path, most_bytes: int = _MOST_BYTES, kept: int = _KEPT) -> None:
@@ -58,6 +60,10 @@ class AuditLog:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._handler = _Handler(file, maxBytes=most_bytes, backupCount=kept, encoding="utf-8")
+        except BlockingIOError:
+            raise OptionError(
+                f"another server writes the audit log {file}; give each server a file of its own as --audit-log"
+            ) from None
         except OSError as error:
             raise OptionError(f"the audit log {file} cannot be written: {error.strerror}") from None
 
@@ -80,13 +86,23 @@ class AuditLog:
 
 
 def audit_log(settings: ServerSettings) -> AuditLog:
-    """The audit log of a server. Raises `OptionError` if it cannot be written."""
+    """The audit log of a server. Raises `OptionError` if it cannot be written, or another server writes it."""
     return AuditLog(settings.audit_log or settings.state / FILE)
 
 
 class _Handler(logging.handlers.RotatingFileHandler):
     def _open(self) -> TextIOWrapper:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_privately)  # type: ignore[return-value]
+        """Open the file, and lock it until it is closed. Raises `BlockingIOError` if another process has it."""
+        opened = open(self.baseFilename, self.mode, encoding=self.encoding, opener=_privately)  # noqa: SIM115
+        try:
+            if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            opened.close()
+            raise
+        except OSError:  # of a file system without locks
+            pass
+        return opened  # type: ignore[return-value]
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Called by `emit` in an `except` block."""

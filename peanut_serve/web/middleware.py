@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from converters.errors import PeanutError
 from peanut_serve.errors import ServingError, UnauthorizedError
+from peanut_serve.signals.tracing import request_span
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.visits import Tenants, Visit, current_visit
 from peanut_serve.web.clients import Clients, check_route
@@ -73,7 +74,8 @@ class VariantMiddleware:
             current_visit.set(visit)
             if access is Access.ANSWER and scope["method"] == "POST":
                 exchange = Exchange(self._app, self._find_server(), self._admit, self._limits, visit)
-                await exchange.run(scope, receive, send)
+                with request_span(scope):
+                    await exchange.run(scope, receive, send)
                 return
             if access is Access.NAMES:
                 self._admit(None)

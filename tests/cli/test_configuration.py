@@ -41,7 +41,7 @@ BOTH = "base: ./model\nadapters: [./tasks, org/style]\n"
 
 def test_every_option_has_its_name(here: Path) -> None:
     """Each option may be in the file, under its own name, and arrives."""
-    samples = {"mode": "auto", "drain": "abort", "base-copy": "disk", "prefix-cache": "salted"}
+    samples = {"mode": "auto", "drain": "abort", "base-copy": "disk", "prefix-cache": "salted", "log-format": "json"}
     kinds = {name: str(hint) for name, hint in get_type_hints(_serve).items()}
     values: dict[str, object] = {}
     for name, option in options().items():

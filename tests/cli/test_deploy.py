@@ -120,6 +120,12 @@ def test_files_are_named_by_absolute_paths(here: Path, run_here: Run) -> None:
         (["--api-key-file", "keys", "--admin-key-file", "keys"], "is also in"),
         (["--admin-key-file", "empty"], "there is no key in"),
         (["--api-key-file", "empty"], "there is no key in"),
+        (["--audit-log", "changes"], "--audit-log is for the admin API, which is off; give --admin-key-file too"),
+        (
+            ["--host", "0.0.0.0"],
+            "--host 0.0.0.0 can be reached by others; give --api-key-file or --keys, or serve on 127.0.0.1",
+        ),
+        (["--host", "0.0.0.0", "--local"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),
         (["--gpus-per-replica", "1.5"], "--gpus-per-replica is 1.5; expected a whole number"),
         (["-o", "keys"], "keys exists; give another --output, or --overwrite"),
     ],
@@ -146,6 +152,14 @@ def test_teams_are_known_to_the_front_alone(here: Path, run_here: Run) -> None:
     settings = FleetSettings.model_validate(written(here)["applications"][0]["args"])  # type: ignore[index]
     assert (settings.keys, settings.has_admin) == (here / "teams.json", True)
     assert not any("teams.json" in option for option in settings.engine.options)
+
+
+def test_options_of_the_admin_api_in_the_environment_do_not_count(
+    here: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEANUT_AUDIT_LOG", "log")
+    monkeypatch.setenv("PEANUT_ADMIN_HOST", "0.0.0.0")
+    assert deploy(run_here)[0] == 0
 
 
 def test_an_open_fleet_is_noted(here: Path, run_here: Run) -> None:

@@ -81,6 +81,8 @@ def test_the_example_is_what_is_written() -> None:
         (["--precision", "int8"], "has mood in fp32, not in int8"),
         (["--api-key-file", "nothing"], "nothing cannot be read"),
         (["--max-body", "much"], "much"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),
+        (["--host", "0.0.0.0", "--local"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),
         (["--classify", "copy"], "copy has a task mood, and so has another folder"),
         (["--classify", "empty"], "empty contains no ONNX export"),
         (["--classify", "writers"], "poems does text-generation, which is not served"),

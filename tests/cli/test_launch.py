@@ -156,11 +156,26 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
         (["--lora-modules", "mine=/tmp"], "--lora-modules cannot be used with --mode merged: --adapters decides"),
         (["--max-body", "much"], "'much' is not a valid size"),
         (["--host-cache", "much"], "'much' is not a valid size"),
-        (["--max-wait", "-1"], "--max-wait is -1.0: input should be greater than or equal to 0"),
         (["--admin-port", "8001"], "--admin-port needs a key: set PEANUT_ADMIN_KEY"),
+        (["--audit-log", "log"], "--audit-log is for the admin API, which is off; give --admin-port too"),
+        (["--console-host", "gpu7"], "--console-host is for the admin API, which is off; give --admin-port too"),
+        (["--admin-host", "::"], "--admin-host is for the admin API, which is off; give --admin-port too"),
     ):
         done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, "--mode", "merged", *options)
         assert (done.returncode, refusal in done.stderr) == (1, True), done.stderr
+
+
+def test_an_open_address_is_noted(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tasks.parent / "keys").write_text("a-key")
+    note = "note: --host 0.0.0.0 can be reached by others, who need no key"
+    command = ("peanut-serve", "--base", pair.base, "--adapters", tasks, "--dry-run", "--host")
+    assert note in run_here(*command, "0.0.0.0").stderr
+    assert note not in run_here(*command, "127.0.0.1").stderr
+    assert note not in run_here(*command, "0.0.0.0", "--api-key-file", tasks.parent / "keys").stderr
+    assert note not in run_here(*command, "0.0.0.0", "--api-key", "a-key").stderr
+    monkeypatch.setenv("VLLM_API_KEY", "a-key")
+    assert note not in run_here(*command, "0.0.0.0").stderr
 
 
 def test_an_adapter_on_the_hub(pair: Pair) -> None:

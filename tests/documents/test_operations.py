@@ -11,7 +11,7 @@ from support.project.documents import OPERATIONS, SERVING, rows
 from support.server.admin import KEY, FakeControl, serving_app
 
 from converters import open_checkpoint
-from peanut_serve.cli import ctl_command, key_command, size_command
+from peanut_serve.cli import classify_command, ctl_command, deploy_command, key_command, size_command
 from peanut_serve.variants.state_folder import Record, Records, VariantStore
 from peanut_serve.web.admin import admin_app
 
@@ -70,12 +70,13 @@ def test_every_option_that_is_named_exists() -> None:
 
     parsers = [
         get_command(_command()),
+        get_command(ctl_command.app),
         *get_command(app).commands.values(),
         *get_command(ctl_command.app).commands.values(),
     ]  # type: ignore[attr-defined]
     known = {flag for parser in parsers for option in parser.params for flag in option.opts + option.secondary_opts}
     known |= {flag for action in make_arg_parser(FlexibleArgumentParser())._actions for flag in action.option_strings}
-    for module in (size_command, key_command):
+    for module in (classify_command, deploy_command, key_command, size_command):
         known |= set(re.findall(r'"(--[a-z-]+)"', Path(module.__file__).read_text()))
     named = {option for code in OPERATIONS.inline for option in re.findall(r"--[a-z][a-z-]*", code)}
     assert named - known == set()

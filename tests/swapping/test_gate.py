@@ -66,7 +66,7 @@ def test_a_client_that_disconnects_makes_room_for_another(run_rig: RunRig) -> No
         assert (rig.waiting, rig.server.places.taken, other.done()) == (2, 2, False)
         rig.engine.go.set()
         await asyncio.gather(running, waiting[1], other)
-        assert (rig.waiting, rig.server.places.taken, rig.server.in_flight.total()) == (0, 0, 0)
+        assert (rig.waiting, rig.server.places.taken, rig.server.in_flight) == (0, 0, {})
 
     run_rig(test, max_queue=2)
 

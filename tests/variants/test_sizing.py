@@ -133,3 +133,18 @@ def test_the_command(pair: Pair, tasks: Path, run_here: Run) -> None:
     assert "note: merged will not be served: " in done.stderr
     done = run_here("peanut-serve", "size", "--base", "org/base", "--adapters", tasks)
     assert "there is no folder org/base; download the base first, with: hf download org/base" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("base", "advice"),
+    [
+        ("/nonexistent", "it is not a valid Hub id; check the path"),
+        ("./org/base", "it is not a valid Hub id; check the path"),
+        ("~/base", "it is not a valid Hub id; check the path"),
+        ("a/b/c", "it is not a valid Hub id; check the path"),
+        ("llama2-7b", "download the base first, with: hf download meta-llama/Llama-2-7b-hf"),
+    ],
+)
+def test_a_base_that_is_not_there(run_here: Run, base: str, advice: str) -> None:
+    done = run_here("peanut-serve", "size", "--base", base, "--adapters", "org/adapter")
+    assert (done.returncode, f"there is no folder {base}" in done.stderr, advice in done.stderr) == (1, True, True)

@@ -102,3 +102,20 @@ def test_a_full_disk_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"the audit log .* cannot be written: Is a directory"):
         AuditLog(tmp_path)
+
+
+def test_two_servers_do_not_share_a_file(file: Path) -> None:
+    """Each would rotate the lines of the other away."""
+    log = AuditLog(file, most_bytes=1000, kept=20)
+    with pytest.raises(
+        OptionError, match="another server writes the audit log .*; give each server a file of its own"
+    ):
+        AuditLog(file)
+    for number in range(50):
+        log.write(Caller("::1", "f"), "pin", f"v{number}", {})
+    with pytest.raises(OptionError, match="another server writes"):
+        AuditLog(file)  # a new file by now
+    log.close()
+    AuditLog(file).close()
+    found = [one["variant"] for path in file.parent.iterdir() for one in entries(path)]
+    assert sorted(found) == sorted(f"v{number}" for number in range(50))

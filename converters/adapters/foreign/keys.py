@@ -9,7 +9,8 @@ _IMAGES = (
 )
 _ROTARY = "the rows of q and k in the order of Meta's rotary embedding, which the numbers of heads are needed to undo"
 
-# what matches a key -> what its adapter is, and what to do
+# what matches a key -> what its adapter is, and what to do. Keys come from files of any origin: no pattern has two
+# parts that could share a text in many ways, so that a long key takes no longer than its length
 _KEYS = {
     r"(decoder\.)?(layers\.\d+\.|output\.).*(lora_[ab]\.weight|magnitude)": (
         f"is in torchtune's own names, with {_ROTARY}; torchtune's FullModelHFCheckpointer writes the same adapter "
@@ -19,14 +20,14 @@ _KEYS = {
         f"is in the names of Mistral's own code (mistral-finetune), with {_ROTARY}; merge it there "
         "(utils.merge_lora), and convert the result to transformers' form"
     ),
-    r"lora_(unet|te\d*|transformer|prior\w*)_[^.]+\..+": f"has keys of kohya's scripts, and {_IMAGES}",
+    r"lora_(unet|te\d*|transformer|prior[^\W_]*)_[^.]+\..+": f"has keys of kohya's scripts, and {_IMAGES}",
     r"lycoris_[^.]+\..+": (
         "has keys of LyCORIS, which joins the names of modules by underscores, so that `up_proj` and `up.proj` are "
         "the same; load it with LyCORIS on its base (create_lycoris_from_weights), merge it there (merge_to), and "
         "save the model"
     ),
     r"(unet|text_encoder(_\d+)?\.text_model|diffusion_model)\..+|transformer\.(single_)?transformer_blocks\..+"
-    r"|.+\.processor\..*lora.+|.+\.lora_linear_layer\.(up|down)\.weight": (
+    r"|.(?:(?!\.processor\.).)*\.processor\..*lora.+|.+\.lora_linear_layer\.(up|down)\.weight": (
         f"has keys of diffusers or ComfyUI, and {_IMAGES}"
     ),
     r".+\.adapter_layer\.\w*adapter\.linear_(in|out)\.weight|.+\.adapter\.linear_(in|out)\.weight\d*": (
@@ -75,6 +76,6 @@ def explain_keys(keys: Iterable[str], unclaimed: bool = False) -> str | None:
     patterns = _UNCLAIMED_KEYS if unclaimed else _KEYS
     for key in keys:
         for pattern, reason in patterns.items():
-            if re.fullmatch(pattern, key):
+            if re.fullmatch(pattern, key, re.DOTALL):
                 return f"{reason} (its keys: {key}, ...)"
     return None

@@ -8,6 +8,8 @@ from converters.errors import OptionError
 from converters.inference.runtime import onnxruntime
 from converters.outputs.onnx.options import DEFAULT_OPSET
 
+_MOST = (1 << 31) - 1  # that a model can name
+
 
 def check_opset(opset: int) -> None:
     """Raise `OptionError` for an opset that torch does not write, or the installed ONNX Runtime does not run."""
@@ -23,6 +25,8 @@ def check_opset(opset: int) -> None:
 
 def _runs(opset: int) -> bool:
     """Whether ONNX Runtime loads the smallest graph of this opset."""
+    if opset > _MOST:
+        return False
     value = [make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = make_graph([make_node("Identity", ["x"], ["y"])], "smallest", value[:1], value[1:])
     model = make_model(graph, opset_imports=[make_opsetid("", opset)], ir_version=10)

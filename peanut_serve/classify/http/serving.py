@@ -1,7 +1,6 @@
 """Listening, and a stop that loses nothing."""
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -12,12 +11,14 @@ from dataclasses import replace
 
 import uvicorn
 
-from converters.errors import OptionError
 from peanut_serve.classify.http.app import classify_app
 from peanut_serve.classify.http.console import TaskConsole
 from peanut_serve.classify.serving.server import TaskServer
+from peanut_serve.settings.hosts import refuse_open
+from peanut_serve.signals.json_logs import uvicorn_logging
 from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.admin import bind
+from peanut_serve.web.connections import BoundedProtocol
 from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
@@ -55,13 +56,7 @@ class _Server(uvicorn.Server):
 
 def check_host(host: str, has_keys: bool) -> None:
     """Raise `OptionError` for an address that others can reach, if no key is needed."""
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False  # a name may stand for any address
-    if not is_loopback and not has_keys:
-        found = f"--host {host} can be reached by others"
-        raise OptionError(f"{found}; give --api-key-file or --keys, or serve on 127.0.0.1")
+    refuse_open(host, has_keys)
 
 
 def check(tasks: TaskServer) -> None:
@@ -102,6 +97,8 @@ def serve(
         access_log=False,  # uvicorn would format a line for each request before it drops it
         ws="none",
         server_header=False,
+        http=BoundedProtocol,
+        **uvicorn_logging(),
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
     )
     shown = f"[{address}]" if ":" in address else address

@@ -6,7 +6,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from peanut_serve.ray.app import QUIET, ROUTING
+from peanut_serve.ray.app import ROUTING, logging_config
 from peanut_serve.ray.classifiers.front import ClassifierFront
 from peanut_serve.ray.classifiers.replica import ClassifierReplica
 from peanut_serve.ray.classifiers.settings import ClassifierSettings
@@ -30,13 +30,13 @@ def build(args: dict[str, Any]) -> Application:
         max_constructor_retry_count=1,
         user_config=settings.tunables.model_dump(),
         request_router_config=RequestRouterConfig(**ROUTING),
-        logging_config=QUIET,
+        logging_config=logging_config(settings.log_format),
     )(ClassifierReplica)
     front = serve.deployment(
         name="ClassifierFront",
         num_replicas=1,  # as of a fleet of engines
         max_ongoing_requests=_ONGOING,
         ray_actor_options={"num_cpus": 0},
-        logging_config=QUIET,
+        logging_config=logging_config(settings.log_format),
     )(ClassifierFront)
     return front.bind(replica.bind(given), given)

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
+from peanut_serve.signals.json_logs import LogFormat
+
 
 class Tunables(BaseModel):
     """What Serve changes without restarting a replica: its `user_config`.
@@ -32,6 +34,7 @@ class ClassifierSettings(BaseModel):
         cpus: of each replica, and threads of a run.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
         most_bytes: of a body.
+        log_format: of the logs of Ray Serve.
         tunables: see there.
     """
 
@@ -46,6 +49,7 @@ class ClassifierSettings(BaseModel):
     cpus: float = Field(default=1.0, ge=0)
     key_file: Path | None = None
     most_bytes: PositiveInt = 16 << 20
+    log_format: LogFormat = "text"
     tunables: Tunables = Tunables()
 
     def args(self) -> dict[str, Any]:

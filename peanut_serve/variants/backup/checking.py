@@ -19,7 +19,7 @@ from peanut_serve.variants.state_folder import (
     set_aside,
     shown_base,
 )
-from peanut_serve.variants.version import digest_of
+from peanut_serve.variants.version import EVALUATION, digest_of
 
 _KINDS = ("lora", "merged")  # how a version of an adapter may be served
 
@@ -56,12 +56,21 @@ def check_archive(archive: Path) -> tuple[Contents, StateReport]:
         opened.read()
         contents = opened.contents
     report = StateReport(contents.schema_version, contents.base, usable=sorted(contents.thetas))
-    if contents.package_version != __version__:
+    if not _evaluates_alike(contents.package_version):
         report.notes.append(
-            f"it was written by version {contents.package_version}; this is {__version__}, which reads the adapters "
-            "again, and cannot return to the earlier versions"
+            f"it was written by version {contents.package_version}; this is {__version__}, whose results are those "
+            f"of {EVALUATION}: it reads the adapters again, and cannot return to the earlier versions"
         )
     return contents, report
+
+
+def _evaluates_alike(version: str) -> bool:
+    """Whether a version of this package gave adapters the digests that this one gives them."""
+    try:
+        own, other, first = (tuple(map(int, one.split("."))) for one in (__version__, version, EVALUATION))
+    except ValueError:
+        return version == __version__
+    return first <= other <= own
 
 
 def check_state(folder: Path, base: str | None = None, roots: Sequence[str] = ()) -> StateReport:
@@ -145,7 +154,10 @@ def _theta_problem(kept: Path, digest: str, base: str) -> str | None:
         return f"cannot be opened: {' '.join(str(error).split())}"
     if digest in {digest_of(kind, adapter.digest, base) for kind in _KINDS}:
         return None
-    return f"is damaged, or was kept by another version of peanut-serve than {__version__}: its digest is another"
+    return (
+        f"is damaged, or was kept by a version of peanut-serve with other results than those of {EVALUATION}: "
+        "its digest is another"
+    )
 
 
 def _beside(folder: Path, records: Records) -> Iterator[str]:

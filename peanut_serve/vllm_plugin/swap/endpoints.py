@@ -22,6 +22,7 @@ from converters.errors import OptionError
 from converters.serving import find_base
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.server import ServerSettings
+from peanut_serve.signals.tracing import start_tracing
 from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
@@ -35,6 +36,7 @@ from peanut_serve.vllm_plugin.swap.lora_info import tell_residency
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
 from peanut_serve.web.admin import admin_app, bind, serve_on
 from peanut_serve.web.audit import AuditedControl, audit_log
+from peanut_serve.web.connections import bound_connections
 from peanut_serve.web.console.app import ConsoleHost, add_console
 from peanut_serve.web.console.data_route import DataRoute
 from peanut_serve.web.console.shell import console_link
@@ -102,6 +104,9 @@ class VariantEndpoints:
             return
         if not isinstance(engine_client, AsyncLLM):
             raise OptionError(f"serving variants needs an AsyncLLM of vLLM, but found {type(engine_client).__name__}")
+        bound_connections()
+        if await engine_client.is_tracing_enabled():
+            start_tracing()
         server = await _build(settings, engine_client, args)
         state.peanut_variants = server
         _stop_with(server, engine_client, state)
@@ -111,7 +116,7 @@ class VariantEndpoints:
         if settings.admin_port is not None:
             app = _admin(settings, settings.admin_port, server, state.peanut_route)
             listener = bind(settings.admin_host, settings.admin_port)
-            state.peanut_admin = asyncio.create_task(serve_on(app, listener))
+            state.peanut_admin = asyncio.create_task(serve_on(app, listener, settings.certificate))
         if (name := server.last_activated) is not None:
             state.peanut_activating = asyncio.create_task(_activate_again(server, name))
 
@@ -125,7 +130,8 @@ def _admin(settings: ServerSettings, port: int, server: VariantServer, route: Da
     if settings.console:
         hosts = [settings.admin_host, *settings.console_host]
         add_console(app, ConsoleHost(control, operators, port, hosts, settings.drain_seconds, route))
-        logger.info("the console is at %s", console_link(settings.admin_host, port))
+        scheme = "https" if settings.certificate else "http"
+        logger.info("the console is at %s", console_link(settings.admin_host, port, scheme))
     return app
 
 

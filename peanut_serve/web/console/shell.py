@@ -7,11 +7,12 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 
 from converters.errors import PeanutError
 from peanut_serve.errors import ForbiddenError, ServingError, UnauthorizedError, shown
@@ -66,7 +67,12 @@ class Console:
         self._pages, self._operators = pages, operators_of(key)
         self._sessions, self._attempts = Sessions(self._operators), Attempts()
         self._cookie = f"peanut_console_{port}"
-        errors = {PeanutError: _answer_refusal, ClientDisconnect: _answer_too_large, Exception: _answer_bug}
+        errors: dict[Any, ExceptionHandler] = {
+            PeanutError: _answer_refusal,
+            HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_too_large,
+            Exception: _answer_bug,
+        }
         own: list[BaseRoute] = [
             Route(ROOT, self.page),
             Route(f"{ROOT}/", self.page),
@@ -136,6 +142,11 @@ async def _answer_refusal(_: Request, error: Exception) -> Response:
     return refusal(status, str(error))
 
 
+async def _answer_http_error(_: Request, error: Exception) -> Response:
+    found = error if isinstance(error, HTTPException) else HTTPException(500)
+    return refusal(found.status_code, found.detail, found.headers)
+
+
 async def _answer_too_large(_: Request, __: Exception) -> Response:
     return refusal(413, "the body is too large")
 
@@ -144,7 +155,7 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     return refusal(500, f"unexpected {type(error).__name__}; see the server's log")
 
 
-def console_link(host: str, port: int) -> str:
+def console_link(host: str, port: int, scheme: str = "http") -> str:
     """Where a browser on the machine of the server opens the console."""
     name: Any = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{name}:{port}{ROOT}"
+    return f"{scheme}://{name}:{port}{ROOT}"

@@ -20,6 +20,7 @@ from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.admin import bind
+from peanut_serve.web.connections import BoundedProtocol
 from peanut_serve.web.request_body import ClientLimits
 
 PATIENCE = 240  # seconds: the first request imports transformers
@@ -38,8 +39,13 @@ def classifying(
     tasks = TaskServer(folders, limits=Limits(**{"threads": 1, "wait_seconds": PATIENCE, **limits}))
     listener = bind("127.0.0.1", 0)
     own = TaskConsole(console, listener.getsockname()[1]) if console else None
-    app = classify_app(tasks, keys, clients, own, tenants)
-    config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=30)
+    config = uvicorn.Config(
+        classify_app(tasks, keys, clients, own, tenants),
+        http=BoundedProtocol,
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

@@ -20,6 +20,7 @@ CONVERTERS = (
 PEANUT_SERVE = (
     "errors",
     "settings",  # what the environment and the options say
+    "signals",  # what a server tells of itself: log lines, spans
     "tenants",  # keys of many teams, their limits and usage
     "variants",  # what can be served: catalogue, versions, weights on the host
     "lora",  # adapters as LoRA for vLLM

@@ -18,6 +18,7 @@ from peanut_serve.errors import (
     VariantInUseError,
     VariantNameError,
 )
+from peanut_serve.settings.tls import Certificate
 from peanut_serve.web.admin import bind, serve_on
 from peanut_serve.web.schema import EngineStatus, SwapStatus, VariantState, VariantStatus, VariantTraffic
 
@@ -150,11 +151,11 @@ class FakeControl:
 
 
 @contextmanager
-def serving_app(app: FastAPI) -> Iterator[str]:
+def serving_app(app: FastAPI, certificate: Certificate | None = None) -> Iterator[str]:
     """Serve `app` in a thread, as it is served in vLLM's loop; its URL."""
     listener = bind("127.0.0.1", 0)
     loop = asyncio.new_event_loop()
-    task = loop.create_task(serve_on(app, listener))
+    task = loop.create_task(serve_on(app, listener, certificate))
 
     def run() -> None:
         loop.run_until_complete(asyncio.wait([task]))
@@ -163,7 +164,7 @@ def serving_app(app: FastAPI) -> Iterator[str]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{'https' if certificate else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join(30)

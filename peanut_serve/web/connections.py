@@ -1,0 +1,173 @@
+"""Connections, below HTTP: what a client may take before its request is known, and while it sends and reads.
+
+uvicorn waits for the headers of a request without a limit, and keeps all of them. It looks its protocol up by the
+name `auto`, for vLLM's server as well, so that one entry of a table bounds every port.
+"""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import uvicorn.config
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+logger = logging.getLogger("vllm.peanut_serve")
+
+HEADER_SECONDS = 30.0  # until the headers of a request have arrived
+HEADER_BYTES = 64 << 10  # of the headers of a request
+ADMIN_CONNECTIONS = 64  # of the admin port
+BODY_SECONDS = 30.0  # of the admin port, until a body has arrived
+STALL_SECONDS = 30.0  # of the admin port, for which a client may read nothing of its answer
+CLOSE_SECONDS = 30.0  # between looks at a connection, of which the second ends one that is closed but not read
+
+
+class Bounds(asyncio.Protocol):
+    """Closes a connection whose next request takes too long to begin, or has large headers; for uvicorn's protocols.
+
+    Attributes:
+        most: connections of the server; None for any number.
+    """
+
+    most: int | None = None
+    connections: set[Any]
+    transport: Any
+    cycle: Any  # the request that is answered, or was answered last
+    loop: asyncio.AbstractEventLoop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self._given_up: asyncio.TimerHandle | None = None
+        self._unparsed = 0  # bytes of headers that are not complete
+        self._was_closing = False
+        is_full = self.most is not None and len(self.connections) >= self.most
+        super().connection_made(transport)
+        self._next_look = self.loop.call_later(CLOSE_SECONDS, self._look)
+        if is_full:
+            self._refuse(503, "TooManyConnections", f"{self.most} connections are open; close some, or try again")
+        else:
+            self._given_up = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._is_answering or self not in self.connections:  # it has become another protocol's
+            self._unparsed = 0
+            self._stop_waiting()
+            return
+        if self._given_up is None:
+            self._given_up = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        if self.cycle is None or not self.cycle.more_body:  # else it may be the rest of a body
+            self._unparsed += len(data)
+            if self._unparsed > HEADER_BYTES:
+                self._refuse(431, "RequestTooLargeError", f"the headers are larger than {HEADER_BYTES >> 10} KiB")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._next_look.cancel()
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _look(self) -> None:
+        """End a connection that was closed long ago, but whose client does not read what it was sent last."""
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+                return
+            self._was_closing = True
+        self._next_look = self.loop.call_later(CLOSE_SECONDS, self._look)
+
+    def _stop_waiting(self) -> None:
+        if self._given_up is not None:
+            self._given_up.cancel()
+            self._given_up = None
+
+    def _give_up(self) -> None:
+        self._given_up = None
+        if not self._is_answering:
+            self.transport.close()
+
+    def _refuse(self, status: int, kind: str, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        logger.debug("a connection is refused with %d: %s", status, message)
+        body = json.dumps({"error": {"type": kind, "message": message}}).encode()
+        head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+class BoundedProtocol(Bounds, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """The protocol that uvicorn chooses, with bounds."""
+
+
+class AdminProtocol(BoundedProtocol):
+    """The same for the admin port, whose connections are counted, and end if their client does not read."""
+
+    most = ADMIN_CONNECTIONS
+    _stalled: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().connection_lost(exc)
+
+
+def bound_connections() -> None:
+    """Bound the connections of every server that uvicorn starts in this process from now on."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
+
+
+class TimeLimit:
+    """Gives up a request whose body does not arrive.
+
+    Args:
+        app: answers the requests.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        await self._app(scope, _in_time(receive) if scope["type"] == "http" else receive, send)
+
+
+def _in_time(receive: Receive) -> Receive:
+    until, is_whole = asyncio.get_running_loop().time() + BODY_SECONDS, False
+
+    async def receive_in_time() -> Message:
+        """A part of the body. Raises `HTTPException` if it is late."""
+        nonlocal is_whole
+        if is_whole:
+            return await receive()
+        left = until - asyncio.get_running_loop().time()
+        try:
+            message = await asyncio.wait_for(receive(), max(left, 0.0))
+        except asyncio.TimeoutError:
+            why = f"the body did not arrive within {BODY_SECONDS:.0f} s"
+            raise HTTPException(408, why, {"Connection": "close"}) from None
+        is_whole = not message.get("more_body")
+        return message
+
+    return receive_in_time
