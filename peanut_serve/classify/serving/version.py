@@ -30,7 +30,7 @@ def state_of(files: Iterable[Path | str]) -> State:
 
 def _stat(file: Path | str) -> tuple[int | None, ...]:
     try:
-        found = os.stat(file)  # noqa: PTH116 - for each request, and a Path of each file would take longer
+        found = os.stat(file)  # for each request, and a Path of each file would take longer
     except OSError:
         return (None,)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -77,11 +77,15 @@ def samples(url: str, tenant: str) -> dict[tuple[str, str], float]:
     }
 
 
-@pytest.mark.slow  # exports are traced
-def test_what_a_tenant_has_used(exports: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # a model is traced
+def test_what_a_tenant_has_used(tmp_path: Path) -> None:
+    from support.classify.exports import export_one
+    from transformers import BertForSequenceClassification
+
     tenants = tenants_of(write_keys(tmp_path / "keys.json", entry("counted")))
     name = "mood"
-    with classifying(exports / name, tenants=tenants) as (url, _):
+    folder = export_one(tmp_path / name, BertForSequenceClassification, ["bad", "fair", "good"])
+    with classifying(folder, tenants=tenants) as (url, _):
         for body in ({"inputs": "good"}, {"inputs": "bad"}, {"inputs": 3}, {}):
             httpx.post(f"{url}/models/{name}", headers=as_("counted"), json=body, timeout=PATIENCE)
         httpx.post(f"{url}/models/none", headers=as_("counted"), json={"inputs": "good"}, timeout=PATIENCE)
