@@ -88,8 +88,12 @@ class _Console:
         self._sessions, self._attempts = Sessions(), Attempts()
         self._cookie = f"peanut_console_{host.port}"
         self._trials = 0
-        handlers = {PeanutError: _answer_refusal, ClientDisconnect: _answer_too_large, Exception: _answer_bug}
-        handlers[HTTPException] = _answer_http_error
+        handlers: dict[Any, Any] = {
+            PeanutError: _answer_refusal,
+            ClientDisconnect: _answer_too_large,
+            HTTPException: _answer_http_error,
+            Exception: _answer_bug,
+        }
         routes: list[BaseRoute] = [
             Route(ROOT, self.page),
             Route(f"{ROOT}/", self.page),
