@@ -106,7 +106,7 @@ class SwapHistory:
 
 def _past(swap: SwapRecord, report: Report) -> Past:
     """An attempt, with its phases as parts."""
-    facts: dict[str, str | int | float | bool] = {
+    facts: dict[str, str | int | float] = {
         "cause": swap.cause, "outcome": swap.outcome, "from": swap.before, "from_digest": swap.before_digest,
         "to": swap.target, "to_digest": swap.digest, "running": swap.running, "waiting": sum(swap.waiting.values()),
         "longest_wait": swap.longest_wait, "tensors": swap.tensors, "bytes": swap.nbytes,
