@@ -39,6 +39,10 @@ _NAME = re.compile(r"/variants/(?P<name>.+)")
 _AT_ONE = ("activate", "preload")
 _GLANCE = 10.0  # seconds, for what is known already
 _MOST_BYTES = 64 << 10  # of a body
+_NO_RELEASES = (
+    "a fleet has no releases for now: they are those of a single server. Stage and check the version at a peanut-serve "
+    "of its own, then reload the variant in the fleet"
+)
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -60,6 +64,8 @@ class FleetAdmin:
         if not self._keys.include(request.scope):
             return _refusal(401, "the admin key is missing or wrong; send it as Authorization: Bearer KEY")
         path = str(request.scope["path"]).removeprefix(PREFIX)
+        if re.match(r"/releases(/|$)", path):
+            return _refusal(501, _NO_RELEASES)
         try:
             if request.method == "GET":
                 return await self._show(path) or _unknown(request)
