@@ -53,7 +53,7 @@ class AuditedReleases:
             min_requests=found.min_requests,
             watched=watched,
             failed=failed,
-            passed=found.has_passed if found.canary is not None else None,
+            passed=found.passed,
             canary=[CanaryStatus(**one.model_dump()) for one in found.answers or ()],
             events=events,
         )

@@ -223,7 +223,7 @@ class Releases:
         logger.info("variant=%s digest=%s rolled back to", name, version.digest[:12])
 
     def _end(self, name: str, release: Release, reason: str | None) -> None:
-        rolled = _noted(release, "rollback", reason, state="rolled_back", weight=0)
+        rolled = _noted(release, "rollback", reason, state="rolled_back", weight=0, canary=None)
         record = self._catalogue.find(name).record.model_copy(update={"release": rolled})
         self._catalogue.commit({name: record, staged_name(name): None})
         self._forget_staged(name)
@@ -286,7 +286,7 @@ class Releases:
 
     @staticmethod
     def _check_passed(name: str, release: Release) -> None:
-        if release.has_passed:
+        if release.passed is not False:
             return
         failed = [one for one in release.answers or () if one.problems]
         why = f"{failed[0].prompt[:40]!r}: {failed[0].problems[0]}" if failed else "it was not asked yet"

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, VariantInUseError
+from peanut_serve.errors import EngineDownError, UnknownVariantError, VariantInUseError
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.lora.slots import AdapterSlots
@@ -178,10 +178,11 @@ class VariantServer(ObservedServer):
     async def _prepared(self, name: str, asked: str | None, holds: ExitStack) -> tuple[str, Version]:
         try:
             return name, await self._preparation.current(name, holds)
-        except PeanutError:
-            if asked is None or asked == name or self.has(name):
+        except PeanutError as error:
+            is_gone = isinstance(error, UnknownVariantError) or not self.has(name)
+            if asked is None or asked == name or not is_gone:
                 raise
-        # the release has ended since the request came
+        # the release has ended since the request came, or the files of its version were removed
         return asked, await self._preparation.current(asked, holds)
 
     def _weights_of(self, version: Version) -> str:

@@ -57,7 +57,7 @@ class Release(_Recorded):
         weight: how many of a hundred requests for the name the new version answers.
         max_error_rate: share of failures from which it is rolled back.
         min_requests: number of requests before which the share does not count.
-        canary: the canary set that was beside the new version; None if there was none.
+        canary: the canary set that was beside the new version; None if there was none, or the release has ended.
         answers: to that set; None if it was not asked yet.
         events: the latest of this release and of those before it, the newest last.
     """
@@ -80,9 +80,11 @@ class Release(_Recorded):
         return self.state == "staged"
 
     @property
-    def has_passed(self) -> bool:
-        """Whether every answer to the canary set, if there is one, has the expected properties."""
-        return self.canary is None or (self.answers is not None and not any(one.problems for one in self.answers))
+    def passed(self) -> bool | None:
+        """Whether every answer to the canary set has the expected properties; None if there is no set."""
+        if self.canary is None and self.answers is None:
+            return None
+        return self.answers is not None and not any(one.problems for one in self.answers)
 
     def draws(self, session: str | None) -> bool:
         """Whether the new version answers a request.

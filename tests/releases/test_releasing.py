@@ -378,3 +378,18 @@ def test_a_pinned_name_pins_what_it_is_promoted_to(run_rig: RunRig, tmp_path: Pa
         assert cache.evictable(rig.digests["v1"]) > 0
 
     run_rig(test)
+
+
+def test_the_files_of_a_staged_version_are_removed(run_rig: RunRig, tasks: Path, tmp_path: Path) -> None:
+    """Its share is answered by the version that the name has."""
+
+    async def test(rig: Rig) -> None:
+        await learn(rig)
+        releases = releases_of(rig, tmp_path / "audit.jsonl")
+        await releases.stage("v1", "v2")
+        await releases.weigh("v1", Weighing(weight=100))
+        shutil.rmtree(tasks / "v2")
+        assert await say(rig) == ("v1", "v1")
+        assert (await Call(rig, "/v1/completions", {"model": "v1@staged"}).answer())[0] == 404
+
+    run_rig(test)
