@@ -40,8 +40,8 @@ _AT_ONE = ("activate", "preload")
 _GLANCE = 10.0  # seconds, for what is known already
 _MOST_BYTES = 64 << 10  # of a body
 _NO_RELEASES = (
-    "a fleet has no releases for now: they are those of a single server. Stage and check the version at a peanut-serve "
-    "of its own, then reload the variant in the fleet"
+    "a fleet has no releases for now: they are those of a single server. Stage and check the version at a "
+    "peanut-serve of its own, then reload the variant in the fleet"
 )
 
 _T = TypeVar("_T", bound=BaseModel)

@@ -6,11 +6,11 @@
     promote   NAME moves to the version; the one before is kept for a rollback
     rollback  NAME@staged ends, or NAME moves back; failures of the share do the same without an operator
 
-A staged version is a variant of its own in the catalogue, held at its digest. So what holds for every variant holds for
-it: it is evaluated, swapped in or loaded as an adapter, asked by its name, counted in the metrics under that name, kept
-with its θ over restarts, and exported with the state. A release is the record beside it (`variants/release.py`), on the
-name that it is for. Each step is one write of all records, after everything that can fail, so that a crash leaves the
-state before or after it.
+A staged version is a variant of its own in the catalogue, held at its digest. So what holds for every variant holds
+for it: it is evaluated, swapped in or loaded as an adapter, asked by its name, counted in the metrics under it, kept
+with its θ over restarts, and exported with the state. A release is the record beside it
+(`variants/release.py`), on the name that it is for. Each step is one write of all records, after everything that can
+fail, so that a crash leaves the state before or after it.
 
 No request learns its version anew after it was prepared: a promotion or a rollback moves names, and the requests in
 flight end with the version that their headers name.

@@ -1,4 +1,4 @@
-"""Releases as operators see and change them. Every change, and every release that failures end, is in the audit log."""
+"""Releases as operators see and change them. Each change, and each end by failures, is in the audit log."""
 
 import time
 from collections.abc import Iterator
@@ -79,7 +79,9 @@ class AuditedReleases:
         """See `ReleaseControl`."""
         given = weighing.model_dump()
         with self._noting("weight", name, **given):
-            self._releases.weigh(name, weighing.weight, weighing.max_error_rate, weighing.min_requests, weighing.force)
+            self._releases.weigh(
+                name, weighing.weight, weighing.max_error_rate, weighing.min_requests, weighing.force
+            )
         return self.release(name)
 
     async def promote(self, name: str, force: bool) -> ReleaseStatus:
@@ -101,7 +103,7 @@ class AuditedReleases:
 
     @contextmanager
     def _noting(self, action: str, name: str, **given: Any) -> Iterator[None]:
-        """Write a line about a change: `old` and `new` are what the name refers to, `staged` is the version beside it."""
+        """Write a line: `old` and `new` are the versions of the name, `staged` is the one beside them."""
         old, staged, began = self._digest(name), self._staged(name), time.monotonic()
         result: dict[str, Any] = {"outcome": "done"}
         try:

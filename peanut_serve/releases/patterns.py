@@ -1,4 +1,4 @@
-"""Regular expressions within a time limit: some take longer than the age of the universe, and Python cannot stop them."""
+"""Regular expressions within a time limit: some would take years, and Python cannot stop a search."""
 
 import asyncio
 import json

@@ -94,7 +94,9 @@ class Releases:
             if self._beginning(name) is not variant:
                 raise ReleaseError(f"{name} was removed while a version of it was staged")
             self._check_is_new(variant, version, entry)
-            self._stage(variant, Record(source=entry, digest=version.digest, seen=state, held=True), version, canaries)
+            self._stage(
+                variant, Record(source=entry, digest=version.digest, seen=state, held=True), version, canaries
+            )
         if canaries is not None:
             await self.check(name)
 
@@ -114,9 +116,7 @@ class Releases:
         self._outcomes.pop(variant.name, None)
         logger.info("variant=%s digest=%s staged from %s", variant.name, version.digest[:12], staged.source)
 
-    async def _read(
-        self, name: str, source: VariantSource, state: State
-    ) -> tuple[Version, State, CanarySet | None]:
+    async def _read(self, name: str, source: VariantSource, state: State) -> tuple[Version, State, CanarySet | None]:
         """A version and the canary set beside it, from files that do not change meanwhile."""
         version, state = await self._catalogue.reader.read(name, source, state)
         canaries = await asyncio.to_thread(_canaries, source)
@@ -193,8 +193,8 @@ class Releases:
     async def rollback(self, name: str, reason: str | None = None) -> None:
         """End an open release; or move a name back from the version that was promoted. The name stays held.
 
-        Raises `ReleaseError` if the name has moved since the promotion, and `VariantError` if the version before is no
-        longer available.
+        Raises `ReleaseError` if the name has moved since the promotion, and `VariantError` if the version before
+        is not available any more.
         """
         release = self.find(name)
         if release.is_open:
@@ -214,9 +214,7 @@ class Releases:
                 raise VariantError(f"version {now.replaces[:12]} of {name} is no longer available")
             await self._server.make_ready(name, version)
             rolled = _noted(now, "rollback", reason, state="rolled_back")
-            record = moved_to(
-                variant.record, version.digest, source=now.replaces_source, held=True, release=rolled
-            )
+            record = moved_to(variant.record, version.digest, source=now.replaces_source, held=True, release=rolled)
             self._changeable(name)  # it may have been removed
             self._catalogue.commit({name: record}, {name: version})
         self._server.update_pin(name)
@@ -259,8 +257,8 @@ class Releases:
         release = self.find(name)
         if not release.is_open:
             raise ReleaseError(
-                f"the release of version {release.digest[:12]} of {name} was {release.state.replace('_', ' ')}; stage "
-                "another version"
+                f"the release of version {release.digest[:12]} of {name} was {release.state.replace('_', ' ')}; "
+                "stage another version"
             )
         return release
 

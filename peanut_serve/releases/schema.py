@@ -55,7 +55,9 @@ class Staging(_Request):
     """Where a new version comes from."""
 
     source: str | None = Field(
-        None, max_length=512, description="Entry of a variants folder, or allowed Hub id; by default the variant's own."
+        None,
+        max_length=512,
+        description="Entry of a variants folder, or allowed Hub id; by default the variant's own.",
     )
 
 
@@ -81,7 +83,7 @@ class Reason(_Request):
 
 
 class ReleaseControl(Protocol):
-    """What the routes control. Every method raises `UnknownVariantError` if the variant, or its release, is unknown."""
+    """What the routes control. All methods raise `UnknownVariantError` if the variant or its release is unknown."""
 
     def releases(self) -> list[ReleaseStatus]:
         """The latest release of every variant that had one."""

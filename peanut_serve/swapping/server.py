@@ -284,7 +284,7 @@ class VariantServer(ObservedServer):
             await self._preparation.preparing(name, holds)(version)
 
     def update_pin(self, name: str) -> None:
-        """Pin the weights of the version that a name has moved to, if it is pinned; unpin those of one that is gone."""
+        """Pin the weights of the version that a name has moved to, if it is pinned; unpin those of a removed name."""
         if self.has(name):
             self._preparation.update_pin(self.catalogue.find(name))
         else:

@@ -1,4 +1,4 @@
-"""What is recorded of a release, and which version of a name a request gets meanwhile. See `peanut_serve.releases`."""
+"""What is recorded of a release, and which version a request gets meanwhile. See `peanut_serve.releases`."""
 
 import hashlib
 import random
@@ -109,5 +109,5 @@ def staged_name(name: str) -> str:
 
 
 def released_name(name: str) -> str:
-    """The variant that a name belongs to: `gsm8k` for `gsm8k@staged` and `gsm8k@current`, otherwise the name itself."""
+    """The variant that a name belongs to: `gsm8k` for `gsm8k@staged` and `gsm8k@current`, otherwise itself."""
     return name.removesuffix(STAGED).removesuffix(CURRENT)

@@ -79,7 +79,7 @@ def test_answers_of_the_current_version(least: float, passes: bool) -> None:
 
 def test_an_answer_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(SaidRoute):
-        async def ask(self, path: str, body: dict):  # noqa: ANN202
+        async def ask(self, path: str, body: dict):
             await asyncio.sleep(60)
             yield {}
 
@@ -104,7 +104,10 @@ def test_a_pattern_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         ("[]", "the file: input should be a valid dictionary"),
         ('{"prompts": []}', "prompts: list should have at least 1 item"),
         ('{"prompts": [{}]}', "prompts.0: value error, expected either prompt or messages"),
-        ('{"prompts": [{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}]}', "either prompt or messages"),
+        (
+            '{"prompts": [{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}]}',
+            "either prompt or messages",
+        ),
         ('{"prompts": [{"prompt": "a", "contain": ["b"]}]}', "prompts.0.contain: extra inputs are not permitted"),
         ('{"prompts": [{"prompt": "a", "matches": "("}]}', "matches is not a regular expression"),
         ('{"prompts": [{"prompt": "a", "max_tokens": 2000}]}', "less than or equal to 1024"),

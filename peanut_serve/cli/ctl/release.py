@@ -135,7 +135,8 @@ def _ask(
 
 def _print(release: ReleaseStatus) -> None:
     share = f", {release.weight} % of the requests" if release.state == "staged" else ""
-    text = f"{release.name}: {release.state.replace('_', ' ')}, digest {release.digest}{share}, canary {_canary(release)}"
+    state = release.state.replace("_", " ")
+    text = f"{release.name}: {state}, digest {release.digest}{share}, canary {_canary(release)}"
     console.out.print(text, markup=False)
 
 
