@@ -19,6 +19,8 @@ from peanut_serve.errors import (
     VariantNameError,
 )
 from peanut_serve.releases.schema import Weighing
+from peanut_serve.variants.backup.exporting import export_state
+from peanut_serve.variants.backup.importing import import_state
 
 
 async def say(rig: Rig, model: str = "v1", kind: type[Call] = Call, **headers: str) -> tuple[str, str]:
@@ -252,7 +254,7 @@ def test_a_full_disk_does_not_keep_the_share(
 
 
 def test_a_restart_in_the_middle(run_rig: RunRig, tasks: Path, tmp_path: Path) -> None:
-    """Twice: with a release that is open, and after failures have ended it."""
+    """Twice: with a release that is open, from an export, and after failures have ended it."""
     digests: dict[str, str] = {}
 
     async def begin(rig: Rig) -> None:
@@ -264,7 +266,8 @@ def test_a_restart_in_the_middle(run_rig: RunRig, tasks: Path, tmp_path: Path) -
         await releases.weigh("v1", Weighing(weight=100, max_error_rate=0.1, min_requests=2))
         replace(tasks / "v1", tasks / "v3")
         replace(tasks / "v2", tasks / "v3")
-        shutil.copytree(rig.server.settings.state, tmp_path / "first")
+        export_state(rig.server.settings.state, tmp_path / "state.tar")
+        import_state(tmp_path / "state.tar", tmp_path / "first")
 
     async def go_on(rig: Rig) -> None:
         rig.digests.update(digests)
