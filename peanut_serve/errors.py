@@ -11,6 +11,7 @@ PeanutError (see converters.errors)
 │   ├── UnknownVariantError     404: no variant has this name, or no version has this digest
 │   ├── VariantInUseError       409: a variant with requests, or a pinned or active one, cannot be removed
 │   ├── VariantNameError        409: the name is already used, or not allowed
+│   ├── ReleaseError            409: the state of the release does not allow this
 │   ├── VariantError            422: it cannot be evaluated, or does not fit the running model
 │   ├── NotAdmittedError        500: a request reached the engine without the weights that it needs
 │   ├── SwapError               500: the swap failed; the previous weights were restored
@@ -96,6 +97,12 @@ class VariantInUseError(ServingError):
 
 class VariantNameError(ServingError):
     """The name is already used, or not allowed."""
+
+    status = 409
+
+
+class ReleaseError(ServingError):
+    """The state of the release does not allow this."""
 
     status = 409
 

@@ -75,10 +75,17 @@ THIRD_PARTY = {
         "peanut_serve.tenants",
         "peanut_serve.variants",
         "peanut_serve.web",
+        "peanut_serve.releases",
         "peanut_serve.cli",
         "peanut_serve.ray",
     ),
-    "fastapi": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin", "peanut_serve.ray"),
+    "fastapi": (
+        "peanut_serve.web",
+        "peanut_serve.releases.routes",
+        "peanut_serve.classify.http",
+        "peanut_serve.vllm_plugin",
+        "peanut_serve.ray",
+    ),
     "ray": ("peanut_serve.ray",),
     "jinja2": ("peanut_serve.web.console",),
     "starlette": (

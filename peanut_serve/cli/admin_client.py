@@ -5,6 +5,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -17,6 +18,11 @@ from peanut_serve.web.schema import ErrorAnswer
 # seconds; the admin API shares its event loop with the server, which may be busy
 _TIMEOUT = 60.0
 _LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
+def segment(name: str) -> str:
+    """A name as one segment of a path: slashes are escaped, and so are dots, which would be resolved as folders."""
+    return quote(name, safe="").replace(".", "%2E")
 
 
 @dataclass(frozen=True)

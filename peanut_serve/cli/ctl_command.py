@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
-from urllib.parse import quote
 
 import typer
 from pydantic import BaseModel
@@ -12,7 +11,8 @@ from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.cli.options import Json
 from converters.errors import PeanutError
-from peanut_serve.cli.admin_client import AdminClient
+from peanut_serve.cli.admin_client import AdminClient, segment
+from peanut_serve.cli.ctl import release
 from peanut_serve.cli.ctl_output import (
     AnyChange,
     AnyEngine,
@@ -49,6 +49,7 @@ Examples:
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help=HELP
 )
+app.add_typer(release.app, name="release")
 _Url = Annotated[str, typer.Option("--url", envvar="PEANUT_ADMIN_URL", help="URL of the admin API.")]
 _KeyFile = Annotated[
     Path | None,
@@ -75,8 +76,7 @@ _Hold = Annotated[bool, typer.Option("--hold", help="Hold it until a reload, eve
 
 
 def _path(name: str, verb: str = "") -> str:
-    # always one segment; a name of dots would be resolved as parent folders
-    return "variants/" + quote(name, safe="").replace(".", "%2E") + verb
+    return "variants/" + segment(name) + verb
 
 
 @app.callback()

@@ -44,6 +44,10 @@ _AT_ONE = ("activate", "preload")
 _GLANCE = 10.0  # seconds, for what is known already
 _MOST_BYTES = 64 << 10  # of a body
 _BODY_SECONDS = 30.0  # until it has arrived
+_NO_RELEASES = (
+    "a fleet has no releases for now: they are those of a single server. Stage and check the version at a "
+    "peanut-serve of its own, then reload the variant in the fleet"
+)
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -63,6 +67,8 @@ class FleetAdmin:
     async def answer(self, request: Request) -> Response:
         """Answer a request for a path below `PREFIX`."""
         path = str(request.scope["path"]).removeprefix(PREFIX)
+        if re.match(r"/releases(/|$)", path):
+            return _refusal(501, _NO_RELEASES)
         try:
             operator = self._operators.find(sent_key(request.scope))
             if request.method == "GET":

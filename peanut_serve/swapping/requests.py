@@ -19,12 +19,19 @@ class Admitted:
         version: the weights that answer it.
         is_running: whether it still may; afterwards, the engine may have other weights.
         lora: the LoRA adapter that it uses on top of the base's weights, if it does.
+        asked: the name in the request, if it is another one; see `Catalogue.answering`.
     """
 
     name: str
     version: Version
     is_running: Callable[[], bool]
     lora: LoraFolder | None = None
+    asked: str | None = None
+
+    @property
+    def model(self) -> str:
+        """`model` in the request."""
+        return self.asked or self.name
 
 
 @dataclass

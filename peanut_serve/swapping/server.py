@@ -29,6 +29,9 @@ logger = logging.getLogger("vllm.peanut_serve")
 
 _POLL_SECONDS = 0.05
 
+# told of each request that a version has answered or failed: its name, its digest if it is known, whether it failed
+Watch = Callable[[str, str | None, bool], None]
+
 
 class VariantServer(ObservedServer):
     """Serves requests with the weights of the variants they name. For one event loop; `assemble_server` builds it.
@@ -39,6 +42,9 @@ class VariantServer(ObservedServer):
         catalogue: the variants.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
         lora_slots: how many LoRA adapters the engine has at once.
+
+    Attributes:
+        watch: told how requests end.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class VariantServer(ObservedServer):
         self.driver = SwapDriver(swappable, self.gate, self.cache, settings, catalogue.name_of, on_active)
         self._preparation = Preparation(catalogue, self._host, self._lora, settings.pin, self.driver.add_version)
         self._listed: set[str] = set()
+        self.watch: Watch = lambda name, digest, is_failure: None
         self._driving: asyncio.Task[None] | None = None
         self._is_stopping = False
 
@@ -132,12 +139,15 @@ class VariantServer(ObservedServer):
             return await self._preparation.current(name, holds)
 
     @asynccontextmanager
-    async def serving(self, name: str, abort: Callable[[], None]) -> AsyncIterator[Admitted]:
+    async def serving(
+        self, name: str, abort: Callable[[], None], asked: str | None = None
+    ) -> AsyncIterator[Admitted]:
         """Wait until a request may use the engine, with the weights of the variant it names.
 
         Args:
             name: of the variant.
             abort: ends the request while it runs.
+            asked: the name in the request, if it is another one.
 
         Raises `UnknownVariantError`, `VariantError`, `QueueFullError`, `EngineDownError`, `SwapError`.
         """
@@ -147,9 +157,9 @@ class VariantServer(ObservedServer):
         waiting = ExitStack()
         waiting.callback(self.places.give_back)
         with waiting, ExitStack() as holds:
-            variant = self.catalogue.find(name)
             note = waiting.enter_context(span("peanut.queue", {"peanut.variant": name}))
-            version = await self._preparation.current(name, holds)
+            variant, version = await self._prepared(name, asked, holds)
+            name = variant.name
             note({"peanut.digest": version.digest, "peanut.kind": version.kind.value})
             ticket = Ticket(self._weights_of(version), arrival, abort, name)
             with self._counted(variant, ticket):
@@ -163,7 +173,7 @@ class VariantServer(ObservedServer):
                     if version.lora is not None:
                         lora = await self._lora.load(name, version)
                         holds.enter_context(self.slots.using(version.digest))
-                    yield Admitted(name, version, lambda: ticket in self.gate.running, lora)
+                    yield Admitted(name, version, lambda: ticket in self.gate.running, lora, asked)
                 finally:
                     self.gate.leave(ticket)
 
@@ -176,6 +186,18 @@ class VariantServer(ObservedServer):
             self.in_flight[variant].discard(ticket)
             if not self.in_flight[variant]:
                 del self.in_flight[variant]
+
+    async def _prepared(self, name: str, asked: str | None, holds: ExitStack) -> tuple[Variant, Version]:
+        try:
+            variant = self.catalogue.find(name)
+            return variant, await self._preparation.current(name, holds)
+        except PeanutError as error:
+            is_gone = isinstance(error, UnknownVariantError) or not self.has(name)
+            if asked is None or asked == name or not is_gone:
+                raise
+        # the release has ended since the request came, or the files of its version were removed
+        variant = self.catalogue.find(asked)
+        return variant, await self._preparation.current(asked, holds)
 
     def _weights_of(self, version: Version) -> str:
         return version.digest if version.has_own_weights else self.catalogue.base.digest
@@ -191,11 +213,23 @@ class VariantServer(ObservedServer):
         usage.last_used = time.time()
         metrics.QUEUE_SECONDS.labels(name).observe(time.monotonic() - arrival)
 
-    def record_end(self, name: str, outcome: str, seconds: float) -> None:
-        """Count a request that ended, if its name is that of a variant."""
+    def record_end(
+        self, name: str, outcome: str, seconds: float, digest: str | None = None, is_failure: bool = False
+    ) -> None:
+        """Count a request that ended, if its name is that of a variant.
+
+        Args:
+            name: of the variant.
+            outcome: a status, or what happened instead.
+            seconds: since its arrival.
+            digest: of the version that it was admitted to.
+            is_failure: whether that version, and not the request, may be the cause that it was not answered.
+        """
         annotate({"peanut.variant": shown(name), "peanut.outcome": outcome})
         if self.has(name):
             self.usage.setdefault(name, Usage()).end(outcome, seconds)
+        if is_failure or outcome.startswith("2"):
+            self.watch(name, digest, is_failure)
 
     # operators
 
@@ -275,6 +309,18 @@ class VariantServer(ObservedServer):
         with ExitStack() as holds:
             variant = await self.catalogue.rollback(name, digest, self._preparation.preparing(name, holds), hold)
             self._preparation.update_pin(variant)
+
+    async def make_ready(self, name: str, version: Version) -> None:
+        """Evaluate a version that a name is to move to. Raises `PeanutError` if it cannot be served."""
+        with ExitStack() as holds:
+            await self._preparation.preparing(name, holds)(version)
+
+    def update_pin(self, name: str) -> None:
+        """Pin the weights of the version that a name has moved to, if it is pinned; unpin those of a removed name."""
+        if self.has(name):
+            self._preparation.update_pin(self.catalogue.find(name))
+        else:
+            self._host.update_pin(name, False, None)
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""

@@ -11,6 +11,7 @@ from peanut_serve.errors import (
     TryLaterError,
     UnknownVariantError,
     VariantError,
+    VariantInUseError,
     VariantNameError,
     shown,
 )
@@ -18,6 +19,7 @@ from peanut_serve.variants.kept_theta import has_theta
 from peanut_serve.variants.listing import Listing
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.reading import VersionReader
+from peanut_serve.variants.release import CURRENT, STAGED, staged_name
 from peanut_serve.variants.roots import AdapterRoots, State, VariantSource, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
 from peanut_serve.variants.version import VariantKind, Version, base_version
@@ -46,6 +48,8 @@ class Variant:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+_NONE: Mapping[str, Version] = {}
+
 # prepares a swap to a version; raises `PeanutError` if that is not possible
 Prepare = Callable[[Version], Awaitable[None]]
 
@@ -59,6 +63,9 @@ class Catalogue:
         store: the state folder.
         opener: opens versions of the variants.
         settle: seconds that files must not have changed for before a new version is taken from them.
+
+    Attributes:
+        reader: reads versions from files, or from what the state folder keeps.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class Catalogue:
         settle: float = 1.0,
     ) -> None:
         self._roots, self._store = roots, store
-        self._reader = VersionReader(roots, store, opener, settle)
+        self.reader = VersionReader(roots, store, opener, settle)
         self._listing = Listing(roots)
         checkpoint = opener.model.base
         self.base = base_version(checkpoint)
@@ -109,6 +116,20 @@ class Catalogue:
             some = ", ".join(available[:_SHOWN]) + more
             raise UnknownVariantError(f"there is no variant {shown(name)}; the available variants are {some}")
         return variant
+
+    def answering(self, asked: str, session: str | None) -> str:
+        """The name whose version answers a request: another one than was asked for while a release is open.
+
+        Args:
+            asked: in the request; it need not exist.
+            session: see `Release.draws`.
+        """
+        variant = self._variants.get(asked.removesuffix(CURRENT))
+        release = variant.record.release if variant is not None else None
+        if variant is None or release is None or not release.is_open:
+            return asked
+        is_drawn = asked == variant.name and release.draws(session)
+        return staged_name(variant.name) if is_drawn else variant.name
 
     def has(self, name: str) -> bool:
         """Whether a request can use a name. Reads no files but those of this name."""
@@ -155,7 +176,7 @@ class Catalogue:
         if name in self.bases and variant.version is not None:
             return variant, variant.version
         async with variant.lock:
-            source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
+            source, state = await asyncio.to_thread(self.reader.look, name, variant.record.source)
             version = variant.version
             if version is None or (state != variant.record.seen and not variant.record.held):
                 return variant, await self._renew(variant, source, state, prepare)
@@ -167,9 +188,10 @@ class Catalogue:
 
         Raises the same errors as `current`.
         """
-        variant = self._own(name)
+        variant = self._unreleased(name)
         async with variant.lock:
-            source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
+            self._unreleased(name)  # a release may have begun
+            source, state = await asyncio.to_thread(self.reader.look, name, variant.record.source)
             variant.version = None
             try:
                 await self._renew(variant, source, state, prepare, reads_files=True)
@@ -212,11 +234,12 @@ class Catalogue:
         Raises `UnknownVariantError`, and `VariantError` if there is no such version, there are several, or it is no
         longer available.
         """
-        variant = self._own(name)
+        variant = self._unreleased(name)
         async with variant.lock:
+            self._unreleased(name)  # a release may have begun
             earlier = self._earlier_one(variant, digest)
-            source, state = await asyncio.to_thread(self._reader.look, name, variant.record.source)
-            version = await asyncio.to_thread(self._reader.reopen, name, source, earlier)
+            source, state = await asyncio.to_thread(self.reader.look, name, variant.record.source)
+            version = await asyncio.to_thread(self.reader.reopen, name, source, earlier)
             if version is None:
                 raise VariantError(f"version {earlier[:12]} of {name} is no longer available")
             await self._move(variant, version, state, prepare, hold)
@@ -241,7 +264,7 @@ class Catalogue:
 
     def unregister(self, name: str) -> None:
         """Remove a name. Raises `UnknownVariantError`, and `VariantNameError` for the base."""
-        variant = self._own(name)
+        variant = self._unreleased(name)
         if self._roots.find(name) is None:
             self._save({name: None})
             del self._variants[name]
@@ -268,6 +291,34 @@ class Catalogue:
             raise VariantNameError(f"{name} is the base model, which cannot be changed")
         return variant
 
+    def _unreleased(self, name: str) -> Variant:
+        variant = self._own(name)
+        if name.endswith(STAGED):
+            raise VariantNameError(f"{name} is a staged version, which only peanut-serve ctl release changes")
+        if variant.record.release is not None and variant.record.release.is_open:
+            raise VariantInUseError(
+                f"{name} has a release of version {variant.record.release.digest[:12]}; promote it or roll it back "
+                "first, with peanut-serve ctl release"
+            )
+        return variant
+
+    def commit(self, changed: Mapping[str, Record | None], versions: Mapping[str, Version] = _NONE) -> None:
+        """Change several names at once; None removes one. Nothing is changed if the records cannot be written.
+
+        Args:
+            changed: name -> its new record.
+            versions: name -> the version it refers to from now on; prepared, and with the digest of the record.
+        """
+        self._save(changed)
+        for name, record in changed.items():
+            if record is None:
+                self._variants.pop(name, None)
+                continue
+            variant = self._variants.setdefault(name, Variant(name, record))
+            variant.record = record
+            if name in versions:
+                variant.version, variant.error = versions[name], None
+
     async def _renew(
         self, variant: Variant, source: VariantSource, state: State, prepare: Prepare, reads_files: bool = False
     ) -> Version:
@@ -279,14 +330,14 @@ class Catalogue:
             version, known = None, None if reads_files else variant.record.digest
             held = variant.record.held and not reads_files
             if known is not None and (held or state == variant.record.seen):
-                version = await asyncio.to_thread(self._reader.reopen, variant.name, source, known)
+                version = await asyncio.to_thread(self.reader.reopen, variant.name, source, known)
                 if version is None and held:
                     raise VariantError(
-                        f"a rollback holds its version {known[:12]}, which is no longer available; reload it, or "
-                        "roll back to another version"
+                        f"a rollback or release holds its version {known[:12]}, which is no longer available; reload "
+                        "it, or roll back to another version"
                     )
             if version is None:
-                version, state = await self._reader.read(variant.name, source, state)
+                version, state = await self.reader.read(variant.name, source, state)
             await self._move(variant, version, state, prepare, held)
             return version
         except TryLaterError:
@@ -301,9 +352,7 @@ class Catalogue:
     async def _move(self, variant: Variant, version: Version, state: State, prepare: Prepare, held: bool) -> None:
         await prepare(version)
         old = variant.record
-        previous = [digest for digest in [old.digest, *old.previous] if digest not in (None, version.digest)]
-        history = {"digest": version.digest, "previous": previous[:_PREVIOUS]}
-        moved = old.model_copy(update={**history, "seen": state, "held": held})
+        moved = moved_to(old, version.digest, seen=state, held=held)
         is_listed = self._variants.get(variant.name) is variant  # if not, it was removed, and serves a last request
         if is_listed and self.records.variants.get(variant.name) != moved:  # a full disk stops only what is new
             self._save({variant.name: moved})
@@ -318,3 +367,15 @@ class Catalogue:
         self._store.save(records)
         self.records = records
         self._store.forget(all_digests(old) - all_digests(variants))
+
+
+def moved_to(old: Record, digest: str, **changed: object) -> Record:
+    """The record of a name after it has moved to a version, with the versions before for a rollback.
+
+    Args:
+        old: its record before.
+        digest: of the version.
+        changed: other fields of the record.
+    """
+    previous = [known for known in [old.digest, *old.previous] if known not in (None, digest)]
+    return old.model_copy(update={"digest": digest, "previous": previous[:_PREVIOUS], **changed})

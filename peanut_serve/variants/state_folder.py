@@ -22,11 +22,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from converters.errors import OptionError
+from peanut_serve.variants.release import Release
 from peanut_serve.variants.roots import State
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-SCHEMA = 2  # of variants.json; raised when an older server would misread it
+SCHEMA = 3  # of variants.json; raised when an older server would misread it
 
 RECORDS = "variants.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -43,7 +44,8 @@ class Record(BaseModel):
         seen: state of the source's files when they were last read.
         pinned: its weights are kept in host memory.
         hidden: it was unregistered, but is in the roots.
-        held: a rollback holds the version until a reload, whatever happens to the files.
+        held: a rollback or a release holds the version until a reload, whatever happens to the files.
+        release: the latest release of the name.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +57,7 @@ class Record(BaseModel):
     pinned: bool = False
     hidden: bool = False
     held: bool = False
+    release: Release | None = None
 
 
 class Records(BaseModel):

@@ -54,7 +54,7 @@ async def _control(request: Request) -> Control:
 
 
 # only documents the key in the OpenAPI document; `_KeyGuard` checks it
-_BEARER = HTTPBearer(
+BEARER = HTTPBearer(
     auto_error=False, scheme_name="adminKey", description="The admin key, not the API key for completions."
 )
 _Controlled = Annotated[Control, Depends(_control)]
@@ -66,25 +66,27 @@ _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
     403: "The key is one of clients, or may change nothing.",
     404: "There is no variant of this name, or no version with this digest.",
-    409: "The name is taken or not allowed, or the variant is in use.",
+    409: "The name is taken or not allowed, the variant is in use, or the state of its release does not allow this.",
     422: "The request is malformed, or the variant cannot be evaluated.",
     500: "The swap failed; the engine keeps the weights it had before.",
     503: "The engine is not available; see Retry-After.",
 }
 
 
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route, for the OpenAPI document."""
     return {status: {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]} for status in statuses}
 
 
-_SWAPPING = _refusals(404, 422, 500, 503)
+ALWAYS = {**refusals(401, 403), "default": {"model": ErrorAnswer, "description": "Any other error."}}
+_SWAPPING = refusals(404, 422, 500, 503)
 
 # All handlers are coroutines, even if they await nothing: FastAPI runs plain functions in threads, outside the loop.
 # `:path` allows slashes in a name, as in Hub ids, sent as they are or as %2F; a verb is always the last segment.
 _routes = APIRouter(
     prefix="/admin/v1",
-    dependencies=[Security(_BEARER)],
-    responses={**_refusals(401, 403), "default": {"model": ErrorAnswer, "description": "Any other error."}},
+    dependencies=[Security(BEARER)],
+    responses=ALWAYS,
 )
 
 
@@ -94,19 +96,19 @@ async def list_variants(control: _Controlled) -> list[VariantStatus]:
     return await control.variants()
 
 
-@_routes.post("/variants", summary="Add a variant", status_code=201, responses=_refusals(409, 422, 503))
+@_routes.post("/variants", summary="Add a variant", status_code=201, responses=refusals(409, 422, 503))
 async def register_variant(control: _Controlled, registration: Registration) -> VariantStatus:
     """Returns when the variant has been evaluated, which can take minutes."""
     return await control.register(registration.name, registration.source)
 
 
-@_routes.get("/variants/{name:path}", summary="Show a variant", responses=_refusals(404))
+@_routes.get("/variants/{name:path}", summary="Show a variant", responses=refusals(404))
 async def get_variant(control: _Controlled, name: str) -> VariantStatus:
     """The current state of one variant."""
     return control.variant(name)
 
 
-@_routes.delete("/variants/{name:path}", summary="Remove a variant", status_code=204, responses=_refusals(404, 409))
+@_routes.delete("/variants/{name:path}", summary="Remove a variant", status_code=204, responses=refusals(404, 409))
 async def unregister_variant(control: _Controlled, name: str, drain: _Drain = False) -> None:
     """Its files are not deleted."""
     await control.unregister(name, drain)
@@ -143,7 +145,7 @@ async def pin_variant(control: _Controlled, name: str) -> VariantStatus:
     return await control.pin(name, True)
 
 
-@_routes.post("/variants/{name:path}/unpin", summary="Unpin a variant", responses=_refusals(404))
+@_routes.post("/variants/{name:path}/unpin", summary="Unpin a variant", responses=refusals(404))
 async def unpin_variant(control: _Controlled, name: str) -> VariantStatus:
     """Its weights may be evicted from host memory to make room for those of other variants."""
     return await control.pin(name, False)

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, shown
+from peanut_serve.errors import EngineDownError, SwapError, VariantError, shown
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
@@ -24,6 +24,7 @@ from peanut_serve.web.request_body import (
     parse_body,
     read_body,
     request_id,
+    session_of,
     variant_of,
 )
 
@@ -68,33 +69,48 @@ class Exchange:
         """Handle the request."""
         self._scope, self._receive, self._send_on = scope, receive, send
         self._id = request_id(scope)
-        name, arrival = "unknown", asyncio.get_running_loop().time()
+        asked = name = "unknown"
+        arrival, is_failure = asyncio.get_running_loop().time(), False
         try:
             if (body := await read_body(receive, self._limits)) is None:
                 return
             self._body, value = body, parse_body(body)
-            name = variant_of(value, scope) or self._server.base_name
-            self._visit.check(name)
+            asked = variant_of(value, scope) or self._server.base_name
+            self._visit.check(asked)
             check_own(value, self._visit)
             check_lifetime(value)
-            outcome = await self._answer(name)
+            name = self._server.catalogue.answering(asked, session_of(value, scope))
+            outcome = await self._answer(name, asked)
+            is_failure = outcome.startswith("5")
         except PeanutError as error:
-            outcome = "refused"
+            outcome, is_failure = "refused", isinstance(error, SwapError | VariantError)
             with suppress(_StalledError):
                 await self._refuse(self._visit.without_names(error, name))
         except Exception:
             if not self._is_stalled:
+                self._record(name, asked, "500", arrival, is_failure=True)
                 raise
             outcome = "stalled"  # the HTTP server closes a connection whose response is not complete
             logger.info("request=%s: the client does not read its response", shown(self._id))
-        self._server.record_end(name, outcome, asyncio.get_running_loop().time() - arrival)
+        self._record(name, asked, outcome, arrival, is_failure)
+
+    def _record(self, name: str, asked: str, outcome: str, arrival: float, is_failure: bool) -> None:
+        """Count the request for the version that answered it, or should have."""
+        if self._admitted is not None:
+            name = self._admitted.name
+        if not self._server.has(name):
+            name = asked  # a release that has ended meanwhile
+        digest = self._admitted.version.digest if self._admitted is not None else None
+        seconds = asyncio.get_running_loop().time() - arrival
+        self._server.record_end(name, outcome, seconds, digest, is_failure)
         metrics.REQUESTS.labels(name if self._server.has(name) else "unknown", outcome).inc()
 
-    async def _answer(self, name: str) -> str:
+    async def _answer(self, name: str, asked: str) -> str:
         disconnect = asyncio.create_task(self._until_disconnect())
         try:
             async with AsyncExitStack() as stack:
-                entering = asyncio.create_task(stack.enter_async_context(self._server.serving(name, self._abort)))
+                serving = self._server.serving(name, self._abort, asked)
+                entering = asyncio.create_task(stack.enter_async_context(serving))
                 await _first_of(entering, disconnect)
                 if not entering.done():
                     await _cancel(entering)

@@ -9,9 +9,12 @@ import pytest
 from support.commands import Run
 from support.project.documents import OPERATIONS, SERVING, rows
 from support.server.admin import KEY, FakeControl, serving_app
+from support.server.releases import FakeReleases
 
 from converters import open_checkpoint
 from peanut_serve.cli import classify_command, ctl_command, deploy_command, key_command, size_command
+from peanut_serve.cli.ctl import release
+from peanut_serve.releases.routes import add_releases
 from peanut_serve.variants.state_folder import Record, Records, VariantStore
 from peanut_serve.web.admin import admin_app
 
@@ -42,7 +45,9 @@ def test_the_commands(here: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
     assert len(found) >= 25
     control = FakeControl()
     control.names += ["gsm8k", "math"]
-    with serving_app(admin_app(control, KEY)) as url:
+    app = admin_app(control, KEY)
+    add_releases(app, FakeReleases())
+    with serving_app(app) as url:
         monkeypatch.setenv("PEANUT_ADMIN_URL", url)
         for command in found:
             done = run_here(*shlex.split(command))
@@ -73,6 +78,7 @@ def test_every_option_that_is_named_exists() -> None:
         get_command(ctl_command.app),
         *get_command(app).commands.values(),
         *get_command(ctl_command.app).commands.values(),
+        *get_command(release.app).commands.values(),
     ]  # type: ignore[attr-defined]
     known = {flag for parser in parsers for option in parser.params for flag in option.opts + option.secondary_opts}
     known |= {flag for action in make_arg_parser(FlexibleArgumentParser())._actions for flag in action.option_strings}

@@ -294,6 +294,50 @@ def test_beam_search_runs_in_its_request(server: Server) -> None:
     assert len(found.choices) == 2
 
 
+def test_releases_of_both_kinds(server: Server) -> None:
+    """Two LoRA versions share the requests of a name; then a merged one takes it, and gives it back."""
+    folder = server.log.parent / "variants"
+    message = [{"role": "user", "content": QUESTIONS[1]}]
+    shutil.copytree(ADAPTERS / "smollm2-upper", folder / "upper-lora")
+    for name in ("upper-lora", "upper-folder"):
+        canary = {"messages": message, "contains": [RIGHT["upper-folder"]], "ends": True, "max_tokens": 16}
+        (folder / name / "canary.json").write_text(json.dumps({"prompts": [canary]}))
+    old = say(server, "smollm2-json")[1]
+
+    def release(verb: str, **body: object) -> dict[str, object]:
+        port = (server.log.parent / "admin-port").read_text()
+        url = f"http://127.0.0.1:{port}/admin/v1/releases/smollm2-json/{verb}"
+        answer = httpx.post(url, json=body, headers={"Authorization": "Bearer secret"}, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def ask(user: str) -> tuple[str, str, str]:
+        raw = await server.async_client.chat.completions.with_raw_response.create(
+            model="smollm2-json", messages=message, temperature=0, max_tokens=16, user=user
+        )
+        answer = raw.parse()
+        assert answer.model == "smollm2-json"
+        return raw.headers["x-peanut-variant"], raw.headers["x-peanut-digest"], str(answer.choices[0].message.content)
+
+    async def ask_all() -> set[tuple[str, str, str]]:
+        return set(await asyncio.gather(*(ask(f"user-{number}") for number in range(16))))
+
+    before = ("smollm2-json", old, RIGHT["smollm2-json"])
+    staged = release("stage", source="upper-lora")
+    assert (staged["passed"], staged["canary"][0]["answer"]) == (True, RIGHT["upper-folder"])
+    release("weight", weight=50)
+    after = ("smollm2-json@staged", staged["digest"], RIGHT["upper-folder"])
+    assert asyncio.run(ask_all()) == {before, after}
+    assert say(server, "smollm2-json@staged") == (after[2], after[1])
+    release("rollback")
+    merged = release("stage", source="upper-folder")["digest"]
+    assert merged == say(server, "upper-folder")[1] != staged["digest"]
+    release("promote")
+    assert asyncio.run(ask_all()) == {("smollm2-json", merged, RIGHT["upper-folder"])}
+    release("rollback", reason="that was a test")
+    assert asyncio.run(ask_all()) == {before}
+
+
 def refused(base: Path, folder: Path, *options: str) -> str:
     """The output of a `peanut-serve` that fails to start."""
     (folder / "variants").mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import PeftForm, Shapes, as_number
 from converters.methods.shapes import Axes
-from converters.methods.spectral.decomposed import Decomposed, check_cut, singular_parts
+from converters.methods.spectral.decomposed import Decomposed, check_cut, left_axes
 
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
@@ -87,7 +87,10 @@ class Osf(Decomposed):
     def up_and_down(self, w0: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decomposed.up_and_down`: what is trained, and what it replaces with the opposite sign."""
         k = min(w0.shape) - self.sizes["n"]
-        u, values, v = singular_parts(w0)
+        is_wide = w0.shape[0] <= w0.shape[1]
+        axes, values = left_axes(w0 if is_wide else w0.T)
         check_cut(values, k, "what OSF keeps of it")
-        up = torch.cat([self.theta["U"] * self.theta["S"], -u[:, k:] * values[k:]], dim=1)
-        return up, torch.cat([self.theta["V"], v[k:]])
+        axes = axes[:, k:]
+        replaced = (axes, axes.T @ w0) if is_wide else (w0 @ axes, axes.T)
+        up = torch.cat([self.theta["U"] * self.theta["S"], -replaced[0]], dim=1)
+        return up, torch.cat([self.theta["V"], replaced[1]])

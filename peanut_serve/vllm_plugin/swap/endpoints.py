@@ -20,6 +20,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from converters import open_checkpoint
 from converters.errors import OptionError
 from converters.serving import find_base
+from peanut_serve.releases.control import AuditedReleases
+from peanut_serve.releases.releasing import Releases
+from peanut_serve.releases.routes import add_releases
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.signals.tracing import start_tracing
@@ -30,6 +33,7 @@ from peanut_serve.tenants.keys import new_token
 from peanut_serve.tenants.visits import FRONT, Tenants
 from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.lora_export import LoraLimits
+from peanut_serve.variants.release import Release
 from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
 from peanut_serve.vllm_plugin.swap.lora_info import tell_residency
@@ -117,22 +121,29 @@ class VariantEndpoints:
             app = _admin(settings, settings.admin_port, server, state.peanut_route)
             listener = bind(settings.admin_host, settings.admin_port)
             state.peanut_admin = asyncio.create_task(serve_on(app, listener, settings.certificate))
+        else:
+            Releases(server, state.peanut_route, _ignore_end)
         if (name := server.last_activated) is not None:
             state.peanut_activating = asyncio.create_task(_activate_again(server, name))
 
 
 def _admin(settings: ServerSettings, port: int, server: VariantServer, route: DataRoute) -> FastAPI:
     """The application of the admin port: the admin API, and the console unless it is off."""
-    control = AuditedControl(VariantControl(server), audit_log(settings))
-    own = os.environ.get(KEY_VARIABLE)
+    log, own = audit_log(settings), os.environ.get(KEY_VARIABLE)
+    control = AuditedControl(VariantControl(server), log)
     operators = Operators([own] if own else [], keys_of(settings))
     app = admin_app(control, operators)
+    add_releases(app, AuditedReleases(server, route, log))
     if settings.console:
         hosts = [settings.admin_host, *settings.console_host]
         add_console(app, ConsoleHost(control, operators, port, hosts, settings.drain_seconds, route))
         scheme = "https" if settings.certificate else "http"
         logger.info("the console is at %s", console_link(settings.admin_host, port, scheme))
     return app
+
+
+def _ignore_end(name: str, release: Release, reason: str) -> None:
+    """There is no audit log without the admin API; the server's log has it."""
 
 
 def _state(server: VariantServer, is_well: bool) -> JSONResponse:

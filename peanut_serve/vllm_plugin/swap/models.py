@@ -35,13 +35,13 @@ class AdmittedAdapter(dict[str, LoRARequest]):
 
     def __contains__(self, name: object) -> bool:
         request = admitted.get()
-        return request is not None and request.lora is not None and request.name == name
+        return request is not None and request.lora is not None and request.model == name
 
     def __getitem__(self, name: str) -> LoRARequest:
         request = admitted.get()
-        if request is None or request.lora is None or request.name != name:
+        if request is None or request.lora is None or request.model != name:
             raise KeyError(name)
-        return lora_request(name, request.lora)
+        return lora_request(request.name, request.lora)
 
     def get(self, name: str, default: Any = None) -> Any:
         """See `dict.get`, which does not call `__getitem__`."""
@@ -60,7 +60,7 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
         request = admitted.get()
         if request is None:
             return server.has(name)  # of a route that needs no weights
-        return request.name == name and request.lora is None
+        return request.model == name and request.lora is None
 
     def source_of(name: str) -> str:
         """The entry of a folder of variants, or the Hub id, that a name stands for; never a path."""
@@ -88,7 +88,7 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
 
     def model_name(lora: LoRARequest | None = None) -> str:
         request = admitted.get()
-        return base.name if request is None else request.name
+        return base.name if request is None else request.model
 
     models.lora_requests = AdmittedAdapter()
     own: dict[str, Callable[..., Any]] = {

@@ -26,6 +26,7 @@ PEANUT_SERVE = (
     "lora",  # adapters as LoRA for vLLM
     "swapping",  # one engine, many variants in turn
     "web",  # the HTTP side of a server
+    "releases",  # a new version of a name: staged, checked, promoted or rolled back
     "classify",  # predictions of exported classifiers
     "vllm_plugin",  # everything that is loaded into vLLM
     "ray",  # many engines on Ray Serve

@@ -41,6 +41,7 @@ class Rig:
     server: VariantServer
     expected: dict[str, str]
     actives: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)  # name -> of the version that a test has learned
 
     async def ask(self, name: str, prompt: str = "a prompt that all ask") -> None:
         """One request: it has to get its variant's weights."""
@@ -77,8 +78,9 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def call(test: Callable[[Rig], Awaitable[None]], **options: object) -> None:
         async def run() -> None:
             folders = {"roots": (str(weights.tasks),), "cache": tmp_path / "evaluated"}
+            folders["state"] = Path(mkdtemp(dir=tmp_path))
             choices = {**folders, "min_dwell": 0, "max_wait": 0, "settle": 0, "mode": "merged", **options}
-            settings = ServerSettings(state=Path(mkdtemp(dir=tmp_path)), **choices)
+            settings = ServerSettings(**choices)
             engine, actives = FakeEngine(weights.base), []
             lora = None if settings.mode == "merged" else LoraLimits(512)
             host = Host(weights.base, ["base"], lora, actives.append, lora_slots=SLOTS if lora else 0)

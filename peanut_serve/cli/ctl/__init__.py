@@ -1,0 +1,1 @@
+"""Sub-commands of `peanut-serve ctl` that have sub-commands themselves."""
