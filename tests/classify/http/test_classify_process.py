@@ -32,7 +32,7 @@ def test_the_help_has_examples(run_here: Run) -> None:
     [
         (
             ["--host", "0.0.0.0"],
-            "--host 0.0.0.0 can be reached by others; give --api-key-file, or",
+            "--host 0.0.0.0 can be reached by others; give --api-key-file or --keys, or",
         ),
         (["--host", "example.org"], "can be reached by others"),
         (["--api-key-file", "/no/such/file"], "the keys in /no/such/file cannot be read"),
