@@ -271,7 +271,7 @@ def test_a_restart_in_the_middle(run_rig: RunRig, tasks: Path, tmp_path: Path) -
 
     async def go_on(rig: Rig) -> None:
         rig.digests.update(digests)
-        releases = releases_of(rig, tmp_path / "audit.jsonl")
+        releases = releases_of(rig, tmp_path / "later.jsonl")
         assert await say(rig) == ("v1@staged", "v2")
         assert await say(rig, "v1@current") == ("v1", "v1")
         found = releases.release("v1")

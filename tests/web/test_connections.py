@@ -170,7 +170,10 @@ def test_the_rest_of_a_refused_body_is_no_header(admin_url: str) -> None:
     with connected(admin_url) as client:
         head = f"POST /admin/v1/variants HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(head.encode())
-        assert b" 401 " in client.recv(65536)
+        refused = client.recv(65536)
+        while not refused.endswith(b"}}"):
+            refused += client.recv(65536)
+        assert refused.startswith(b"HTTP/1.1 401 ")
         client.sendall(body)
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         answer = rest_of(client)
