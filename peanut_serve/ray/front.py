@@ -34,9 +34,7 @@ from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, end_to_end
 from peanut_serve.ray.replica import Request as EngineRequest
 from peanut_serve.ray.settings import FleetSettings
-from peanut_serve.tenants.usage import REFUSED
 from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit
-from peanut_serve.tenants.watched import KEYS_CURRENT
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
 from peanut_serve.web.clients import Clients, check_route
@@ -177,7 +175,7 @@ class Front:
             wanted = WantedStore(serve.get_replica_context().app_name, base_of(fleet.engine.options), None)
             operators = Operators(read_keys(fleet.admin_key_file), watched)
             self._admin = FleetAdmin(engines, operators, FleetChanges(engines, wanted, AuditLog(fleet.audit_file)))
-        self._metrics = JointMetrics(engines, (REFUSED, KEYS_CURRENT) if tenants is not None else ())
+        self._metrics = JointMetrics(engines, has_tenants=tenants is not None)
 
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:

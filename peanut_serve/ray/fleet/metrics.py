@@ -19,6 +19,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from peanut_serve.ray.fleet.asking import Entry, ask_all
+from peanut_serve.tenants.usage import REFUSED
+from peanut_serve.tenants.watched import KEYS_CURRENT
 
 logger = logging.getLogger("ray.serve")
 
@@ -88,11 +90,13 @@ class JointMetrics:
 
     Args:
         engines: the replicas.
-        own: metrics of the front.
+        has_tenants: whether the front has a keys file, and so metrics of its own.
     """
 
-    def __init__(self, engines: DeploymentHandle[Any], own: Sequence[Collector] = ()) -> None:
-        self._engines, self._own = engines, own
+    def __init__(self, engines: DeploymentHandle[Any], has_tenants: bool = False) -> None:
+        self._engines = engines
+        # named here, not in the module of the front, whose globals Ray copies
+        self._own: Sequence[Collector] = (REFUSED, KEYS_CURRENT) if has_tenants else ()
         self._seen: dict[str, float] = {}  # replica -> when it answered last
         self._page, self._made, self._making = "", 0.0, asyncio.Lock()
 
