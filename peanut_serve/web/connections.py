@@ -42,11 +42,12 @@ class Bounds(asyncio.Protocol):
         self._given_up: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes of headers that are not complete
         self._was_closing = False
-        is_full = self.most is not None and len(self.connections) >= self.most
+        self._since = self.loop.time()
+        is_full = self.most is not None and len(self.connections) >= self.most and not self._make_room()
         super().connection_made(transport)
         self._next_look = self.loop.call_later(CLOSE_SECONDS, self._look)
         if is_full:
-            self._refuse(503, "TooManyConnections", f"{self.most} connections are open; close some, or try again")
+            self._refuse(503, "TooManyConnections", f"{self.most} requests are being answered; try again later")
         else:
             self._given_up = self.loop.call_later(HEADER_SECONDS, self._give_up)
 
@@ -75,6 +76,13 @@ class Bounds(asyncio.Protocol):
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _make_room(self) -> bool:
+        """End the oldest connection without a request, so that those who do nothing keep nobody out."""
+        idle = [one for one in self.connections if not one._is_answering and not one.transport.is_closing()]
+        if idle:
+            min(idle, key=lambda one: one._since).transport.abort()
+        return bool(idle)
 
     def _look(self) -> None:
         """End a connection that was closed long ago, but whose client does not read what it was sent last."""

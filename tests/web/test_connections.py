@@ -183,18 +183,21 @@ def test_the_rest_of_a_refused_body_is_no_header(admin_url: str) -> None:
 def test_too_many_connections_to_the_admin_port(admin_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADER_SECONDS", PATIENCE)
     monkeypatch.setattr(AdminProtocol, "most", 4)
+    monkeypatch.setattr(connections, "BODY_SECONDS", PATIENCE)
+    headers = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
     with ExitStack() as stack:
+        idle = [stack.enter_context(connected(admin_url)) for _ in range(4)]
+        assert httpx.get(f"{admin_url}/healthz").status_code == 200
+        assert rest_of(idle[0]) == b"", "the oldest one made room"
         for _ in range(4):
             client = stack.enter_context(connected(admin_url))
-            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b" 200 " in client.recv(65536)
-        refused = httpx.get(f"{admin_url}/healthz")
-        assert refused.status_code == 503
-        assert refused.json()["error"]["message"] == "4 connections are open; close some, or try again"
-    deadline = time.monotonic() + PATIENCE
+            client.sendall(f"POST /admin/v1/variants HTTP/1.1\r\n{headers}\r\n{{".encode())
+        deadline = time.monotonic() + PATIENCE
+        while (refused := httpx.get(f"{admin_url}/healthz")).status_code != 503:
+            assert time.monotonic() < deadline
+        assert refused.json()["error"]["message"] == "4 requests are being answered; try again later"
     while httpx.get(f"{admin_url}/healthz").status_code != 200:
         assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_body_that_does_not_arrive_at_the_admin_port(admin_url: str) -> None:
