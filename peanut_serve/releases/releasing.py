@@ -111,7 +111,7 @@ class Releases:
             events=events,
         )
         noted = _noted(release, "stage", f"from {staged.source}")
-        released = record.model_copy(update={"release": noted, "held": True})  # a reload may have ended that meanwhile
+        released = record.model_copy(update={"release": noted, "held": True})  # also after a reload meanwhile
         name = staged_name(variant.name)
         self._catalogue.commit({variant.name: released, name: staged}, {name: version})
         self._outcomes.pop(variant.name, None)
