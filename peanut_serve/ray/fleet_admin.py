@@ -67,10 +67,10 @@ class FleetAdmin:
     async def answer(self, request: Request) -> Response:
         """Answer a request for a path below `PREFIX`."""
         path = str(request.scope["path"]).removeprefix(PREFIX)
-        if re.match(r"/releases(/|$)", path):
-            return _refusal(501, _NO_RELEASES)
         try:
             operator = self._operators.find(sent_key(request.scope))
+            if re.match(r"/releases(/|$)", path):
+                return _refusal(501, _NO_RELEASES)
             if request.method == "GET":
                 return await self._show(path) or _unknown(request)
             operator.check_change(f"{request.method} {shown(path)}")

@@ -110,7 +110,8 @@ class Releases:
             canary=canaries.model_dump(exclude_defaults=True) if canaries is not None else None,
             events=events,
         )
-        released = record.model_copy(update={"release": _noted(release, "stage", f"from {staged.source}")})
+        noted = _noted(release, "stage", f"from {staged.source}")
+        released = record.model_copy(update={"release": noted, "held": True})  # also after a reload meanwhile
         name = staged_name(variant.name)
         self._catalogue.commit({variant.name: released, name: staged}, {name: version})
         self._outcomes.pop(variant.name, None)

@@ -114,6 +114,9 @@ def read_keys_file(file: Path) -> dict[bytes, Key]:
             raise OptionError(f"the keys file {file} has {key.name} twice; list both hashes as sha256 of one entry")
         names.add(key.name)
         for text in key.sha256:
+            if bytes.fromhex(text) == digest_of(b""):
+                told = f"the keys file {file} has the hash of an empty key for {key.name}"
+                raise OptionError(f"{told}, which everybody has; make one with peanut-serve key")
             other = found.setdefault(bytes.fromhex(text), key)
             if other is not key:
                 raise OptionError(f"the keys file {file} has the same hash for {other.name} and {key.name}")

@@ -118,10 +118,10 @@ class Visit:
         """The refusal of something that no tenant may do."""
         return refused(self.tenant, "route", ForbiddenError(f"the key of {self.tenant} may not use {what}"))
 
-    def without_names(self, error: PeanutError, variant: str) -> PeanutError:
-        """An error without the names of variants that this tenant may not use."""
+    def without_names(self, error: PeanutError, variant: str, kind: str = "variant") -> PeanutError:
+        """An error without the names of variants that this tenant may not use; `kind` says what they are names of."""
         if self.is_restricted and isinstance(error, UnknownVariantError):
-            return UnknownVariantError(f"there is no variant {shown(variant)}")
+            return UnknownVariantError(f"there is no {kind} {shown(variant)}")
         return error
 
     def take_inputs(self, count: int, most: int) -> Callable[[], None]:

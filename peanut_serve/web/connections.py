@@ -55,10 +55,15 @@ class Bounds(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         if self.transport.is_closing():
             return
+        is_next = self._is_answering and not self.cycle.more_body  # of the next request
         super().data_received(data)
         if self._is_answering or self not in self.connections:  # it has become another protocol's
-            self._unparsed = 0
             self._stop_waiting()
+            # h11 reads no headers meanwhile; httptools does, until they are complete
+            waits = is_next and self._is_answering and not getattr(self, "pipeline", True)
+            self._unparsed = self._unparsed + len(data) if waits else 0
+            if self._unparsed > HEADER_BYTES:
+                self.transport.close()
             return
         if self._given_up is None:
             self._given_up = self.loop.call_later(HEADER_SECONDS, self._give_up)

@@ -21,6 +21,7 @@ from peanut_serve.errors import (
 from peanut_serve.releases.schema import Weighing
 from peanut_serve.variants.backup.exporting import export_state
 from peanut_serve.variants.backup.importing import import_state
+from peanut_serve.variants.version import Version
 
 
 async def say(rig: Rig, model: str = "v1", kind: type[Call] = Call, **headers: str) -> tuple[str, str]:
@@ -364,6 +365,25 @@ def test_what_a_release_forbids(run_rig: RunRig, tmp_path: Path) -> None:
             await releases.rollback("v1", None)
         with pytest.raises(ReleaseError, match="was promoted; stage another version"):
             await releases.promote("v1", force=True)
+
+    run_rig(test)
+
+
+def test_a_reload_while_a_version_is_staged(run_rig: RunRig, tasks: Path, tmp_path: Path) -> None:
+    """The name is held all the same: the release is between two versions, whatever happens to the files."""
+
+    async def test(rig: Rig) -> None:
+        await learn(rig)
+        releases, make_ready = releases_of(rig, tmp_path / "audit.jsonl"), rig.server.make_ready
+
+        async def slowly(name: str, version: Version) -> None:
+            await make_ready(name, version)
+            await rig.server.reload("v1")  # which ends the hold
+
+        rig.server.make_ready = slowly  # type: ignore[method-assign]
+        await releases.stage("v1", "v2")
+        replace(tasks / "v1", tasks / "v3")
+        assert await say(rig) == ("v1", "v1")
 
     run_rig(test)
 

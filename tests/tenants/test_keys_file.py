@@ -89,6 +89,7 @@ def test_the_example(caplog: pytest.LogCaptureFixture) -> None:
         ([entry("a", role="admin", places=3)], "a key with the role admin has no places"),
         ([entry("a"), entry("a", sha256=HASH)], "has a twice; list both hashes"),
         ([entry("a"), entry("b", sha256=entry("a")["sha256"])], "has the same hash for a and b"),
+        ([entry("a", role="admin", sha256=hashlib.sha256(b"").hexdigest())], "has the hash of an empty key for a"),
         (["a"], "entry 1 is a str"),
     ],
 )

@@ -165,6 +165,28 @@ def test_large_headers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert b'"type": "RequestTooLargeError"' in answer
 
 
+@pytest.mark.parametrize("size", [30_000, 300_000])
+def test_headers_that_arrive_while_another_request_is_answered(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    bound_connections()
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})  # type: ignore[operator]
+        await asyncio.sleep(1)
+        await send({"type": "http.response.body", "body": b"ended"})  # type: ignore[operator]
+
+    with uvicorn_serving(app) as url, connected(url) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"begun" in client.recv(65536)
+        with suppress(OSError):
+            client.sendall(BEGUN)
+            for _ in range(size // 10_000):
+                client.sendall(b"a" * 10_000)
+        answer = rest_of(client)
+    assert (b"ended" in answer) is (size == 30_000)
+
+
 def test_the_rest_of_a_refused_body_is_no_header(admin_url: str) -> None:
     body = b"a" * 200_000
     with connected(admin_url) as client:

@@ -14,7 +14,7 @@ from peanut_serve.classify.http.tensors import HEADER
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.classify.serving.version import TaskVersion
 from peanut_serve.errors import RouteRefusedError, TryLaterError
-from peanut_serve.tenants.visits import Tenants, may_use
+from peanut_serve.tenants.visits import Tenants, current_visit, may_use
 from peanut_serve.web.request_body import ClientLimits
 
 try:
@@ -155,7 +155,10 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     return Response(written, media_type="application/octet-stream", headers={HEADER: str(end)})
 
 
-async def _answer_refusal(_: Request, error: PeanutError) -> Response:
+async def _answer_refusal(request: Request, error: PeanutError) -> Response:
+    name, visit = request.path_params.get("name", ""), current_visit.get()
+    if visit is not None and not _server(request).library.is_known(name):
+        error = visit.without_names(error, name, "task")
     status, body, headers = refusal(error)
     return Response(body, status, headers)
 

@@ -67,6 +67,21 @@ def test_every_route_is_checked(tmp_path: Path, tenants: Tenants) -> None:
         assert (refused.status_code, 50 <= int(refused.headers["retry-after"]) <= 60) == (429, True)
 
 
+def test_an_unknown_task_tells_no_other_names(tmp_path: Path) -> None:
+    """A pattern lets a tenant ask for names that there are not."""
+    tenants = tenants_of(write_keys(tmp_path / "keys.json", entry("next", variants=["next-*"]), entry("all")))
+    with (
+        classifying(stand_in(tmp_path / "served" / "secret"), tenants=tenants) as (url, _),
+        httpx.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+        asked = (("GET", "/v2/models/next-1"), ("POST", "/models/next-1"), ("POST", "/v2/models/next-1/infer"))
+        for method, path in asked:
+            found = client.request(method, path, headers=as_("next"), json={"inputs": "a"})
+            assert found.status_code == 404
+            assert found.json() == {"error": "there is no task next-1", "type": "UnknownVariantError"}, path
+            assert "secret" in client.request(method, path, headers=as_("all"), json={"inputs": "a"}).text
+
+
 def samples(url: str, tenant: str) -> dict[tuple[str, str], float]:
     text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
     found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
