@@ -14,6 +14,7 @@ from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.keys import OTHERS
 from peanut_serve.tenants.visits import Visit
+from peanut_serve.variants.release import released_name
 from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
 from peanut_serve.web.request_body import (
     ClientLimits,
@@ -130,7 +131,8 @@ class Exchange:
                     return "aborted"
                 return str(self._status) if self._status else "disconnected"
         finally:
-            self._visit.count(name if self._server.has(name) else OTHERS)
+            paid = released_name(asked)  # also for a share that a release has ended meanwhile
+            self._visit.count(paid if self._server.has(paid) else OTHERS)
             if self._watch is not None:
                 self._watch.cancel()
             await _cancel(disconnect)

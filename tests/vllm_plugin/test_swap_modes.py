@@ -58,7 +58,7 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (folder / "admin-port").write_text(port)
     options = (
         "--mode", "auto", "--prefix-cache", "salted", "--state", str(folder / "state"), "--api-key", "none",
-        "--keys", str(write_keys(folder / "keys.json", entry("team", variants=["smollm2-*"]))),
+        "--keys", str(write_keys(folder / "keys.json", entry("team", variants=["smollm2-j*"]))),
         "--admin-port", port, "--drain-timeout", "5",
         "--enable-prompt-tokens-details", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
     )  # fmt: skip
