@@ -103,13 +103,19 @@ class Traffic:
 
 
 def streamed_tokens(text: str) -> list[int] | None:
-    """The tokens of a whole stream, or None if its last event is an error. Any other end is not one."""
+    """The tokens of a whole stream, or None if an error ends it. Any other end is not one.
+
+    After the error of an engine that died, vLLM ends the stream as any other.
+    """
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert events, "a stream without any event"
     if events[-1] != "[DONE]":
         assert "error" in json.loads(events[-1]), f"a stream was cut after {events[-1]}"
         return None
-    return [token for event in events[:-1] for token in _tokens(json.loads(event))]
+    found = [json.loads(event) for event in events[:-1]]
+    if found and "error" in found[-1]:
+        return None
+    return [token for body in found for token in _tokens(body)]
 
 
 def _tokens(body: dict[str, Any]) -> list[int]:
