@@ -19,6 +19,7 @@ SURFACE = {
     "converters.serving",
     # preprocessing and sessions of ONNX models: the exporter and the classifier server share them
     "converters.inference.adapter_file",
+    "converters.inference.audio",
     "converters.inference.examples",
     "converters.inference.images",
     "converters.inference.kinds",
@@ -30,6 +31,7 @@ SURFACE = {
     "converters.cli.console",
     "converters.cli.console_adapters",
     "converters.cli.flags",
+    "converters.cli.numbers",
     "converters.cli.options",
 }
 

@@ -11,6 +11,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 from support.classify.exports import TEXTS
 from support.classify.serving import PATIENCE, classifying, digit
 from support.classify.stand_ins import stand_in
+from support.engines.remains import until
 from support.paths import ROOT
 from support.server.console import logged_in
 
@@ -150,9 +151,9 @@ def test_the_playground_answers_as_the_protocol_does(served: tuple[str, TaskServ
             assert found.headers["x-peanut-digest"] == server.library.current(name).digest
         assert len(digit(1, side=600)) > 128 << 10
         assert client.post("/console/playground?name=digits", content=bytes((1 << 20) + 1)).status_code == 413
-        sections = client.get("/console/live").json()
-        assert "mood" in sections["batches"]
-        assert "mood" in sections["traffic"]
+        # what was rendered is shown for a second
+        assert until(lambda: "mood" in client.get("/console/live").json()["batches"], 10)
+        assert "mood" in client.get("/console/live").json()["traffic"]
 
 
 @pytest.fixture
