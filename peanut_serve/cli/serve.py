@@ -1,5 +1,6 @@
 """Starts a vLLM server with the options of `peanut-serve`."""
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -73,7 +74,10 @@ def serve(options: ServeOptions) -> None:
     if settings.admin_port is not None:
         audit_log(settings).close()
     if logs is not None:
-        variables[LOGGING_PATH] = str(write_configuration(logs, settings.state))
+        file = str(write_configuration(logs, settings.state))
+        variables[LOGGING_PATH] = file
+        # else uvicorn, which vLLM runs, gets its own configuration back
+        arguments = [*arguments, "--logging-config", json.dumps({"pylogging_config_file": file})]
     os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
     # the list of this process's arguments, which others can see, does not change; vLLM hides them in its log
     run_vllm([*arguments, *(["--api-key", *keys] if keys else [])])

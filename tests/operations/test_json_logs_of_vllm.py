@@ -1,6 +1,7 @@
 """`--log-format json` of a real server: each line that it and its engine log is a JSON object without a key."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from support.paths import ROOT
 
 pytestmark = pytest.mark.vllm
 
+# a line as uvicorn or vLLM writes it by default
+LOGGED = re.compile(r"(?:\(.*\) )?(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 KEYS = {"PEANUT_ADMIN_KEY": "an-admin-key-that-nobody-may-read"}
 
 
@@ -28,5 +31,6 @@ def test_the_log_of_a_server_and_its_engine(smollm2: Path, tmp_path: Path) -> No
     assert {one["logger"].partition(".")[0] for one in found} >= {"vllm", "uvicorn"}
     (swap,) = [one for one in found if one["message"].startswith("swap variant=smollm2-json")]
     assert (swap["variant"], len(swap["digest"]), swap["logger"]) == ("smollm2-json", 12, "vllm.peanut_serve")
-    assert others == [], "what does not come from Python's logging"
+    # what libraries print themselves is not logged
+    assert [line for line in others if LOGGED.match(line)] == []
     assert not any(key in text for key in KEYS.values())
