@@ -1,8 +1,6 @@
 """Releases as operators see and change them. Each change, and each end by failures, is in the audit log."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,7 +10,7 @@ from peanut_serve.releases.releasing import Releases
 from peanut_serve.releases.schema import CanaryStatus, EventStatus, ReleaseStatus, Weighing
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.variants.release import Release
-from peanut_serve.web.audit import AuditLog, Caller, caller
+from peanut_serve.web.audit import AuditLog, Caller
 
 _SERVER = Caller(None, "peanut-serve")  # what it does by itself
 
@@ -101,22 +99,15 @@ class AuditedReleases:
         digest = self._digest(name)
         self._log.write(_SERVER, "release rollback", name, {**facts, "old": digest, "new": digest})
 
-    @contextmanager
-    def _noting(self, action: str, name: str, **given: Any) -> Iterator[None]:
+    def _noting(self, action: str, name: str, **given: Any) -> AbstractContextManager[None]:
         """Write a line: `old` and `new` are the versions of the name, `staged` is the one beside them."""
-        old, staged, began = self._digest(name), self._staged(name), time.monotonic()
-        result: dict[str, Any] = {"outcome": "done"}
-        try:
-            yield
-        except BaseException as error:
-            kind = "refused" if isinstance(error, PeanutError) else "failed"
-            result = {"outcome": kind, "error": f"{type(error).__name__}: {error}"}
-            raise
-        finally:
-            digests = {"staged": self._staged(name) or staged, "old": old, "new": self._digest(name)}
-            seconds = round(time.monotonic() - began, 3)
-            facts = {**given, **result, **digests, "seconds": seconds}
-            self._log.write(caller.get(), f"release {action}", name, facts)
+        before = self._staged(name)
+        return self._log.noting(
+            f"release {action}",
+            name,
+            lambda: self._digest(name),
+            lambda: {**given, "staged": self._staged(name) or before},
+        )
 
     def _digest(self, name: str) -> str | None:
         try:

@@ -7,8 +7,8 @@ import logging.handlers
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -79,6 +79,29 @@ class AuditLog:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         entry = {"time": now, "from": by.address, "key": by.key, "action": action, "variant": variant, **facts}
         self._handler.handle(logging.makeLogRecord({"msg": json.dumps(entry)}))
+
+    @contextmanager
+    def noting(
+        self, action: str, variant: str, digest: Callable[[], str | None], facts: Callable[[], Mapping[str, Any]]
+    ) -> Iterator[None]:
+        """Write a line about what happens within: by whom, its outcome, and the digests before and after.
+
+        Args:
+            action, variant: see `write`.
+            digest: what `old` and `new` are.
+            facts: what else belongs into the line; called at the end.
+        """
+        old, began = digest(), time.monotonic()
+        result: dict[str, Any] = {"outcome": "done"}
+        try:
+            yield
+        except BaseException as error:
+            kind = "refused" if isinstance(error, PeanutError) else "failed"
+            result = {"outcome": kind, "error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            known = {**facts(), **result, "old": old, "new": digest(), "seconds": round(time.monotonic() - began, 3)}
+            self.write(caller.get(), action, variant, known)
 
     def close(self) -> None:
         """Close the file."""
@@ -177,20 +200,8 @@ class AuditedControl:
         with self._noting("pin" if pinned else "unpin", name):
             return await self._control.pin(name, pinned)
 
-    @contextmanager
-    def _noting(self, action: str, name: str, **given: Any) -> Iterator[None]:
-        old, began = self._digest(action, name), time.monotonic()
-        result: dict[str, Any] = {"outcome": "done"}
-        try:
-            yield
-        except BaseException as error:
-            kind = "refused" if isinstance(error, PeanutError) else "failed"
-            result = {"outcome": kind, "error": f"{type(error).__name__}: {error}"}
-            raise
-        finally:
-            seconds = round(time.monotonic() - began, 3)
-            digests = {"old": old, "new": self._digest(action, name)}
-            self._log.write(caller.get(), action, name, {**given, **result, **digests, "seconds": seconds})
+    def _noting(self, action: str, name: str, **given: Any) -> AbstractContextManager[None]:
+        return self._log.noting(action, name, lambda: self._digest(action, name), lambda: given)
 
     def _digest(self, action: str, name: str) -> str | None:
         if action == "activate":

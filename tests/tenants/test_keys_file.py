@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from support.paths import ROOT
-from support.server.tenants import entry, token_of, write_keys
+from support.server.tenants import Clock, entry, token_of, write_keys
 
 from converters.errors import OptionError
 from peanut_serve.settings.server import ServerSettings
@@ -18,16 +18,6 @@ from peanut_serve.tenants.keys import Role, read_keys_file
 from peanut_serve.tenants.watched import WatchedKeys, keys_of
 
 HASH = "ab" * 32
-
-
-class Clock:
-    """Seconds that a test lets pass."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -5,21 +5,11 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
-from support.server.tenants import entry, tenants_of, token_of, write_keys
+from support.server.tenants import Clock, entry, tenants_of, token_of, write_keys
 
 from peanut_serve.errors import ForbiddenError, TenantLimitError, UnauthorizedError, UnknownVariantError
 from peanut_serve.tenants.usage import USAGE, UsageBook, Used, count_tokens
 from peanut_serve.tenants.visits import Tenants, Visit, current_tenant, current_visit
-
-
-class Clock:
-    """Seconds that a test lets pass."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -20,6 +20,17 @@ from peanut_serve.tenants.watched import WatchedKeys
 from peanut_serve.web.admin import bind, serve_on
 from peanut_serve.web.middleware import VariantMiddleware
 
+
+class Clock:
+    """Seconds that a test lets pass."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 OPERATOR_KEY = "a key of --api-key"
 
 
