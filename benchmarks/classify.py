@@ -179,6 +179,7 @@ def show(title: str, found: Iterator[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="by default both")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")

@@ -37,6 +37,7 @@ async def _ask(url: str, bodies: Sequence[bytes], content_type: str, clients: in
     start = time.perf_counter()
 
     async def client(number: int) -> None:
+        """Send one request after another until the time is over."""
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         turn = number
         while time.perf_counter() - start < seconds:

@@ -15,6 +15,7 @@ from transformers import pipeline
 
 
 def main() -> None:
+    """Serve until it is stopped."""
     task, folder, port, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(threads)
     classify = pipeline(task, model=folder, device="cpu", top_k=5)

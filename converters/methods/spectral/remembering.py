@@ -28,6 +28,7 @@ def remembering(find: Callable[Concatenate[Tensor, _P], _T]) -> Callable[Concate
 
     @wraps(find)
     def remembered(weight: Tensor, /, *args: _P.args, **named: _P.kwargs) -> _T:
+        """What was found for this weight, or is found now."""
         if weight.device.type != "cpu":
             return find(weight, *args, **named)
         given = [weight, *args, *(part for item in sorted(named.items()) for part in item)]

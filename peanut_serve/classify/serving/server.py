@@ -134,6 +134,7 @@ class TaskServer:
             return ask, [task.preparer.prepare(one, ask.truncate) for one in inputs]
 
         async def answered() -> Answered:
+            """The answer of the version that the name stands for now."""
             async with self._finder.lease(name, digest, prepare) as (task, (ask, prepared)):
                 rows = await self._run(task, [one.arrays for one in prepared])
                 own = task.loaded.task

@@ -24,6 +24,7 @@ async def ask_all(engines: DeploymentHandle[Any], method: str, *arguments: Any, 
         results = await engines.broadcast(method, *arguments)._fetch_replica_results_async()
 
     async def answer(result: Any) -> Entry:
+        """What one replica returns."""
         try:
             async with asyncio.timeout(within):
                 found: Entry = await result.get_async()
