@@ -172,6 +172,8 @@ def page(served: tuple[str, TaskServer]) -> Iterator[Page]:
         page.goto(f"{served[0]}/console")
         page.get_by_label("Admin key").fill(KEY)
         page.get_by_role("button", name="Log in").click()
+        expect(page.locator(".live").first).to_be_visible()
+        page.wait_for_load_state()  # its scripts have run: before that, its buttons do nothing
         yield page
         browser.close()
     assert errors == []

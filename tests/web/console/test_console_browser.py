@@ -126,7 +126,7 @@ def seen(browser: Browser, site: Site) -> Iterator[Seen]:
 def page(seen: Seen, site: Site) -> Page:
     """Logged in."""
     log_in(seen.page, site, KEY)
-    expect(seen.page.locator("#resident")).to_be_visible()
+    see_the_console(seen.page)
     return seen.page
 
 
@@ -134,6 +134,12 @@ def log_in(page: Page, site: Site, key: str) -> None:
     page.goto(f"{site.url}/console")
     page.get_by_label("Admin key").fill(key)
     page.get_by_role("button", name="Log in").click()
+
+
+def see_the_console(page: Page) -> None:
+    """Also its scripts have run: before that, its buttons do nothing."""
+    expect(page.locator("#resident")).to_be_visible()
+    page.wait_for_load_state()
 
 
 def act(page: Page, button: str, confirm: str) -> None:
@@ -252,10 +258,12 @@ def test_by_keyboard_alone(seen: Seen, site: Site) -> None:
     page.goto(f"{site.url}/console")
     page.keyboard.type(KEY)  # the field has the focus
     page.keyboard.press("Enter")
-    expect(page.locator("#resident")).to_be_visible()
+    see_the_console(page)
     page.keyboard.press("Tab")
     expect(page.get_by_text("Skip to the variants")).to_be_focused()
-    page.locator('[id="preload:v3"], [id="pin:v3"]').first.focus()
+    button = page.locator('[id="pin:v3"]')
+    button.focus()
+    expect(button).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#dialog")).to_be_visible()
     page.keyboard.press("Escape")
@@ -285,7 +293,7 @@ def test_a_page_elsewhere_can_do_nothing(browser: Browser, site: Site) -> None:
     context = browser.new_context()
     page = context.new_page()
     log_in(page, site, KEY)
-    expect(page.locator("#resident")).to_be_visible()
+    see_the_console(page)
     swaps = len(site.rig.server.driver.history.latest())
     evil = context.new_page()
     other = site.url.replace("127.0.0.1", "localhost")  # another site; nothing is served to it

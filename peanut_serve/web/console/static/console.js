@@ -34,12 +34,17 @@ function show(sections) {
   for (const [name, html] of Object.entries(sections)) {
     const place = document.querySelector(`.live[data-section="${name}"]`);
     if (!place || shown.get(name) === html) continue;
-    const focused = place.contains(document.activeElement) ? document.activeElement.id : "";
+    const focused = place.contains(document.activeElement) ? document.activeElement : undefined;
     place.innerHTML = html;
     shown.set(name, html);
-    if (focused) (document.getElementById(focused) || place.querySelector("button"))?.focus();
+    if (focused) (document.getElementById(focused.id) || ofTheSame(focused, place))?.focus();
   }
   document.dispatchEvent(new Event("sections"));
+}
+
+// when a button has gone, the focus stays with its variant: never at another's
+function ofTheSame(button, place) {
+  return place.querySelector(`button[data-name="${CSS.escape(button.dataset.name ?? "")}"]`);
 }
 
 async function refresh() {
