@@ -59,6 +59,9 @@ class Staging(_Request):
         max_length=512,
         description="Entry of a variants folder, or allowed Hub id; by default the variant's own.",
     )
+    digest: str | None = Field(
+        None, pattern="^[0-9a-f]{40}$", description="Digest of the version that has to be there."
+    )
 
 
 class Weighing(_Request):
@@ -97,7 +100,7 @@ class ReleaseControl(Protocol):
         """Keep a variant at its version until it is reloaded."""
         ...
 
-    async def stage(self, name: str, source: str | None) -> ReleaseStatus:
+    async def stage(self, name: str, source: str | None, digest: str | None = None) -> ReleaseStatus:
         """Stage a version, and ask its canary set. Raises `ReleaseError`, `VariantError`."""
         ...
 

@@ -1,6 +1,7 @@
 """`peanut-serve ctl release`: new versions of a variant, staged beside the current one."""
 
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from rich.table import Table
 from converters.cli import console
 from converters.cli.console_adapters import print_facts
 from converters.cli.options import Json
+from converters.errors import OptionError
 from peanut_serve.cli.admin_client import segment
 from peanut_serve.errors import AdminRequestError
 from peanut_serve.releases.schema import Promotion, Reason, ReleaseStatus, Staging, Weighing
@@ -35,6 +37,7 @@ _Source = Annotated[
     str | None,
     typer.Option("--source", help="Entry of a variants folder, or Hub id (default: that of the variant)."),
 ]
+_Expected = Annotated[str | None, typer.Option("--digest", help="Digest of the version that has to be there.")]
 _Force = Annotated[bool, typer.Option("--force", help="Although it has not passed its canary set.")]
 _ErrorRate = Annotated[
     float, typer.Option("--max-error-rate", min=0, max=1, help="Share of failures above which it is rolled back.")
@@ -84,8 +87,10 @@ def _hold(context: typer.Context, name: _Name) -> None:
 
 
 @app.command("stage", help="Make a new version reachable as NAME@staged, and ask it its canary set.")
-def _stage(context: typer.Context, name: _Name, source: _Source = None) -> None:
-    _print_checked(_ask(context, ReleaseStatus, name, "/stage", Staging(source=source)))
+def _stage(context: typer.Context, name: _Name, source: _Source = None, digest: _Expected = None) -> None:
+    if digest is not None and re.fullmatch("[0-9a-f]{40}", digest) is None:
+        raise OptionError(f"--digest is {digest}; expected the 40 hexadecimal digits that peanut-serve ctl show prints")
+    _print_checked(_ask(context, ReleaseStatus, name, "/stage", Staging(source=source, digest=digest)))
 
 
 @app.command("check", help="Ask the staged version its canary set again.")
