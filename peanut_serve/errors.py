@@ -26,6 +26,8 @@ PeanutError (see converters.errors)
 
 from typing import ClassVar
 
+from collections.abc import Sequence
+
 from converters.errors import PeanutError
 
 _SHOWN = 80  # characters of what a client sent
@@ -151,9 +153,20 @@ class QueueFullError(TryLaterError):
 
 
 class TenantLimitError(TryLaterError):
-    """The owner of the API key has sent too many requests, or has too many in the server."""
+    """The owner of the API key has sent too many requests, or has too many in the server.
+
+    Args:
+        message, retry_after: see `TryLaterError`.
+        headers: of the answer besides, with what the owner may send.
+    """
 
     status = 429
+
+    def __init__(
+        self, message: str, retry_after: int = 1, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        super().__init__(message, retry_after)
+        self.headers = tuple(headers)
 
 
 class EngineStartError(PeanutError):

@@ -5,8 +5,9 @@ from collections import deque
 from typing import Any
 
 from peanut_serve.errors import ReleaseError, UnknownVariantError, VariantNameError
+from peanut_serve.settings.versions import STAGED, released_name, staged_name
 from peanut_serve.variants.catalogue import Catalogue, Variant
-from peanut_serve.variants.release import STAGED, Release, ReleaseEvent, released_name, staged_name
+from peanut_serve.variants.release import Release, ReleaseEvent
 
 _WINDOW = 1000  # of the latest requests, in which failures are counted
 _MOST_EVENTS = 20

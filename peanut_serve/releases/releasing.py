@@ -9,9 +9,10 @@ from peanut_serve.errors import BeingWrittenError, ReleaseError, VariantError
 from peanut_serve.releases.book import ReleaseBook, check_passed, noted, too_many_failed
 from peanut_serve.releases.canary_set import CanarySet, read_canary_set
 from peanut_serve.releases.checking import Route, ask_all
+from peanut_serve.settings.versions import CURRENT, STAGED, released_name, staged_name
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.variants.catalogue import Variant, moved_to
-from peanut_serve.variants.release import CURRENT, STAGED, Release, released_name, staged_name
+from peanut_serve.variants.release import Release
 from peanut_serve.variants.roots import State, VariantSource
 from peanut_serve.variants.state_folder import Record
 from peanut_serve.variants.version import Version

@@ -15,11 +15,11 @@ from peanut_serve.errors import (
     VariantNameError,
     shown,
 )
+from peanut_serve.settings.versions import CURRENT, STAGED, staged_name
 from peanut_serve.variants.kept_theta import has_theta
 from peanut_serve.variants.listing import Listing
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.reading import VersionReader
-from peanut_serve.variants.release import CURRENT, STAGED, staged_name
 from peanut_serve.variants.roots import AdapterRoots, State, VariantSource, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
 from peanut_serve.variants.version import VariantKind, Version, base_version

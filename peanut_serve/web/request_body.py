@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from peanut_serve.errors import RequestBodyError, RequestTimeoutError, RequestTooLargeError, shown
 from peanut_serve.tenants.visits import Visit
+from peanut_serve.web.bodies import Take
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -32,18 +33,23 @@ class ClientLimits:
     stall_seconds: float = 30.0
 
 
-async def read_body(receive: Receive, limits: ClientLimits) -> bytes | None:
+async def read_body(receive: Receive, limits: ClientLimits, take: Take) -> bytes | None:
     """Read a request's body; None if the client disconnected before it was complete.
 
-    Raises `RequestTimeoutError`, `RequestTooLargeError`.
+    Args:
+        receive: of the request.
+        limits: of its client.
+        take: see `Bodies.share`.
+
+    Raises `RequestTimeoutError`, `RequestTooLargeError`, and what `take` raises.
     """
     try:
-        return await asyncio.wait_for(_received(receive, limits.body_bytes), limits.body_seconds)
+        return await asyncio.wait_for(_received(receive, limits.body_bytes, take), limits.body_seconds)
     except asyncio.TimeoutError:
         raise RequestTimeoutError(f"the request's body did not arrive within {limits.body_seconds:.0f} s") from None
 
 
-async def _received(receive: Receive, most_bytes: int) -> bytes | None:
+async def _received(receive: Receive, most_bytes: int, take: Take) -> bytes | None:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -54,6 +60,7 @@ async def _received(receive: Receive, most_bytes: int) -> bytes | None:
         size += len(parts[-1])
         if size > most_bytes:
             raise RequestTooLargeError(f"the request's body is larger than {most_bytes >> 20} MiB; see --max-body")
+        take(len(parts[-1]))
         if not message.get("more_body"):
             return b"".join(parts)
 
