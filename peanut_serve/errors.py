@@ -20,6 +20,7 @@ PeanutError (see converters.errors)
 │       ├── EngineDownError     503: the engine is restarting, or cannot be started
 │       ├── TenantLimitError    429: the owner of the API key has sent too many requests
 │       └── QueueFullError      429: too many requests are waiting
+│           └── BodiesFullError     429: there is no memory for the body of another request
 ├── EngineStartError            the command `peanut-serve`: vLLM could not start its engine
 └── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
 """
@@ -150,6 +151,10 @@ class QueueFullError(TryLaterError):
     """Too many requests are waiting."""
 
     status = 429
+
+
+class BodiesFullError(QueueFullError):
+    """The bodies of other requests take all the memory that they may."""
 
 
 class TenantLimitError(TryLaterError):

@@ -75,6 +75,10 @@ def deploy_classifiers(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option("--keys", help="File of the keys of many teams, with their tasks and limits."),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -105,10 +109,12 @@ def deploy_classifiers(
         replicas=replicas,
         cpus=cpus,
         key_file=keys,
+        keys=keys_file.expanduser().absolute() if keys_file else None,
         most_bytes=most_bytes,
         log_format=log_format.value,
         tunables=Tunables(loaded=loaded, most_waiting=max_waiting, batch_wait=batch_wait),
     )
+    settings.watched_keys()  # one that cannot be used is refused now
     _check(settings)
     deploy(settings, Target(host, port, output, overwrite, local))
 

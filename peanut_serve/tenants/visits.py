@@ -219,9 +219,13 @@ class Tenants:
 
     def __init__(self, keys: WatchedKeys, most_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._watched, self._clock = keys, clock
-        self._most_waiting = max(1, most_waiting // 2)
+        self.limit(most_waiting)
         self._loads: dict[str, _Load] = {}
         self._known: Mapping[bytes, Key] = keys.keys
+
+    def limit(self, most_waiting: int) -> None:
+        """Let another number of requests wait."""
+        self._most_waiting = max(1, most_waiting // 2)
 
     async def enter(self, token: bytes) -> Visit:
         """Begin a request with a key.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from peanut_serve.errors import QueueFullError
+from peanut_serve.errors import BodiesFullError
 
 LARGEST = 16  # as many bodies of the largest size may be in memory
 
@@ -24,7 +24,7 @@ class Bodies:
     def share(self) -> Iterator[Take]:
         """What one body takes, until it is not needed any more.
 
-        Call what is yielded with the size of each part. It raises `QueueFullError` if there is no room for it.
+        Call what is yielded with the size of each part. It raises `BodiesFullError` if there is no room for it.
         """
         own = 0
 
@@ -33,7 +33,7 @@ class Bodies:
             own += size
             self.taken += size
             if self.taken > self._most:
-                raise QueueFullError("the bodies of other requests take all the memory that they may", 1)
+                raise BodiesFullError("the bodies of other requests take all the memory that they may")
 
         try:
             yield take

@@ -18,6 +18,8 @@ from peanut_serve.web.refusals import Message, refusal_messages
 from peanut_serve.web.request_body import ClientLimits, Receive, Scope, parse_body, read_body, variant_of
 from peanut_serve.web.routes import Access, access_to
 
+_WITHOUT_BODY = ("GET", "HEAD")
+
 
 class VariantMiddleware:
     """Holds the weights of the right variant for the duration of each request.
@@ -82,17 +84,18 @@ class VariantMiddleware:
                 return
             if access is Access.NAMES:
                 self._admit(None)
-                if scope["method"] == "POST" and visit.is_restricted:
-                    await self._named(scope, receive, send, visit, take)
-                    return
-            await self._app(scope, receive, send)
+            if scope["method"] in _WITHOUT_BODY:
+                await self._app(scope, receive, send)
+            else:
+                await self._weightless(scope, receive, send, visit, take)
 
-    async def _named(self, scope: Scope, receive: Receive, send: Send, visit: Visit, take: Take) -> None:
-        """A request that needs the name of a variant, of a tenant that may not use all."""
+    async def _weightless(self, scope: Scope, receive: Receive, send: Send, visit: Visit, take: Take) -> None:
+        """A request that needs no weights: its body has the same limits, and names what its tenant may use."""
         try:
             if (body := await read_body(receive, self._limits, take)) is None:
                 return
-            visit.check(variant_of(parse_body(body), scope) or self._find_server().base_name)
+            if _access(scope) is Access.NAMES and scope["method"] == "POST" and visit.is_restricted:
+                visit.check(variant_of(parse_body(body), scope) or self._find_server().base_name)
         except PeanutError as error:
             await _refuse(error, send)
             return

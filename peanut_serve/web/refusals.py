@@ -5,7 +5,14 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from converters.errors import PeanutError
-from peanut_serve.errors import RequestTimeoutError, RequestTooLargeError, ServingError, TenantLimitError, TryLaterError
+from peanut_serve.errors import (
+    BodiesFullError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    ServingError,
+    TenantLimitError,
+    TryLaterError,
+)
 
 Message = MutableMapping[str, Any]
 
@@ -18,7 +25,7 @@ def refusal_messages(error: PeanutError, headers: list[tuple[bytes, bytes]]) -> 
         headers.append((b"retry-after", str(error.retry_after).encode()))
     if isinstance(error, TenantLimitError):
         headers.extend(error.headers)
-    if isinstance(error, RequestTooLargeError | RequestTimeoutError):
+    if isinstance(error, RequestTooLargeError | RequestTimeoutError | BodiesFullError):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     return [
         {"type": "http.response.start", "status": status, "headers": headers},

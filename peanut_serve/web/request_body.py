@@ -15,7 +15,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
-_SESSION_HEADER = b"x-session"
+SESSION_HEADER = b"x-session"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def session_of(value: dict[str, Any], scope: Scope) -> str | None:
     """What groups requests that one version of a variant has to answer: `user`, or else the header X-Session."""
     if isinstance(user := value.get("user"), str) and user:
         return user
-    return next((header.decode("latin-1") for key, header in scope["headers"] if key == _SESSION_HEADER), None)
+    return next((header.decode("latin-1") for key, header in scope["headers"] if key == SESSION_HEADER), None)
 
 
 def check_lifetime(value: dict[str, Any]) -> None:

@@ -51,6 +51,11 @@ class ReleaseView:
         """The open release that concerns a request for a name."""
         return self._state.of(asked.removesuffix(CURRENT)).open_release
 
+    def has_share(self, asked: str) -> bool:
+        """Whether a request for a name may be answered by one of two versions."""
+        release = self._state.of(asked).open_release
+        return release is not None and release.weight > 0
+
     def answering(self, asked: str, session: str | None) -> str:
         """The name whose version will answer; see `Catalogue.answering`, which the engine decides by."""
         release = self.release(asked)
