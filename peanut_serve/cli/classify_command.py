@@ -25,8 +25,8 @@ the same task as --quantize wrote it.
 Clients use the inference protocol of Hugging Face (POST /models/NAME) or the Open Inference Protocol of KServe and
 Triton (/v2/models/NAME/infer). /openapi.json describes both.
 
-With a key in the environment variable PEANUT_ADMIN_KEY there is a console at /console, on which people see and change
-what is open. It needs the extra `console`.
+With a key in the environment variable PEANUT_ADMIN_KEY, or one with the role admin or read-only in --keys, there is a
+console at /console, on which people see and change what is open. It needs the extra `console`.
 
 Examples:
 
@@ -127,6 +127,14 @@ def _classify(
             help="Name by which browsers reach the console, besides loopback and addresses. Can be repeated.",
         ),
     ] = None,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-log",
+            envvar="PEANUT_AUDIT_LOG",
+            help="File that gets a line for each action on the console (default: only the log).",
+        ),
+    ] = None,
     log_format: Annotated[
         _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
     ] = _LogFormat.TEXT,
@@ -142,6 +150,7 @@ def _classify(
     from peanut_serve.signals.json_logs import json_logging, use_json_logs
     from peanut_serve.tenants.visits import Tenants
     from peanut_serve.tenants.watched import WatchedKeys
+    from peanut_serve.web.audit import AuditLog
     from peanut_serve.web.bearer import read_keys
     from peanut_serve.web.operators import Operators
 
@@ -175,8 +184,16 @@ def _classify(
     admin = os.environ.get(KEY_VARIABLE)
     if admin in keys:
         raise OptionError(f"the key in {KEY_VARIABLE} is also an API key; clients must not have that of operators")
-    operators = Operators([admin], watched) if admin else None
-    console = TaskConsole(operators, port, tuple(console_host or ())) if operators else None
+    has_console = bool(admin) or (watched is not None and watched.has_operators)
+    if audit_log is not None and not has_console:
+        raise OptionError(
+            f"--audit-log is for the console, which is off; set {KEY_VARIABLE}, or give a key in --keys the role admin"
+        )
+    console = None
+    if has_console:
+        log = AuditLog(audit_log.expanduser()) if audit_log is not None else None
+        operators = Operators([admin] if admin else [], watched)
+        console = TaskConsole(operators, port, tuple(console_host or ()), log)
     serve(tasks, host, port, keys, clients, console, tenants)
 
 

@@ -145,8 +145,6 @@ def _deploy(
     keys, admin_keys = _absolute_path(api_key_file), _absolute_path(admin_key_file)
     if set(read_keys(keys)) & set(read_keys(admin_keys)):
         raise OptionError(f"a key in {admin_keys} is also in {keys}; clients must not have the key of operators")
-    if audit_log is not None and admin_keys is None:
-        raise OptionError("--audit-log is for the admin API, which is off; give --admin-key-file too")
     if gpus > 1 and not gpus.is_integer():
         raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
     settings = FleetSettings(
@@ -162,6 +160,11 @@ def _deploy(
         audit_log=_absolute_path(audit_log),
     )
     has_admin = settings.has_admin  # a keys file that cannot be used is refused now
+    if audit_log is not None and not has_admin:
+        raise OptionError(
+            "--audit-log is for the admin API, which is off; give --admin-key-file too, or a key in --keys the role "
+            "admin"
+        )
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
         if has_admin:

@@ -22,8 +22,8 @@ from peanut_serve.ray.fleet.engine_admin import release_path
 from peanut_serve.ray.fleet.joint_releases import check_everywhere, check_joint_passed, failure_of, joint_release
 from peanut_serve.ray.fleet.store import Change, WantedStore
 from peanut_serve.ray.fleet.wanted import Wanted, WantedState
-from peanut_serve.releases.book import check_none_open, check_open, noted, too_many_failed
 from peanut_serve.releases.fleet_schema import FleetReleaseStatus
+from peanut_serve.releases.rules import check_none_open, check_open, noted, too_many_failed
 from peanut_serve.releases.schema import Promotion, Reason, ReleaseStatus, Staging, Weighing
 from peanut_serve.variants.release import Release
 from peanut_serve.web.audit import AuditLog, Caller

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from peanut_serve.releases.book import check_none_open, noted
+from peanut_serve.releases.rules import check_none_open, noted
 from peanut_serve.variants.release import Release
 
 

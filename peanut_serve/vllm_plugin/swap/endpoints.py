@@ -25,6 +25,7 @@ from peanut_serve.releases.releasing import Releases
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.server import ServerSettings
+from peanut_serve.signals.redaction import hide_keys
 from peanut_serve.signals.tracing import start_tracing
 from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.requests import Admitted
@@ -66,6 +67,8 @@ class VariantEndpoints:
         settings = ServerSettings.read()
         if settings is None:
             return
+
+        hide_keys()
 
         def server() -> VariantServer:
             found: VariantServer = app.state.peanut_variants
