@@ -36,7 +36,10 @@ async def bring(engine: EngineAdmin, name: str, wanted: Wanted, withhold: Any) -
     if wanted.held is not None:
         if not found.get("held") or found["digest"] != wanted.held:
             withhold("it is being rolled back")
-            checked(await engine.roll_back(name, wanted.held))
+            if found["digest"] in (None, wanted.held):  # that of its files, perhaps
+                found = await engine.hold(name) or found
+            if found["digest"] != wanted.held:
+                checked(await engine.roll_back(name, wanted.held))
     elif found.get("held"):
         await engine.do("POST", f"{path_of(name)}/reload")
 

@@ -56,6 +56,11 @@ class EngineAdmin:
             entry = await self._call("POST", path, body)
         return entry
 
+    async def hold(self, name: str) -> Entry | None:
+        """Hold a name at the version that its files have, if they can be read. Returns its status. Raises as `look`."""
+        await self._call("POST", f"{release_path(name)}/hold", None)
+        return await self.look(name)
+
     async def roll_back(self, name: str, digest: str) -> Entry:
         """Roll back to a version and hold it. The engine's answer."""
         return await self.with_theta(f"{path_of(name)}/rollback", {"digest": digest, "hold": True}, digest)

@@ -93,10 +93,14 @@ class FakeAdmin:
             "error": None,
         }
 
+    def refuses(self, name: str) -> bool:
+        """Whether this engine refuses changes of a name."""
+        file = self._file("refuses")
+        return file is not None and file.exists() and name in file.read_text().split()
+
     def change(self, verb: str, name: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
         """Make a change, and return the status. Raises `RefusalError`."""
-        file = self._file("refuses")
-        if file is not None and file.exists() and name in file.read_text().split():
+        if self.refuses(name):
             raise RefusalError(422, f"{name} cannot be changed here")
         if verb == "register" and body is not None:
             if name in self.records:

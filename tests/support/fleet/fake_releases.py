@@ -42,6 +42,8 @@ class FakeReleases:
         """Make a step, and return the release. Raises `RefusalError`."""
         if name not in self.admin.records:
             raise RefusalError(404, f"no {name}")
+        if verb == "stage" and self.admin.refuses(staged_name(name)):
+            raise RefusalError(422, f"{name} cannot be changed here")
         if verb == "hold":
             self.admin.current(name)
             self.admin.records[name]["held"] = True
