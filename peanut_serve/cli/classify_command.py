@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,7 +14,11 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
+from peanut_serve.cli.configuration import use_own_configuration
 from peanut_serve.settings.admin_key import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from peanut_serve.settings.tls import Certificate
 
 HELP = """Serve ONNX models that `peanut-merge --format onnx` wrote over HTTP, on ONNX Runtime.
 
@@ -36,6 +40,7 @@ Examples:
   peanut-serve classify ./tasks-onnx --host 0.0.0.0 --api-key-file keys.txt
   peanut-serve classify ./tasks-onnx --max-batch 16 --max-delay 5 --threads 4
   peanut-serve classify ./tasks-onnx --dry-run
+  peanut-serve classify --config classify.yaml
   curl http://127.0.0.1:8080/models/pets-onnx -H 'Content-Type: image/png' --data-binary @beagle.png
   curl http://127.0.0.1:8080/models/sentiment-onnx -H 'Content-Type: application/json' \\
     -d '{"inputs": "A well executed spy thriller."}'
@@ -52,6 +57,15 @@ class _Precision(str, Enum):
 
 def _classify(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="ONNX exports, or folders of them.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            is_eager=True,
+            callback=use_own_configuration,
+            help="YAML file with these options; PEANUT_... variables go before it.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for a free one.")
@@ -67,13 +81,19 @@ def _classify(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
     ] = None,
-    keys_file: Annotated[
+    keys: Annotated[
         Path | None,
         typer.Option(
             "--keys",
             envvar="PEANUT_KEYS",
             help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
         ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option("--ssl-certfile", help="Certificate (PEM) of the address, which then has TLS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option("--ssl-keyfile", help="Key of that certificate (default: in the same file).")
     ] = None,
     precision: Annotated[
         _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
@@ -165,11 +185,12 @@ def _classify(
         threads=threads,
     )
     clients = replace(CLIENTS, body_bytes=_size("--max-body", max_body))
-    keys = [*(api_key or []), *read_keys(api_key_file)]
-    if not all(key and key.isprintable() and " " not in key for key in keys):
+    own = [*(api_key or []), *read_keys(api_key_file)]
+    if not all(key and key.isprintable() and " " not in key for key in own):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
-    check_host(host, bool(keys) or keys_file is not None)
-    watched = None if keys_file is None else WatchedKeys(keys_file)
+    check_host(host, bool(own) or keys is not None)
+    certificate = _certificate(ssl_certfile, ssl_keyfile)
+    watched = None if keys is None else WatchedKeys(keys)
     tenants = None if watched is None else Tenants(watched, max_queue)
     if log_format is _LogFormat.JSON:
         use_json_logs(json_logging(stream="ext://sys.stderr"))
@@ -182,7 +203,7 @@ def _classify(
         check(tasks)
         return
     admin = os.environ.get(KEY_VARIABLE)
-    if admin in keys:
+    if admin in own:
         raise OptionError(f"the key in {KEY_VARIABLE} is also an API key; clients must not have that of operators")
     has_console = bool(admin) or (watched is not None and watched.has_operators)
     if audit_log is not None and not has_console:
@@ -194,7 +215,19 @@ def _classify(
         log = AuditLog(audit_log.expanduser()) if audit_log is not None else None
         operators = Operators([admin] if admin else [], watched)
         console = TaskConsole(operators, port, tuple(console_host or ()), log)
-    serve(tasks, host, port, keys, clients, console, tenants)
+    serve(tasks, host, port, own, clients, console, tenants, certificate)
+
+
+def _certificate(certfile: Path | None, keyfile: Path | None) -> "Certificate | None":
+    from peanut_serve.settings.tls import Certificate
+
+    if certfile is None:
+        if keyfile is not None:
+            raise OptionError("--ssl-keyfile is given without --ssl-certfile; give both")
+        return None
+    certificate = Certificate(certfile.expanduser(), keyfile.expanduser() if keyfile else None, "--ssl-certfile")
+    certificate.check()
+    return certificate
 
 
 def _size(option: str, text: str) -> int:
@@ -204,12 +237,16 @@ def _size(option: str, text: str) -> int:
     return size
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run `peanut-serve classify` with these arguments: an error is one line on stderr and exit code 1."""
+def _command() -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name="classify", help=HELP)(_classify)
+    return app
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run `peanut-serve classify` with these arguments: an error is one line on stderr and exit code 1."""
     try:
-        app(argv, prog_name="peanut-serve classify")
+        _command()(argv, prog_name="peanut-serve classify")
     except (PeanutError, OSError) as error:
         print(f"peanut-serve classify: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
