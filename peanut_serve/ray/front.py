@@ -59,6 +59,7 @@ _MOST_BYTES = 64 << 20  # of a body
 _BODY_SECONDS = 60.0  # until it has arrived, as at a single server
 _LONGEST_NAME = 200
 _MODELS = "/v1/models"
+_HEALTH = "/health"
 _METRICS = ("/metrics", "/metrics/")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _GONE = (RayError, ReplicaUnavailableError)
@@ -219,6 +220,8 @@ class Front:
         self._releases.start()
         if self._admin is not None and request.url.path.startswith(f"{PREFIX}/"):
             return await self._admin.answer(request)
+        if request.method in ("GET", "HEAD") and request.url.path == _HEALTH:
+            return JSONResponse({"state": "alive"})  # Serve starts lost engines again: a restart of this is no cure
         if request.method == "GET" and request.url.path in _METRICS:
             return Response(await self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
         try:

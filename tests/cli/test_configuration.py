@@ -181,9 +181,9 @@ def test_the_options_of_classify_are_configured_alike(
         assert (done.returncode > 0, told in done.stderr, "secret" in done.stderr) == (True, True, False), done.stderr
     from typer.main import get_command
 
-    from peanut_serve.cli.classify_command import _command
+    from peanut_serve.cli import classify_command
 
-    for option in get_command(_command()).params:
+    for option in get_command(classify_command._command()).params:
         flags = [flag for flag in option.opts if flag.startswith("--")]
         assert not flags or f"--{str(option.name).replace('_', '-')}" in flags, "its name in a file is another one"
 

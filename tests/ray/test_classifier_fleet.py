@@ -199,7 +199,8 @@ def test_refusals(fleet: Fleet, model: str, content: bytes, kind: str, key: str,
 
 
 def test_health_and_models(fleet: Fleet) -> None:
-    assert httpx.get(f"{fleet.address}/health", timeout=60).status_code == 200
+    for probe in ("health", "ready"):
+        assert httpx.get(f"{fleet.address}/{probe}", timeout=60).status_code == 200
     assert httpx.get(f"{fleet.address}/models", timeout=60).status_code == 401
     models = httpx.get(f"{fleet.address}/models", headers=fleet.headers, timeout=60).json()
     assert {one["id"] for one in models} == {*TASKS, "sentiment"}

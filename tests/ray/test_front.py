@@ -60,3 +60,11 @@ def test_a_query_that_is_not_text_is_an_error_of_the_client(query: bytes, status
     response = asyncio.run(Front.answer(front_without_keys, Request(scope)))
     assert response.status_code == status
     assert json.loads(response.body)["error"]["code"] == status
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_front_is_alive_without_a_replica(method: str) -> None:
+    scope = {"type": "http", "method": method, "path": "/health", "query_string": b"", "headers": []}
+    scope |= {"server": ("127.0.0.1", 80), "scheme": "http"}
+    alone = SimpleNamespace(_admin=None, _releases=SimpleNamespace(start=lambda: None))
+    assert asyncio.run(Front.answer(alone, Request(scope))).status_code == 200

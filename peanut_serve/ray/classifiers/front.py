@@ -1,6 +1,7 @@
 """The address of the classifiers: `POST /models/NAME` in the form of Hugging Face's inference API.
 
-GET  /health       200 while a replica answers
+GET  /health       200 while the front works
+GET  /ready        200 while a replica answers
 GET  /metrics      what tenants of the keys file have used, and what they were refused
 GET  /models       the tasks, with what they do and their labels
 GET  /replicas     what each replica has loaded, and the inputs and batches of each task
@@ -83,6 +84,11 @@ class ClassifierFront:
 
     @_application.get("/health")
     async def health(self) -> Response:
+        """That the front works: Serve starts lost replicas again, and a restart of the front would be no cure."""
+        return JSONResponse({"state": "alive"})
+
+    @_application.get("/ready")
+    async def ready(self) -> Response:
         """Whether a replica answers."""
         try:
             async with asyncio.timeout(_GLANCE):
