@@ -252,7 +252,7 @@ def server_variables(settings: ServerSettings, environment: Mapping[str, str] = 
             "one, some of whose metrics are not in files: unset it"
         )
     if settings.admin_port is not None:
-        from peanut_serve.web.admin import bind
+        from peanut_serve.web.connections import bind
 
         # report a port that is in use now, not after the engine has started
         bind(settings.admin_host, settings.admin_port).close()

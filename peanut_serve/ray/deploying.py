@@ -12,7 +12,7 @@ from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import serve_here
 from peanut_serve.ray.settings import FleetSettings
 from peanut_serve.settings.hosts import refuse_open
-from peanut_serve.web.admin import bind
+from peanut_serve.web.connections import bind
 
 
 @dataclass(frozen=True)

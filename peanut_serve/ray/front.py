@@ -43,11 +43,10 @@ from peanut_serve.ray.settings import FleetSettings
 from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
-from peanut_serve.web.bodies import Bodies, Take
 from peanut_serve.web.clients import Clients, check_route, telling_rate
 from peanut_serve.web.operators import Operators
 from peanut_serve.web.refusals import error_body
-from peanut_serve.web.request_body import SESSION_HEADER, check_own, parse_body, session_of, variant_of
+from peanut_serve.web.request_body import SESSION_HEADER, Bodies, Take, check_own, parse_body, session_of, variant_of
 from peanut_serve.web.routes import Access, access_to
 
 logger = logging.getLogger("ray.serve")

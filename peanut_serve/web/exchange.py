@@ -15,12 +15,12 @@ from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.keys import OTHERS
 from peanut_serve.tenants.visits import Visit
-from peanut_serve.web.bodies import Take
 from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
 from peanut_serve.web.request_body import (
     ClientLimits,
     Receive,
     Scope,
+    Take,
     check_lifetime,
     check_own,
     parse_body,

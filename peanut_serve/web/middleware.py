@@ -11,11 +11,19 @@ from peanut_serve.errors import ServingError, UnauthorizedError
 from peanut_serve.signals.tracing import request_span
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.visits import Tenants, Visit, current_visit
-from peanut_serve.web.bodies import Bodies, Take
 from peanut_serve.web.clients import Clients, check_route, telling_rate
 from peanut_serve.web.exchange import Admit, App, Exchange, Send
 from peanut_serve.web.refusals import Message, refusal_messages
-from peanut_serve.web.request_body import ClientLimits, Receive, Scope, parse_body, read_body, variant_of
+from peanut_serve.web.request_body import (
+    Bodies,
+    ClientLimits,
+    Receive,
+    Scope,
+    Take,
+    parse_body,
+    read_body,
+    variant_of,
+)
 from peanut_serve.web.routes import Access, access_to
 
 _WITHOUT_BODY = ("GET", "HEAD")

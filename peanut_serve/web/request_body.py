@@ -2,18 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from peanut_serve.errors import RequestBodyError, RequestTimeoutError, RequestTooLargeError, shown
+from peanut_serve.errors import BodiesFullError, RequestBodyError, RequestTimeoutError, RequestTooLargeError, shown
 from peanut_serve.tenants.visits import Visit
-from peanut_serve.web.bodies import Take
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+Take = Callable[[int], None]
+
+LARGEST = 16  # as many bodies of the largest size may be in memory
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
 SESSION_HEADER = b"x-session"
 
@@ -31,6 +34,37 @@ class ClientLimits:
     body_bytes: int = 64 << 20
     body_seconds: float = 60.0
     stall_seconds: float = 30.0
+
+
+class Bodies:
+    """Counts the bytes of bodies. For one event loop.
+
+    Args:
+        largest: size that one body may have.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._most, self.taken = LARGEST * largest, 0
+
+    @contextmanager
+    def share(self) -> Iterator[Take]:
+        """What one body takes, until it is not needed any more.
+
+        Call what is yielded with the size of each part. It raises `BodiesFullError` if there is no room for it.
+        """
+        own = 0
+
+        def take(size: int) -> None:
+            nonlocal own
+            own += size
+            self.taken += size
+            if self.taken > self._most:
+                raise BodiesFullError("the bodies of other requests take all the memory that they may")
+
+        try:
+            yield take
+        finally:
+            self.taken -= own
 
 
 async def read_body(receive: Receive, limits: ClientLimits, take: Take) -> bytes | None:

@@ -13,7 +13,8 @@ from support.server.admin import KEY, FakeControl, serving_app
 
 from peanut_serve.cli import ctl_command
 from peanut_serve.tenants.usage import USAGE, Used
-from peanut_serve.web.admin import admin_app, bind
+from peanut_serve.web.admin import admin_app
+from peanut_serve.web.connections import bind
 
 Ctl = Callable[..., tuple[int, str, str]]
 

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from peanut_serve.errors import RequestTimeoutError
 from peanut_serve.ray import front
 from peanut_serve.ray.front import Front, _events, _read
-from peanut_serve.web.bodies import Bodies
 from peanut_serve.web.clients import Clients
+from peanut_serve.web.request_body import Bodies
 
 
 async def lost_after(*parts: bytes) -> AsyncIterator[bytes]:

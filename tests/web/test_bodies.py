@@ -7,8 +7,7 @@ from support.server.call import Call
 from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
 
 from peanut_serve.errors import BodiesFullError
-from peanut_serve.web.bodies import LARGEST, Bodies
-from peanut_serve.web.request_body import ClientLimits
+from peanut_serve.web.request_body import LARGEST, Bodies, ClientLimits
 
 BODY = b'{"model":"v1"}'
 

@@ -21,9 +21,8 @@ from peanut_serve.errors import (
     UnauthorizedError,
 )
 from peanut_serve.tenants.visits import Tenants, Visit, current_visit
-from peanut_serve.web.bodies import Bodies
 from peanut_serve.web.clients import Clients, telling_rate
-from peanut_serve.web.request_body import ClientLimits
+from peanut_serve.web.request_body import Bodies, ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
 

@@ -18,8 +18,7 @@ from peanut_serve.settings.hosts import refuse_open
 from peanut_serve.settings.tls import Certificate
 from peanut_serve.signals.json_logs import uvicorn_logging
 from peanut_serve.tenants.visits import Tenants
-from peanut_serve.web.admin import bind
-from peanut_serve.web.connections import BoundedProtocol
+from peanut_serve.web.connections import BoundedProtocol, bind
 from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")

@@ -38,7 +38,7 @@ from peanut_serve.ray.classifiers.engines import open_engines
 from peanut_serve.ray.classifiers.replica import ClassifierReplica, Reply
 from peanut_serve.ray.classifiers.settings import ClassifierSettings
 from peanut_serve.tenants.visits import Visit
-from peanut_serve.web.bodies import Bodies, Take
+from peanut_serve.web.request_body import Bodies, Take
 
 logger = logging.getLogger("ray.serve")
 

@@ -19,9 +19,8 @@ from peanut_serve.classify.http.door import CLIENTS
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.tenants.visits import Tenants
-from peanut_serve.web.admin import bind
 from peanut_serve.web.audit import AuditLog
-from peanut_serve.web.connections import BoundedProtocol
+from peanut_serve.web.connections import BoundedProtocol, bind
 from peanut_serve.web.request_body import ClientLimits
 
 PATIENCE = 240  # seconds: the first request imports transformers

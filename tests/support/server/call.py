@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from support.server.rig import Rig
 
 from peanut_serve.tenants.visits import Tenants
-from peanut_serve.web.bodies import Bodies
 from peanut_serve.web.middleware import VariantMiddleware
-from peanut_serve.web.request_body import ClientLimits
+from peanut_serve.web.request_body import Bodies, ClientLimits
 
 
 class Call:
