@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,6 +14,7 @@ from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
 from peanut_serve.cli.configuration import use_own_configuration
+from peanut_serve.cli.server_options import LogFormat, Precision
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ Examples:
   curl http://127.0.0.1:8080/models/sentiment-onnx -H 'Content-Type: application/json' \\
     -d '{"inputs": "A well executed spy thriller."}'
 """
-
-
-class _LogFormat(str, Enum):
-    TEXT, JSON = "text", "json"
-
-
-class _Precision(str, Enum):
-    FP32, FP16, INT8 = "fp32", "fp16", "int8"
 
 
 def _classify(
@@ -96,8 +88,8 @@ def _classify(
         Path | None, typer.Option("--ssl-keyfile", help="Key of that certificate (default: in the same file).")
     ] = None,
     precision: Annotated[
-        _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
-    ] = _Precision.FP32,
+        Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
+    ] = Precision.FP32,
     memory: Annotated[
         str, typer.Option("--memory", help="Maximum size of the graphs and adapters that are open.")
     ] = "4GiB",
@@ -156,8 +148,8 @@ def _classify(
         ),
     ] = None,
     log_format: Annotated[
-        _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
-    ] = _LogFormat.TEXT,
+        LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
+    ] = LogFormat.TEXT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
@@ -192,7 +184,7 @@ def _classify(
     certificate = _certificate(ssl_certfile, ssl_keyfile)
     watched = None if keys is None else WatchedKeys(keys)
     tenants = None if watched is None else Tenants(watched, max_queue)
-    if log_format is _LogFormat.JSON:
+    if log_format is LogFormat.JSON:
         use_json_logs(json_logging(stream="ext://sys.stderr"))
     else:
         logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)

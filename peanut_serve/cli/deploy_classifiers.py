@@ -1,6 +1,5 @@
 """`peanut-serve deploy --classify FOLDER`: classifiers of ONNX exports behind one address, on Ray Serve."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError
 from converters.serving import parse_size
+from peanut_serve.cli.server_options import LogFormat, Precision
 from peanut_serve.ray.classifiers.settings import ClassifierSettings, Tunables
 from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.web.bearer import read_keys
@@ -28,19 +28,11 @@ Examples:
 """
 
 
-class _LogFormat(str, Enum):
-    TEXT, JSON = "text", "json"
-
-
-class _Precision(str, Enum):
-    FP32, FP16, INT8 = "fp32", "fp16", "int8"
-
-
 def deploy_classifiers(
     folders: Annotated[list[Path], typer.Option(OPTION, help="Folder of an ONNX export. Can be repeated.")],
     precision: Annotated[
-        _Precision, typer.Option("--precision", help="Precision of the graphs to run.")
-    ] = _Precision.FP32,
+        Precision, typer.Option("--precision", help="Precision of the graphs to run.")
+    ] = Precision.FP32,
     replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of replicas.")] = 1,
     cpus: Annotated[
         float,
@@ -91,8 +83,8 @@ def deploy_classifiers(
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
     log_format: Annotated[
-        _LogFormat, typer.Option("--log-format", help="Lines of Ray Serve's logs: text, or a JSON object each.")
-    ] = _LogFormat.TEXT,
+        LogFormat, typer.Option("--log-format", help="Lines of Ray Serve's logs: text, or a JSON object each.")
+    ] = LogFormat.TEXT,
     local: Annotated[
         bool, typer.Option("--local", help="Write nothing; serve on this machine until Ctrl-C or SIGTERM.")
     ] = False,

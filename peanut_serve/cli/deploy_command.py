@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,6 +16,7 @@ from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
 from peanut_serve.cli.launch import check_endpoints, option_names, value_of
 from peanut_serve.cli.serve import checked
+from peanut_serve.cli.server_options import Mode
 from peanut_serve.errors import EngineStartError
 from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.ray.settings import EngineSettings, FleetSettings
@@ -69,17 +69,13 @@ _FILES = ("--cache", "--config", "--chat-template", "--tokenizer")  # engines ru
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
-class _Mode(str, Enum):
-    LORA, MERGED, AUTO = "lora", "merged", "auto"
-
-
 def _deploy(
     context: typer.Context,
     base: Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, ...")],
     adapters: Annotated[
         list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
     ],
-    mode: Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")] = _Mode.LORA,
+    mode: Annotated[Mode, typer.Option("--mode", help="How to serve variants.")] = Mode.LORA,
     replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of engines.")] = 1,
     gpus: Annotated[
         float,

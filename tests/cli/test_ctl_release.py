@@ -7,7 +7,7 @@ import pytest
 from support.server.admin import KEY, FakeControl, serving_app
 from support.server.releases import NEW, OLD, FakeReleases
 
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.releases.schema import CanaryStatus, Weighing
 from peanut_serve.web.admin import admin_app

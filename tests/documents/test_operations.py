@@ -12,7 +12,8 @@ from support.server.admin import KEY, FakeControl, serving_app
 from support.server.releases import FakeReleases
 
 from converters import open_checkpoint
-from peanut_serve.cli import classify_command, ctl_command, deploy_command, key_command, size_command
+from peanut_serve.cli import classify_command, deploy_command, key_command, size_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.cli.ctl import release
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.variants.state_folder import Record, Records, VariantStore

@@ -21,7 +21,7 @@ from support.fleet import fake_server
 from support.fleet.fake_admin import digest_of
 
 from converters.errors import OptionError
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.ray.app import build
 from peanut_serve.ray.child import free_port
 from peanut_serve.ray.fleet.theta import FleetTheta

@@ -14,7 +14,7 @@ from converters.cli import console
 from converters.cli.console_adapters import print_facts
 from converters.cli.options import Json
 from converters.errors import OptionError
-from peanut_serve.cli.admin_client import segment
+from peanut_serve.cli.ctl.client import segment
 from peanut_serve.errors import AdminRequestError
 from peanut_serve.releases.fleet_schema import FleetReleaseStatus
 from peanut_serve.releases.schema import Promotion, Reason, ReleaseStatus, Staging, Weighing
