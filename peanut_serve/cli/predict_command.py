@@ -13,10 +13,10 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT
 from converters.cli.options import Json
 from converters.errors import OptionError, PeanutError
+from peanut_serve.cli.server_options import Precision
 
 if TYPE_CHECKING:
-    from peanut_serve.cli.server_options import Precision
-from peanut_serve.classify.engine import OnnxEngine
+    from peanut_serve.classify.engine import OnnxEngine
 
 HELP = """Predict labels with an ONNX model that `peanut-merge --format onnx` wrote, on ONNX Runtime.
 
