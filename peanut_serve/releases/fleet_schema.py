@@ -1,14 +1,13 @@
 """The JSON schema of releases in a fleet's admin API: that of a single server's, with an entry per replica."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peanut_serve.releases.schema import ReleaseStatus
+from peanut_serve.web.schema import Answer
 
 
-class ReplicaRelease(BaseModel):
+class ReplicaRelease(Answer):
     """A release at one replica."""
-
-    model_config = ConfigDict(frozen=True)
 
     replica: str | None = Field(description="Name of the replica; null if it was lost.")
     status: ReleaseStatus | None = Field(description="Its status there; null if the replica does not have it.")

@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from converters.errors import OptionError
+from peanut_serve.settings.small_file import read_small
 from peanut_serve.settings.versions import CURRENT, STAGED
 
 OTHERS = "other"  # in metrics: all clients without a key of the file, and names that are gone
@@ -108,13 +109,7 @@ def read_keys_file(file: Path) -> dict[bytes, Key]:
     Raises `OptionError` if the file cannot be used. The message has no text of the file but names, as keys may be in
     it by mistake.
     """
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise OptionError(f"the keys file {file} cannot be read: {error.strerror}") from None
-    if len(content) > _MOST_BYTES:
-        raise OptionError(f"the keys file {file} is larger than {_MOST_BYTES >> 20} MiB")
+    content = read_small(file, _MOST_BYTES, f"the keys file {file}")
     found: dict[bytes, Key] = {}
     names: set[str] = set()
     for number, entry in enumerate(_entries(file, content), 1):
