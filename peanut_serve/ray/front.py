@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -174,10 +174,11 @@ def _is_text(query: bytes) -> bool:
     return True
 
 
-def _refusal(error: ServingError) -> JSONResponse:
+def _refusal(error: ServingError, rate: Sequence[tuple[bytes, bytes]] = ()) -> JSONResponse:
+    """An error as a response, with what its tenant may send besides."""
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else {}
-    if isinstance(error, TenantLimitError):
-        headers |= {key.decode(): value.decode() for key, value in error.headers}
+    told = error.headers if isinstance(error, TenantLimitError) else rate
+    headers |= {key.decode(): value.decode() for key, value in told}
     return JSONResponse(error_body(error, error.status), error.status, headers)
 
 
@@ -233,15 +234,20 @@ class Front:
         visit = Visit() if access is Access.OPEN else await self._clients.enter(request.scope)
         with ExitStack() as leaving:
             leaving.enter_context(visit)
-            check_route(request.scope, request.url.path, access, visit)
-            with self._bodies.share() as take:
-                body = await _read(request, take)
-                asked = _asked(request, body, access, visit)
-                answer = await self._pass_on(asked, request, body, visit)
-            if visit.is_restricted:
-                answer = await _without_other_names(request, answer, asked.variant, visit)
+            try:
+                check_route(request.scope, request.url.path, access, visit)
+                answer = await self._answer_of(request, access, visit)
+            except ServingError as error:
+                return _refusal(error, visit.rate_headers())
             leaving.pop_all()  # what is answered has its place until the end
             return _Visited(answer, visit)
+
+    async def _answer_of(self, request: Request, access: Access, visit: Visit) -> Response:
+        with self._bodies.share() as take:
+            body = await _read(request, take)
+            asked = _asked(request, body, access, visit)
+            answer = await self._pass_on(asked, request, body, visit)
+        return await _without_other_names(request, answer, asked.variant, visit) if visit.is_restricted else answer
 
     async def _pass_on(self, asked: _Asked, request: Request, body: bytes, visit: Visit) -> Response:
         """Pass a request on to where the version is that answers it.
