@@ -13,8 +13,8 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
+from peanut_serve.cli import server_options as options
 from peanut_serve.cli.configuration import use_own_configuration
-from peanut_serve.cli.server_options import LogFormat, Precision
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def _classify(
             help="Key of a client. Can be repeated. Others can see it in the list of processes.",
         ),
     ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
-    ] = None,
+    api_key_file: options.ApiKeyFile = None,
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -88,8 +86,8 @@ def _classify(
         Path | None, typer.Option("--ssl-keyfile", help="Key of that certificate (default: in the same file).")
     ] = None,
     precision: Annotated[
-        Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
-    ] = Precision.FP32,
+        options.Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
+    ] = options.Precision.FP32,
     memory: Annotated[
         str, typer.Option("--memory", help="Maximum size of the graphs and adapters that are open.")
     ] = "4GiB",
@@ -113,7 +111,7 @@ def _classify(
     max_inputs: Annotated[
         int, typer.Option("--max-inputs", min=1, max=COUNT, help="Maximum inputs of one request.")
     ] = 64,
-    max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
+    max_body: options.MaxBody = "16MiB",
     max_pixels: Annotated[
         int,
         typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded."),
@@ -147,9 +145,7 @@ def _classify(
             help="File that gets a line for each action on the console (default: only the log).",
         ),
     ] = None,
-    log_format: Annotated[
-        LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
-    ] = LogFormat.TEXT,
+    log_format: options.LogFormatOption = options.LogFormat.TEXT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
@@ -184,7 +180,7 @@ def _classify(
     certificate = _certificate(ssl_certfile, ssl_keyfile)
     watched = None if keys is None else WatchedKeys(keys)
     tenants = None if watched is None else Tenants(watched, max_queue)
-    if log_format is LogFormat.JSON:
+    if log_format is options.LogFormat.JSON:
         use_json_logs(json_logging(stream="ext://sys.stderr"))
     else:
         logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)

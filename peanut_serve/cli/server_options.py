@@ -175,7 +175,7 @@ Settle = Annotated[
     ),
 ]
 LogFormatOption = Annotated[
-    LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each, vLLM's too.")
+    LogFormat, typer.Option("--log-format", help="Lines of all logs: text, or a JSON object each.")
 ]
 AllowUntested = Annotated[
     bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
