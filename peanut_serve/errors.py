@@ -25,9 +25,8 @@ PeanutError (see converters.errors)
 └── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
 """
 
-from typing import ClassVar
-
 from collections.abc import Sequence
+from typing import ClassVar
 
 from converters.errors import PeanutError
 
@@ -167,9 +166,7 @@ class TenantLimitError(TryLaterError):
 
     status = 429
 
-    def __init__(
-        self, message: str, retry_after: int = 1, headers: Sequence[tuple[bytes, bytes]] = ()
-    ) -> None:
+    def __init__(self, message: str, retry_after: int = 1, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message, retry_after)
         self.headers = tuple(headers)
 

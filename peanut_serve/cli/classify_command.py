@@ -196,7 +196,8 @@ def _classify(
     has_console = bool(admin) or (watched is not None and watched.has_operators)
     if audit_log is not None and not has_console:
         raise OptionError(
-            f"--audit-log is for the console, which is off; set {KEY_VARIABLE}, or give a key in --keys the role admin"
+            f"--audit-log is for the console, which is off; set {KEY_VARIABLE}, or give a key in --keys the role "
+            "admin"
         )
     console = None
     if has_console:

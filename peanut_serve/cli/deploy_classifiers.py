@@ -29,11 +29,10 @@ Examples:
 """
 
 
+_DEFAULT = Tunables()
 _Folders = Annotated[list[Path], typer.Option(OPTION, help="Folder of an ONNX export. Can be repeated.")]
 _Precision = Annotated[options.Precision, typer.Option("--precision", help="Precision of the graphs to run.")]
-_Loaded = Annotated[
-    int, typer.Option("--max-loaded", min=1, max=COUNT, help="Tasks that a replica keeps in memory.")
-]
+_Loaded = Annotated[int, typer.Option("--max-loaded", min=1, max=COUNT, help="Tasks that a replica keeps in memory.")]
 _BatchWait = Annotated[
     float,
     typer.Option(
@@ -51,9 +50,9 @@ def deploy_classifiers(
     precision: _Precision = options.Precision.FP32,
     replicas: fleet.Replicas = 1,
     cpus: fleet.Cpus = 1.0,
-    loaded: _Loaded = Tunables().loaded,
-    batch_wait: _BatchWait = Tunables().batch_wait,
-    max_waiting: fleet.MaxWaiting = Tunables().most_waiting,
+    loaded: _Loaded = _DEFAULT.loaded,
+    batch_wait: _BatchWait = _DEFAULT.batch_wait,
+    max_waiting: fleet.MaxWaiting = _DEFAULT.most_waiting,
     max_body: options.MaxBody = "16MiB",
     api_key_file: options.ApiKeyFile = None,
     keys_file: options.Keys = None,

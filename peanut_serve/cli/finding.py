@@ -1,4 +1,4 @@
-"""The adapters that exist when a server starts, as the choice of vLLM's options and the operator's notes need them."""
+"""The adapters that exist when a server starts: vLLM's options and the notes for operators follow from them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -14,7 +14,11 @@ Gpus = Annotated[
 Cpus = Annotated[
     float,
     typer.Option(
-        "--cpus-per-replica", min=0, max=1024, callback=finite, help="CPUs of each replica, and threads without a GPU."
+        "--cpus-per-replica",
+        min=0,
+        max=1024,
+        callback=finite,
+        help="CPUs of each replica, and threads without a GPU.",
     ),
 ]
 MaxWaiting = Annotated[

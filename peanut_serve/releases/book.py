@@ -61,7 +61,9 @@ class ReleaseBook:
     def update(self, name: str, release: Release, action: str, detail: str, **changed: Any) -> None:
         """Record a release that has changed."""
         record = self._catalogue.find(name).record
-        self._catalogue.commit({name: record.model_copy(update={"release": noted(release, action, detail, **changed)})})
+        self._catalogue.commit(
+            {name: record.model_copy(update={"release": noted(release, action, detail, **changed)})}
+        )
 
     def counts(self, name: str) -> tuple[int, int]:
         """How many of the requests that the staged version answered were watched, and how many of them failed."""

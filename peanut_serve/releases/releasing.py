@@ -9,8 +9,8 @@ from peanut_serve.errors import BeingWrittenError, ReleaseError, VariantError
 from peanut_serve.releases.book import ReleaseBook
 from peanut_serve.releases.canary_set import CanarySet, read_canary_set
 from peanut_serve.releases.checking import Route, ask_all
-from peanut_serve.settings.versions import CURRENT, STAGED, released_name, staged_name
 from peanut_serve.releases.rules import check_passed, noted, too_many_failed
+from peanut_serve.settings.versions import CURRENT, STAGED, released_name, staged_name
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.variants.catalogue import Variant, moved_to
 from peanut_serve.variants.release import Release

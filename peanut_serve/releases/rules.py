@@ -22,7 +22,8 @@ def check_none_open(name: str, release: Release | None) -> None:
     """Raise `ReleaseError` if a name has an open release."""
     if release is not None and release.is_open:
         raise ReleaseError(
-            f"{name} has a release of version {release.digest[:12]}; promote it or roll it back before another is staged"
+            f"{name} has a release of version {release.digest[:12]}; promote it or roll it back before another "
+            "is staged"
         )
 
 
@@ -33,8 +34,8 @@ def check_passed(name: str, release: Release) -> None:
     failed = [one for one in release.answers or () if one.problems]
     why = f"{failed[0].prompt[:40]!r}: {failed[0].problems[0]}" if failed else "it was not asked yet"
     raise ReleaseError(
-        f"version {release.digest[:12]} of {name} has not passed its canary set ({why}); check it again, roll it back, "
-        "or force it"
+        f"version {release.digest[:12]} of {name} has not passed its canary set ({why}); check it again, roll it "
+        "back, or force it"
     )
 
 

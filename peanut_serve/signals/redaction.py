@@ -14,8 +14,10 @@ class WithoutKeys(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass, as it may be shown."""
         arguments = record.args
-        if isinstance(arguments, tuple) and len(arguments) > _PATH and isinstance(arguments[_PATH], str):
-            record.args = (*arguments[:_PATH], without_keys(arguments[_PATH]), *arguments[_PATH + 1 :])
+        if isinstance(arguments, tuple) and len(arguments) > _PATH:
+            path = arguments[_PATH]
+            hidden = without_keys(path) if isinstance(path, str) else path
+            record.args = (*arguments[:_PATH], hidden, *arguments[_PATH + 1 :])
         return True
 
 

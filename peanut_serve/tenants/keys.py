@@ -129,7 +129,7 @@ def read_keys_file(file: Path) -> dict[bytes, Key]:
 
 def _entries(file: Path, content: bytes) -> list[Any]:
     try:
-        value = yaml.load(content.decode(), _Loader)  # noqa: S506 - one of the safe ones
+        value = yaml.load(content.decode(), _Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

@@ -169,6 +169,7 @@ class Catalogue(Names):
         variant.record, variant.version, variant.error = moved, version, None
         logger.info("variant=%s digest=%s kind=%s", variant.name, version.digest[:12], version.kind.value)
 
+
 def moved_to(old: Record, digest: str, **changed: object) -> Record:
     """The record of a name after it has moved to a version, with the versions before for a rollback.
 

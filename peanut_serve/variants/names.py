@@ -18,7 +18,6 @@ _SHOWN = 10  # names in a message
 _NONE: Mapping[str, Version] = {}
 
 
-
 @dataclass(eq=False)
 class Variant:
     """A name that requests can use.

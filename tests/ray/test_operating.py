@@ -24,8 +24,8 @@ from converters.errors import OptionError
 from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.ray.app import build
 from peanut_serve.ray.child import free_port
-from peanut_serve.ray.fleet.theta import FleetTheta
 from peanut_serve.ray.fleet.store import WantedStore
+from peanut_serve.ray.fleet.theta import FleetTheta
 from peanut_serve.variants.kept_theta import has_theta
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -120,7 +120,9 @@ def test_a_version_that_is_named_by_its_digest(run_rig: RunRig, tasks: Path, tmp
             await releases.stage("v1", "v3", "f" * 40)
         write_canaries(tasks / "v3", says(rig.expected["v3"]))
         staged = await releases.stage("v1", "v3", rig.digests["v2"])  # of which there is θ in the state folder
-        assert (staged.digest, staged.passed) == (rig.digests["v2"], None), "the canary set is that of another version"
+        assert (staged.digest, staged.passed) == (rig.digests["v2"], None), (
+            "the canary set is that of another version"
+        )
         assert await say(rig, "v1@staged") == ("v1@staged", "v2")
         await releases.rollback("v1", None)
         staged = await releases.stage("v1", "v3", rig.digests["v3"])

@@ -113,7 +113,9 @@ def _hold(context: typer.Context, name: _Name) -> None:
 @app.command("stage", help="Make a new version reachable as NAME@staged, and ask it its canary set.")
 def _stage(context: typer.Context, name: _Name, source: _Source = None, digest: _Expected = None) -> None:
     if digest is not None and re.fullmatch("[0-9a-f]{40}", digest) is None:
-        raise OptionError(f"--digest is {digest}; expected the 40 hexadecimal digits that peanut-serve ctl show prints")
+        raise OptionError(
+            f"--digest is {digest}; expected the 40 hexadecimal digits that peanut-serve ctl show prints"
+        )
     _print_checked(_ask(context, AnyRelease, name, "/stage", Staging(source=source, digest=digest)))
 
 
@@ -149,9 +151,7 @@ def _path(name: str, verb: str = "") -> str:
     return "releases/" + segment(name) + verb
 
 
-def _ask(
-    context: typer.Context, answer: Any, name: str, verb: str, body: BaseModel | None = None
-) -> ReleaseStatus:
+def _ask(context: typer.Context, answer: Any, name: str, verb: str, body: BaseModel | None = None) -> ReleaseStatus:
     try:
         with console.err.status("waiting for the server"):
             found: ReleaseStatus = context.obj.ask(answer, "POST", _path(name, verb), body, has_timeout=False)

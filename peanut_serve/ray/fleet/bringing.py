@@ -93,11 +93,9 @@ async def bring_staged(engine: EngineAdmin, name: str, wanted: Wanted) -> None:
 
 
 async def bring_pin(engine: EngineAdmin, name: str, wanted: Wanted) -> None:
-    """Pin the weights of a name in host memory, or unpin them, if somebody has said so. Raises `ChangeRefusedError`."""
+    """Pin the weights of a name, or unpin them, if somebody has said so. Raises `ChangeRefusedError`."""
     if wanted.removed or wanted.pinned is None:
         return
     found = await engine.look(name)
     if found is not None and found["pinned"] != wanted.pinned:
         await engine.do("POST", f"{path_of(name)}/{'pin' if wanted.pinned else 'unpin'}")
-
-

@@ -57,7 +57,7 @@ class EngineAdmin:
         return entry
 
     async def hold(self, name: str) -> Entry | None:
-        """Hold a name at the version that its files have, if they can be read. Returns its status. Raises as `look`."""
+        """Hold a name at the version of its files, if they can be read. Returns its status. Raises as `look`."""
         await self._call("POST", f"{release_path(name)}/hold", None)
         return await self.look(name)
 

@@ -99,8 +99,8 @@ def check_joint_passed(release: FleetReleaseStatus) -> None:
         failed = [answer for answer in status.canary if answer.problems]
         why = f"{failed[0].prompt[:40]!r}: {failed[0].problems[0]}" if failed else "it was not asked yet"
         raise ReleaseError(
-            f"version {release.digest[:12]} of {release.name} has not passed its canary set at {one.replica} ({why}); "
-            "check it again, roll it back, or force it"
+            f"version {release.digest[:12]} of {release.name} has not passed its canary set at {one.replica} "
+            f"({why}); check it again, roll it back, or force it"
         )
 
 
@@ -110,8 +110,8 @@ def check_everywhere(release: FleetReleaseStatus) -> None:
         if one.replica is not None and (one.withheld or one.status is None or one.status.digest != release.digest):
             raise ReleaseError(
                 f"{one.replica} does not have version {release.digest[:12]} of {release.name} "
-                f"({one.withheld or one.error or 'it has another one'}); wait until it does, roll the release back, or "
-                "force it"
+                f"({one.withheld or one.error or 'it has another one'}); wait until it does, roll the release back, "
+                "or force it"
             )
 
 

@@ -73,7 +73,7 @@ class OperatedReplica:
         return held if held["status"] >= httpx.codes.BAD_REQUEST else await self.call_admin("GET", path_of(name))
 
     async def stage_first(self, name: str, staging: Answer) -> Answer:
-        """Stage a version from files, for others to stage the same one. What nobody wants any more is ended before."""
+        """Stage a version from files, for others to stage the same one. What nobody wants is ended before."""
         await self._replay.settle([name])
         if (reason := self._replay.withheld.get(name)) is not None:
             error = {"type": "ReleaseError", "message": f"{name} is not as it is wanted: {reason}"}

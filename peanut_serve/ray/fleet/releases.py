@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
 from converters.errors import PeanutError
-from peanut_serve.errors import ReleaseError, ServingError, UnknownVariantError, shown
+from peanut_serve.errors import ReleaseError, UnknownVariantError, shown
 from peanut_serve.ray.fleet.asking import Entry, ask_all
 from peanut_serve.ray.fleet.changes import FleetChanges
 from peanut_serve.ray.fleet.engine_admin import release_path
@@ -46,10 +46,11 @@ GIVEN: dict[str, type[BaseModel] | None] = {  # what each step takes
 }
 
 
-class ReplicaRefusedError(ServingError):
+class ReplicaRefusedError(PeanutError):
     """The replica that was asked first refused; the others were not asked.
 
     Attributes:
+        status: of its answer.
         kind: name of the error there.
     """
 
@@ -222,7 +223,8 @@ class FleetReleases:
                 "ones"
             )
         await self._adopt(
-            name, lambda state: state.with_one(name, _same(name, state.of(name), release).rolled_back(release, reason))
+            name,
+            lambda state: state.with_one(name, _same(name, state.of(name), release).rolled_back(release, reason)),
         )
 
     async def end_failing(self, state: WantedState) -> None:
@@ -234,7 +236,9 @@ class FleetReleases:
             found = joint_release(name, release, entries)
             reason = failure_of(found) or too_many_failed(release, found.watched, found.failed)
             if reason is not None:
-                logger.warning("the release of version %s of %s is rolled back: %s", release.digest[:12], name, reason)
+                logger.warning(
+                    "the release of version %s of %s is rolled back: %s", release.digest[:12], name, reason
+                )
                 await self.make(Step("rollback", name, _FRONT, Reason(reason=reason[:500])))
 
     async def _adopt(self, name: str, change: Change) -> None:

@@ -86,7 +86,13 @@ class FakeReleases:
         self.admin.records[staged_name(name)] = staged
         self.admin.move(staged, found, found, held=True)
         rules = {"weight": 0, "max_error_rate": 0.05, "min_requests": 20, "watched": 0, "failed": 0}
-        facts = {"name": name, "digest": found, "source": entry, "replaces": record["digest"], "from": record["source"]}
+        facts = {
+            "name": name,
+            "digest": found,
+            "source": entry,
+            "replaces": record["digest"],
+            "from": record["source"],
+        }
         record["release"] = {**facts, **rules, "state": "staged", "passed": None, "canary": [], "events": []}
         self._note(record["release"], "stage", None)
         self._check(record["release"])
@@ -96,7 +102,9 @@ class FakeReleases:
         passes = (json.loads(file.read_text()) if file.exists() else {}).get(release["digest"])
         problems = [] if passes else ["'42' is not in the answer"]
         release["passed"] = passes
-        release["canary"] = [{"prompt": "6 times 7?", "answer": "?", "problems": problems}] if passes is not None else []
+        release["canary"] = (
+            [{"prompt": "6 times 7?", "answer": "?", "problems": problems}] if passes is not None else []
+        )
 
     def _note(self, release: dict[str, Any], action: str, detail: str | None) -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
