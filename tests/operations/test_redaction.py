@@ -38,7 +38,8 @@ def access_log() -> Iterator[logging.Logger]:
     logger = logging.getLogger("uvicorn.access")
     before = logger.filters[:], logger.handlers[:], logger.level, logger.propagate
     yield logger
-    logger.filters, logger.handlers, logger.level, logger.propagate = before
+    logger.filters, logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -49,7 +50,8 @@ def test_the_log_of_a_server(access_log: logging.Logger, form: str) -> None:
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonFormatter() if form == "json" else None)
-    access_log.handlers, access_log.level, access_log.propagate = [handler], logging.INFO, False
+    access_log.handlers, access_log.propagate = [handler], False
+    access_log.setLevel(logging.INFO)
     with serving_app(admin_app(FakeControl(), "key")) as url:
         assert httpx.get(f"{url}/healthz?api_key=a-secret&peanut_key=secret").status_code == 200
     text = written.getvalue()
