@@ -20,10 +20,12 @@ PeanutError (see converters.errors)
 │       ├── EngineDownError     503: the engine is restarting, or cannot be started
 │       ├── TenantLimitError    429: the owner of the API key has sent too many requests
 │       └── QueueFullError      429: too many requests are waiting
+│           └── BodiesFullError     429: there is no memory for the body of another request
 ├── EngineStartError            the command `peanut-serve`: vLLM could not start its engine
 └── AdminRequestError           `peanut-serve ctl`: the admin API did not respond, or rejected the request
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from converters.errors import PeanutError
@@ -150,10 +152,23 @@ class QueueFullError(TryLaterError):
     status = 429
 
 
+class BodiesFullError(QueueFullError):
+    """The bodies of other requests take all the memory that they may."""
+
+
 class TenantLimitError(TryLaterError):
-    """The owner of the API key has sent too many requests, or has too many in the server."""
+    """The owner of the API key has sent too many requests, or has too many in the server.
+
+    Args:
+        message, retry_after: see `TryLaterError`.
+        headers: of the answer besides, with what the owner may send.
+    """
 
     status = 429
+
+    def __init__(self, message: str, retry_after: int = 1, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message, retry_after)
+        self.headers = tuple(headers)
 
 
 class EngineStartError(PeanutError):

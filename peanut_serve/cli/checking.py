@@ -12,7 +12,8 @@ from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from converters.serving import VLLM_RANKS
-from peanut_serve.cli.launch import Found, check_endpoints, server_variables
+from peanut_serve.cli.finding import Found
+from peanut_serve.cli.launch import check_endpoints, server_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.tenants.watched import keys_of

@@ -4,9 +4,8 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,7 +13,12 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError, PeanutError
 from converters.serving import parse_size
+from peanut_serve.cli import server_options as options
+from peanut_serve.cli.configuration import use_own_configuration
 from peanut_serve.settings.admin_key import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from peanut_serve.settings.tls import Certificate
 
 HELP = """Serve ONNX models that `peanut-merge --format onnx` wrote over HTTP, on ONNX Runtime.
 
@@ -25,8 +29,8 @@ the same task as --quantize wrote it.
 Clients use the inference protocol of Hugging Face (POST /models/NAME) or the Open Inference Protocol of KServe and
 Triton (/v2/models/NAME/infer). /openapi.json describes both.
 
-With a key in the environment variable PEANUT_ADMIN_KEY there is a console at /console, on which people see and change
-what is open. It needs the extra `console`.
+With a key in the environment variable PEANUT_ADMIN_KEY, or one with the role admin or read-only in --keys, there is a
+console at /console, on which people see and change what is open. It needs the extra `console`.
 
 Examples:
 
@@ -36,22 +40,24 @@ Examples:
   peanut-serve classify ./tasks-onnx --host 0.0.0.0 --api-key-file keys.txt
   peanut-serve classify ./tasks-onnx --max-batch 16 --max-delay 5 --threads 4
   peanut-serve classify ./tasks-onnx --dry-run
+  peanut-serve classify --config classify.yaml
   curl http://127.0.0.1:8080/models/pets-onnx -H 'Content-Type: image/png' --data-binary @beagle.png
   curl http://127.0.0.1:8080/models/sentiment-onnx -H 'Content-Type: application/json' \\
     -d '{"inputs": "A well executed spy thriller."}'
 """
 
 
-class _LogFormat(str, Enum):
-    TEXT, JSON = "text", "json"
-
-
-class _Precision(str, Enum):
-    FP32, FP16, INT8 = "fp32", "fp16", "int8"
-
-
 def _classify(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="ONNX exports, or folders of them.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            is_eager=True,
+            callback=use_own_configuration,
+            help="YAML file with these options; PEANUT_... variables go before it.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for a free one.")
@@ -64,10 +70,8 @@ def _classify(
             help="Key of a client. Can be repeated. Others can see it in the list of processes.",
         ),
     ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
-    ] = None,
-    keys_file: Annotated[
+    api_key_file: options.ApiKeyFile = None,
+    keys: Annotated[
         Path | None,
         typer.Option(
             "--keys",
@@ -75,9 +79,15 @@ def _classify(
             help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
         ),
     ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option("--ssl-certfile", help="Certificate (PEM) of the address, which then has TLS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option("--ssl-keyfile", help="Key of that certificate (default: in the same file).")
+    ] = None,
     precision: Annotated[
-        _Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
-    ] = _Precision.FP32,
+        options.Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
+    ] = options.Precision.FP32,
     memory: Annotated[
         str, typer.Option("--memory", help="Maximum size of the graphs and adapters that are open.")
     ] = "4GiB",
@@ -101,7 +111,7 @@ def _classify(
     max_inputs: Annotated[
         int, typer.Option("--max-inputs", min=1, max=COUNT, help="Maximum inputs of one request.")
     ] = 64,
-    max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
+    max_body: options.MaxBody = "16MiB",
     max_pixels: Annotated[
         int,
         typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded."),
@@ -127,9 +137,15 @@ def _classify(
             help="Name by which browsers reach the console, besides loopback and addresses. Can be repeated.",
         ),
     ] = None,
-    log_format: Annotated[
-        _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each.")
-    ] = _LogFormat.TEXT,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-log",
+            envvar="PEANUT_AUDIT_LOG",
+            help="File that gets a line for each action on the console (default: only the log).",
+        ),
+    ] = None,
+    log_format: options.LogFormatOption = options.LogFormat.TEXT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
     ] = False,
@@ -142,6 +158,7 @@ def _classify(
     from peanut_serve.signals.json_logs import json_logging, use_json_logs
     from peanut_serve.tenants.visits import Tenants
     from peanut_serve.tenants.watched import WatchedKeys
+    from peanut_serve.web.audit import AuditLog
     from peanut_serve.web.bearer import read_keys
     from peanut_serve.web.operators import Operators
 
@@ -156,13 +173,14 @@ def _classify(
         threads=threads,
     )
     clients = replace(CLIENTS, body_bytes=_size("--max-body", max_body))
-    keys = [*(api_key or []), *read_keys(api_key_file)]
-    if not all(key and key.isprintable() and " " not in key for key in keys):
+    own = [*(api_key or []), *read_keys(api_key_file)]
+    if not all(key and key.isprintable() and " " not in key for key in own):
         raise OptionError("an API key is empty, or has spaces or control characters; a header cannot contain it")
-    check_host(host, bool(keys) or keys_file is not None)
-    watched = None if keys_file is None else WatchedKeys(keys_file)
+    check_host(host, bool(own) or keys is not None)
+    certificate = _certificate(ssl_certfile, ssl_keyfile)
+    watched = None if keys is None else WatchedKeys(keys)
     tenants = None if watched is None else Tenants(watched, max_queue)
-    if log_format is _LogFormat.JSON:
+    if log_format is options.LogFormat.JSON:
         use_json_logs(json_logging(stream="ext://sys.stderr"))
     else:
         logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -173,11 +191,32 @@ def _classify(
         check(tasks)
         return
     admin = os.environ.get(KEY_VARIABLE)
-    if admin in keys:
+    if admin in own:
         raise OptionError(f"the key in {KEY_VARIABLE} is also an API key; clients must not have that of operators")
-    operators = Operators([admin], watched) if admin else None
-    console = TaskConsole(operators, port, tuple(console_host or ())) if operators else None
-    serve(tasks, host, port, keys, clients, console, tenants)
+    has_console = bool(admin) or (watched is not None and watched.has_operators)
+    if audit_log is not None and not has_console:
+        raise OptionError(
+            f"--audit-log is for the console, which is off; set {KEY_VARIABLE}, or give a key in --keys the role "
+            "admin"
+        )
+    console = None
+    if has_console:
+        log = AuditLog(audit_log.expanduser()) if audit_log is not None else None
+        operators = Operators([admin] if admin else [], watched)
+        console = TaskConsole(operators, port, tuple(console_host or ()), log)
+    serve(tasks, host, port, own, clients, console, tenants, certificate)
+
+
+def _certificate(certfile: Path | None, keyfile: Path | None) -> "Certificate | None":
+    from peanut_serve.settings.tls import Certificate
+
+    if certfile is None:
+        if keyfile is not None:
+            raise OptionError("--ssl-keyfile is given without --ssl-certfile; give both")
+        return None
+    certificate = Certificate(certfile.expanduser(), keyfile.expanduser() if keyfile else None, "--ssl-certfile")
+    certificate.check()
+    return certificate
 
 
 def _size(option: str, text: str) -> int:
@@ -187,12 +226,16 @@ def _size(option: str, text: str) -> int:
     return size
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run `peanut-serve classify` with these arguments: an error is one line on stderr and exit code 1."""
+def _command() -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name="classify", help=HELP)(_classify)
+    return app
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run `peanut-serve classify` with these arguments: an error is one line on stderr and exit code 1."""
     try:
-        app(argv, prog_name="peanut-serve classify")
+        _command()(argv, prog_name="peanut-serve classify")
     except (PeanutError, OSError) as error:
         print(f"peanut-serve classify: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)

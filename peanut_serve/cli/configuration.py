@@ -22,9 +22,10 @@ VLLM = "vllm"  # the section with the options of vLLM
 _BELONGS = f"options of vLLM belong below {VLLM}:"
 
 # what is done once, not configured
-_NOT_CONFIGURED = ("config", "check", "dry_run", "version", "help")
+_NOT_CONFIGURED = ("config", "check", "dry_run", "version", "help", "api_key")
 # variables with this prefix that are no options
 _OTHER_VARIABLES = ("ADMIN_KEY", "ADMIN_URL", "ADMIN_CA_FILE", "BEHIND_FRONT", "DEVICE", "SERVER_SETTINGS")
+_OF_KUBERNETES = "tcp://"  # it sets PEANUT_PORT in every pod if there is a service with the name peanut
 # options of vLLM that may not be in a file, and why
 _NOT_IN_A_FILE = {
     "model": "the model is --base",
@@ -43,6 +44,14 @@ def use_configuration(context: typer.Context, file: Path | None) -> Path | None:
     values, vllm = _in_file(file, options) if file is not None else ({}, [])
     context.default_map = {**values, **_in_environment(options, os.environ)}
     context.meta[VLLM] = vllm
+    return file
+
+
+def use_own_configuration(context: typer.Context, file: Path | None) -> Path | None:
+    """The same for a command that starts no vLLM. Raises as `use_configuration`, and for options of vLLM."""
+    use_configuration(context, file)
+    if context.meta[VLLM]:
+        raise OptionError(f"--config {file} has a section {VLLM}, but {context.info_name} starts no vLLM; remove it")
     return file
 
 
@@ -101,13 +110,21 @@ def _meant(name: str, options: Mapping[str, Any]) -> str:
 
 def _value(where: str, option: Any, value: Any) -> Any:
     """A value as the command line would have it. Raises `OptionError` if it has another form."""
-    if option.is_flag:
+    if _is_flag(option):
         if not isinstance(value, bool):
             raise OptionError(f"{where} is {value!r}; expected true or false")
         return value
-    if option.multiple:
+    if _is_list(option):
         return [_text(where, one) for one in (value if isinstance(value, list) else [value])]
     return _text(where, value)
+
+
+def _is_flag(option: Any) -> bool:
+    return bool(getattr(option, "is_flag", False))  # an argument has none
+
+
+def _is_list(option: Any) -> bool:
+    return option.nargs == -1 or bool(getattr(option, "multiple", False))
 
 
 def _text(where: str, value: Any) -> str:
@@ -147,17 +164,17 @@ def _in_environment(options: Mapping[str, Any], environment: Mapping[str, str]) 
         option = by_variable.get(variable)
         if option is None:
             _note_misspelt(variable, [*by_variable])
-        elif text:
+        elif text and not text.startswith(_OF_KUBERNETES):
             values[str(option.name)] = _from_variable(variable, option, text)
     return values
 
 
 def _from_variable(variable: str, option: Any, text: str) -> Any:
-    if option.is_flag:
+    if _is_flag(option):
         if (value := {"1": True, "true": True, "0": False, "false": False}.get(text.lower())) is None:
             raise OptionError(f"{variable} is {text}; expected 1 or 0")
         return value
-    if option.multiple:
+    if _is_list(option):
         return [part for part in text.split(os.pathsep) if part]
     return text
 

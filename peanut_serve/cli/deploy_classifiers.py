@@ -1,6 +1,5 @@
 """`peanut-serve deploy --classify FOLDER`: classifiers of ONNX exports behind one address, on Ray Serve."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,8 @@ import typer
 from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.errors import OptionError
 from converters.serving import parse_size
+from peanut_serve.cli import fleet_options as fleet
+from peanut_serve.cli import server_options as options
 from peanut_serve.ray.classifiers.settings import ClassifierSettings, Tunables
 from peanut_serve.ray.deploying import Target, deploy
 from peanut_serve.web.bearer import read_keys
@@ -28,73 +29,42 @@ Examples:
 """
 
 
-class _LogFormat(str, Enum):
-    TEXT, JSON = "text", "json"
-
-
-class _Precision(str, Enum):
-    FP32, FP16, INT8 = "fp32", "fp16", "int8"
+_DEFAULT = Tunables()
+_Folders = Annotated[list[Path], typer.Option(OPTION, help="Folder of an ONNX export. Can be repeated.")]
+_Precision = Annotated[options.Precision, typer.Option("--precision", help="Precision of the graphs to run.")]
+_Loaded = Annotated[int, typer.Option("--max-loaded", min=1, max=COUNT, help="Tasks that a replica keeps in memory.")]
+_BatchWait = Annotated[
+    float,
+    typer.Option(
+        "--batch-wait",
+        min=0,
+        max=SECONDS,
+        callback=finite,
+        help="Seconds that an input waits for others of its task.",
+    ),
+]
 
 
 def deploy_classifiers(
-    folders: Annotated[list[Path], typer.Option(OPTION, help="Folder of an ONNX export. Can be repeated.")],
-    precision: Annotated[
-        _Precision, typer.Option("--precision", help="Precision of the graphs to run.")
-    ] = _Precision.FP32,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of replicas.")] = 1,
-    cpus: Annotated[
-        float,
-        typer.Option(
-            "--cpus-per-replica",
-            min=0,
-            max=1024,
-            callback=finite,
-            help="CPUs of each replica, and threads of a run.",
-        ),
-    ] = 1.0,
-    loaded: Annotated[
-        int, typer.Option("--max-loaded", min=1, max=COUNT, help="Tasks that a replica keeps in memory.")
-    ] = Tunables().loaded,
-    batch_wait: Annotated[
-        float,
-        typer.Option(
-            "--batch-wait",
-            min=0,
-            max=SECONDS,
-            callback=finite,
-            help="Seconds that an input waits for others of its task.",
-        ),
-    ] = Tunables().batch_wait,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            "--max-waiting", min=1, max=COUNT, help="Inputs that a replica may have before 429 is answered."
-        ),
-    ] = Tunables().most_waiting,
-    max_body: Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")] = "16MiB",
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(
-            "--host", help="Address to listen on (default: 127.0.0.1; with --api-key-file, all of each node)."
-        ),
-    ] = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write Serve's config to.")] = Path(
-        "classifiers.yaml"
-    ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
-    log_format: Annotated[
-        _LogFormat, typer.Option("--log-format", help="Lines of Ray Serve's logs: text, or a JSON object each.")
-    ] = _LogFormat.TEXT,
-    local: Annotated[
-        bool, typer.Option("--local", help="Write nothing; serve on this machine until Ctrl-C or SIGTERM.")
-    ] = False,
+    folders: _Folders,
+    precision: _Precision = options.Precision.FP32,
+    replicas: fleet.Replicas = 1,
+    cpus: fleet.Cpus = 1.0,
+    loaded: _Loaded = _DEFAULT.loaded,
+    batch_wait: _BatchWait = _DEFAULT.batch_wait,
+    max_waiting: fleet.MaxWaiting = _DEFAULT.most_waiting,
+    max_body: options.MaxBody = "16MiB",
+    api_key_file: options.ApiKeyFile = None,
+    keys_file: options.Keys = None,
+    host: fleet.Host = None,
+    port: fleet.Port = 8000,
+    output: fleet.Output = Path("classifiers.yaml"),
+    overwrite: fleet.Overwrite = False,
+    log_format: options.LogFormatOption = options.LogFormat.TEXT,
+    local: fleet.Local = False,
 ) -> None:
     """Check everything, then write Serve's config or serve on this machine. Raises `PeanutError`."""
-    keys = api_key_file.expanduser().absolute() if api_key_file else None
+    keys = fleet.absolute(api_key_file)
     read_keys(keys)
     most_bytes = parse_size(max_body)
     if most_bytes is None:
@@ -105,10 +75,12 @@ def deploy_classifiers(
         replicas=replicas,
         cpus=cpus,
         key_file=keys,
+        keys=fleet.absolute(keys_file),
         most_bytes=most_bytes,
         log_format=log_format.value,
         tunables=Tunables(loaded=loaded, most_waiting=max_waiting, batch_wait=batch_wait),
     )
+    settings.watched_keys()  # one that cannot be used is refused now
     _check(settings)
     deploy(settings, Target(host, port, output, overwrite, local))
 

@@ -4,17 +4,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 
 from converters.cli.flags import in_flags
-from converters.cli.numbers import COUNT, finite
 from converters.errors import OptionError, PeanutError
 from peanut_serve.cli import deploy_classifiers
+from peanut_serve.cli import fleet_options as fleet
+from peanut_serve.cli import server_options as options
 from peanut_serve.cli.launch import check_endpoints, option_names, value_of
 from peanut_serve.cli.serve import checked
 from peanut_serve.errors import EngineStartError
@@ -69,84 +69,33 @@ _FILES = ("--cache", "--config", "--chat-template", "--tokenizer")  # engines ru
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
-class _Mode(str, Enum):
-    LORA, MERGED, AUTO = "lora", "merged", "auto"
-
-
 def _deploy(
     context: typer.Context,
-    base: Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, ...")],
-    adapters: Annotated[
-        list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
-    ],
-    mode: Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")] = _Mode.LORA,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, max=10_000, help="Number of engines.")] = 1,
-    gpus: Annotated[
-        float,
-        typer.Option("--gpus-per-replica", min=0, max=1024, callback=finite, help="GPUs of each engine."),
-    ] = 0.0,
-    cpus: Annotated[
-        float,
-        typer.Option(
-            "--cpus-per-replica",
-            min=0,
-            max=1024,
-            callback=finite,
-            help="CPUs of each engine, and threads if it has no GPU.",
-        ),
-    ] = 1.0,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            "--max-waiting", min=1, max=COUNT, help="Requests that may wait for an engine before 429 is answered."
-        ),
-    ] = 1024,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
-    ] = None,
-    admin_key_file: Annotated[
-        Path | None, typer.Option("--admin-key-file", help="File with the admin key; turns the admin API on.")
-    ] = None,
-    keys_file: Annotated[
-        Path | None,
-        typer.Option("--keys", help="File of the keys of many teams and operators, with their rights and limits."),
-    ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            "--state", help="Folder of each node for what survives a restart; every engine has a folder in it."
-        ),
-    ] = None,
-    audit_log: Annotated[
-        Path | None,
-        typer.Option(
-            "--audit-log", help="File that gets a line for each change through the admin API (default: in --state)."
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(
-            "--host", help="Address to listen on (default: 127.0.0.1; with --api-key-file, all of each node)."
-        ),
-    ] = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write Serve's config to.")] = Path(
-        "fleet.yaml"
-    ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
-    local: Annotated[
-        bool, typer.Option("--local", help="Write nothing; serve on this machine until Ctrl-C or SIGTERM.")
-    ] = False,
+    base: options.Base,
+    adapters: options.Adapters,
+    mode: options.ModeOption = options.Mode.LORA,
+    replicas: fleet.Replicas = 1,
+    gpus: fleet.Gpus = 0.0,
+    cpus: fleet.Cpus = 1.0,
+    max_waiting: fleet.MaxWaiting = 1024,
+    api_key_file: options.ApiKeyFile = None,
+    admin_key_file: fleet.AdminKeyFile = None,
+    keys_file: options.Keys = None,
+    state: fleet.State = None,
+    audit_log: options.AuditLog = None,
+    host: fleet.Host = None,
+    port: fleet.Port = 8000,
+    output: fleet.Output = Path("fleet.yaml"),
+    overwrite: fleet.Overwrite = False,
+    local: fleet.Local = False,
 ) -> None:
     # its own options, and those of an engine
     engine = _engine([*_sources(base, adapters), "--mode", mode.value, *_absolute(context.args)], context.obj)
     if not gpus and replicas > 1:  # by itself, each engine binds its threads to the first cores of a machine
         engine = engine.model_copy(update={"variables": {_BINDING: os.environ.get(_BINDING, "nobind")}})
-    keys, admin_keys = _absolute_path(api_key_file), _absolute_path(admin_key_file)
+    keys, admin_keys = fleet.absolute(api_key_file), fleet.absolute(admin_key_file)
     if set(read_keys(keys)) & set(read_keys(admin_keys)):
         raise OptionError(f"a key in {admin_keys} is also in {keys}; clients must not have the key of operators")
-    if audit_log is not None and admin_keys is None:
-        raise OptionError("--audit-log is for the admin API, which is off; give --admin-key-file too")
     if gpus > 1 and not gpus.is_integer():
         raise OptionError(f"--gpus-per-replica is {gpus:g}; expected a whole number, or a share of one GPU")
     settings = FleetSettings(
@@ -157,11 +106,16 @@ def _deploy(
         most_waiting=max_waiting,
         key_file=keys,
         admin_key_file=admin_keys,
-        keys=_absolute_path(keys_file),
-        state=_absolute_path(state),
-        audit_log=_absolute_path(audit_log),
+        keys=fleet.absolute(keys_file),
+        state=fleet.absolute(state),
+        audit_log=fleet.absolute(audit_log),
     )
     has_admin = settings.has_admin  # a keys file that cannot be used is refused now
+    if audit_log is not None and not has_admin:
+        raise OptionError(
+            "--audit-log is for the admin API, which is off; give --admin-key-file too, or a key in --keys the role "
+            "admin"
+        )
     if local:
         check_endpoints("--allow-untested-vllm" in context.args)
         if has_admin:
@@ -179,10 +133,6 @@ def _sources(base: str, adapters: Sequence[str]) -> list[str]:
     return ["--base", absolute(base), *(part for one in adapters for part in ("--adapters", absolute(one)))]
 
 
-def _absolute_path(given: Path | None) -> Path | None:
-    return given.expanduser().absolute() if given else None
-
-
 def _absolute(given: Sequence[str]) -> list[str]:
     """The options with the absolute paths of files."""
     result = list(given)
@@ -198,17 +148,17 @@ def _absolute(given: Sequence[str]) -> list[str]:
 
 def _engine(arguments: Sequence[str], read: Reader) -> EngineSettings:
     """Check what an engine would be started with. Raises `PeanutError`."""
-    options = read(arguments)
-    for name in sorted((option_names(arguments) | option_names(options.vllm)) & _REFUSED.keys()):
+    asked = read(arguments)
+    for name in sorted((option_names(arguments) | option_names(asked.vllm)) & _REFUSED.keys()):
         raise OptionError(f"{name} cannot be used with deploy: {_REFUSED[name]}")
     # what the environment says of the admin API does not count: each replica has its own
-    serving = {name: value for name, value in options.serving.items() if name not in OF_ADMIN}
-    _, vllm, _ = checked(replace(options, serving=serving))
+    serving = {name: value for name, value in asked.serving.items() if name not in OF_ADMIN}
+    _, vllm, _ = checked(replace(asked, serving=serving))
     # 1 is vLLM's default, if a --config file has the option
-    slots = value_of(vllm, "--max-loras") or "1" if options.mode == "lora" else "1"
+    slots = value_of(vllm, "--max-loras") or "1" if asked.mode == "lora" else "1"
     if not slots.isdecimal() or slots == "0":
         raise OptionError(f"--max-loras is {slots}; expected a positive number")
-    return EngineSettings(options=tuple(arguments), slots=int(slots), log_format=options.log_format)
+    return EngineSettings(options=tuple(arguments), slots=int(slots), log_format=asked.log_format)
 
 
 def main(argv: list[str], read: Reader) -> NoReturn:

@@ -1,29 +1,26 @@
-"""Finds the adapters, and builds the command line and environment for vLLM to serve them."""
+"""Builds the command line and environment for vLLM to serve the adapters that were found."""
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from converters import load_adapter, open_checkpoint
-from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError, PeanutError
+from converters import open_checkpoint
+from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError
 from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
+from peanut_serve.cli.finding import MIN_RANK, Found
 from peanut_serve.errors import EngineStartError
 from peanut_serve.settings.launching import engine_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import Mode
-from peanut_serve.variants.lora_export import kind_of
-from peanut_serve.variants.roots import AdapterRoots, looks_merged
 from peanut_serve.vllm_plugin.contract import check_vllm
 from peanut_serve.vllm_plugin.processes import own_everything
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-_MIN_RANK = 16  # room for adapters that are added later
 _MAX_SLOTS = 8  # adapters per batch; each takes device memory
 _MAX_CPU_SLOTS = 64  # adapters in host memory
 
@@ -48,44 +45,6 @@ _OURS = {"--model", "--model-tag"}  # set by --base
 _SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 
 
-@dataclass(frozen=True)
-class Found:
-    """The adapters that exist when the server starts.
-
-    Attributes:
-        ranks: name -> largest rank of the adapter.
-        kinds: last parts of the names of the modules they update.
-        broken: name -> why it cannot be read.
-        merged: names of folders with merged models.
-        not_lora: name -> method of each adapter without exact low-rank factors, which can only be merged.
-    """
-
-    ranks: Mapping[str, int]
-    kinds: frozenset[str]
-    broken: Mapping[str, str]
-    merged: tuple[str, ...] = ()
-    not_lora: Mapping[str, str] = field(default_factory=dict)
-
-    def names(self, mode: Mode) -> list[str]:
-        """Names that requests can use."""
-        return sorted([*self.ranks, *((*self.merged, *self.not_lora) if mode != "lora" else ())])
-
-    def notes(self, mode: Mode) -> Iterator[str]:
-        """Notes for the operator."""
-        for name, reason in self.broken.items():
-            yield f"{name} will not be served: {reason}"
-        if mode == "lora":
-            for name in self.merged:
-                yield f"{name} will not be served: it is a merged model; --mode merged or auto serves it"
-            for name, method in self.not_lora.items():
-                yield (
-                    f"{name} will not be served: its update ({method}) cannot be expressed as LoRA; "
-                    "--mode merged or auto serves it"
-                )
-            if not self.ranks:
-                yield f"there are no LoRA adapters yet; vLLM starts with room for rank {_MIN_RANK}"
-
-
 def base_names(base: str, given: Sequence[str]) -> list[str]:
     """Names of the base in requests: --served-model-name, or the name of the folder."""
     for index, option in enumerate(given):
@@ -95,35 +54,6 @@ def base_names(base: str, given: Sequence[str]) -> list[str]:
             return [option.split("=", 1)[1]] if "=" in option else list(after[:end])
     folder = Path(base).expanduser()
     return [folder.resolve().name if folder.is_dir() else base]
-
-
-def find_adapters(roots: AdapterRoots) -> Found:
-    """Open every adapter in the roots, downloading those on the Hub."""
-    ranks: dict[str, int] = {}
-    kinds: set[str] = set()
-    broken: dict[str, str] = {}
-    merged: list[str] = []
-    not_lora: dict[str, str] = {}
-    for name in roots.names():
-        try:
-            source = roots.find(name)
-            if source is None:
-                continue  # removed in the meantime
-            if isinstance(source.spec, Path) and looks_merged(source.spec):
-                merged.append(name)
-                continue
-            adapter = load_adapter(source.spec)
-        except (PeanutError, OSError) as error:
-            broken[name] = " ".join(str(error).split())
-            continue
-        found = {module: adapter.rank(module) for module in adapter.modules}
-        inexact = [module for module, rank in found.items() if rank is None]
-        if inexact or not found:
-            not_lora[name] = adapter.describe(inexact[0]).name if inexact else "tensors replaced whole"
-            continue
-        ranks[name] = max(rank for rank in found.values() if rank is not None)
-        kinds |= set(map(kind_of, adapter.modules))
-    return Found(ranks, frozenset(kinds), broken, tuple(merged), not_lora)
 
 
 def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> list[str]:
@@ -221,7 +151,7 @@ def _in_config_file(given: Sequence[str]) -> set[str]:
 
 def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
     ranks = {name: rank for name, rank in found.ranks.items() if mode == "lora" or rank <= VLLM_RANKS[-1]}
-    rank = max([_MIN_RANK, *ranks.values()])
+    rank = max([MIN_RANK, *ranks.values()])
     slots = min(max(len(ranks), 1), _MAX_SLOTS)
     allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if allowed is None:
@@ -252,7 +182,7 @@ def server_variables(settings: ServerSettings, environment: Mapping[str, str] = 
             "one, some of whose metrics are not in files: unset it"
         )
     if settings.admin_port is not None:
-        from peanut_serve.web.admin import bind
+        from peanut_serve.web.connections import bind
 
         # report a port that is in use now, not after the engine has started
         bind(settings.admin_host, settings.admin_port).close()

@@ -2,17 +2,15 @@
 
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from converters.cli.flags import in_flags
-from converters.cli.numbers import COUNT, SECONDS, finite
 from converters.cli.options import Version
 from converters.errors import PeanutError
+from peanut_serve.cli import server_options as options
 
 if TYPE_CHECKING:
     from peanut_serve.settings.serving import ServeOptions
@@ -49,208 +47,49 @@ Examples:
 
 
 # each has a module of its own, which is imported only if it is used; `deploy` reads the options of a server besides
-_SUBCOMMANDS = ("ctl", "predict", "classify", "size", "state", "key")
-
-
-_SECONDS: dict[str, Any] = {"min": 0, "max": SECONDS, "callback": finite}
-_COUNT: dict[str, Any] = {"min": 1, "max": COUNT}
-
-
-class _Mode(str, Enum):
-    LORA, MERGED, AUTO = "lora", "merged", "auto"
-
-
-class _Drain(str, Enum):
-    WAIT, ABORT = "wait", "abort"
-
-
-class _BaseCopy(str, Enum):
-    HOST, DISK = "host", "disk"
-
-
-class _LogFormat(str, Enum):
-    TEXT, JSON = "text", "json"
-
-
-class _PrefixCache(str, Enum):
-    RESET, SALTED = "reset", "salted"
-
-
-def _configured(context: typer.Context, config: Path | None) -> Path | None:
-    from peanut_serve.cli.configuration import use_configuration
-
-    return use_configuration(context, config)
-
-
-_Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        is_eager=True,
-        callback=_configured,
-        help="YAML file with these options; those of vLLM are below vllm:. PEANUT_... variables go before it.",
-    ),
-]
-_Base = Annotated[str, typer.Option("--base", help="Base model: folder, Hub id, llama2-7b, llama3-8b, qwen3-8b, ...")]
-_Adapters = Annotated[
-    list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id to allow. Can be repeated.")
-]
-_ModeOption = Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")]
-_Cache = Annotated[Path | None, typer.Option("--cache", help="Folder for evaluated LoRA adapters.")]
-_CacheSize = Annotated[str | None, typer.Option("--cache-size", help="Maximum size of that folder (default: 20GB).")]
-_DrainOption = Annotated[_Drain, typer.Option("--drain", help="Let a swap wait for running requests, or abort them.")]
-_DrainTimeout = Annotated[
-    float,
-    typer.Option(
-        "--drain-timeout",
-        **_SECONDS,
-        help="Longest time a swap waits for running requests before it aborts them, in seconds.",
-    ),
-]
-_HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
-_BaseCopyOption = Annotated[
-    _BaseCopy, typer.Option("--base-copy", help="Where to keep the base weights for swapping back.")
-]
-_PrefixCacheOption = Annotated[
-    _PrefixCache,
-    typer.Option("--prefix-cache", help="Reset vLLM's prefix cache at each swap, or salt it per variant."),
-]
-_Pin = Annotated[
-    list[str] | None, typer.Option("--pin", help="Keep this variant's weights in host memory. Can be repeated.")
-]
-_Preload = Annotated[
-    list[str] | None, typer.Option("--preload", help="Evaluate this variant at startup. Can be repeated.")
-]
-_MaxWait = Annotated[
-    float,
-    typer.Option(
-        "--max-wait", **_SECONDS, help="Longest time a request waits before its variant is swapped in, in seconds."
-    ),
-]
-_MinDwell = Annotated[
-    float,
-    typer.Option(
-        "--min-dwell",
-        **_SECONDS,
-        help="Shortest time between swaps while the active variant has requests, in seconds.",
-    ),
-]
-_MaxQueue = Annotated[
-    int, typer.Option("--max-queue", **_COUNT, help="Maximum number of requests waiting for a swap.")
-]
-_AdminPort = Annotated[
-    int | None,
-    typer.Option(
-        "--admin-port", min=1, max=65535, help="Port of the admin API; its key is read from PEANUT_ADMIN_KEY."
-    ),
-]
-_AdminHost = Annotated[str, typer.Option("--admin-host", help="Address that the admin API listens on.")]
-_AdminCertificate = Annotated[
-    Path | None,
-    typer.Option("--admin-ssl-certfile", help="Certificate of the admin port (PEM), which then has TLS."),
-]
-_AdminCertificateKey = Annotated[
-    Path | None,
-    typer.Option("--admin-ssl-keyfile", help="Key of that certificate (default: in the same file)."),
-]
-_Console = Annotated[
-    bool, typer.Option("--console/--no-console", help="Serve the console at /console of the admin port.")
-]
-_ConsoleHost = Annotated[
-    list[str] | None,
-    typer.Option("--console-host", help="Name by which browsers reach the console. Can be repeated."),
-]
-_ApiKeyFile = Annotated[
-    Path | None, typer.Option("--api-key-file", help="File with the API keys of clients, one per line.")
-]
-_AdminKeyFile = Annotated[
-    Path | None, typer.Option("--admin-key-file", help="File with the key of the admin API (else PEANUT_ADMIN_KEY).")
-]
-_Keys = Annotated[
-    Path | None,
-    typer.Option("--keys", help="File of the keys of many teams and operators, with their rights and limits."),
-]
-_State = Annotated[
-    Path | None,
-    typer.Option(
-        "--state", envvar="PEANUT_STATE", help="Folder for the state that survives a restart: names, versions, pins."
-    ),
-]
-_AuditLog = Annotated[
-    Path | None,
-    typer.Option(
-        "--audit-log", help="File that gets a line for each change through the admin API (default: in --state)."
-    ),
-]
-_MaxEvaluations = Annotated[
-    int, typer.Option("--max-evaluations", **_COUNT, help="Maximum number of adapters that wait to be evaluated.")
-]
-_MaxBody = Annotated[str, typer.Option("--max-body", help="Maximum size of a request's body.")]
-_Stall = Annotated[
-    float,
-    typer.Option(
-        "--stall-timeout",
-        min=0.001,
-        max=SECONDS,
-        callback=finite,
-        help="Longest time a client may read nothing of its response, in seconds.",
-    ),
-]
-_Settle = Annotated[
-    float,
-    typer.Option(
-        "--settle", **_SECONDS, help="Time that files must not have changed for before they are served, in seconds."
-    ),
-]
-_LogFormatOption = Annotated[
-    _LogFormat, typer.Option("--log-format", help="Lines of the log: text, or a JSON object each, vLLM's too.")
-]
-_AllowUntested = Annotated[
-    bool, typer.Option("--allow-untested-vllm", help="Start even if this version of vLLM was not tested.")
-]
-_Check = Annotated[
-    bool, typer.Option("--check", help="Check adapters, base, options and state, and exit: with 1 if one is wrong.")
-]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the adapters and vLLM's options, and exit.")]
+_SUBCOMMANDS = {
+    "ctl": "peanut_serve.cli.ctl.command",
+    **{name: f"peanut_serve.cli.{name}_command" for name in ("predict", "classify", "size", "state", "key")},
+}
 
 
 def _serve(
     context: typer.Context,
-    base: _Base,
-    adapters: _Adapters,
-    config: _Config = None,
-    mode: _ModeOption = _Mode.LORA,
-    cache: _Cache = None,
-    cache_size: _CacheSize = None,
-    drain: _DrainOption = _Drain.WAIT,
-    drain_timeout: _DrainTimeout = 60.0,
-    host_cache: _HostCache = "8GiB",
-    base_copy: _BaseCopyOption = _BaseCopy.HOST,
-    prefix_cache: _PrefixCacheOption = _PrefixCache.RESET,
-    pin: _Pin = None,
-    preload: _Preload = None,
-    max_wait: _MaxWait = 10.0,
-    min_dwell: _MinDwell = 0.5,
-    max_queue: _MaxQueue = 1024,
-    max_evaluations: _MaxEvaluations = 64,
-    max_body: _MaxBody = "64MiB",
-    stall_timeout: _Stall = 30.0,
-    settle: _Settle = 1.0,
-    admin_port: _AdminPort = None,
-    admin_host: _AdminHost = "127.0.0.1",
-    admin_ssl_certfile: _AdminCertificate = None,
-    admin_ssl_keyfile: _AdminCertificateKey = None,
-    console: _Console = True,
-    console_host: _ConsoleHost = None,
-    audit_log: _AuditLog = None,
-    admin_key_file: _AdminKeyFile = None,
-    api_key_file: _ApiKeyFile = None,
-    keys: _Keys = None,
-    state: _State = None,
-    log_format: _LogFormatOption = _LogFormat.TEXT,
-    allow_untested_vllm: _AllowUntested = False,
-    check: _Check = False,
-    dry_run: _DryRun = False,
+    base: options.Base,
+    adapters: options.Adapters,
+    config: options.Config = None,
+    mode: options.ModeOption = options.Mode.LORA,
+    cache: options.Cache = None,
+    cache_size: options.CacheSize = None,
+    drain: options.DrainOption = options.Drain.WAIT,
+    drain_timeout: options.DrainTimeout = 60.0,
+    host_cache: options.HostCache = "8GiB",
+    base_copy: options.BaseCopyOption = options.BaseCopy.HOST,
+    prefix_cache: options.PrefixCacheOption = options.PrefixCache.RESET,
+    pin: options.Pin = None,
+    preload: options.Preload = None,
+    max_wait: options.MaxWait = 10.0,
+    min_dwell: options.MinDwell = 0.5,
+    max_queue: options.MaxQueue = 1024,
+    max_evaluations: options.MaxEvaluations = 64,
+    max_body: options.MaxBody = "64MiB",
+    stall_timeout: options.Stall = 30.0,
+    settle: options.Settle = 1.0,
+    admin_port: options.AdminPort = None,
+    admin_host: options.AdminHost = "127.0.0.1",
+    admin_ssl_certfile: options.AdminCertificate = None,
+    admin_ssl_keyfile: options.AdminCertificateKey = None,
+    console: options.Console = True,
+    console_host: options.ConsoleHost = None,
+    audit_log: options.AuditLog = None,
+    admin_key_file: options.AdminKeyFile = None,
+    api_key_file: options.ApiKeyFile = None,
+    keys: options.Keys = None,
+    state: options.State = None,
+    log_format: options.LogFormatOption = options.LogFormat.TEXT,
+    allow_untested_vllm: options.AllowUntested = False,
+    check: options.Check = False,
+    dry_run: options.DryRun = False,
     version: Version = False,
 ) -> None:
     from peanut_serve.cli.configuration import with_vllm_options
@@ -266,7 +105,7 @@ def _serve(
         "keys": keys,
         "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
-    options = ServeOptions(
+    asked = ServeOptions(
         base,
         tuple(adapters),
         mode.value,
@@ -281,7 +120,7 @@ def _serve(
         admin_key_file,
         log_format.value,
     )
-    (context.obj or serve)(options)
+    (context.obj or serve)(asked)
 
 
 def _command() -> typer.Typer:
@@ -301,7 +140,7 @@ def _read_options(arguments: Sequence[str]) -> "ServeOptions":
 def main() -> NoReturn:
     """Entry point of `peanut-serve`: an error is one line on stderr and exit code 1."""
     if sys.argv[1:2] and sys.argv[1] in _SUBCOMMANDS:
-        import_module(f"peanut_serve.cli.{sys.argv[1]}_command").main(sys.argv[2:])
+        import_module(_SUBCOMMANDS[sys.argv[1]]).main(sys.argv[2:])
     if sys.argv[1:2] == ["deploy"]:
         from peanut_serve.cli.deploy_command import main as deploy
 

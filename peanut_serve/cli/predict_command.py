@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,6 +13,7 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT
 from converters.cli.options import Json
 from converters.errors import OptionError, PeanutError
+from peanut_serve.cli.server_options import Precision
 
 if TYPE_CHECKING:
     from peanut_serve.classify.engine import OnnxEngine
@@ -39,10 +39,6 @@ that answer; for models of sentence-transformers, embeddings; for language model
 """
 
 
-class _Precision(str, Enum):
-    FP32, FP16, INT8 = "fp32", "fp16", "int8"
-
-
 def _predict(
     folder: Annotated[Path, typer.Argument(help="Folder of an ONNX export.")],
     inputs: Annotated[
@@ -50,8 +46,8 @@ def _predict(
     ] = None,
     task: Annotated[str | None, typer.Option("--task", help="Name of the task, if the folder has several.")] = None,
     precision: Annotated[
-        _Precision, typer.Option("--precision", help="Precision of the graph to run.")
-    ] = _Precision.FP32,
+        Precision, typer.Option("--precision", help="Precision of the graph to run.")
+    ] = Precision.FP32,
     top_k: Annotated[
         int, typer.Option("--top-k", min=1, max=COUNT, help="Number of labels to show per input, best first.")
     ] = 5,

@@ -8,11 +8,10 @@ from typing import Any
 
 from converters.cli import console
 from converters.errors import OptionError
+from peanut_serve.cli.finding import Found, find_adapters
 from peanut_serve.cli.launch import (
-    Found,
     base_names,
     check_endpoints,
-    find_adapters,
     option_names,
     run_vllm,
     server_variables,

@@ -16,6 +16,7 @@ from converters.cli.numbers import COUNT, finite
 from converters.cli.options import Json
 from converters.errors import CheckpointError, OptionError, PeanutError
 from converters.serving import SHORT_NAMES, is_hub_id, parse_size
+from peanut_serve.cli.server_options import Mode
 from peanut_serve.variants.sizing import (
     BYTES,
     VariantSize,
@@ -43,10 +44,6 @@ Examples:
 _MAX_LORAS = 8  # slots that the launcher asks for at most
 
 
-class _Mode(str, Enum):
-    LORA, MERGED, AUTO = "lora", "merged", "auto"
-
-
 class _Dtype(str, Enum):
     AUTO, BFLOAT16, FLOAT16, FLOAT32 = "auto", "bfloat16", "float16", "float32"
 
@@ -60,7 +57,7 @@ def _size(
     adapters: Annotated[
         list[str], typer.Option("--adapters", help="Folder of adapters, or a Hub id. Can be repeated.")
     ],
-    mode: Annotated[_Mode, typer.Option("--mode", help="How to serve variants.")] = _Mode.LORA,
+    mode: Annotated[Mode, typer.Option("--mode", help="How to serve variants.")] = Mode.LORA,
     dtype: Annotated[_Dtype, typer.Option("--dtype", help="As for vLLM.")] = _Dtype.AUTO,
     kv_cache_dtype: Annotated[_CacheDtype, typer.Option("--kv-cache-dtype", help="As for vLLM.")] = _CacheDtype.AUTO,
     max_model_len: Annotated[

@@ -52,6 +52,7 @@ def application(settings: FleetSettings, routing: Mapping[str, Any] = ROUTING) -
         health_check_period_s=2,  # Ray's default is 10: nobody is answered until a lost one is missed
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": 0},
+        user_config=settings.of_front(),
         logging_config=logging_config(settings.log_format),
     )(Front)
     folders = [str(folder) if folder else None for folder in (settings.logs, settings.state)]

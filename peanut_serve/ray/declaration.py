@@ -22,7 +22,7 @@ def declaration(settings: FleetSettings | ClassifierSettings, host: str, port: i
                 "route_prefix": "/",
                 "import_path": settings.import_path,
                 "args": settings.args(),
-                "deployments": [settings.in_place()],
+                "deployments": settings.in_place(),
             }
         ],
     }

@@ -12,7 +12,7 @@ from peanut_serve.ray.declaration import declaration
 from peanut_serve.ray.one_machine import serve_here
 from peanut_serve.ray.settings import FleetSettings
 from peanut_serve.settings.hosts import refuse_open
-from peanut_serve.web.admin import bind
+from peanut_serve.web.connections import bind
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Target:
 
 def deploy(settings: FleetSettings | ClassifierSettings, target: Target) -> None:
     """Write Serve's config, or serve until SIGINT or SIGTERM. Raises `OptionError`, and what `serve_here` raises."""
-    keys = settings.keys if isinstance(settings, FleetSettings) else None
-    is_open = settings.key_file is None and keys is None
+    is_open = settings.key_file is None and settings.keys is None
     host = target.host or ("127.0.0.1" if target.is_local or is_open else "0.0.0.0")
     refuse_open(host, not is_open)
     if is_open and not target.is_local:

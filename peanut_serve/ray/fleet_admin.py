@@ -8,6 +8,8 @@
     DELETE /admin/v1/variants/NAME
     POST   /admin/v1/variants/NAME/{reload,rollback,pin,unpin}
     POST   /admin/v1/variants/NAME/{activate,preload}   to one replica
+    GET    /admin/v1/releases, /releases/NAME       as a single server's, with an entry per replica
+    POST   /admin/v1/releases/NAME/{hold,stage,check,weight,promote,rollback}   of all replicas
 
 The schemas are in `peanut_serve.web.fleet_schema`. An answer of all has an entry per replica. Its status is 200 if
 every replica did it and they have the same digest now; the one of the replicas if all refuse alike; otherwise 207.
@@ -30,6 +32,7 @@ from peanut_serve.errors import RequestTimeoutError, RequestTooLargeError, Servi
 from peanut_serve.ray.fleet.asking import Entry, ask_all, lost
 from peanut_serve.ray.fleet.changes import Change, FleetChanges
 from peanut_serve.ray.fleet.joint import joint_change, joint_engine, joint_variants
+from peanut_serve.ray.fleet.releases import GIVEN, FleetReleases, ReplicaRefusedError, Step
 from peanut_serve.ray.replica import EngineReplica
 from peanut_serve.web.admin import caller_of
 from peanut_serve.web.bearer import sent_key
@@ -44,10 +47,8 @@ _AT_ONE = ("activate", "preload")
 _GLANCE = 10.0  # seconds, for what is known already
 _MOST_BYTES = 64 << 10  # of a body
 _BODY_SECONDS = 30.0  # until it has arrived
-_NO_RELEASES = (
-    "a fleet has no releases for now: they are those of a single server. Stage and check the version at a "
-    "peanut-serve of its own, then reload the variant in the fleet"
-)
+_RELEASE = re.compile(r"/releases/(?P<name>.+)")
+_STEP = re.compile(rf"/releases/(?P<name>.+)/(?P<verb>{'|'.join(GIVEN)})")
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -59,21 +60,28 @@ class FleetAdmin:
         engines: the replicas.
         operators: who may ask.
         changes: makes their changes.
+        releases: makes those of releases.
     """
 
-    def __init__(self, engines: DeploymentHandle[EngineReplica], operators: Operators, changes: FleetChanges) -> None:
-        self._engines, self._operators, self._changes = engines, operators, changes
+    def __init__(
+        self,
+        engines: DeploymentHandle[EngineReplica],
+        operators: Operators,
+        changes: FleetChanges,
+        releases: FleetReleases,
+    ) -> None:
+        self._engines, self._operators, self._changes, self._releases = engines, operators, changes, releases
 
     async def answer(self, request: Request) -> Response:
         """Answer a request for a path below `PREFIX`."""
         path = str(request.scope["path"]).removeprefix(PREFIX)
         try:
             operator = self._operators.find(sent_key(request.scope))
-            if re.match(r"/releases(/|$)", path):
-                return _refusal(501, _NO_RELEASES)
             if request.method == "GET":
                 return await self._show(path) or _unknown(request)
             operator.check_change(f"{request.method} {shown(path)}")
+            if request.method == "POST" and (found := _STEP.fullmatch(path)):
+                return await self._step(found["verb"], found["name"], request, operator)
             change = await self._change_of(request, path, operator)
             if change is None:
                 return _unknown(request)
@@ -84,6 +92,8 @@ class FleetAdmin:
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
             return _refusal(422, wrong, "RequestError")
+        except ReplicaRefusedError as error:
+            return _refusal(error.status, str(error), error.kind)
         except PeanutError as error:
             return _answer_refusal(error)
         except TimeoutError:
@@ -102,7 +112,21 @@ class FleetAdmin:
             return _listed(await self._ask("variants"))
         if found := _NAME.fullmatch(path):
             return _listed(await self._ask("variants"), found["name"])
+        if path == "/releases":
+            return JSONResponse([one.model_dump(mode="json") for one in await self._releases.all()])
+        if found := _RELEASE.fullmatch(path):
+            return JSONResponse((await self._releases.show(found["name"])).model_dump(mode="json"))
         return None
+
+    async def _step(self, verb: str, name: str, request: Request, operator: Operator) -> Response:
+        """A step of a release. Its status is 200 if every replica has it as it is wanted then, otherwise 207."""
+        body, kind = await _read(request), GIVEN[verb]
+        is_empty = kind is None or (body in (b"", b"null") and verb != "weight")
+        given = None if kind is None or is_empty else _parsed(kind, body)
+        release = await self._releases.make(Step(verb, name, caller_of(request.scope, operator), given))
+        if release is None:
+            return Response(status_code=204)
+        return JSONResponse(release.model_dump(mode="json"), 200 if release.agree else 207)
 
     async def _ask(self, method: str, *arguments: Any) -> list[Entry]:
         return await ask_all(self._engines, method, *arguments, within=_GLANCE)

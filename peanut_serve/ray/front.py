@@ -3,9 +3,11 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,13 +25,17 @@ from peanut_serve.errors import (
     RequestTimeoutError,
     RequestTooLargeError,
     ServingError,
+    TenantLimitError,
     TryLaterError,
     UnknownVariantError,
     shown,
 )
 from peanut_serve.ray.fleet.changes import FleetChanges
 from peanut_serve.ray.fleet.metrics import JointMetrics
-from peanut_serve.ray.fleet.wanted import WantedStore, base_of
+from peanut_serve.ray.fleet.releases import FleetReleases
+from peanut_serve.ray.fleet.store import WantedStore
+from peanut_serve.ray.fleet.view import ReleaseView
+from peanut_serve.ray.fleet.wanted import base_of
 from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, end_to_end
 from peanut_serve.ray.replica import Request as EngineRequest
@@ -37,10 +43,10 @@ from peanut_serve.ray.settings import FleetSettings
 from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
-from peanut_serve.web.clients import Clients, check_route
+from peanut_serve.web.clients import Clients, check_route, telling_rate
 from peanut_serve.web.operators import Operators
 from peanut_serve.web.refusals import error_body
-from peanut_serve.web.request_body import check_own, parse_body, variant_of
+from peanut_serve.web.request_body import SESSION_HEADER, Bodies, Take, check_own, parse_body, session_of, variant_of
 from peanut_serve.web.routes import Access, access_to
 
 logger = logging.getLogger("ray.serve")
@@ -52,6 +58,7 @@ _MOST_BYTES = 64 << 20  # of a body
 _BODY_SECONDS = 60.0  # until it has arrived, as at a single server
 _LONGEST_NAME = 200
 _MODELS = "/v1/models"
+_HEALTH = "/health"
 _METRICS = ("/metrics", "/metrics/")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _GONE = (RayError, ReplicaUnavailableError)
@@ -71,15 +78,28 @@ class _Visited(Response):
         self._answer, self._visit = answer, visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer."""
+        """Send the answer, with what the tenant may send besides."""
         with self._visit:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, telling_rate(send, self._visit))
 
 
-def _variant(request: Request, body: bytes, access: Access, visit: Visit) -> str:
-    """The variant that a request names, or no text. Raises `ForbiddenError` if it may not use it."""
+@dataclass(frozen=True)
+class _Asked:
+    """What a request names.
+
+    Attributes:
+        variant: in the request, or no text.
+        session: see `session_of`.
+    """
+
+    variant: str = ""
+    session: str | None = None
+
+
+def _asked(request: Request, body: bytes, access: Access, visit: Visit) -> _Asked:
+    """What a request names. Raises `ForbiddenError` if its tenant may not use that."""
     if request.method != "POST":
-        return ""
+        return _Asked()
     value = parse_body(body)
     variant = variant_of(value, request.scope) or ""
     if access in (Access.ANSWER, Access.NAMES):
@@ -87,16 +107,18 @@ def _variant(request: Request, body: bytes, access: Access, visit: Visit) -> str
             raise visit.forbid("requests without the name of a variant in model")
         visit.check(variant)
         check_own(value, visit)
-    return variant
+    return _Asked(variant, session_of(value, request.scope))
 
 
-def _passed(request: Request, body: bytes, visit: Visit) -> EngineRequest:
-    """A request for an engine, which counts what it does for the tenant."""
+def _passed(request: Request, body: bytes, visit: Visit, session: str | None) -> EngineRequest:
+    """A request for an engine, which counts what it does for the tenant. A session is added, if it has none."""
     url = request.url
     target = f"{url.path}?{url.query}" if url.query else url.path
     headers = [(key, value) for key, value in request.scope["headers"] if key.lower() != TENANT_HEADER]
     if visit.is_tenant:
         headers.append((TENANT_HEADER, visit.tenant.encode()))
+    if session is not None:
+        headers.append((SESSION_HEADER, session.encode()))
     return request.method, target, headers, body
 
 
@@ -129,7 +151,7 @@ async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield f"data: {json.dumps(error_body(EngineDownError(_LOST), 503))}\n\n".encode()
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, take: Take) -> bytes:
     parts, size = [], 0
     try:
         async with asyncio.timeout(_BODY_SECONDS):
@@ -137,6 +159,7 @@ async def _read(request: Request) -> bytes:
                 size += len(part)
                 if size > _MOST_BYTES:
                     raise RequestTooLargeError(f"the body is larger than {_MOST_BYTES >> 20} MiB")
+                take(len(part))
                 parts.append(part)
     except TimeoutError:
         raise RequestTimeoutError(f"the request's body did not arrive within {_BODY_SECONDS:.0f} s") from None
@@ -151,8 +174,11 @@ def _is_text(query: bytes) -> bool:
     return True
 
 
-def _refusal(error: ServingError) -> JSONResponse:
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else None
+def _refusal(error: ServingError, rate: Sequence[tuple[bytes, bytes]] = ()) -> JSONResponse:
+    """An error as a response, with what its tenant may send besides."""
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else {}
+    told = error.headers if isinstance(error, TenantLimitError) else rate
+    headers |= {key.decode(): value.decode() for key, value in told}
     return JSONResponse(error_body(error, error.status), error.status, headers)
 
 
@@ -168,22 +194,34 @@ class Front:
         fleet = FleetSettings.model_validate(settings)
         self._engines = engines.options(stream=True, method_name="handle")
         watched = fleet.watched_keys()
-        tenants = Tenants(watched, fleet.most_waiting) if watched is not None else None
-        self._clients = Clients(read_keys(fleet.key_file), tenants)
-        self._admin = None
+        self._tenants = Tenants(watched, fleet.most_waiting) if watched is not None else None
+        self._clients = Clients(read_keys(fleet.key_file), self._tenants)
+        wanted = WantedStore(serve.get_replica_context().app_name, base_of(fleet.engine.options), None)
+        self._admin, releases = None, None
         if fleet.has_admin:
-            wanted = WantedStore(serve.get_replica_context().app_name, base_of(fleet.engine.options), None)
-            operators = Operators(read_keys(fleet.admin_key_file), watched)
-            self._admin = FleetAdmin(engines, operators, FleetChanges(engines, wanted, AuditLog(fleet.audit_file)))
-        self._metrics = JointMetrics(engines, has_tenants=tenants is not None)
+            operators, log = Operators(read_keys(fleet.admin_key_file), watched), AuditLog(fleet.audit_file)
+            changes = FleetChanges(engines, wanted, log)
+            releases = FleetReleases(engines, wanted, changes, log)
+            self._admin = FleetAdmin(engines, operators, changes, releases)
+        self._releases = ReleaseView(wanted, releases.end_failing if releases is not None else None)
+        self._bodies = Bodies(_MOST_BYTES)
+        self._metrics = JointMetrics(engines, has_tenants=self._tenants is not None)
+
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Ray at the start, and when `user_config` has changed; see `FleetSettings.of_front`."""
+        if self._tenants is not None:
+            self._tenants.limit(changed["most_waiting"])
 
     @_application.api_route("/{path:path}", methods=_METHODS)
     async def answer(self, request: Request) -> Response:
         """Pass a request on; errors have the form of OpenAI's API."""
         if not _is_text(request.scope["query_string"]):
             return _refusal(RequestBodyError("the query of the URL is not UTF-8; encode its bytes as %XX"))
+        self._releases.start()
         if self._admin is not None and request.url.path.startswith(f"{PREFIX}/"):
             return await self._admin.answer(request)
+        if request.method in ("GET", "HEAD") and request.url.path == _HEALTH:
+            return JSONResponse({"state": "alive"})  # Serve starts lost engines again: a restart of this is no cure
         if request.method == "GET" and request.url.path in _METRICS:
             return Response(await self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
         try:
@@ -196,19 +234,36 @@ class Front:
         visit = Visit() if access is Access.OPEN else await self._clients.enter(request.scope)
         with ExitStack() as leaving:
             leaving.enter_context(visit)
-            check_route(request.scope, request.url.path, access, visit)
-            body = await _read(request)
-            variant = _variant(request, body, access, visit)
-            answer = await self._pass_on(variant, _passed(request, body, visit), visit)
-            if visit.is_restricted:
-                answer = await _without_other_names(request, answer, variant, visit)
+            try:
+                check_route(request.scope, request.url.path, access, visit)
+                answer = await self._answer_of(request, access, visit)
+            except ServingError as error:
+                return _refusal(error, visit.rate_headers())
             leaving.pop_all()  # what is answered has its place until the end
             return _Visited(answer, visit)
 
-    async def _pass_on(self, variant: str, request: EngineRequest, visit: Visit) -> Response:
+    async def _answer_of(self, request: Request, access: Access, visit: Visit) -> Response:
+        with self._bodies.share() as take:
+            body = await _read(request, take)
+            asked = _asked(request, body, access, visit)
+            answer = await self._pass_on(asked, request, body, visit)
+        return await _without_other_names(request, answer, asked.variant, visit) if visit.is_restricted else answer
+
+    async def _pass_on(self, asked: _Asked, request: Request, body: bytes, visit: Visit) -> Response:
+        """Pass a request on to where the version is that answers it.
+
+        While a release has a share, one without a session gets one for itself: so the engine draws as the front did.
+        """
+        session, added = asked.session, None
+        if session is None and self._releases.has_share(asked.variant):
+            session = added = uuid4().hex
+        variant = self._releases.answering(asked.variant, session)
+        return await self._try(asked.variant, variant, _passed(request, body, visit, added), visit)
+
+    async def _try(self, asked: str, variant: str, request: EngineRequest, visit: Visit) -> Response:
         variant = variant[:_LONGEST_NAME]  # clients choose the name, of any length; its beginning will do
         for last in [False] * (_TRIES - 1) + [True]:
-            sent: Any = self._engines.options(multiplexed_model_id=variant).remote(variant, request)
+            sent: Any = self._engines.options(multiplexed_model_id=variant).remote(asked, variant, request)
             answer: AsyncIterator[Any] = aiter(sent)
             try:
                 async with asyncio.timeout(_TAKEN):

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 from ray import serve
@@ -16,13 +15,15 @@ from ray import serve
 from peanut_serve.errors import EngineDownError, EngineStartError
 from peanut_serve.ray.child import Child, free_port
 from peanut_serve.ray.fleet.metrics import labelled
+from peanut_serve.ray.fleet.operated import OperatedReplica
 from peanut_serve.ray.fleet.replay import Replay
+from peanut_serve.ray.fleet.store import WantedStore
 from peanut_serve.ray.fleet.theta import FleetTheta
-from peanut_serve.ray.fleet.wanted import WantedState, WantedStore, base_of
+from peanut_serve.ray.fleet.wanted import base_of
 from peanut_serve.ray.settings import EngineSettings, own_folder, state_folders
 from peanut_serve.ray.state import StateFolder
+from peanut_serve.settings.versions import CURRENT
 from peanut_serve.tenants.visits import FRONT
-from peanut_serve.variants.kept_theta import has_theta, read_theta
 
 # options of an engine that a fleet decides: one in the environment of a node is not to count
 _DECIDED = (
@@ -48,7 +49,7 @@ _GLANCE = 3.0  # seconds for the metrics
 _FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
 
 
-class EngineReplica:
+class EngineReplica(OperatedReplica):
     """The callable of the Serve deployment `Engine`."""
 
     async def __init__(  # type: ignore[misc]  # awaited by Ray
@@ -101,13 +102,19 @@ class EngineReplica:
             timeout=_PATIENCE,
         )
 
-    async def handle(self, variant: str, request: Request) -> AsyncIterator[Head | bytes]:
+    async def handle(self, asked: str, variant: str, request: Request) -> AsyncIterator[Head | bytes]:
         """The head; if the body is not in it, then the parts of the body as they come.
 
         A short body is not divided, so that its request can be tried again elsewhere until the answer is there.
+
+        Args:
+            asked: the variant in the request.
+            variant: the one that answers, as far as the front knows: another one while a release is open.
+            request: for the engine.
+
         Raises `EngineDownError` if this replica does not have the wanted version of the variant.
         """
-        self._note(variant)
+        self._note(asked, variant)
         method, path, headers, body = request
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
         kept.append((b"authorization", self._key))
@@ -119,77 +126,17 @@ class EngineReplica:
                 async for part in answer.aiter_raw():
                     yield part
 
-    def _note(self, variant: str) -> None:
-        """Note that a request has come. Raises `EngineDownError` if its variant is withheld."""
-        if (reason := self._replay.withheld.get(variant)) is not None:
-            raise EngineDownError(f"this replica does not have the wanted version of {variant}: {reason}", 5)
+    def _note(self, asked: str, variant: str) -> None:
+        """Note that a request has come. Raises `EngineDownError` if its variant is withheld.
+
+        One that is here without its staged version gives that no share: its engine answers with the current one.
+        """
+        if (reason := self._replay.withheld.get(asked.removesuffix(CURRENT))) is not None:
+            raise EngineDownError(f"this replica does not have the wanted version of {asked}: {reason}", 5)
         self._recent[variant] = None
         self._recent.move_to_end(variant)
         while len(self._recent) > self._settings.slots:
             self._recent.popitem(last=False)
-
-    async def call_admin(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """The name of this replica, and status and JSON of an answer of the engine's admin API."""
-        try:
-            answer = await self._admin.request(method, path, json=body, timeout=_FOREVER)
-        except httpx.HTTPError as error:
-            return {"replica": self.name, "status": 503, "error": f"the engine did not answer: {error!r}"}
-        try:
-            found = answer.json() if answer.content else None
-        except ValueError:  # of a failure that the API did not foresee
-            status = max(answer.status_code, httpx.codes.INTERNAL_SERVER_ERROR)
-            return {"replica": self.name, "status": status, "error": "the engine's answer is not JSON"}
-        return {"replica": self.name, "status": answer.status_code, "answer": found}
-
-    async def report(self) -> dict[str, Any]:
-        """The name of this replica, the state of its engine, what is resident, and the digest of each name."""
-        engine = await self.call_admin("GET", "/engine")
-        variants = await self.call_admin("GET", "/variants")
-        if (status := max(engine["status"], variants["status"])) != httpx.codes.OK:
-            return {"replica": self.name, "status": status, "engine": engine.get("answer")}
-        digests = {one["name"]: one["digest"] for one in variants["answer"]}
-        resident = list(self._resident)
-        return {
-            "replica": self.name,
-            "status": status,
-            "engine": engine["answer"],
-            "resident": resident,
-            "digests": digests,
-            "withheld": self._replay.withheld,
-            "unpinned": self._replay.unpinned,
-            "revision": self._replay.state.revision,
-        }
-
-    async def variants(self) -> dict[str, Any]:
-        """The engine's variants, and those that are withheld, with the reasons."""
-        return {**await self.call_admin("GET", "/variants"), "withheld": self._replay.withheld}
-
-    async def roll_back(self, name: str, digest: str) -> dict[str, Any]:
-        """Roll a variant back to a version, which may come from another replica; as `call_admin`."""
-        return await self._replay.roll_back(name, digest)
-
-    async def adopt(self, wanted: dict[str, Any], name: str, done: list[str]) -> dict[str, Any]:
-        """Follow what operators want after a change of a variant, which the replicas in `done` have made.
-
-        Returns as `call_admin` what this one has then.
-        """
-        state = WantedState.model_validate(wanted)
-        await self._replay.follow(state, self.name in done)
-        if (reason := self._replay.withheld.get(name) or self._replay.unpinned.get(name)) is not None:
-            return {"replica": self.name, "status": 503, "error": reason}
-        if state.variants[name].removed:
-            return {"replica": self.name, "status": 204, "answer": None}
-        return await self.call_admin("GET", f"/variants/{quote(name, safe='')}")
-
-    async def has_version(self, digest: str) -> dict[str, Any]:
-        """Whether the engine's state folder has θ of a version."""
-        return {"replica": self.name, "has": has_theta(self._state.path, digest)}
-
-    async def send_version(self, digest: str, holder: str) -> dict[str, Any]:
-        """The files of θ of a version, if this replica is the `holder`."""
-        if holder != self.name:
-            return {"replica": self.name}
-        return {"replica": self.name, "files": await asyncio.to_thread(read_theta, self._state.path, digest)}
 
     async def metrics(self) -> dict[str, Any]:
         """The families of the engine's metrics, labelled; without them and with an error if it does not answer."""

@@ -95,9 +95,14 @@ class FleetSettings(BaseModel):
         """Serve's `args`, whose change restarts all engines."""
         return self.model_dump(mode="json", exclude_defaults=True, exclude={"replicas", "most_waiting"})
 
-    def in_place(self) -> dict[str, Any]:
-        """What Serve changes without restarting an engine."""
-        return {"name": "Engine", "num_replicas": self.replicas, "max_queued_requests": self.most_waiting}
+    def in_place(self) -> list[dict[str, Any]]:
+        """What Serve changes without restarting an engine, or the front."""
+        engine = {"name": "Engine", "num_replicas": self.replicas, "max_queued_requests": self.most_waiting}
+        return [engine, {"name": "Front", "user_config": self.of_front()}]
+
+    def of_front(self) -> dict[str, Any]:
+        """The `user_config` of the front."""
+        return {"most_waiting": self.most_waiting}
 
 
 def state_folders(logs: Path | None, state: Path | None) -> Path:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from converters.errors import OptionError
 from peanut_serve.errors import VariantError
+from peanut_serve.settings.small_file import read_small
 
 FILE = "canary.json"  # in the folder of an adapter or of a merged model
 _MOST_BYTES = 64 << 10
@@ -91,12 +93,9 @@ def read_canary_set(folder: Path) -> CanarySet | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as opened:
-            text = opened.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise VariantError(f"{file} cannot be read: {error.strerror}") from None
-    if len(text) > _MOST_BYTES:
-        raise VariantError(f"{file} is larger than {_MOST_BYTES >> 10} KiB; shorten the canary set")
+        text = read_small(file, _MOST_BYTES, str(file), "; shorten the canary set")
+    except OptionError as error:
+        raise VariantError(str(error)) from None
     try:
         return CanarySet.model_validate(json.loads(text))
     except ValidationError as error:

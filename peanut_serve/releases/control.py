@@ -30,12 +30,12 @@ class AuditedReleases:
 
     def releases(self) -> list[ReleaseStatus]:
         """See `ReleaseControl`."""
-        return [self.release(name) for name in self._releases.names()]
+        return [self.release(name) for name in self._releases.book.names()]
 
     def release(self, name: str) -> ReleaseStatus:
         """See `ReleaseControl`."""
-        found = self._releases.find(name)
-        watched, failed = self._releases.counts(name)
+        found = self._releases.book.find(name)
+        watched, failed = self._releases.book.counts(name)
         events = [
             EventStatus(**{**one.model_dump(), "at": datetime.fromtimestamp(one.at, timezone.utc)})
             for one in found.events
@@ -61,10 +61,11 @@ class AuditedReleases:
         with self._noting("hold", name):
             await self._releases.hold(name)
 
-    async def stage(self, name: str, source: str | None) -> ReleaseStatus:
+    async def stage(self, name: str, source: str | None, digest: str | None = None) -> ReleaseStatus:
         """See `ReleaseControl`."""
-        with self._noting("stage", name, source=source):
-            await self._releases.stage(name, source)
+        expected = {"expected": digest} if digest else {}
+        with self._noting("stage", name, source=source, **expected):
+            await self._releases.stage(name, source, digest)
         return self.release(name)
 
     async def check(self, name: str) -> ReleaseStatus:
@@ -117,7 +118,7 @@ class AuditedReleases:
 
     def _staged(self, name: str) -> str | None:
         try:
-            release = self._releases.find(name)
+            release = self._releases.book.find(name)
         except PeanutError:
             return None
         return release.digest if release.is_open else None

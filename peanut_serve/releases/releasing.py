@@ -2,26 +2,23 @@
 
 import asyncio
 import logging
-import time
-from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from converters.serving import find_adapter
-from peanut_serve.errors import BeingWrittenError, ReleaseError, UnknownVariantError, VariantError, VariantNameError
+from peanut_serve.errors import BeingWrittenError, ReleaseError, VariantError
+from peanut_serve.releases.book import ReleaseBook
 from peanut_serve.releases.canary_set import CanarySet, read_canary_set
 from peanut_serve.releases.checking import Route, ask_all
+from peanut_serve.releases.rules import check_passed, noted, too_many_failed
+from peanut_serve.settings.versions import CURRENT, STAGED, released_name, staged_name
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.variants.catalogue import Variant, moved_to
-from peanut_serve.variants.release import CURRENT, STAGED, Release, ReleaseEvent, released_name, staged_name
+from peanut_serve.variants.release import Release
 from peanut_serve.variants.roots import State, VariantSource
 from peanut_serve.variants.state_folder import Record
 from peanut_serve.variants.version import Version
 
 logger = logging.getLogger("vllm.peanut_serve")
-
-_WINDOW = 1000  # of the latest requests, in which failures are counted
-_MOST_EVENTS = 20
 
 # told of a release that was ended without an operator: the name, the release before, and the reason
 Ended = Callable[[str, Release, str], None]
@@ -34,64 +31,52 @@ class Releases:
         server: it.
         route: its route for completions, which canary sets are asked by.
         ended: told of releases that failures have ended.
+
+    Attributes:
+        book: the releases that are recorded.
     """
 
     def __init__(self, server: VariantServer, route: Route, ended: Ended) -> None:
         self._server, self._catalogue, self._route, self._ended = server, server.catalogue, route, ended
-        self._outcomes: dict[str, deque[bool]] = {}  # name -> whether each of the latest requests failed
+        self.book = ReleaseBook(server.catalogue)
         server.watch = self._watch
-
-    def find(self, name: str) -> Release:
-        """The latest release of a name. Raises `UnknownVariantError` if there is no such name, or it has none."""
-        release = self._catalogue.find(name).record.release
-        if release is None:
-            raise UnknownVariantError(f"{name} has no release; stage a version of it")
-        return release
-
-    def names(self) -> list[str]:
-        """The names that have a release, open or not."""
-        records = self._catalogue.records.variants
-        return sorted(name for name, record in records.items() if record.release is not None and not record.hidden)
-
-    def counts(self, name: str) -> tuple[int, int]:
-        """How many of the requests that the staged version answered were watched, and how many of them failed."""
-        outcomes = self._outcomes.get(name, deque())
-        return len(outcomes), sum(outcomes)
 
     async def hold(self, name: str) -> None:
         """Keep a name at its version, whatever happens to its files, until it is reloaded.
 
         Raises `UnknownVariantError`, and what preparing the version raises.
         """
-        variant = self._changeable(name)
+        variant = self.book.changeable(name)
         await self._server.prepare(name)
         async with variant.lock:
-            if not self._changeable(name).record.held:
+            if not self.book.changeable(name).record.held:
                 self._catalogue.commit({name: variant.record.model_copy(update={"held": True})})
 
-    async def stage(self, name: str, source: str | None = None) -> None:
+    async def stage(self, name: str, source: str | None = None, digest: str | None = None) -> None:
         """Stage the version that is in the files, and ask it its canary set. The name is held from now on.
 
         Args:
             name: of a variant.
             source: another entry of the roots to take the version from.
+            digest: of the version that is expected. If the files have another one, it is taken from the state folder,
+                without a canary set.
 
         Raises `UnknownVariantError`, `ReleaseError` if a release is open, and `VariantError` if the version cannot be
         served, or is the one that the name has.
         """
-        variant = self._beginning(name)
+        variant = self.book.beginning(name)
         if variant.record.digest is None:
             await self._server.prepare(name)  # or there would be nothing to hold
         entry = source or variant.record.source
         found, state = await asyncio.to_thread(self._catalogue.reader.look, entry, entry)
         async with variant.lock:  # a request may be moving the name
-            if not self._beginning(name).record.held:
+            if not self.book.beginning(name).record.held:
                 self._catalogue.commit({name: variant.record.model_copy(update={"held": True})})
-        version, state, canaries = await self._read(staged_name(name), found, state)
+        version, state, canaries = await self._read(staged_name(name), found, state, digest)
         self._check_is_new(variant, version, entry)
         await self._server.make_ready(staged_name(name), version)
         async with variant.lock:
-            if self._beginning(name) is not variant:
+            if self.book.beginning(name) is not variant:
                 raise ReleaseError(f"{name} was removed while a version of it was staged")
             self._check_is_new(variant, version, entry)
             self._stage(
@@ -110,16 +95,26 @@ class Releases:
             canary=canaries.model_dump(exclude_defaults=True) if canaries is not None else None,
             events=events,
         )
-        noted = _noted(release, "stage", f"from {staged.source}")
-        released = record.model_copy(update={"release": noted, "held": True})  # also after a reload meanwhile
+        begun = noted(release, "stage", f"from {staged.source}")
+        released = record.model_copy(update={"release": begun, "held": True})  # also after a reload meanwhile
         name = staged_name(variant.name)
         self._catalogue.commit({variant.name: released, name: staged}, {name: version})
-        self._outcomes.pop(variant.name, None)
+        self.book.forget_counts(variant.name)
         logger.info("variant=%s digest=%s staged from %s", variant.name, version.digest[:12], staged.source)
 
-    async def _read(self, name: str, source: VariantSource, state: State) -> tuple[Version, State, CanarySet | None]:
+    async def _read(
+        self, name: str, source: VariantSource, state: State, digest: str | None
+    ) -> tuple[Version, State, CanarySet | None]:
         """A version and the canary set beside it, from files that do not change meanwhile."""
         version, state = await self._catalogue.reader.read(name, source, state)
+        if digest not in (None, version.digest):
+            kept = await asyncio.to_thread(self._catalogue.reader.reopen, name, source, str(digest))
+            if kept is None:
+                raise VariantError(
+                    f"the files of {source.name} have version {version.digest[:12]}, expected {str(digest)[:12]}; "
+                    "put the files of that version there, or stage it without its digest"
+                )
+            return kept, state, None
         canaries = await asyncio.to_thread(_canaries, source)
         if await asyncio.to_thread(source.state) != state:
             raise BeingWrittenError(f"the files of {source.name} are being written; try again when they are complete")
@@ -138,17 +133,17 @@ class Releases:
 
         Raises `ReleaseError` if no release is open, it has no canary set, or it ends meanwhile.
         """
-        release = self._open(name)
+        release = self.book.open_one(name)
         if release.canary is None:
             raise ReleaseError(f"there was no canary.json beside version {release.digest[:12]} when it was staged")
         canaries, staged = CanarySet.model_validate(release.canary), (staged_name(name), release.digest)
         answers = await ask_all(self._route, canaries, staged, name + CURRENT)
-        now = self._open(name)
+        now = self.book.open_one(name)
         if now.digest != release.digest:
             raise ReleaseError(f"the release of {name} has ended while it was checked")
         failed = sum(bool(one.problems) for one in answers)
         told = f"{failed} of {len(answers)} failed" if failed else f"all {len(answers)} passed"
-        self._update(name, now, "check", told, answers=answers)
+        self.book.update(name, now, "check", told, answers=answers)
 
     def weigh(self, name: str, weight: int, max_error_rate: float, min_requests: int, is_forced: bool) -> None:
         """Give the staged version a share of the requests, from which failures are counted anew.
@@ -162,12 +157,12 @@ class Releases:
 
         Raises `ReleaseError` if no release is open, or it has not passed.
         """
-        release = self._open(name)
+        release = self.book.open_one(name)
         if weight and not is_forced:
-            self._check_passed(name, release)
+            check_passed(name, release)
         rules = {"weight": weight, "max_error_rate": max_error_rate, "min_requests": min_requests}
-        self._update(name, release, "weight", f"{weight} %{', forced' if is_forced else ''}", **rules)
-        self._outcomes.pop(name, None)
+        self.book.update(name, release, "weight", f"{weight} %{', forced' if is_forced else ''}", **rules)
+        self.book.forget_counts(name)
 
     async def promote(self, name: str, is_forced: bool) -> None:
         """Move a name to its staged version.
@@ -175,17 +170,17 @@ class Releases:
         Raises `ReleaseError` if no release is open, or it has not passed its canary set and is not forced, and what
         preparing the version raises.
         """
-        release = self._open(name)
+        release = self.book.open_one(name)
         if not is_forced:
-            self._check_passed(name, release)
+            check_passed(name, release)
         version = await self._server.prepare(staged_name(name))
         variant = self._catalogue.find(name)
         async with variant.lock:
-            now = self._open(name)
+            now = self.book.open_one(name)
             if now.digest != version.digest:
                 raise ReleaseError(f"the release of {name} has ended while it was promoted")
             detail = f"from {now.replaces[:12]}{', forced' if is_forced else ''}"
-            promoted = _noted(now, "promote", detail, state="promoted", weight=0, canary=None)
+            promoted = noted(now, "promote", detail, state="promoted", weight=0, canary=None)
             record = moved_to(variant.record, version.digest, source=now.source, held=True, release=promoted)
             self._catalogue.commit({name: record, staged_name(name): None}, {name: version})
         self._forget_staged(name)
@@ -197,13 +192,13 @@ class Releases:
         Raises `ReleaseError` if the name has moved since the promotion, and `VariantError` if the version before
         is not available any more.
         """
-        release = self.find(name)
+        release = self.book.find(name)
         if release.is_open:
             self._end(name, release, reason)
             return
-        variant = self._changeable(name)
+        variant = self.book.changeable(name)
         async with variant.lock:
-            now = self.find(name)
+            now = self.book.find(name)
             if now.state != "promoted" or variant.record.digest != now.digest:
                 raise ReleaseError(
                     f"{name} has no version that a release gave it; peanut-serve ctl rollback {name} returns to "
@@ -214,22 +209,22 @@ class Releases:
             if version is None:
                 raise VariantError(f"version {now.replaces[:12]} of {name} is no longer available")
             await self._server.make_ready(name, version)
-            rolled = _noted(now, "rollback", reason, state="rolled_back")
+            rolled = noted(now, "rollback", reason, state="rolled_back")
             record = moved_to(variant.record, version.digest, source=now.replaces_source, held=True, release=rolled)
-            self._changeable(name)  # it may have been removed
+            self.book.changeable(name)  # it may have been removed
             self._catalogue.commit({name: record}, {name: version})
         self._server.update_pin(name)
         logger.info("variant=%s digest=%s rolled back to", name, version.digest[:12])
 
     def _end(self, name: str, release: Release, reason: str | None) -> None:
-        rolled = _noted(release, "rollback", reason, state="rolled_back", weight=0, canary=None)
+        rolled = noted(release, "rollback", reason, state="rolled_back", weight=0, canary=None)
         record = self._catalogue.find(name).record.model_copy(update={"release": rolled})
         self._catalogue.commit({name: record, staged_name(name): None})
         self._forget_staged(name)
         logger.warning("variant=%s digest=%s release rolled back: %s", name, release.digest[:12], reason)
 
     def _forget_staged(self, name: str) -> None:
-        self._outcomes.pop(name, None)
+        self.book.forget_counts(name)
         self._server.update_pin(staged_name(name))
         self._server.update_pin(name)
 
@@ -240,12 +235,10 @@ class Releases:
         release = self._catalogue.find(main).record.release
         if release is None or not release.is_open or not release.weight or digest not in (None, release.digest):
             return
-        outcomes = self._outcomes.setdefault(main, deque(maxlen=max(_WINDOW, release.min_requests)))
-        outcomes.append(is_failure)
-        count, failed = self.counts(main)
-        if count < release.min_requests or failed <= release.max_error_rate * count:
+        self.book.count(main, release, is_failure)
+        reason = too_many_failed(release, *self.book.counts(main))
+        if reason is None:
             return
-        reason = f"{failed} of the latest {count} requests failed, at most {release.max_error_rate:.1%} may"
         try:
             self._end(main, release, reason)
         except OSError as error:  # the requests must not go there, whatever the disk says
@@ -254,58 +247,7 @@ class Releases:
             logger.error("the release of %s has no share any more, but that cannot be recorded: %s", main, error)
         self._ended(main, release, reason)
 
-    def _open(self, name: str) -> Release:
-        release = self.find(name)
-        if not release.is_open:
-            raise ReleaseError(
-                f"the release of version {release.digest[:12]} of {name} was {release.state.replace('_', ' ')}; "
-                "stage another version"
-            )
-        return release
-
-    def _beginning(self, name: str) -> Variant:
-        variant = self._changeable(name)
-        release = variant.record.release
-        if release is not None and release.is_open:
-            raise ReleaseError(
-                f"{name} has a release of version {release.digest[:12]}; promote it or roll it back before another "
-                "is staged"
-            )
-        if staged_name(name) in self._catalogue.bases:
-            raise VariantNameError(f"the base has the name {staged_name(name)}; start the server with another one")
-        return variant
-
-    def _changeable(self, name: str) -> Variant:
-        variant = self._catalogue.find(name)
-        if name in self._catalogue.bases:
-            raise VariantNameError(f"{name} is the base model, which has no releases")
-        if name.endswith(STAGED):
-            raise VariantNameError(f"{name} is a staged version; release {released_name(name)}")
-        return variant
-
-    @staticmethod
-    def _check_passed(name: str, release: Release) -> None:
-        if release.passed is not False:
-            return
-        failed = [one for one in release.answers or () if one.problems]
-        why = f"{failed[0].prompt[:40]!r}: {failed[0].problems[0]}" if failed else "it was not asked yet"
-        raise ReleaseError(
-            f"version {release.digest[:12]} of {name} has not passed its canary set ({why}); check it again, roll it "
-            "back, or force it"
-        )
-
-    def _update(self, name: str, release: Release, action: str, detail: str, **changed: Any) -> None:
-        record = self._catalogue.find(name).record
-        self._catalogue.commit(
-            {name: record.model_copy(update={"release": _noted(release, action, detail, **changed)})}
-        )
-
 
 def _canaries(source: VariantSource) -> CanarySet | None:
     folder = find_adapter(source.spec).path if isinstance(source.spec, str) else source.spec
     return read_canary_set(folder)
-
-
-def _noted(release: Release, action: str, detail: str | None, **changed: Any) -> Release:
-    event = ReleaseEvent(at=time.time(), action=action, digest=release.digest, detail=detail)
-    return release.model_copy(update={**changed, "events": [*release.events, event][-_MOST_EVENTS:]})

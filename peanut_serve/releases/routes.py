@@ -46,7 +46,8 @@ async def hold_variant(control: _Controlled, name: str) -> None:
 @_routes.post("/{name:path}/stage", summary="Stage a new version", responses=_SERVING)
 async def stage_release(control: _Controlled, name: str, staging: Staging | None = None) -> ReleaseStatus:
     """Returns when it has been evaluated, and has answered its canary set, which can take minutes."""
-    return await control.stage(name, (staging or Staging(source=None)).source)
+    given = staging or Staging(source=None, digest=None)
+    return await control.stage(name, given.source, given.digest)
 
 
 @_routes.post("/{name:path}/check", summary="Ask the canary set again", responses=_CHANGING)

@@ -5,16 +5,14 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
+from peanut_serve.web.schema import Answer
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CanaryStatus(_Answer):
+class CanaryStatus(Answer):
     """One prompt of a canary set, as the staged version answered it."""
 
     prompt: str = Field(description="Its beginning.")
@@ -22,7 +20,7 @@ class CanaryStatus(_Answer):
     problems: list[str] = Field(description="Expected properties that the answer does not have; empty if it passed.")
 
 
-class EventStatus(_Answer):
+class EventStatus(Answer):
     """Something that happened to the releases of a variant."""
 
     at: datetime = Field(description="When.")
@@ -31,7 +29,7 @@ class EventStatus(_Answer):
     detail: str | None = Field(description="Why, or how.")
 
 
-class ReleaseStatus(_Answer):
+class ReleaseStatus(Answer):
     """The latest release of a variant."""
 
     name: str = Field(description="Name of the variant.")
@@ -58,6 +56,9 @@ class Staging(_Request):
         None,
         max_length=512,
         description="Entry of a variants folder, or allowed Hub id; by default the variant's own.",
+    )
+    digest: str | None = Field(
+        None, pattern="^[0-9a-f]{40}$", description="Digest of the version that has to be there."
     )
 
 
@@ -97,7 +98,7 @@ class ReleaseControl(Protocol):
         """Keep a variant at its version until it is reloaded."""
         ...
 
-    async def stage(self, name: str, source: str | None) -> ReleaseStatus:
+    async def stage(self, name: str, source: str | None, digest: str | None = None) -> ReleaseStatus:
         """Stage a version, and ask its canary set. Raises `ReleaseError`, `VariantError`."""
         ...
 

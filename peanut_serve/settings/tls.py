@@ -1,4 +1,4 @@
-"""The certificate of the admin port."""
+"""The certificate of a port: of the admin port, or of the server of classifiers."""
 
 import ssl
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ class Certificate:
     Attributes:
         certfile: the certificate, and those that lead to its authority.
         keyfile: its key; by default in the same file.
+        option: by which the certificate was given.
     """
 
     certfile: Path
     keyfile: Path | None = None
+    option: str = "--admin-ssl-certfile"
 
     def check(self) -> None:
         """Raise `OptionError` if they cannot be used."""
@@ -28,7 +30,7 @@ class Certificate:
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
             raise OptionError(
-                f"--admin-ssl-certfile {files} cannot be used: {reason}; expected a certificate and its key in PEM "
+                f"{self.option} {files} cannot be used: {reason}; expected a certificate and its key in PEM "
                 "form, without a passphrase"
             ) from None
 

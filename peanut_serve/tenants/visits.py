@@ -46,10 +46,14 @@ class _Load:
     at: float = 0.0
     is_gone: bool = False
 
-    def seconds_until_next(self, per_minute: int, now: float) -> float:
-        """Take one request from the allowance, which gives 0; or the seconds until there is one."""
+    def grow(self, per_minute: int, now: float) -> None:
+        """Let the allowance grow until now."""
         self.allowance = min(per_minute, self.allowance + (now - self.at) * per_minute / _MINUTE)
         self.at = now
+
+    def seconds_until_next(self, per_minute: int, now: float) -> float:
+        """Take one request from the allowance, which gives 0; or the seconds until there is one."""
+        self.grow(per_minute, now)
         if self.allowance < 1:
             return (1 - self.allowance) * _MINUTE / per_minute
         self.allowance -= 1
@@ -102,6 +106,10 @@ class Visit:
     def is_restricted(self) -> bool:
         """Whether there may be variants that it may not use."""
         return self._key is not None and self._key.is_restricted
+
+    def rate_headers(self) -> list[tuple[bytes, bytes]]:
+        """What its tenant may send, in the headers of OpenAI's API; none without a limit."""
+        return _rate_headers(self._key, self._load, self._clock())
 
     def may_use(self, variant: str) -> bool:
         """Whether it may use a variant."""
@@ -181,6 +189,19 @@ def take_inputs(count: int, most: int) -> Callable[[], None]:
     return (lambda: None) if visit is None else visit.take_inputs(count, most)
 
 
+def _rate_headers(key: Key | None, load: _Load, now: float) -> list[tuple[bytes, bytes]]:
+    if key is None or key.requests_per_minute is None:
+        return []
+    limit = key.requests_per_minute
+    load.grow(limit, now)
+    told = {
+        "limit": str(limit),
+        "remaining": str(int(load.allowance)),
+        "reset": f"{(limit - load.allowance) * _MINUTE / limit:.3g}s",  # until all of them are there again
+    }
+    return [(f"x-ratelimit-{name}-requests".encode(), value.encode()) for name, value in told.items()]
+
+
 def refused(tenant: str, reason: str, error: ServingError) -> ServingError:
     """Count a refusal, and return it."""
     REFUSED.labels(tenant, reason).inc()
@@ -198,9 +219,13 @@ class Tenants:
 
     def __init__(self, keys: WatchedKeys, most_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._watched, self._clock = keys, clock
-        self._most_waiting = max(1, most_waiting // 2)
+        self.limit(most_waiting)
         self._loads: dict[str, _Load] = {}
         self._known: Mapping[bytes, Key] = keys.keys
+
+    def limit(self, most_waiting: int) -> None:
+        """Let another number of requests wait."""
+        self._most_waiting = max(1, most_waiting // 2)
 
     async def enter(self, token: bytes) -> Visit:
         """Begin a request with a key.
@@ -233,7 +258,9 @@ class Tenants:
             message = f"{load.waiting} requests of {key.name} wait, which is half of all places"
         else:
             return
-        raise refused(key.name, "places", TenantLimitError(f"{message}; send more when they are answered", 1))
+        headers = _rate_headers(key, load, self._clock())
+        message = f"{message}; send more when they are answered"
+        raise refused(key.name, "places", TenantLimitError(message, 1, headers))
 
     def _check_rate(self, key: Key, load: _Load) -> None:
         if key.requests_per_minute is None:
@@ -241,7 +268,8 @@ class Tenants:
         wait = load.seconds_until_next(key.requests_per_minute, self._clock())
         if wait > 0:
             message = f"{key.name} may send {key.requests_per_minute} requests a minute, and has sent more"
-            raise refused(key.name, "rate", TenantLimitError(message, math.ceil(wait)))
+            headers = _rate_headers(key, load, self._clock())
+            raise refused(key.name, "rate", TenantLimitError(message, math.ceil(wait), headers))
 
     def _forget_gone(self) -> None:
         """Forget tenants that are no longer in the file. Their requests in the server go on."""

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from prometheus_client import Gauge
@@ -19,13 +20,14 @@ KEYS_CURRENT = Gauge("peanut_keys_current", "1 while the keys are those of the k
 KEYS_CURRENT.set(1)
 
 _LOOK_SECONDS = 1.0
+_PATIENCE = 0.05  # seconds that a request waits for the new keys: a large file takes longer to be parsed
 _OPEN_BITS = 0o026  # written by the group or others, read by others
 
 _Signature = tuple[int, int, int] | None
 
 
 class WatchedKeys:
-    """The keys of a file, which is looked at again at most once a second.
+    """The keys of a file, which is looked at again at most once a second, in a thread.
 
     A new file that cannot be used changes nothing: the keys stay as they were, the log says why, and
     `peanut_keys_current` is 0.
@@ -40,6 +42,8 @@ class WatchedKeys:
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._clock = file, clock
         self._looked = clock()
+        self._thread = ThreadPoolExecutor(1, "keys")
+        self._looking: Future[None] | None = None
         self._signature = _signature(file)  # before the content: what changes in between is read once more
         self._keys: Mapping[bytes, Key] = read_keys_file(file)
         KEYS_CURRENT.set(1)
@@ -49,9 +53,10 @@ class WatchedKeys:
     def keys(self) -> Mapping[bytes, Key]:
         """The current keys by their digests; another object if they have changed."""
         now = self._clock()
-        if now - self._looked >= _LOOK_SECONDS:
+        if now - self._looked >= _LOOK_SECONDS and (self._looking is None or self._looking.done()):
             self._looked = now
-            self._look()
+            self._looking = self._thread.submit(self._look)
+            wait([self._looking], _PATIENCE)
         return self._keys
 
     def find(self, token: bytes) -> Key | None:

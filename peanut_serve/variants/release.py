@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-STAGED, CURRENT = "@staged", "@current"  # after a name: no name in the folders has an @
-
 ReleaseState = Literal["staged", "promoted", "rolled_back"]
 
 
@@ -101,13 +99,3 @@ class Release(_Recorded):
             digest = hashlib.blake2b(f"{self.digest}\0{session}".encode(errors="replace"), digest_size=8).digest()
             point = int.from_bytes(digest, "big") / 2**64
         return point * 100 < self.weight
-
-
-def staged_name(name: str) -> str:
-    """The name of the staged version of a variant."""
-    return name + STAGED
-
-
-def released_name(name: str) -> str:
-    """The variant that a name belongs to: `gsm8k` for `gsm8k@staged` and `gsm8k@current`, otherwise itself."""
-    return name.removesuffix(STAGED).removesuffix(CURRENT)

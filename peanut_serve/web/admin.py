@@ -3,18 +3,13 @@
 It has its own port and key, so that a client that may request completions cannot change what is served.
 """
 
-import asyncio
-import socket
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
 from typing import Annotated, Any
 
-from converters.errors import MissingDependencyError, OptionError, PeanutError
+from converters.errors import MissingDependencyError, PeanutError
 from peanut_serve.errors import ForbiddenError, ServingError, TryLaterError, UnauthorizedError, shown
-from peanut_serve.settings.tls import Certificate
 from peanut_serve.web.audit import Caller, caller
 from peanut_serve.web.bearer import sent_key
-from peanut_serve.web.connections import AdminProtocol, TimeLimit
 from peanut_serve.web.operators import Operator, Operators, operators_of
 from peanut_serve.web.schema import (
     Control,
@@ -30,7 +25,6 @@ from peanut_serve.web.schema import (
 from peanut_serve.web.usage import UsageReport, usage_report
 
 try:
-    import uvicorn
     from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
@@ -39,11 +33,9 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
     raise MissingDependencyError(
-        f"the admin API needs fastapi and uvicorn, which vLLM brings ({error}): pip install 'peanut-serve[vllm]'"
+        f"the admin API needs fastapi, which vLLM brings ({error}): pip install 'peanut-serve[vllm]'"
     ) from None
 
-# seconds that responses in progress get when the server stops; it does not wait longer for a swap
-_GRACE = 5
 _MOST_BYTES = 64 << 10  # of a body
 _READING = ("GET", "HEAD")
 
@@ -283,49 +275,3 @@ async def _answer_malformed(_: Request, error: RequestValidationError) -> Respon
 
 async def _answer_bug(_: Request, error: Exception) -> Response:
     return _refusal(500, "InternalError", f"unexpected {type(error).__name__}; see the server's log")
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to vLLM, which stops the tasks in its loop."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def bind(host: str, port: int, what: str = "the admin API") -> socket.socket:
-    """Listen before the engine starts, so that a port that is already in use is reported at once.
-
-    Raises `OptionError` if the address cannot be used.
-    """
-    try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise OptionError(
-            f"{what} cannot listen on {host}:{port}: {error.strerror}; choose another port or address"
-        ) from None
-    # inherited by connections; asyncio does not set it, as this socket does not name TCP: saves 40 ms per response
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
-async def serve_on(app: FastAPI, listener: socket.socket, certificate: Certificate | None = None) -> None:
-    """Serve the app in the running loop until cancelled, with TLS if there is a certificate."""
-    files = {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile} if certificate else {}
-    # no log_config: vLLM configures uvicorn's loggers for both servers
-    config = uvicorn.Config(
-        TimeLimit(app),
-        http=AdminProtocol,
-        log_config=None,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=_GRACE,
-        **files,  # type: ignore[arg-type]
-    )
-    server = _Server(config)
-    try:
-        await server.serve([listener])
-    except asyncio.CancelledError:
-        if server.started:
-            await server.shutdown([listener])
-        raise

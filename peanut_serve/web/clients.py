@@ -1,6 +1,7 @@
 """Who sends a request for variants: a client with one of the server's keys, or a tenant of the keys file."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
 
 from peanut_serve.errors import RouteRefusedError, UnauthorizedError, shown
 from peanut_serve.tenants.keys import OTHERS
@@ -8,6 +9,8 @@ from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit, refused
 from peanut_serve.web.bearer import BearerKeys, sent_key
 from peanut_serve.web.request_body import Scope
 from peanut_serve.web.routes import Access, refusal_of
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Clients:
@@ -42,6 +45,20 @@ class Clients:
             return Visit(label=told.decode("latin-1")) if told else Visit()
         message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
         raise refused(OTHERS, "key", UnauthorizedError(message))
+
+
+def telling_rate(send: Send, visit: Visit) -> Send:
+    """Sends an answer with what its tenant may send besides; see `Visit.rate_headers`."""
+    if not visit.rate_headers():
+        return send
+
+    async def sending(message: MutableMapping[str, Any]) -> None:
+        """Add the headers, as they are when the answer begins."""
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *visit.rate_headers()]}
+        await send(message)
+
+    return sending
 
 
 def check_route(scope: Scope, path: str, access: Access, visit: Visit) -> None:

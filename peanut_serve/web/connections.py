@@ -1,4 +1,4 @@
-"""Connections, below HTTP: what a client may take before its request is known, and while it sends and reads.
+"""Connections, below HTTP: listening, and what a client may take before its request is known and while it reads.
 
 uvicorn waits for the headers of a request without a limit, and keeps all of them. It looks its protocol up by the
 name `auto`, for vLLM's server as well, so that one entry of a table bounds every port.
@@ -7,12 +7,19 @@ name `auto`, for vLLM's server as well, so that one entry of a table bounds ever
 import asyncio
 import json
 import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import uvicorn
 import uvicorn.config
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from converters.errors import OptionError
+from peanut_serve.settings.tls import Certificate
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -21,6 +28,7 @@ HEADER_BYTES = 64 << 10  # of the headers of a request
 ADMIN_CONNECTIONS = 64  # of the admin port
 BODY_SECONDS = 30.0  # of the admin port, until a body has arrived
 STALL_SECONDS = 30.0  # of the admin port, for which a client may read nothing of its answer
+GRACE = 5  # seconds that answers in progress get when the server stops; it does not wait longer for a swap
 CLOSE_SECONDS = 30.0  # between looks at a connection, of which the second ends one that is closed but not read
 
 
@@ -184,3 +192,49 @@ def _in_time(receive: Receive) -> Receive:
         return message
 
     return receive_in_time
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to vLLM, which stops the tasks in its loop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int, what: str = "the admin API") -> socket.socket:
+    """Listen before the engine starts, so that a port that is already in use is reported at once.
+
+    Raises `OptionError` if the address cannot be used.
+    """
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OptionError(
+            f"{what} cannot listen on {host}:{port}: {error.strerror}; choose another port or address"
+        ) from None
+    # inherited by connections; asyncio does not set it, as this socket does not name TCP: saves 40 ms per response
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+async def serve_on(app: ASGIApp, listener: socket.socket, certificate: Certificate | None = None) -> None:
+    """Serve the app in the running loop until cancelled, with TLS if there is a certificate."""
+    files = {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile} if certificate else {}
+    # no log_config: vLLM configures uvicorn's loggers for both servers
+    config = uvicorn.Config(
+        TimeLimit(app),
+        http=AdminProtocol,
+        log_config=None,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=GRACE,
+        **files,  # type: ignore[arg-type]
+    )
+    server = _Server(config)
+    try:
+        await server.serve([listener])
+    except asyncio.CancelledError:
+        if server.started:
+            await server.shutdown([listener])
+        raise

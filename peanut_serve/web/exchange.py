@@ -9,17 +9,18 @@ from typing import Any
 
 from converters.errors import PeanutError
 from peanut_serve.errors import EngineDownError, SwapError, VariantError, shown
+from peanut_serve.settings.versions import released_name
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.requests import Admitted
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.keys import OTHERS
 from peanut_serve.tenants.visits import Visit
-from peanut_serve.variants.release import released_name
 from peanut_serve.web.refusals import Message, error_body, refusal_messages, status_of
 from peanut_serve.web.request_body import (
     ClientLimits,
     Receive,
     Scope,
+    Take,
     check_lifetime,
     check_own,
     parse_body,
@@ -51,11 +52,14 @@ class Exchange:
         admit: called with the admitted request, in the context in which the application handles it.
         limits: of this client.
         visit: whose request it is.
+        take: room for its body, see `Bodies.share`.
     """
 
-    def __init__(self, app: App, server: VariantServer, admit: Admit, limits: ClientLimits, visit: Visit) -> None:
+    def __init__(
+        self, app: App, server: VariantServer, admit: Admit, limits: ClientLimits, visit: Visit, take: Take
+    ) -> None:
         self._app, self._server, self._admit, self._limits = app, server, admit, limits
-        self._visit = visit
+        self._visit, self._take = visit, take
         self._body = b""
         self._is_sent = False
         self._status = 0
@@ -73,7 +77,7 @@ class Exchange:
         asked = name = "unknown"
         arrival, is_failure = asyncio.get_running_loop().time(), False
         try:
-            if (body := await read_body(receive, self._limits)) is None:
+            if (body := await read_body(receive, self._limits, self._take)) is None:
                 return
             self._body, value = body, parse_body(body)
             asked = variant_of(value, scope) or self._server.base_name

@@ -6,16 +6,12 @@ an entry per replica beside them.
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from peanut_serve.web.schema import EngineStatus, VariantStatus
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
+from peanut_serve.web.schema import Answer, EngineStatus, VariantStatus
 
 
-class FleetEntry(_Answer):
+class FleetEntry(Answer):
     """What a replica answered to a change that went to all of them."""
 
     replica: str | None = Field(description="Name of the replica; null if it was lost before it answered.")
@@ -44,7 +40,7 @@ class FleetEntry(_Answer):
         return self.answer.get("digest") if self.is_done and isinstance(self.answer, dict) else None
 
 
-class FleetChange(_Answer):
+class FleetChange(Answer):
     """Result of a change that went to all replicas."""
 
     agree: bool = Field(description="Whether all of them made it, and have the same digest now.")
@@ -52,7 +48,7 @@ class FleetChange(_Answer):
     replicas: list[FleetEntry] = Field(description="An entry per replica.")
 
 
-class ReplicaVariant(_Answer):
+class ReplicaVariant(Answer):
     """A variant at one replica."""
 
     replica: str | None = Field(description="Name of the replica; null if it was lost.")
@@ -69,7 +65,7 @@ class FleetVariantStatus(VariantStatus):
     replicas: list[ReplicaVariant] = Field(description="An entry per replica.")
 
 
-class ReplicaEngine(_Answer):
+class ReplicaEngine(Answer):
     """The engine of one replica."""
 
     replica: str | None = Field(description="Name of the replica; null if it was lost.")

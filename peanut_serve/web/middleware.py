@@ -11,11 +11,22 @@ from peanut_serve.errors import ServingError, UnauthorizedError
 from peanut_serve.signals.tracing import request_span
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.tenants.visits import Tenants, Visit, current_visit
-from peanut_serve.web.clients import Clients, check_route
+from peanut_serve.web.clients import Clients, check_route, telling_rate
 from peanut_serve.web.exchange import Admit, App, Exchange, Send
 from peanut_serve.web.refusals import Message, refusal_messages
-from peanut_serve.web.request_body import ClientLimits, Receive, Scope, parse_body, read_body, variant_of
+from peanut_serve.web.request_body import (
+    Bodies,
+    ClientLimits,
+    Receive,
+    Scope,
+    Take,
+    parse_body,
+    read_body,
+    variant_of,
+)
 from peanut_serve.web.routes import Access, access_to
+
+_WITHOUT_BODY = ("GET", "HEAD")
 
 
 class VariantMiddleware:
@@ -44,6 +55,7 @@ class VariantMiddleware:
     ) -> None:
         self._app, self._find_server, self._admit, self._limits = app, find_server, admit, limits
         self._clients = Clients(keys, tenants, is_behind_front)
+        self._bodies = Bodies(limits.body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -64,7 +76,8 @@ class VariantMiddleware:
         except ServingError as error:
             await _refuse(error, send)
             return
-        with visit:
+        with visit, self._bodies.share() as take:
+            send = telling_rate(send, visit)
             access = _access(scope)
             try:
                 check_route(scope, _path(scope), access, visit)
@@ -73,23 +86,24 @@ class VariantMiddleware:
                 return
             current_visit.set(visit)
             if access is Access.ANSWER and scope["method"] == "POST":
-                exchange = Exchange(self._app, self._find_server(), self._admit, self._limits, visit)
+                exchange = Exchange(self._app, self._find_server(), self._admit, self._limits, visit, take)
                 with request_span(scope):
                     await exchange.run(scope, receive, send)
                 return
             if access is Access.NAMES:
                 self._admit(None)
-                if scope["method"] == "POST" and visit.is_restricted:
-                    await self._named(scope, receive, send, visit)
-                    return
-            await self._app(scope, receive, send)
+            if scope["method"] in _WITHOUT_BODY:
+                await self._app(scope, receive, send)
+            else:
+                await self._weightless(scope, receive, send, visit, take)
 
-    async def _named(self, scope: Scope, receive: Receive, send: Send, visit: Visit) -> None:
-        """A request that needs the name of a variant, of a tenant that may not use all."""
+    async def _weightless(self, scope: Scope, receive: Receive, send: Send, visit: Visit, take: Take) -> None:
+        """A request that needs no weights: its body has the same limits, and names what its tenant may use."""
         try:
-            if (body := await read_body(receive, self._limits)) is None:
+            if (body := await read_body(receive, self._limits, take)) is None:
                 return
-            visit.check(variant_of(parse_body(body), scope) or self._find_server().base_name)
+            if _access(scope) is Access.NAMES and scope["method"] == "POST" and visit.is_restricted:
+                visit.check(variant_of(parse_body(body), scope) or self._find_server().base_name)
         except PeanutError as error:
             await _refuse(error, send)
             return

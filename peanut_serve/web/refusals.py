@@ -5,7 +5,14 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from converters.errors import PeanutError
-from peanut_serve.errors import RequestTimeoutError, RequestTooLargeError, ServingError, TryLaterError
+from peanut_serve.errors import (
+    BodiesFullError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    ServingError,
+    TenantLimitError,
+    TryLaterError,
+)
 
 Message = MutableMapping[str, Any]
 
@@ -16,7 +23,9 @@ def refusal_messages(error: PeanutError, headers: list[tuple[bytes, bytes]]) -> 
     headers = [(b"content-type", b"application/json"), *headers]
     if isinstance(error, TryLaterError):
         headers.append((b"retry-after", str(error.retry_after).encode()))
-    if isinstance(error, RequestTooLargeError | RequestTimeoutError):
+    if isinstance(error, TenantLimitError):
+        headers.extend(error.headers)
+    if isinstance(error, RequestTooLargeError | RequestTimeoutError | BodiesFullError):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     return [
         {"type": "http.response.start", "status": status, "headers": headers},

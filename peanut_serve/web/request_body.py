@@ -2,19 +2,23 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from peanut_serve.errors import RequestBodyError, RequestTimeoutError, RequestTooLargeError, shown
+from peanut_serve.errors import BodiesFullError, RequestBodyError, RequestTimeoutError, RequestTooLargeError, shown
 from peanut_serve.tenants.visits import Visit
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+Take = Callable[[int], None]
+
+LARGEST = 16  # as many bodies of the largest size may be in memory
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # on /invocations, vLLM takes `model` from it
-_SESSION_HEADER = b"x-session"
+SESSION_HEADER = b"x-session"
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,54 @@ class ClientLimits:
     stall_seconds: float = 30.0
 
 
-async def read_body(receive: Receive, limits: ClientLimits) -> bytes | None:
+class Bodies:
+    """Counts the bytes of bodies. For one event loop.
+
+    Args:
+        largest: size that one body may have.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._most, self.taken = LARGEST * largest, 0
+
+    @contextmanager
+    def share(self) -> Iterator[Take]:
+        """What one body takes, until it is not needed any more.
+
+        Call what is yielded with the size of each part. It raises `BodiesFullError` if there is no room for it.
+        """
+        own = 0
+
+        def take(size: int) -> None:
+            nonlocal own
+            own += size
+            self.taken += size
+            if self.taken > self._most:
+                raise BodiesFullError("the bodies of other requests take all the memory that they may")
+
+        try:
+            yield take
+        finally:
+            self.taken -= own
+
+
+async def read_body(receive: Receive, limits: ClientLimits, take: Take) -> bytes | None:
     """Read a request's body; None if the client disconnected before it was complete.
 
-    Raises `RequestTimeoutError`, `RequestTooLargeError`.
+    Args:
+        receive: of the request.
+        limits: of its client.
+        take: see `Bodies.share`.
+
+    Raises `RequestTimeoutError`, `RequestTooLargeError`, and what `take` raises.
     """
     try:
-        return await asyncio.wait_for(_received(receive, limits.body_bytes), limits.body_seconds)
+        return await asyncio.wait_for(_received(receive, limits.body_bytes, take), limits.body_seconds)
     except asyncio.TimeoutError:
         raise RequestTimeoutError(f"the request's body did not arrive within {limits.body_seconds:.0f} s") from None
 
 
-async def _received(receive: Receive, most_bytes: int) -> bytes | None:
+async def _received(receive: Receive, most_bytes: int, take: Take) -> bytes | None:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -54,6 +94,7 @@ async def _received(receive: Receive, most_bytes: int) -> bytes | None:
         size += len(parts[-1])
         if size > most_bytes:
             raise RequestTooLargeError(f"the request's body is larger than {most_bytes >> 20} MiB; see --max-body")
+        take(len(parts[-1]))
         if not message.get("more_body"):
             return b"".join(parts)
 
@@ -105,7 +146,7 @@ def session_of(value: dict[str, Any], scope: Scope) -> str | None:
     """What groups requests that one version of a variant has to answer: `user`, or else the header X-Session."""
     if isinstance(user := value.get("user"), str) and user:
         return user
-    return next((header.decode("latin-1") for key, header in scope["headers"] if key == _SESSION_HEADER), None)
+    return next((header.decode("latin-1") for key, header in scope["headers"] if key == SESSION_HEADER), None)
 
 
 def check_lifetime(value: dict[str, Any]) -> None:

@@ -17,11 +17,13 @@ class VariantState(str, Enum):
     FAILED = "failed"
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What the admin API answers."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class VariantStatus(_Answer):
+class VariantStatus(Answer):
     """Current state of a variant."""
 
     name: str = Field(description="Name that requests use in `model`.")
@@ -47,7 +49,7 @@ class VariantStatus(_Answer):
     error: str | None = Field(description="Why its last preparation or swap failed.")
 
 
-class EngineStatus(_Answer):
+class EngineStatus(Answer):
     """Current state of the engine."""
 
     state: Literal["serving", "swapping", "restarting", "failed"] = Field(description="State of the engine.")
@@ -62,7 +64,7 @@ class EngineStatus(_Answer):
     detail: str | None = Field(description="Details of the state.")
 
 
-class SwapStatus(_Answer):
+class SwapStatus(Answer):
     """One swap, or one restart of the engine, as it ended."""
 
     number: int = Field(description="Counts swaps and restarts since the start of the server.")
@@ -88,7 +90,7 @@ class SwapStatus(_Answer):
     nbytes: int = Field(description="Their size, in bytes.")
 
 
-class VariantTraffic(_Answer):
+class VariantTraffic(Answer):
     """The requests for a variant since the start of the server."""
 
     name: str = Field(description="Name of the variant.")
@@ -121,14 +123,14 @@ class Rollback(BaseModel):
     hold: bool = Field(default=False, description="Hold it until a reload, even if the files change.")
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(Answer):
     """Why a request failed."""
 
     type: str = Field(description="Name of the error, for programs.")
     message: str = Field(description="What was found, what was expected and what to do, for people.")
 
 
-class ErrorAnswer(_Answer):
+class ErrorAnswer(Answer):
     """Body of an error response."""
 
     error: ErrorDetail

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peanut_serve.tenants.usage import USAGE, UsageBook, Used
+from peanut_serve.web.schema import Answer
 
 
-class TenantUsage(BaseModel):
+class TenantUsage(Answer):
     """What a tenant has used of a variant."""
-
-    model_config = ConfigDict(frozen=True)
 
     variant: str = Field(description="Name of the variant; `other` for all that are no longer served.")
     tenant: str = Field(description="Name in the keys file; `other` for everybody who is not in it.")
@@ -22,10 +21,8 @@ class TenantUsage(BaseModel):
     engine_seconds: float = Field(description="Time from the admission of each request to its end, in all.")
 
 
-class UsageReport(BaseModel):
+class UsageReport(Answer):
     """What was used since the start of the server."""
-
-    model_config = ConfigDict(frozen=True)
 
     since: datetime = Field(description="When the sums began.")
     usage: list[TenantUsage] = Field(description="The sums, by variant and tenant.")

@@ -158,6 +158,36 @@ def test_no_variable_has_two_meanings() -> None:
     assert plugin - others <= variables
 
 
+def test_the_options_of_classify_are_configured_alike(
+    tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their own names; the folders as well."""
+    monkeypatch.chdir(tmp_path)
+    Path("classify.yaml").write_text("folders: [empty]\nmax-batch: 4\nkeys: nothing\n")
+    done = run_here("peanut-serve", "classify", "--config", "classify.yaml", "--dry-run")
+    assert (done.returncode, "keys file nothing cannot be read" in done.stderr) == (1, True), done.stderr
+    monkeypatch.setenv("PEANUT_KEYS", "another")
+    monkeypatch.setenv("PEANUT_PORT", "tcp://10.0.0.1:80")  # of a Kubernetes service
+    done = run_here("peanut-serve", "classify", "--config", "classify.yaml", "--dry-run")
+    assert "keys file another cannot be read" in done.stderr
+    for text, told in (
+        ("vllm: {max-model-len: 64}", "has a section vllm, but classify starts no vLLM; remove it"),
+        ("api-key: secret", "has the unknown key api-key, probably meant as api-key-file"),
+        ("max-batsch: 4", "probably meant as max-batch"),
+        ("folders: [empty]\nmax-batch: many", "many"),
+    ):
+        Path("classify.yaml").write_text(f"{text}\n")
+        done = run_here("peanut-serve", "classify", "--config", "classify.yaml", "--dry-run")
+        assert (done.returncode > 0, told in done.stderr, "secret" in done.stderr) == (True, True, False), done.stderr
+    from typer.main import get_command
+
+    from peanut_serve.cli import classify_command
+
+    for option in get_command(classify_command._command()).params:
+        flags = [flag for flag in option.opts if flag.startswith("--")]
+        assert not flags or f"--{str(option.name).replace('_', '-')}" in flags, "its name in a file is another one"
+
+
 def test_every_option_stands_in_the_guide() -> None:
     table = rows(Document("peanut_serve/OPERATIONS.md").section("Options"))
     listed = {cells[0].strip("`"): cells[1].strip("`") for cells in table}

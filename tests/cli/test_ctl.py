@@ -11,9 +11,10 @@ import pytest
 from fastapi import FastAPI
 from support.server.admin import KEY, FakeControl, serving_app
 
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.tenants.usage import USAGE, Used
-from peanut_serve.web.admin import admin_app, bind
+from peanut_serve.web.admin import admin_app
+from peanut_serve.web.connections import bind
 
 Ctl = Callable[..., tuple[int, str, str]]
 

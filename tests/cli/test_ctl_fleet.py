@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from support.server.admin import FakeControl, serving_app
 
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.ray.fleet.joint import joint_engine, joint_variants
 from peanut_serve.ray.fleet_admin import of_all
 

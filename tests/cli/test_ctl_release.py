@@ -7,7 +7,7 @@ import pytest
 from support.server.admin import KEY, FakeControl, serving_app
 from support.server.releases import NEW, OLD, FakeReleases
 
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.releases.schema import CanaryStatus, Weighing
 from peanut_serve.web.admin import admin_app
@@ -51,6 +51,7 @@ def test_the_changes(ctl: Ctl, releases: FakeReleases) -> None:
     ):
         assert ctl(*arguments) == (0, text, ""), arguments
     assert ctl("stage", "user/release")[0] == 0
+    assert ctl("stage", "gsm8k", "--digest", NEW)[0] == 0
     assert releases.calls == [
         ("hold", "gsm8k"),
         ("stage", "gsm8k", "gsm8k-2026-12"),
@@ -59,6 +60,7 @@ def test_the_changes(ctl: Ctl, releases: FakeReleases) -> None:
         ("promote", "gsm8k", False),
         ("rollback", "gsm8k", "wrong units"),
         ("stage", "user/release", None),
+        ("stage", "gsm8k", None, NEW),
     ]
 
 
@@ -90,4 +92,8 @@ def test_refusals(ctl: Ctl, releases: FakeReleases) -> None:
     code, out, err = ctl("show", "none")
     assert (code, out, err) == (1, "", "peanut-serve ctl: none has no release; stage a version of it\n")
     assert ctl("weight", "gsm8k", "101")[0] == 2
+    assert ctl("stage", "gsm8k", "--digest", NEW[:12])[2] == (
+        f"peanut-serve ctl: --digest is {NEW[:12]}; expected the 40 hexadecimal digits that peanut-serve ctl show "
+        "prints\n"
+    )
     assert releases.calls == []

@@ -54,7 +54,10 @@ def test_what_is_written(here: Path, run_here: Run) -> None:
                 "route_prefix": "/",
                 "import_path": "peanut_serve.ray.app:build",
                 "args": {"engine": {"options": [*sources, *given]}, **args},
-                "deployments": [{"name": "Engine", "num_replicas": 4, "max_queued_requests": 99}],
+                "deployments": [
+                    {"name": "Engine", "num_replicas": 4, "max_queued_requests": 99},
+                    {"name": "Front", "user_config": {"most_waiting": 99}},
+                ],
             }
         ],
     }

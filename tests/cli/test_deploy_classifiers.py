@@ -59,7 +59,10 @@ def test_what_is_written(here: Path, run_here: Run) -> None:
                     "key_file": str(here / "keys"),
                     "most_bytes": 1 << 20,
                 },
-                "deployments": [{"name": "Classifier", "num_replicas": 4, "user_config": tunables}],
+                "deployments": [
+                    {"name": "Classifier", "num_replicas": 4, "user_config": tunables},
+                    {"name": "ClassifierFront", "user_config": {"most_waiting": 36}},
+                ],
             }
         ],
     }
@@ -69,7 +72,7 @@ def test_what_is_written(here: Path, run_here: Run) -> None:
 def test_the_example_is_what_is_written() -> None:
     example = yaml.safe_load((ROOT / "examples" / "fleet" / "classifiers.yaml").read_text())
     (application,) = example["applications"]
-    (classifier,) = application["deployments"]
+    classifier = application["deployments"][0]
     tunables = Tunables.model_validate(classifier["user_config"])
     settings = ClassifierSettings(**application["args"], replicas=classifier["num_replicas"], tunables=tunables)
     assert declaration(settings, **example["http_options"]) == example
@@ -80,6 +83,7 @@ def test_the_example_is_what_is_written() -> None:
     [
         (["--precision", "int8"], "has mood in fp32, not in int8"),
         (["--api-key-file", "nothing"], "nothing cannot be read"),
+        (["--keys", "nothing"], "nothing cannot be read"),
         (["--max-body", "much"], "much"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),
         (["--host", "0.0.0.0", "--local"], "--host 0.0.0.0 can be reached by others; give --api-key-file"),

@@ -17,7 +17,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from converters import Adapter, merge
 from converters.errors import AdapterError, OptionError
-from peanut_serve.cli.launch import Found, base_names, find_adapters, server_variables, vllm_options
+from peanut_serve.cli.finding import Found, find_adapters
+from peanut_serve.cli.launch import base_names, server_variables, vllm_options
 from peanut_serve.settings.server import ServerSettings, server_settings
 from peanut_serve.variants.roots import AdapterRoots
 

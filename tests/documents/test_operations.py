@@ -12,7 +12,8 @@ from support.server.admin import KEY, FakeControl, serving_app
 from support.server.releases import FakeReleases
 
 from converters import open_checkpoint
-from peanut_serve.cli import classify_command, ctl_command, deploy_command, key_command, size_command
+from peanut_serve.cli import classify_command, deploy_command, fleet_options, key_command, size_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.cli.ctl import release
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.variants.state_folder import Record, Records, VariantStore
@@ -82,7 +83,7 @@ def test_every_option_that_is_named_exists() -> None:
     ]  # type: ignore[attr-defined]
     known = {flag for parser in parsers for option in parser.params for flag in option.opts + option.secondary_opts}
     known |= {flag for action in make_arg_parser(FlexibleArgumentParser())._actions for flag in action.option_strings}
-    for module in (classify_command, deploy_command, key_command, size_command):
+    for module in (classify_command, deploy_command, fleet_options, key_command, size_command):
         known |= set(re.findall(r'"(--[a-z-]+)"', Path(module.__file__).read_text()))
     named = {option for code in OPERATIONS.inline for option in re.findall(r"--[a-z][a-z-]*", code)}
     assert named - known == set()

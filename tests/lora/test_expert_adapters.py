@@ -12,7 +12,7 @@ from support.tiny_models import save_on_parameters, save_per_expert, tiny_gpt_os
 from converters import prepare_merge
 from converters.errors import OptionError
 from converters.outputs.lora import LoraOptions, plan_lora_adapter, write_lora_adapter
-from peanut_serve.cli.launch import find_adapters
+from peanut_serve.cli.finding import find_adapters
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.exporter import LoraExporter
 from peanut_serve.variants.lora_export import LoraLimits

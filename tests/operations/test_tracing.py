@@ -1,15 +1,11 @@
-"""Spans of requests, queue and swaps, and that vLLM's span continues them; a receiver of OTLP over HTTP gets them."""
+"""Spans of requests, queue and swaps, that vLLM's span continues them, and that receivers of OTLP get them."""
 
-import gzip
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -18,6 +14,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from support.commands import Run
 from support.server.call import Call
+from support.server.otlp import Received, grpc_receiver, http_receiver
 from support.server.rig import Rig, RunRig, make_weights, rig_runner
 from support.server.weights import Weights
 from support.tiny_models import Pair
@@ -159,30 +156,21 @@ def test_without_tracing_nothing_changes(run_rig: RunRig) -> None:
     run_rig(test)
 
 
-def test_spans_reach_a_receiver(run_rig: RunRig) -> None:
-    received: list[ExportTraceServiceRequest] = []
+@pytest.mark.slow  # imports vLLM
+@pytest.mark.parametrize(("protocol", "receiver"), [("grpc", grpc_receiver), ("http/protobuf", http_receiver)])
+def test_spans_reach_a_receiver(
+    run_rig: RunRig,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    receiver: Callable[[], AbstractContextManager[Received]],
+) -> None:
+    """By the exporter that vLLM chooses; test_signals_of_vllm.py has an engine."""
+    from vllm.tracing.otel import get_span_exporter
 
-    class Receiver(BaseHTTPRequestHandler):
-        """OTLP over HTTP."""
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            if self.headers.get("content-encoding") == "gzip":
-                body = gzip.decompress(body)
-            received.append(ExportTraceServiceRequest.FromString(body))
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as receiver:
-        thread = threading.Thread(target=receiver.serve_forever)
-        thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    with receiver() as received:
         provider = TracerProvider()
-        endpoint = f"http://127.0.0.1:{receiver.server_address[1]}/v1/traces"
-        provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint)))
+        provider.add_span_processor(SimpleSpanProcessor(get_span_exporter(received.endpoint)))
         start_tracing(provider.get_tracer("test"))
         try:
 
@@ -194,18 +182,9 @@ def test_spans_reach_a_receiver(run_rig: RunRig) -> None:
             provider.shutdown()
         finally:
             stop_tracing()
-            receiver.shutdown()
-            thread.join(30)
-    spans = [
-        span
-        for one in received
-        for group in one.resource_spans
-        for scope in group.scope_spans
-        for span in scope.spans
-    ]
-    names = {span.name for span in spans}
+    names = {span.name for span in received.spans}
     assert {"peanut.request", "peanut.queue", "peanut.swap", "peanut.swap.apply"} <= names
-    (request,) = [span for span in spans if span.name == "peanut.request"]
+    (request,) = received.named("peanut.request")
     assert (request.trace_id.hex(), request.parent_span_id.hex()) == (TRACE, PARENT)
 
 

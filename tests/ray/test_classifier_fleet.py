@@ -25,6 +25,7 @@ from ray.serve.schema import ServeDeploySchema
 from support.engines.remains import until
 from support.fleet.classifier_tasks import TASKS, image_tasks, text_task
 from support.onnx_models import LABELS
+from support.server.tenants import entry, token_of, write_keys
 
 from peanut_serve.classify.engine import OnnxEngine
 from peanut_serve.ray.child import free_port
@@ -99,9 +100,15 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     wanted["sentiment"] = list(OnnxEngine(folders[1], threads=1).predict(TEXTS))
     scores = {tuple(round(one.score, 3) for one in wanted[task][0]) for task in TASKS}
     assert len(scores) == len(TASKS), "the tasks do not betray themselves"
+    entries = [
+        entry("one", variants=["first", "nobody"], requests_per_minute=30),
+        entry("eye", role="read-only"),
+        entry("narrow", places=1),
+    ]
     settings = ClassifierSettings(
-        folders=folders, replicas=REPLICAS, cpus=0.1, key_file=folder / "keys", most_bytes=MOST_BYTES
-    )
+        folders=folders, replicas=REPLICAS, cpus=0.1, key_file=folder / "keys", most_bytes=MOST_BYTES,
+        keys=write_keys(folder / "keys.json", *entries),
+    )  # fmt: skip
     os.environ |= {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
     ray.init("local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
@@ -192,11 +199,44 @@ def test_refusals(fleet: Fleet, model: str, content: bytes, kind: str, key: str,
 
 
 def test_health_and_models(fleet: Fleet) -> None:
-    assert httpx.get(f"{fleet.address}/health", timeout=60).status_code == 200
+    for probe in ("health", "ready"):
+        assert httpx.get(f"{fleet.address}/{probe}", timeout=60).status_code == 200
     assert httpx.get(f"{fleet.address}/models", timeout=60).status_code == 401
     models = httpx.get(f"{fleet.address}/models", headers=fleet.headers, timeout=60).json()
     assert {one["id"] for one in models} == {*TASKS, "sentiment"}
     assert models[-1] == {"id": "sentiment", "task": "text-classification", "labels": LABELS}
+
+
+def test_teams_have_their_tasks_and_limits(fleet: Fleet) -> None:
+    def as_(name: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {token_of(name)}"}
+
+    answer = fleet.post("first", fleet.images[0], key=token_of("one"))
+    assert fleet.is_right("first", 0, answer.json())
+    assert answer.headers["x-ratelimit-limit-requests"] == "30"
+    assert int(answer.headers["x-ratelimit-remaining-requests"]) >= 28
+    for model, status in (("second", 403), ("sentiment", 403), ("no such task", 403), ("nobody", 404)):
+        refused = fleet.post(model, fleet.images[0], key=token_of("one"))
+        assert refused.status_code == status, refused.text
+        assert TASKS[1] not in refused.text.replace(model, "")
+    models = httpx.get(f"{fleet.address}/models", headers=as_("one"), timeout=60).json()
+    assert [one["id"] for one in models] == ["first"]
+    statuses = {
+        name: httpx.get(f"{fleet.address}/replicas", headers=as_(name), timeout=60).status_code
+        for name in ("one", "eye", "nobody")
+    }
+    assert statuses == {"one": 403, "eye": 200, "nobody": 401}
+    assert fleet.post("first", fleet.images[0], key=token_of("eye")).status_code == 403
+    told = Counter(fleet.post("first", fleet.images[0], key=token_of("one")).status_code for _ in range(40))
+    assert told[429] > 5
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: fleet.post("first", fleet.images[0], key=token_of("narrow")), range(24)))
+    assert {one.status_code for one in answers} == {200, 429}
+    page = httpx.get(f"{fleet.address}/metrics", timeout=60).text
+    assert 'peanut_usage_requests_total{tenant="one",variant="first"}' in page.replace(
+        'variant="first",tenant="one"', 'tenant="one",variant="first"'
+    )
+    assert 'reason="rate",tenant="one"' in page
 
 
 def test_a_full_queue_is_told_and_changed_in_place(fleet: Fleet) -> None:

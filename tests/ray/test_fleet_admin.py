@@ -1,17 +1,13 @@
 """What an operator is told of a change that went to all replicas; test_fleet.py has real ones."""
 
-import asyncio
 import json
 from typing import Any
 
 import pytest
-from fastapi import Request
-from fastapi.responses import Response
 
 from peanut_serve.errors import UnknownVariantError, VariantError
 from peanut_serve.ray.fleet.joint import joint_variants, rollback_target
-from peanut_serve.ray.fleet_admin import FleetAdmin, of_all
-from peanut_serve.web.operators import Operators
+from peanut_serve.ray.fleet_admin import of_all
 from peanut_serve.web.schema import VariantStatus
 
 DONE = {"replica": "a", "status": 200, "answer": {"name": "v", "digest": "1"}}
@@ -124,19 +120,3 @@ def test_a_rollback_that_could_differ_is_refused(chains: list[list[str]], asked:
         rollback_target("v", [VariantStatus(**status("v", *chain)) for chain in chains], asked)
     with pytest.raises(UnknownVariantError):
         rollback_target("v", [], asked)
-
-
-@pytest.mark.parametrize("path", ["/releases", "/releases/gsm8k", "/releases/gsm8k/stage"])
-def test_releases_are_refused(path: str) -> None:
-    """With where they are made, and before a replica is asked: there is none here. Only operators are told."""
-    admin = FleetAdmin(None, Operators(["secret"]), None)
-
-    def answered(key: bytes) -> Response:
-        headers = [(b"authorization", b"Bearer " + key)]
-        request = Request({"type": "http", "method": "POST", "path": f"/admin/v1{path}", "headers": headers})
-        return asyncio.run(admin.answer(request))
-
-    assert answered(b"wrong").status_code == 401
-    answer = answered(b"secret")
-    assert answer.status_code == 501
-    assert "a fleet has no releases for now" in json.loads(bytes(answer.body))["error"]["message"]

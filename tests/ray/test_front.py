@@ -13,6 +13,7 @@ from peanut_serve.errors import RequestTimeoutError
 from peanut_serve.ray import front
 from peanut_serve.ray.front import Front, _events, _read
 from peanut_serve.web.clients import Clients
+from peanut_serve.web.request_body import Bodies
 
 
 async def lost_after(*parts: bytes) -> AsyncIterator[bytes]:
@@ -43,7 +44,7 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch
         return {"type": "http.request", "body": b""}
 
     with pytest.raises(RequestTimeoutError, match="did not arrive"):
-        asyncio.run(asyncio.wait_for(_read(Request({"type": "http"}, receive)), 10))
+        asyncio.run(asyncio.wait_for(_read(Request({"type": "http"}, receive), lambda size: None), 10))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,18 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch
 def test_a_query_that_is_not_text_is_an_error_of_the_client(query: bytes, status: int) -> None:
     scope = {"type": "http", "method": "GET", "path": "/none", "query_string": query, "headers": []}
     scope |= {"server": ("127.0.0.1", 80), "scheme": "http"}
-    front_without_keys = SimpleNamespace(_admin=None, _clients=Clients([]))
+    front_without_keys = SimpleNamespace(
+        _admin=None, _clients=Clients([]), _bodies=Bodies(1), _releases=SimpleNamespace(start=lambda: None)
+    )
     front_without_keys._answer = lambda request: Front._answer(front_without_keys, request)
     response = asyncio.run(Front.answer(front_without_keys, Request(scope)))
     assert response.status_code == status
     assert json.loads(response.body)["error"]["code"] == status
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_front_is_alive_without_a_replica(method: str) -> None:
+    scope = {"type": "http", "method": method, "path": "/health", "query_string": b"", "headers": []}
+    scope |= {"server": ("127.0.0.1", 80), "scheme": "http"}
+    alone = SimpleNamespace(_admin=None, _releases=SimpleNamespace(start=lambda: None))
+    assert asyncio.run(Front.answer(alone, Request(scope))).status_code == 200

@@ -21,11 +21,11 @@ from support.fleet import fake_server
 from support.fleet.fake_admin import digest_of
 
 from converters.errors import OptionError
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.ray.app import build
 from peanut_serve.ray.child import free_port
+from peanut_serve.ray.fleet.store import WantedStore
 from peanut_serve.ray.fleet.theta import FleetTheta
-from peanut_serve.ray.fleet.wanted import WantedStore
 from peanut_serve.variants.kept_theta import has_theta
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -265,7 +265,7 @@ def test_metrics_of_all_replicas_are_on_one_page(fleet: Fleet) -> None:
 def test_the_next_cluster_gets_what_was_wanted_from_a_file(fleet: Fleet, tmp_path: Path) -> None:
     """Each `application` here stands for a cluster whose store is empty."""
     node = WantedStore("first", "base", tmp_path)
-    state = asyncio.run(WantedStore("first", "base", None).change("pin", "v1", None))
+    state = asyncio.run(WantedStore("first", "base", None).change(lambda state: state.after("pin", "v1", None)))
     assert (state.revision, asyncio.run(node.newest())) == (1, state)
     assert asyncio.run(WantedStore("second", "base", tmp_path).newest()) == state
     assert asyncio.run(WantedStore("second", "base", None).newest()) == state, "Ray's store did not get it"

@@ -20,7 +20,8 @@ from support.server.rig import Rig, RunRig
 
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.releases.schema import Weighing
-from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.admin import admin_app
+from peanut_serve.web.connections import bind, serve_on
 from peanut_serve.web.operator import VariantControl
 
 V1 = "/admin/v1"

@@ -110,6 +110,27 @@ def test_a_version_from_the_files_of_the_name(run_rig: RunRig, tasks: Path, tmp_
     run_rig(test)
 
 
+def test_a_version_that_is_named_by_its_digest(run_rig: RunRig, tasks: Path, tmp_path: Path) -> None:
+    """So that every engine of a fleet stages the same one, though the files may have changed in between."""
+
+    async def test(rig: Rig) -> None:
+        await learn(rig)
+        releases = releases_of(rig, tmp_path / "audit.jsonl")
+        with pytest.raises(VariantError, match=f"the files of v3 have version .*, expected {'f' * 12}"):
+            await releases.stage("v1", "v3", "f" * 40)
+        write_canaries(tasks / "v3", says(rig.expected["v3"]))
+        staged = await releases.stage("v1", "v3", rig.digests["v2"])  # of which there is θ in the state folder
+        assert (staged.digest, staged.passed) == (rig.digests["v2"], None), (
+            "the canary set is that of another version"
+        )
+        assert await say(rig, "v1@staged") == ("v1@staged", "v2")
+        await releases.rollback("v1", None)
+        staged = await releases.stage("v1", "v3", rig.digests["v3"])
+        assert (staged.digest, staged.passed) == (rig.digests["v3"], True)
+
+    run_rig(test)
+
+
 def test_a_failing_canary(run_rig: RunRig, tasks: Path, tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         await learn(rig)

@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from support.server.tenants import Clock, entry, token_of, write_keys
 
 from converters.errors import OptionError
 from peanut_serve.settings.server import ServerSettings
-from peanut_serve.tenants.keys import Role, read_keys_file
+from peanut_serve.tenants import watched
+from peanut_serve.tenants.keys import Key, Role, read_keys_file
 from peanut_serve.tenants.watched import WatchedKeys, keys_of
 
 HASH = "ab" * 32
@@ -158,6 +161,48 @@ def test_a_broken_change_keeps_the_keys_and_is_told(
     clock.now += 1
     assert [keys.find(token_of(name).encode()) is not None for name in "ab"] == [False, True]
     assert is_current() == 1
+
+
+def test_a_file_that_takes_long_holds_up_no_request(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, go_on, calls = Clock(), threading.Event(), []
+    keys = WatchedKeys(write_keys(file, entry("a")), clock)
+
+    def slow(file: Path) -> dict[bytes, Key]:
+        calls.append(file)
+        go_on.wait(30)
+        return read_keys_file(file)
+
+    monkeypatch.setattr(watched, "read_keys_file", slow)
+    write_keys(file, entry("b"))
+    began = time.monotonic()
+    for _ in range(50):
+        clock.now += 1
+        assert keys.find(token_of("a").encode()) is not None, "the old keys are gone before the new ones are there"
+    assert time.monotonic() - began < 5
+    assert len(calls) == 1, "it is parsed more than once at a time"
+    go_on.set()
+    keys._looking.result(30)
+    assert [keys.find(token_of(name).encode()) is not None for name in "ab"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "allowed"),
+    [
+        (None, {"math-a", "math-a@current", "math-a@staged", "b"}),
+        (["*"], {"math-a", "math-a@current", "math-a@staged", "b"}),
+        (["math-*"], {"math-a", "math-a@current"}),
+        (["math-a"], {"math-a", "math-a@current"}),
+        (["math-a@staged"], {"math-a@staged"}),
+        (["math-*", "math-*@staged"], {"math-a", "math-a@current", "math-a@staged"}),
+        (["*@staged"], {"math-a@staged"}),
+    ],
+)
+def test_a_staged_version_is_for_those_who_may_use_it_by_name(
+    file: Path, patterns: list[str] | None, allowed: set[str]
+) -> None:
+    more = {} if patterns is None else {"variants": patterns}
+    (key,) = read_keys_file(write_keys(file, entry("a", **more))).values()
+    assert {name for name in ("math-a", "math-a@current", "math-a@staged", "b") if key.may_use(name)} == allowed
 
 
 def test_an_edit_of_the_same_size_in_place_is_seen(file: Path) -> None:

@@ -55,6 +55,33 @@ def test_the_rate(file: Path) -> None:
         enter(tenants, "a")
 
 
+def test_what_may_be_sent_is_told(file: Path) -> None:
+    clock = Clock()
+    entries = [entry("a", requests_per_minute=30, places=2), entry("b")]
+    tenants = tenants_of(write_keys(file, *entries), clock=clock)
+    first = enter(tenants, "a")
+    assert first.rate_headers() == [
+        (b"x-ratelimit-limit-requests", b"30"),
+        (b"x-ratelimit-remaining-requests", b"29"),
+        (b"x-ratelimit-reset-requests", b"2s"),
+    ]
+    clock.now += 1
+    assert dict(first.rate_headers())[b"x-ratelimit-reset-requests"] == b"1s"
+    enter(tenants, "a")
+    with pytest.raises(TenantLimitError, match="may have 2") as refused:
+        enter(tenants, "a")
+    assert dict(refused.value.headers)[b"x-ratelimit-remaining-requests"] == b"28"
+    with first:
+        pass
+    for _ in range(28):
+        with enter(tenants, "a"):
+            pass
+    with pytest.raises(TenantLimitError, match="may send 30") as refused:
+        enter(tenants, "a")
+    assert dict(refused.value.headers)[b"x-ratelimit-remaining-requests"] == b"0"
+    assert enter(tenants, "b").rate_headers() == []
+
+
 def test_a_rate_below_one_a_second_says_when(file: Path) -> None:
     tenants = tenants_of(write_keys(file, entry("a", requests_per_minute=1)), clock=Clock())
     enter(tenants, "a")

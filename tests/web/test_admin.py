@@ -17,8 +17,9 @@ from schemathesis.specs.openapi.checks import response_schema_conformance
 from support.server.admin import KEY, REFUSALS, FakeControl, serving_app
 
 from converters.errors import OptionError
-from peanut_serve.web import admin
-from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web import connections
+from peanut_serve.web.admin import admin_app
+from peanut_serve.web.connections import bind, serve_on
 from peanut_serve.web.schema import Control
 
 V1 = "/admin/v1"
@@ -189,7 +190,7 @@ def test_a_port_that_is_in_use() -> None:
 
 def test_shutdown(control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM keeps handling signals, and cancels; then the port is free again, without waiting for a hanging swap."""
-    monkeypatch.setattr(admin, "_GRACE", 0.1)
+    monkeypatch.setattr(connections, "GRACE", 0.1)
     control.activate = lambda name: asyncio.sleep(600)
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]

@@ -11,7 +11,7 @@ from support.server.certificates import self_signed
 from support.server.console import Completions
 
 from converters.errors import OptionError
-from peanut_serve.cli import ctl_command
+from peanut_serve.cli.ctl import command as ctl_command
 from peanut_serve.settings.server import server_settings
 from peanut_serve.settings.tls import Certificate
 from peanut_serve.web.admin import admin_app

@@ -20,8 +20,8 @@ from support.server.certificates import self_signed
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from peanut_serve.web import connections
-from peanut_serve.web.admin import admin_app, bind
-from peanut_serve.web.connections import AdminProtocol, Bounds, bound_connections
+from peanut_serve.web.admin import admin_app
+from peanut_serve.web.connections import AdminProtocol, Bounds, bind, bound_connections
 
 PATIENCE = 30.0
 BEGUN = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "

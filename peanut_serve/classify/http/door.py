@@ -12,17 +12,17 @@ from converters.errors import PeanutError
 from peanut_serve.classify.deadline import within
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.errors import (
-    QueueFullError,
     RequestBodyError,
     RequestTimeoutError,
     RequestTooLargeError,
     ServingError,
+    TenantLimitError,
     TryLaterError,
     UnauthorizedError,
 )
 from peanut_serve.tenants.visits import Tenants, Visit, current_visit
-from peanut_serve.web.clients import Clients
-from peanut_serve.web.request_body import ClientLimits
+from peanut_serve.web.clients import Clients, telling_rate
+from peanut_serve.web.request_body import Bodies, ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
 
@@ -36,7 +36,6 @@ CLIENTS = ClientLimits(body_bytes=16 << 20, body_seconds=30.0)  # unless others 
 FACTS = "peanut"  # of a scope: what the application says about a request
 _OPEN = ("/health", "/ready", "/metrics", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _TASK = re.compile(r"/(?:v2/)?models/(?P<name>[^/]+)")
-_BODIES = 16  # as many of the largest size may be in memory
 
 
 class Door:
@@ -60,7 +59,7 @@ class Door:
     ) -> None:
         self._app, self._server, self._limits = app, server, limits
         self._clients = Clients(keys, tenants)
-        self._bytes = 0  # of all bodies in memory
+        self._bodies = Bodies(limits.body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -72,6 +71,7 @@ class Door:
             with await self._enter(scope) as tenant:
                 self._check(scope)
                 current_visit.set(tenant)
+                visit.tell_rate(tenant)
                 try:
                     await self._handle(visit, tenant)
                 finally:
@@ -109,27 +109,22 @@ class Door:
         )
 
     async def _handle(self, visit: "_Visit", tenant: Visit) -> None:
-        taken = 0
-        try:
+        with self._bodies.share() as take:
             parts: list[bytes] = []
-            until = time.monotonic() + self._limits.body_seconds
+            taken, until = 0, time.monotonic() + self._limits.body_seconds
             while True:
                 message = await visit.receive(until - time.monotonic())
                 parts.append(message.get("body", b""))
                 taken += len(parts[-1])
-                self._bytes += len(parts[-1])
                 if taken > self._limits.body_bytes:
                     raise self._too_large()
-                if self._bytes > _BODIES * self._limits.body_bytes:
-                    raise QueueFullError("the bodies of other requests take all the memory that they may")
+                take(len(parts[-1]))
                 if not message.get("more_body"):
                     break
             visit.body = b"".join(parts)
             del parts
             tenant.admit()
             await self._app(visit.scope, visit.replay, visit.send)
-        finally:
-            self._bytes -= taken
 
 
 class _GoneError(Exception):
@@ -151,6 +146,10 @@ class _Visit:
         self.body, self.status, self._is_read = b"", 0, False
         self._began = time.monotonic()
         self._facts: dict[str, str] = scope.setdefault(FACTS, {})
+
+    def tell_rate(self, tenant: Visit) -> None:
+        """Tell the client with the answer what it may send."""
+        self._send = telling_rate(self._send, tenant)
 
     async def receive(self, seconds: float) -> Message:
         """A part of the body, within so many seconds."""
@@ -222,6 +221,8 @@ def refusal(error: PeanutError) -> tuple[int, bytes, dict[str, str]]:
     headers = {"content-type": "application/json"}
     if isinstance(error, TryLaterError):
         headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, TenantLimitError):
+        headers.update((name.decode(), value.decode()) for name, value in error.headers)
     if isinstance(error, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
     body = json.dumps({"error": str(error), "type": type(error).__name__}).encode()

@@ -15,10 +15,10 @@ from peanut_serve.classify.http.app import classify_app
 from peanut_serve.classify.http.console import TaskConsole
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.settings.hosts import refuse_open
+from peanut_serve.settings.tls import Certificate
 from peanut_serve.signals.json_logs import uvicorn_logging
 from peanut_serve.tenants.visits import Tenants
-from peanut_serve.web.admin import bind
-from peanut_serve.web.connections import BoundedProtocol
+from peanut_serve.web.connections import BoundedProtocol, bind
 from peanut_serve.web.request_body import ClientLimits
 
 logger = logging.getLogger("peanut_serve.classify")
@@ -79,6 +79,7 @@ def serve(
     limits: ClientLimits,
     console: TaskConsole | None = None,
     tenants: Tenants | None = None,
+    certificate: Certificate | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. The first line on stdout is the address.
 
@@ -91,6 +92,7 @@ def serve(
     address, own = listener.getsockname()[:2]
     if console is not None:
         console = replace(console, port=own, hosts=(host, *console.hosts))
+    files = {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile} if certificate else {}
     config = uvicorn.Config(
         classify_app(tasks, keys, limits, console, tenants),
         log_level="warning",
@@ -100,11 +102,12 @@ def serve(
         http=BoundedProtocol,
         **uvicorn_logging(),
         timeout_graceful_shutdown=int(tasks.limits.wait_seconds) + 1,
+        **files,  # type: ignore[arg-type]
     )
-    shown = f"[{address}]" if ":" in address else address
+    shown = f"{'https' if certificate else 'http'}://{f'[{address}]' if ':' in address else address}:{own}"
     names = tasks.library.names()
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     if console is not None:
-        logger.info("the console is at http://%s:%d/console", shown, own)
-    print(f"serving {', '.join(names[:_SHOWN])}{more} on http://{shown}:{own}", flush=True)
+        logger.info("the console is at %s/console", shown)
+    print(f"serving {', '.join(names[:_SHOWN])}{more} on {shown}", flush=True)
     _Server(config, tasks).run([listener])  # on uvloop where it is installed

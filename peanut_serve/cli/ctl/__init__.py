@@ -1,1 +1,1 @@
-"""Sub-commands of `peanut-serve ctl` that have sub-commands themselves."""
+"""`peanut-serve ctl`: a client of the admin API, its commands and what they print."""

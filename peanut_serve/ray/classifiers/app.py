@@ -37,6 +37,7 @@ def build(args: dict[str, Any]) -> Application:
         num_replicas=1,  # as of a fleet of engines
         max_ongoing_requests=_ONGOING,
         ray_actor_options={"num_cpus": 0},
+        user_config=settings.of_front(),
         logging_config=logging_config(settings.log_format),
     )(ClassifierFront)
     return front.bind(replica.bind(given), given)

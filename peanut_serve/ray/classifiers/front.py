@@ -1,6 +1,8 @@
 """The address of the classifiers: `POST /models/NAME` in the form of Hugging Face's inference API.
 
-GET  /health       200 while a replica answers
+GET  /health       200 while the front works
+GET  /ready        200 while a replica answers
+GET  /metrics      what tenants of the keys file have used, and what they were refused
 GET  /models       the tasks, with what they do and their labels
 GET  /replicas     what each replica has loaded, and the inputs and batches of each task
 POST /models/NAME  see `peanut_serve.classify.hugging_face`
@@ -8,10 +10,12 @@ POST /models/NAME  see `peanut_serve.classify.hugging_face`
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -23,15 +27,18 @@ from peanut_serve.errors import (
     RequestTimeoutError,
     RequestTooLargeError,
     ServingError,
+    TenantLimitError,
     TryLaterError,
     UnauthorizedError,
     UnknownVariantError,
     shown,
 )
+from peanut_serve.ray.classifiers.door import FrontDoor, metrics_page
 from peanut_serve.ray.classifiers.engines import open_engines
 from peanut_serve.ray.classifiers.replica import ClassifierReplica, Reply
 from peanut_serve.ray.classifiers.settings import ClassifierSettings
-from peanut_serve.web.bearer import BearerKeys, read_keys
+from peanut_serve.tenants.visits import Visit
+from peanut_serve.web.request_body import Bodies, Take
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,16 +47,19 @@ _LONGEST = 120.0  # seconds for an answer, with the time in the queue and the lo
 _GLANCE = 10.0  # seconds, for an answer that is known
 _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
 _BODY_SECONDS = 60.0  # until a body has arrived
-_BODIES = 32  # the most bytes of all requests that are being answered, in bodies of the largest size
 
 
-def _no_key() -> UnauthorizedError:
-    return UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
+def _rate(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in headers}
 
 
 def _refusal(error: ServingError) -> JSONResponse:
     """An error in the form that Hugging Face's clients show."""
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, TryLaterError) else None
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, TryLaterError) else {}
+    if isinstance(error, TenantLimitError):
+        headers |= _rate(error.headers)
+    if isinstance(error, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse({"error": str(error), "error_type": type(error).__name__}, error.status, headers)
 
 
@@ -65,11 +75,20 @@ class ClassifierFront:
         parsed = ClassifierSettings.model_validate(settings)
         self._replicas = replicas
         self._tasks = {name: engine.tasks[name] for name, engine in open_engines(parsed).items()}
-        self._keys = BearerKeys(read_keys(parsed.key_file)) if parsed.key_file else None
-        self._most_bytes, self._bytes = parsed.most_bytes, 0
+        self._door = FrontDoor(parsed)
+        self._most_bytes, self._bodies = parsed.most_bytes, Bodies(parsed.most_bytes)
+
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Ray at the start, and when `user_config` has changed; see `ClassifierSettings.of_front`."""
+        self._door.places = changed["most_waiting"]
 
     @_application.get("/health")
     async def health(self) -> Response:
+        """That the front works: Serve starts lost replicas again, and a restart of the front would be no cure."""
+        return JSONResponse({"state": "alive"})
+
+    @_application.get("/ready")
+    async def ready(self) -> Response:
         """Whether a replica answers."""
         try:
             async with asyncio.timeout(_GLANCE):
@@ -78,21 +97,30 @@ class ClassifierFront:
             return _refusal(EngineDownError("no replica is ready", 5))
         return Response()
 
+    @_application.get("/metrics")
+    async def metrics(self) -> Response:
+        """What tenants have used, and what they were refused."""
+        return Response(metrics_page(), media_type=CONTENT_TYPE_LATEST)
+
     @_application.get("/models")
     async def models(self, request: Request) -> Response:
-        """The tasks that there are."""
-        if self._keys is not None and not self._keys.include(request.scope):
-            return _refusal(_no_key())
-        tasks = self._tasks.items()
-        return JSONResponse([{"id": name, "task": one.kind.task, "labels": one.labels} for name, one in tasks])
+        """The tasks that this client may use."""
+        try:
+            with await self._door.enter(request.scope) as visit:
+                tasks = [(name, one) for name, one in self._tasks.items() if visit.may_use(name)]
+                listed = [{"id": name, "task": one.kind.task, "labels": one.labels} for name, one in tasks]
+                return JSONResponse(listed, headers=_rate(visit.rate_headers()))
+        except ServingError as error:
+            return _refusal(error)
 
     @_application.get("/replicas")
     async def replicas(self, request: Request) -> Response:
         """What the replicas have done; those that do not answer in time are missing."""
-        if self._keys is not None and not self._keys.include(request.scope):
-            return _refusal(_no_key())
         try:
+            await self._door.check_operator(request.scope)
             told = await self._replicas.broadcast("report").results_async(timeout_s=_GLANCE, return_exceptions=True)
+        except ServingError as error:
+            return _refusal(error)
         except (TimeoutError, RayError, DeploymentUnavailableError):
             return _refusal(EngineDownError("a replica took too long to answer", 5))
         return JSONResponse([one for one in told if isinstance(one, dict)])
@@ -100,32 +128,42 @@ class ClassifierFront:
     @_application.post("/models/{name:path}")
     async def ask(self, name: str, request: Request) -> Response:
         """An answer of a task."""
-        taken = 0
         try:
-            if self._keys is not None and not self._keys.include(request.scope):
-                raise _no_key()
-            if name not in self._tasks:
-                raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")
-            parts = []
-            try:
-                async with asyncio.timeout(_BODY_SECONDS):
-                    async for part in request.stream():
-                        taken, self._bytes = taken + len(part), self._bytes + len(part)
-                        if taken > self._most_bytes:
-                            raise RequestTooLargeError(f"the body has more than {self._most_bytes} bytes")
-                        if self._bytes > _BODIES * self._most_bytes:
-                            raise QueueFullError("too many requests are being answered")
-                        parts.append(part)
-            except TimeoutError:
-                raise RequestTimeoutError(f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
-            status, headers, content = await self._pass_on(
-                name, request.headers.get("content-type", ""), b"".join(parts)
-            )
-            return Response(content, status, headers, "application/json")
+            with await self._door.enter(request.scope, name) as visit:
+                if name not in self._tasks:
+                    raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")
+                try:
+                    return await self._answer(name, request, visit)
+                finally:
+                    visit.count(name)
         except ServingError as error:
             return _refusal(error)
-        finally:
-            self._bytes -= taken
+
+    async def _answer(self, name: str, request: Request, visit: Visit) -> Response:
+        with self._bodies.share() as take:
+            body = await self._read(request, take)
+            give_back = visit.take_inputs(1, self._door.places)
+            try:
+                visit.admit()
+                content_type = request.headers.get("content-type", "")
+                status, headers, content = await self._pass_on(name, content_type, body)
+            finally:
+                give_back()
+        return Response(content, status, headers | _rate(visit.rate_headers()), "application/json")
+
+    async def _read(self, request: Request, take: Take) -> bytes:
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self._most_bytes:
+                        raise RequestTooLargeError(f"the body has more than {self._most_bytes} bytes")
+                    take(len(part))
+                    parts.append(part)
+        except TimeoutError:
+            raise RequestTimeoutError(f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
+        return b"".join(parts)
 
     async def _pass_on(self, task: str, content_type: str, body: bytes) -> Reply:
         handle = self._replicas.options(method_name="answer", multiplexed_model_id=task)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 from peanut_serve.signals.json_logs import LogFormat
+from peanut_serve.tenants.watched import WatchedKeys
 
 
 class Tunables(BaseModel):
@@ -33,6 +34,7 @@ class ClassifierSettings(BaseModel):
         replicas: how many.
         cpus: of each replica, and threads of a run.
         key_file: file with the API keys of clients, one in a line; without it no key is needed.
+        keys: file of the keys of many teams; see `peanut_serve/tenants/keys.py`.
         most_bytes: of a body.
         log_format: of the logs of Ray Serve.
         tunables: see there.
@@ -48,14 +50,24 @@ class ClassifierSettings(BaseModel):
     replicas: PositiveInt = 1
     cpus: float = Field(default=1.0, ge=0)
     key_file: Path | None = None
+    keys: Path | None = None
     most_bytes: PositiveInt = 16 << 20
     log_format: LogFormat = "text"
     tunables: Tunables = Tunables()
+
+    def watched_keys(self) -> WatchedKeys | None:
+        """The keys of the file, if there is one. Raises `OptionError` if it cannot be used."""
+        return None if self.keys is None else WatchedKeys(self.keys)
 
     def args(self) -> dict[str, Any]:
         """Serve's `args`, whose change restarts all replicas."""
         return self.model_dump(mode="json", exclude_defaults=True, exclude={"replicas", "tunables"})
 
-    def in_place(self) -> dict[str, Any]:
-        """What Serve changes without restarting a replica."""
-        return {"name": "Classifier", "num_replicas": self.replicas, "user_config": self.tunables.model_dump()}
+    def in_place(self) -> list[dict[str, Any]]:
+        """What Serve changes without restarting a replica, or the front."""
+        replica = {"name": "Classifier", "num_replicas": self.replicas, "user_config": self.tunables.model_dump()}
+        return [replica, {"name": "ClassifierFront", "user_config": self.of_front()}]
+
+    def of_front(self) -> dict[str, Any]:
+        """The `user_config` of the front: how many requests may wait at all replicas together."""
+        return {"most_waiting": self.replicas * self.tunables.most_waiting}

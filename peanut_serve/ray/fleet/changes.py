@@ -6,15 +6,16 @@ from collections.abc import Coroutine, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from ray.serve.handle import DeploymentHandle
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError
+from peanut_serve.errors import EngineDownError, VariantInUseError
 from peanut_serve.ray.fleet.asking import Entry, ask_all
+from peanut_serve.ray.fleet.engine_admin import path_of
 from peanut_serve.ray.fleet.joint import rollback_target
-from peanut_serve.ray.fleet.wanted import WantedStore
+from peanut_serve.ray.fleet.store import WantedStore
+from peanut_serve.ray.fleet.wanted import WantedState
 from peanut_serve.web.audit import AuditLog, Caller
 from peanut_serve.web.fleet_schema import FleetEntry
 from peanut_serve.web.schema import Registration, Rollback, VariantStatus
@@ -22,6 +23,7 @@ from peanut_serve.web.schema import Registration, Rollback, VariantStatus
 _LONGEST = 3600.0  # seconds; variants are evaluated
 _GLANCE = 10.0  # seconds, for what is known already
 _RELOAD = "reload"
+_OF_VERSIONS = ("reload", "rollback", "unregister")  # what a release decides while it is open
 
 _T = TypeVar("_T")
 
@@ -69,7 +71,6 @@ class FleetChanges:
     def __init__(self, engines: DeploymentHandle[Any], wanted: WantedStore, log: AuditLog) -> None:
         self._engines, self._wanted, self._log = engines, wanted, log
         self._locks: dict[str, asyncio.Lock] = {}
-        self._remembering = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
     async def make(self, change: Change) -> list[Entry]:
@@ -77,13 +78,18 @@ class FleetChanges:
 
         Raises `PeanutError` if nothing was changed, and what `ask_all` raises.
         """
-        return await self._to_the_end(self._make(change))
+        return await self.to_the_end(self._make(change))
 
     async def make_at_one(self, change: Change) -> Entry:
         """Swap a variant in, or preload it, where a request for it would go now. Returns that replica's entry."""
-        return await self._to_the_end(self._make_at_one(change))
+        return await self.to_the_end(self._make_at_one(change))
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+    def lock(self, name: str) -> asyncio.Lock:
+        """Taken by whatever changes a name."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await work that goes on if the caller goes away."""
         # without Serve's context of the request: what is asked in that is cancelled with the request
         task = asyncio.create_task(work, context=Context())
         self._running.add(task)
@@ -93,12 +99,12 @@ class FleetChanges:
     async def _make(self, change: Change) -> list[Entry]:
         began, entries, old = time.monotonic(), list[Entry](), dict[str, str | None]()
         result: dict[str, Any] = {}
-        lock = self._locks.setdefault(change.name, asyncio.Lock())
         try:
-            async with lock:
+            async with self.lock(change.name):
                 statuses = await self._statuses(change.name)
                 old = {replica: status.digest for replica, status in statuses.items()}
-                await self._wanted.newest()  # a change that cannot be remembered is not made
+                # a change that cannot be remembered is not made
+                check_no_release(change, await self._wanted.newest())
                 given, entries = await self._everywhere(change, list(statuses.values()))
                 entries = await self._remembered(change, given, entries)
         except BaseException as error:
@@ -132,8 +138,7 @@ class FleetChanges:
         if not done:
             return entries
         try:
-            async with self._remembering:
-                state = await self._wanted.change(change.action, change.name, given)
+            state = await self._wanted.change(lambda state: state.after(change.action, change.name, given))
         except EngineDownError as error:
             raise EngineDownError(
                 f"{change.action} of {change.name} was made at {', '.join(done)}, and could not be remembered "
@@ -164,9 +169,14 @@ class FleetChanges:
         return await ask_all(self._engines, method, *arguments, within=_LONGEST)
 
 
-def path_of(name: str) -> str:
-    """Where the admin API of an engine has a variant: always one segment."""
-    return "/variants/" + quote(name, safe="").replace(".", "%2E")
+def check_no_release(change: Change, state: WantedState) -> None:
+    """Raise `VariantInUseError` if an open release does not allow a change."""
+    release = state.of(change.name).open_release
+    if release is not None and change.action in _OF_VERSIONS:
+        raise VariantInUseError(
+            f"{change.name} has a release of version {release.digest[:12]}; promote it or roll it back first, with "
+            "peanut-serve ctl release"
+        )
 
 
 def _with_adopted(action: str, entries: Sequence[Entry], adopted: Sequence[Entry]) -> list[Entry]:

@@ -1,38 +1,24 @@
 """Brings the engine of a replica to what operators want, before its first request and whenever that changes.
 
 A name that cannot be brought there is withheld: the replica answers requests for it with an error, rather than with
-another version than its peers.
+another version than its peers. A staged version that is not there is withheld by itself, as NAME@staged.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Protocol
-from urllib.parse import quote
+from collections.abc import Awaitable, Iterable
+from functools import partial
 
-import httpx
-
-from peanut_serve.ray.fleet.wanted import Wanted, WantedState, WantedStore
+from peanut_serve.ray.fleet.bringing import bring, bring_pin, bring_staged
+from peanut_serve.ray.fleet.engine_admin import Call, ChangeRefusedError, EngineAdmin, Entry, ThetaSource
+from peanut_serve.ray.fleet.store import WantedStore
+from peanut_serve.ray.fleet.wanted import WantedState
+from peanut_serve.settings.versions import released_name, staged_name
 
 logger = logging.getLogger("ray.serve")
 
 _LOOK = 1.0  # seconds between two looks whether something else is wanted
 _RETRY = 10.0  # seconds between two tries of what failed
-
-Entry = dict[str, Any]
-Call = Callable[[str, str, Any], Awaitable[Entry]]  # of the engine's admin API: method, path, body
-
-
-class ThetaSource(Protocol):
-    """Where θ of versions comes from that an engine does not have."""
-
-    async def fetch(self, digest: str) -> bool:
-        """Put θ of a version into the engine's state folder; False if nobody has it."""
-        ...
-
-
-class ChangeRefusedError(Exception):
-    """The engine refused a change. Its argument is the reason."""
 
 
 class Replay:
@@ -50,7 +36,7 @@ class Replay:
     """
 
     def __init__(self, store: WantedStore, call: Call, theta: ThetaSource) -> None:
-        self._store, self._call, self._theta = store, call, theta
+        self._store, self._engine = store, EngineAdmin(call, theta)
         self.state = WantedState()
         self.withheld: dict[str, str] = {}
         self.unpinned: dict[str, str] = {}
@@ -72,7 +58,7 @@ class Replay:
                     await self.follow(newest)
                 elif (self.withheld or self.unpinned) and loop.time() - tried > _RETRY:
                     tried = loop.time()
-                    await self._settle([*self.withheld, *self.unpinned])
+                    await self.settle([*self.withheld, *self.unpinned])
             except Exception as error:  # the next look may succeed; what is known stays in force
                 logger.warning("what operators want is unknown: %s: %s", type(error).__name__, error)
 
@@ -81,25 +67,28 @@ class Replay:
         before, self.state = self.state, max(self.state, newer, key=lambda state: state.revision)
         changed = self.state.changed(before)
         if done and newer.revision == before.revision + 1:  # nothing is left to do for a name that was right before
-            changed = [name for name in changed if name in self.withheld or name in self.unpinned]
-        await self._settle(changed)  # if `run` was faster, this waits until it is done
+            changed = [name for name in changed if self.reason(name) is not None]
+        await self.settle(changed)  # if `run` was faster, this waits until it is done
+
+    def reason(self, name: str) -> str | None:
+        """Why a name is not as it is wanted; None if it is."""
+        return self.withheld.get(name) or self.withheld.get(staged_name(name)) or self.unpinned.get(name)
 
     async def roll_back(self, name: str, digest: str) -> Entry:
         """Roll back to a version and hold it; θ comes from another replica if need be. The engine's answer."""
-        path, body = f"{_path(name)}/rollback", {"digest": digest, "hold": True}
-        entry = await self._call("POST", path, body)
-        if entry["status"] == httpx.codes.UNPROCESSABLE_ENTITY and await self._theta.fetch(digest):
-            entry = await self._call("POST", path, body)
-        return entry
+        return await self._engine.roll_back(name, digest)
 
-    async def _settle(self, names: Iterable[str]) -> None:
-        left = dict.fromkeys(names)
+    async def settle(self, names: Iterable[str]) -> None:
+        """Bring names to what is wanted of them, whatever the engine has."""
+        left = dict.fromkeys(map(released_name, names))
         try:
             async with self._settling:
                 for name in list(left):
-                    wanted = self.state.variants[name]
-                    await self._note(self.withheld, name, self._bring(name, wanted))
-                    await self._note(self.unpinned, name, self._pin(name, wanted))
+                    wanted, staged = self.state.of(name), staged_name(name)
+                    withhold = partial(self.withheld.setdefault, name)
+                    await self._note(self.withheld, name, bring(self._engine, name, wanted, withhold))
+                    await self._note(self.withheld, staged, bring_staged(self._engine, name, wanted))
+                    await self._note(self.unpinned, name, bring_pin(self._engine, name, wanted))
                     del left[name]
         except BaseException:
             # the state has them already: if they were not noted, nobody would try again
@@ -115,48 +104,3 @@ class Replay:
             if failures.get(name) != str(refused):
                 logger.warning("%s is not as operators want it: %s", name, refused)
             failures[name] = str(refused)
-
-    async def _bring(self, name: str, wanted: Wanted) -> None:
-        found = await self._look(name)
-        is_other = found is not None and wanted.source not in (None, found["source"])
-        if found is not None and (wanted.removed or is_other):
-            await self._do("DELETE", f"{_path(name)}?drain=true")
-            found = None
-        if wanted.removed:
-            return
-        if found is None:
-            if wanted.source is None:
-                return  # its files are gone: the engine refuses requests for it
-            found = await self._do("POST", "/variants", {"name": name, "source": wanted.source})
-        if wanted.held is not None:
-            if not found.get("held") or found["digest"] != wanted.held:
-                self.withheld.setdefault(name, "it is being rolled back")  # from a version that nobody wants
-                _checked(await self.roll_back(name, wanted.held))
-        elif found.get("held"):
-            await self._do("POST", f"{_path(name)}/reload")
-
-    async def _pin(self, name: str, wanted: Wanted) -> None:
-        if wanted.removed or wanted.pinned is None:
-            return
-        found = await self._look(name)
-        if found is not None and found["pinned"] != wanted.pinned:
-            await self._do("POST", f"{_path(name)}/{'pin' if wanted.pinned else 'unpin'}")
-
-    async def _look(self, name: str) -> Entry | None:
-        entry = await self._call("GET", _path(name), None)
-        return None if entry["status"] == httpx.codes.NOT_FOUND else _checked(entry)
-
-    async def _do(self, method: str, path: str, body: Any = None) -> Any:
-        return _checked(await self._call(method, path, body))
-
-
-def _checked(entry: Entry) -> Any:
-    answer = entry.get("answer")
-    if 200 <= entry["status"] < 300:
-        return answer
-    told = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
-    raise ChangeRefusedError(told or entry.get("error") or f"the engine answered {entry['status']}")
-
-
-def _path(name: str) -> str:
-    return "/variants/" + quote(name, safe="").replace(".", "%2E")

@@ -25,6 +25,7 @@ from peanut_serve.releases.releasing import Releases
 from peanut_serve.releases.routes import add_releases
 from peanut_serve.settings.admin_key import KEY_VARIABLE
 from peanut_serve.settings.server import ServerSettings
+from peanut_serve.signals.redaction import hide_keys
 from peanut_serve.signals.tracing import start_tracing
 from peanut_serve.swapping.assembly import Host, assemble_server
 from peanut_serve.swapping.requests import Admitted
@@ -38,9 +39,9 @@ from peanut_serve.vllm_plugin.swap.engine import SwapEngine
 from peanut_serve.vllm_plugin.swap.engine_door import PrefixSalts, guard
 from peanut_serve.vllm_plugin.swap.lora_info import tell_residency
 from peanut_serve.vllm_plugin.swap.models import add_digest_to_fingerprints, admitted, serve_variants
-from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.admin import admin_app
 from peanut_serve.web.audit import AuditedControl, audit_log
-from peanut_serve.web.connections import bound_connections
+from peanut_serve.web.connections import bind, bound_connections, serve_on
 from peanut_serve.web.console.app import ConsoleHost, add_console
 from peanut_serve.web.console.data_route import DataRoute
 from peanut_serve.web.console.shell import console_link
@@ -66,6 +67,8 @@ class VariantEndpoints:
         settings = ServerSettings.read()
         if settings is None:
             return
+
+        hide_keys()
 
         def server() -> VariantServer:
             found: VariantServer = app.state.peanut_variants

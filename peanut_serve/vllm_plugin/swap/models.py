@@ -59,7 +59,8 @@ def serve_variants(models: OpenAIServingModels, server: VariantServer) -> None:
         """Whether a request with this `model` uses the engine's weights without a LoRA adapter."""
         request = admitted.get()
         if request is None:
-            return server.has(name)  # of a route that needs no weights
+            # of a route that needs no weights: NAME@current is a name while a release is open
+            return server.has(server.catalogue.answering(name, None))
         return request.model == name and request.lora is None
 
     def source_of(name: str) -> str:

@@ -62,9 +62,13 @@ def test_every_route_is_checked(tmp_path: Path, tenants: Tenants) -> None:
             assert refused.status_code == 403, path
         assert refused.json() == {"error": "the key of one may not use none", "type": "ForbiddenError"}
         assert client.post("/models/mood", headers=as_("one"), json={"inputs": "a"}).status_code == 422  # no graph
-        assert client.get("/models", headers=as_("slow")).status_code == 200
+        answered = client.get("/models", headers=as_("slow"))
+        assert (answered.status_code, answered.headers["x-ratelimit-remaining-requests"]) == (200, "0")
+        assert "x-ratelimit-limit-requests" not in client.get("/models", headers=as_("one")).headers
         refused = client.get("/models", headers=as_("slow"))
         assert (refused.status_code, 50 <= int(refused.headers["retry-after"]) <= 60) == (429, True)
+        assert refused.headers["x-ratelimit-limit-requests"] == "1"
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
 
 
 def test_an_unknown_task_tells_no_other_names(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The console of a server of tasks: what it shows, what it does, and who may use it; over HTTP and in a browser."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.paths import ROOT
 from support.server.console import logged_in
 
 from peanut_serve.classify.serving.server import TaskServer
+from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.request_body import ClientLimits
 
 KEY, API_KEY = "of operators", "of-clients"
@@ -85,6 +87,24 @@ def test_what_cannot_be_done(broken: str, body: object, status: int, said: str) 
         found = client.post("/console/act", json=body)
         assert (found.status_code, said in found.json()["error"]) == (status, True), found.text
         assert client.post("/console/playground?name=no", json={"inputs": "a"}).status_code == 404
+
+
+def test_every_action_is_in_the_audit_log(tmp_path: Path) -> None:
+    folder, log = stand_in(tmp_path / "mood"), AuditLog(tmp_path / "audit.jsonl")
+    with classifying(folder, keys=(API_KEY,), console=KEY, audit=log) as (url, _), logged_in(url, KEY) as client:
+        for verb in ("open", "reload", "close"):
+            client.post("/console/act", json={"verb": verb, "name": "mood"})
+        client.post("/console/act", json={"verb": "open", "name": "none"})
+        client.post("/console/playground?name=mood", json={"inputs": "a"})
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(one["action"], one["variant"], one["outcome"]) for one in lines] == [
+        ("open", "mood", "refused"),
+        ("reload", "mood", "refused"),
+        ("close", "mood", "done"),
+    ]
+    assert {one["from"] for one in lines} == {"127.0.0.1"}
+    assert "mood cannot be served" in lines[0]["error"]
+    assert KEY not in (tmp_path / "audit.jsonl").read_text()
 
 
 def test_the_wheel_has_every_file() -> None:

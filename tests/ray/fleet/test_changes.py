@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ class Store:
     async def newest(self) -> WantedState:
         return self._answer("newest")
 
-    async def change(self, action: str, name: str, given: str | None) -> WantedState:
-        return self._answer("change").after(action, name, given)
+    async def change(self, change: Callable[[WantedState], WantedState]) -> WantedState:
+        return change(self._answer("change"))
 
     def _answer(self, call: str) -> WantedState:
         if call == self.fails_at:

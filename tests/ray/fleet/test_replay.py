@@ -8,10 +8,13 @@ from urllib.parse import unquote
 
 import pytest
 from support.fleet.fake_admin import FakeAdmin, digest_of
+from support.fleet.fake_releases import FakeReleases
 
+from peanut_serve.errors import ReleaseError
 from peanut_serve.ray.fleet.replay import Replay
 from peanut_serve.ray.fleet.wanted import Wanted, WantedState, base_of
 from peanut_serve.variants.kept_theta import add_theta, read_theta
+from peanut_serve.variants.release import Release
 
 OLD, NEW = digest_of("old"), digest_of("new")
 
@@ -25,10 +28,13 @@ class Engine:
         self.state.mkdir(exist_ok=True)
         (self.state / "theta").mkdir(exist_ok=True)
         self.admin = FakeAdmin(folder, self.state)
+        self.releases = FakeReleases(self.admin)
         self.replay = Replay(None, self.call, self)  # type: ignore[arg-type]  # only `start` and `run` need the store
 
     async def call(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        name, _, verb = unquote(path.partition("?")[0].removeprefix("/variants").strip("/")).partition("/")
+        kind, name, verb = [*map(unquote, path.partition("?")[0].strip("/").split("/")), "", ""][:3]
+        if kind == "releases":
+            return self.call_release(method, name, verb, body)
         if method == "GET":
             found = self.admin.status(name) if name in self.admin.records else None
             return {"replica": "a", "status": 200 if found else 404, "answer": found}
@@ -36,6 +42,15 @@ class Engine:
         self.calls.append(verb)
         self.withheld_meanwhile.append(name in self.replay.withheld)
         answer = self.admin.answer(verb, name or body["name"], body)
+        return {"replica": "a", "status": answer.status_code, "answer": json.loads(bytes(answer.body) or b"null")}
+
+    def call_release(self, method: str, name: str, verb: str, body: Any) -> dict[str, Any]:
+        if method == "GET":
+            answer = self.admin.tell(lambda: self.releases.find(name))
+        else:
+            self.calls.append(f"release {verb}")
+            self.withheld_meanwhile.append(name in self.replay.withheld)
+            answer = self.admin.tell(lambda: self.releases.make(verb, name, body or {}))
         return {"replica": "a", "status": answer.status_code, "answer": json.loads(bytes(answer.body) or b"null")}
 
     async def fetch(self, digest: str) -> bool:
@@ -115,7 +130,7 @@ def test_a_name_that_cannot_be_brought_there_is_withheld_until_it_can(tmp_path: 
     }
     engine.theta = {"theta": b"old"}
     files(tmp_path, nothing=NEW)
-    asyncio.run(engine.replay._settle(["v1", "nice"]))
+    asyncio.run(engine.replay.settle(["v1", "nice"]))
     assert engine.replay.withheld == {}
     assert (engine.admin.current("v1"), engine.admin.current("nice")) == (OLD, NEW)
 
@@ -150,12 +165,12 @@ def test_a_pin_that_the_replica_made_does_not_end_what_is_withheld(tmp_path: Pat
 
 def test_a_change_that_is_interrupted_is_withheld_and_tried_again(tmp_path: Path) -> None:
     engine, call = Engine(tmp_path), Engine.call
-    engine.replay._call = interrupted  # type: ignore[method-assign]
+    engine.replay._engine._call = interrupted
     with pytest.raises(asyncio.CancelledError):
         engine.follow(wanted(nice=Wanted(source="v2"), v1=Wanted(pinned=True)))
     assert engine.replay.withheld.keys() == {"nice", "v1"}
-    engine.replay._call = call.__get__(engine)  # type: ignore[method-assign]
-    asyncio.run(engine.replay._settle([*engine.replay.withheld]))
+    engine.replay._engine._call = call.__get__(engine)
+    asyncio.run(engine.replay.settle([*engine.replay.withheld]))
     assert (engine.replay.withheld, engine.admin.current("nice")) == ({}, "v2")
 
 
@@ -199,3 +214,125 @@ def test_nothing_that_a_peer_sends_becomes_a_path(tmp_path: Path, digest: str, n
         add_theta(tmp_path, digest, dict.fromkeys(names, b""))
     assert read_theta(tmp_path, digest) is None
     assert list(tmp_path.rglob("*")) == [tmp_path / "theta"]
+
+
+def staged(digest: str, replaces: str, **more: Any) -> Release:
+    return Release(digest=digest, source="v2", replaces=replaces, replaces_source="v1", **more)
+
+
+def released(**more: Any) -> Wanted:
+    """v1 is held at its own version, and v2's is staged."""
+    release = staged("v2", "v1", weight=30, max_error_rate=0.2, min_requests=7)
+    return Wanted(held="v1", release=release).model_copy(update=more)
+
+
+def release_of(engine: Engine, name: str = "v1") -> tuple[str, str, int]:
+    found = engine.releases.find(name)
+    return found["state"], found["digest"], found["weight"]
+
+
+def test_a_release_is_brought_to_an_engine_that_starts_later(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.follow(wanted(v1=released()))
+    assert engine.replay.withheld == {}
+    assert release_of(engine) == ("staged", "v2", 30)
+    assert engine.releases.find("v1")["min_requests"] == 7
+    assert (engine.admin.current("v1"), engine.admin.current("v1@staged")) == ("v1", "v2")
+    calls = list(engine.calls)
+    engine.follow(WantedState(revision=8, variants={"v1": released(pinned=True)}))
+    assert engine.calls == [*calls, "pin"], "what is as wanted is left alone"
+
+
+def test_the_same_version_is_staged_though_the_files_have_changed(tmp_path: Path) -> None:
+    files(tmp_path, v2=NEW)
+    engine = Engine(tmp_path, theta={"theta": b"old"})
+    engine.follow(wanted(v1=Wanted(held="v1", release=staged(OLD, "v1"))))
+    assert engine.replay.withheld == {}
+    assert release_of(engine) == ("staged", OLD, 0)
+
+
+def test_a_staged_version_that_nobody_has_withholds_only_itself(tmp_path: Path) -> None:
+    files(tmp_path, v2=NEW)
+    engine = Engine(tmp_path)
+    engine.follow(wanted(v1=Wanted(held="v1", release=staged(OLD, "v1"))))
+    assert engine.replay.withheld == {"v1@staged": "the files of v2 have another version"}
+    assert engine.replay.reason("v1") == "the files of v2 have another version"
+    engine.theta = {"theta": b"old"}
+    asyncio.run(engine.replay.settle(["v1@staged"]))
+    assert engine.replay.withheld == {}
+
+
+def test_a_version_that_fails_its_canary_set_here_gets_no_share_here(tmp_path: Path) -> None:
+    (tmp_path / "canaries.json").write_text(json.dumps({"v2": False}))
+    engine = Engine(tmp_path)
+    engine.follow(wanted(v1=released()))
+    assert engine.replay.withheld == {"v1@staged": "v1 has not passed its canary set"}
+    assert release_of(engine) == ("staged", "v2", 0)
+    engine.follow(WantedState(revision=8, variants={"v1": released(forced=True)}))
+    assert (engine.replay.withheld, release_of(engine)[2]) == ({}, 30)
+
+
+@pytest.mark.parametrize("is_missed", [False, True])
+def test_a_promotion_and_its_rollback_reach_every_engine(tmp_path: Path, is_missed: bool) -> None:
+    """Those that were there, and those that have missed the steps in between."""
+    engine = Engine(tmp_path)
+    open_one, files_of_v1 = released(), "v1"
+    promoted = open_one.promoted(open_one.open_release, "")
+    rolled_back = promoted.rolled_back(promoted.release, "wrong")
+    if not is_missed:
+        engine.follow(WantedState(revision=1, variants={"v1": open_one}))
+    engine.follow(WantedState(revision=2, variants={"v1": promoted}))
+    assert engine.replay.withheld == {}
+    assert (engine.admin.current("v1"), engine.admin.records["v1"]["source"]) == ("v2", "v2")
+    assert (release_of(engine)[0], "v1@staged" in engine.admin.records) == ("promoted", False)
+    again = Engine(tmp_path)
+    again.follow(WantedState(revision=2, variants={"v1": promoted}))
+    assert again.calls == [], "what is as wanted is left alone"
+    again.follow(WantedState(revision=3, variants={"v1": rolled_back}))
+    assert again.replay.withheld == {}
+    assert (again.admin.current("v1"), again.admin.records["v1"]["source"]) == ("v1", files_of_v1)
+    files(tmp_path, v1=NEW)
+    assert again.admin.current("v1") == "v1", "it is not held"
+
+
+def test_a_release_that_has_ended_elsewhere_ends_here(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.follow(WantedState(revision=1, variants={"v1": released()}))
+    ended = released().rolled_back(released().open_release, "too many failed")
+    restarted = Engine(tmp_path)
+    restarted.follow(WantedState(revision=2, variants={"v1": ended}))
+    assert restarted.releases.find("v1")["events"][-1]["detail"] == "too many failed"
+    assert restarted.calls == ["release rollback"]
+    assert restarted.admin.current("v1") == "v1"
+
+
+def test_a_release_that_nobody_wants_ends_before_another_is_staged(tmp_path: Path) -> None:
+    """The front has ended before it could remember what it had asked for."""
+    engine = Engine(tmp_path)
+    engine.releases.make("stage", "v1", {"source": "v3"})
+    asyncio.run(engine.replay.settle(["v1"]))
+    assert release_of(engine)[0] == "rolled_back"
+    engine.follow(wanted(v1=released()))
+    assert release_of(engine) == ("staged", "v2", 30)
+
+
+def test_a_removed_name_has_no_release_any_more(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.follow(WantedState(revision=1, variants={"v1": released()}))
+    engine.follow(WantedState(revision=2, variants={"v1": Wanted(removed=True)}))
+    assert (engine.replay.withheld, "v1" in engine.admin.records) == ({}, False)
+
+
+def test_what_steps_of_a_release_make_of_what_is_wanted() -> None:
+    first = Wanted(source="v1", pinned=True).staged("nice", staged("v2", "v1"))
+    assert (first.held, first.target, first.open_release) == ("v1", "v1", staged("v2", "v1"))
+    with pytest.raises(ReleaseError, match="nice has a release of version v2; promote it or roll it back before"):
+        first.staged("nice", staged("v3", "v1"))
+    promoted = first.promoted(first.open_release, "")
+    assert (promoted.held, promoted.target, promoted.open_release) == ("v2", "v2", None)
+    second = promoted.staged("nice", staged("v3", "v2"))
+    assert (second.held, second.target) == ("v2", "v2"), "the entry of the first release stays"
+    ended = second.rolled_back(second.open_release, None)
+    assert (ended.held, ended.target) == ("v2", "v2")
+    back = promoted.rolled_back(promoted.release, None)
+    assert (back.held, back.target, back.pinned) == ("v1", "v1", True)

@@ -19,8 +19,8 @@ from peanut_serve.classify.http.door import CLIENTS
 from peanut_serve.classify.serving.limits import Limits
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.tenants.visits import Tenants
-from peanut_serve.web.admin import bind
-from peanut_serve.web.connections import BoundedProtocol
+from peanut_serve.web.audit import AuditLog
+from peanut_serve.web.connections import BoundedProtocol, bind
 from peanut_serve.web.request_body import ClientLimits
 
 PATIENCE = 240  # seconds: the first request imports transformers
@@ -33,12 +33,13 @@ def classifying(
     clients: ClientLimits = CLIENTS,
     console: str | None = None,
     tenants: Tenants | None = None,
+    audit: AuditLog | None = None,
     **limits: Any,
 ) -> Iterator[tuple[str, TaskServer]]:
     """Serve folders with one thread per run: the URL, and the server. `console` is the key of its console."""
     tasks = TaskServer(folders, limits=Limits(**{"threads": 1, "wait_seconds": PATIENCE, **limits}))
     listener = bind("127.0.0.1", 0)
-    own = TaskConsole(console, listener.getsockname()[1]) if console else None
+    own = TaskConsole(console, listener.getsockname()[1], audit=audit) if console else None
     config = uvicorn.Config(
         classify_app(tasks, keys, clients, own, tenants),
         http=BoundedProtocol,

@@ -24,8 +24,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-sys.path.append(str(Path(__file__).parents[2]))  # when it runs as a program
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[3])]  # when it runs as a program
 from support.fleet.fake_admin import NAMES, FakeAdmin
+from support.fleet.fake_releases import VERBS, FakeReleases
 
 __all__ = ["NAMES"]  # name -> digest
 
@@ -47,6 +48,7 @@ class FakeServer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.active, self.lock = options, "base", asyncio.Lock()
         self.admin = FakeAdmin(options.journal.parent, options.state)
+        self.releases = FakeReleases(self.admin)
 
     def note(self, event: str) -> None:
         with self.options.journal.open("a") as journal:
@@ -73,6 +75,17 @@ class FakeServer:
             await asyncio.sleep(2)
         return self.admin.answer(verb, name, body)
 
+    async def release(self, request: Request) -> Response:
+        name, verb = request.path_params.get("name"), request.path_params.get("verb")
+        if name is None:
+            return JSONResponse(self.releases.all())
+        if request.method == "GET":
+            return self.admin.tell(lambda: self.releases.find(name))
+        assert verb in VERBS
+        self.note(f"release {verb} {name}")
+        body = json.loads(await request.body() or b"null") or {}
+        return self.admin.tell(lambda: self.releases.make(verb, name, body))
+
     async def echo(self, request: Request) -> Response:
         """What came in, byte for byte, and an odd answer."""
         headers = {"x-body": (await request.body()).hex(), "x-query": request.url.query, "x-odd": "a, b;c"}
@@ -88,9 +101,13 @@ class FakeServer:
 
     async def complete(self, request: Request) -> Response:
         body = await request.json()
-        digest = self.admin.current(body["model"])
+        session = body.get("user") or request.headers.get("x-session")
+        name = self.releases.answering(body["model"], session)
+        digest = self.admin.current(name)
         if digest is None:
             return JSONResponse({"error": {"message": "no such variant"}}, 404)
+        if self.releases.fails(name, digest):
+            return JSONResponse({"error": {"message": "it is broken"}}, 500)
         async with self.lock:
             if digest != self.active:
                 await asyncio.sleep(self.options.swap)
@@ -99,7 +116,8 @@ class FakeServer:
         tokens = said(digest, body.get("prompt", ()), body.get("max_tokens", 3))
         if body.get("stream"):
             return StreamingResponse(self.events(tokens), media_type="text/event-stream")
-        answer = JSONResponse({"variant": self.active, "pid": os.getpid(), "choices": [{"token_ids": tokens}]})
+        facts = {"variant": self.active, "pid": os.getpid(), "choices": [{"token_ids": tokens}]}
+        answer = JSONResponse(facts, headers={"x-peanut-variant": name, "x-peanut-digest": digest})
         if body.get("stuck") and "stuck" not in self.options.journal.read_text():
             return StreamingResponse(self.never_whole(bytes(answer.body)), headers=dict(answer.headers))
         return answer
@@ -126,6 +144,9 @@ class FakeServer:
             routes=[
                 Route("/admin/v1/engine", self.engine),
                 Route("/admin/v1/usage", self.usage),
+                Route("/admin/v1/releases", self.release),
+                Route("/admin/v1/releases/{name:path}/{verb}", self.release, methods=["POST"]),
+                Route("/admin/v1/releases/{name:path}", self.release),
                 Route("/admin/v1/variants", self.change, methods=["POST"]),
                 Route("/admin/v1/variants/{name:path}/{verb}", self.change, methods=["POST"]),
                 Route("/admin/v1/variants/{name:path}", self.change, methods=["DELETE"]),

@@ -19,7 +19,7 @@ from peanut_serve.errors import (
     VariantNameError,
 )
 from peanut_serve.settings.tls import Certificate
-from peanut_serve.web.admin import bind, serve_on
+from peanut_serve.web.connections import bind, serve_on
 from peanut_serve.web.schema import EngineStatus, SwapStatus, VariantState, VariantStatus, VariantTraffic
 
 KEY = "schlüssel"

@@ -8,7 +8,7 @@ from support.server.rig import Rig
 
 from peanut_serve.tenants.visits import Tenants
 from peanut_serve.web.middleware import VariantMiddleware
-from peanut_serve.web.request_body import ClientLimits
+from peanut_serve.web.request_body import Bodies, ClientLimits
 
 
 class Call:
@@ -23,6 +23,7 @@ class Call:
         keys: Sequence[str] = (),
         limits: ClientLimits | None = None,
         tenants: Tenants | None = None,
+        bodies: Bodies | None = None,
         **headers: str,
     ) -> None:
         self.rig, self.sent, self.gone = rig, [], asyncio.Event()
@@ -33,6 +34,8 @@ class Call:
         self.admitted: list[str | None] = []
         admit = lambda one: self.admitted.append(one and one.name)  # noqa: E731
         middleware = VariantMiddleware(self._app, lambda: rig.server, admit, keys, limits or ClientLimits(), tenants)
+        if bodies is not None:  # those of several requests have one limit
+            middleware._bodies = bodies
         self.reads, self.uploads = asyncio.Event(), asyncio.Event()  # whether the client does
         self.reads.set()
         self.uploads.set()

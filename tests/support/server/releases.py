@@ -96,8 +96,8 @@ class FakeReleases:
     async def hold(self, name: str) -> None:
         self.calls.append(("hold", name))
 
-    async def stage(self, name: str, source: str | None) -> ReleaseStatus:
-        self.calls.append(("stage", name, source))
+    async def stage(self, name: str, source: str | None, digest: str | None = None) -> ReleaseStatus:
+        self.calls.append(("stage", name, source, *([digest] if digest else [])))
         return self.release(name)
 
     async def check(self, name: str) -> ReleaseStatus:

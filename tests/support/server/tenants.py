@@ -17,7 +17,7 @@ from support.server.rig import NAMES, Rig
 
 from peanut_serve.tenants.visits import Tenants, may_use
 from peanut_serve.tenants.watched import WatchedKeys
-from peanut_serve.web.admin import bind, serve_on
+from peanut_serve.web.connections import bind, serve_on
 from peanut_serve.web.middleware import VariantMiddleware
 
 

@@ -15,7 +15,8 @@ from support.server.fake_engine import identity
 from support.server.rig import Rig, make_weights, rig_runner
 from support.server.variant_app import data_route
 
-from peanut_serve.web.admin import admin_app, bind, serve_on
+from peanut_serve.web.admin import admin_app
+from peanut_serve.web.connections import bind, serve_on
 from peanut_serve.web.console.app import ConsoleHost, add_console
 from peanut_serve.web.operator import VariantControl
 

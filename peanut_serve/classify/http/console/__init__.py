@@ -5,6 +5,7 @@ Login, guard, style and behaviour are those of `peanut_serve.web.console`, of wh
 
 from dataclasses import dataclass
 
+from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.operators import Operators
 
 
@@ -16,8 +17,10 @@ class TaskConsole:
         key: the admin key, or who has which.
         port: of the server.
         hosts: names by which browsers reach it, besides loopback and addresses.
+        audit: gets a line for each action; without it, only the server's log does.
     """
 
     key: str | Operators
     port: int
     hosts: tuple[str, ...] = ()
+    audit: AuditLog | None = None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +16,7 @@ from peanut_serve.classify.http.console import TaskConsole
 from peanut_serve.classify.http.console.pages import TaskPages, Verb
 from peanut_serve.classify.serving.server import TaskServer
 from peanut_serve.errors import RequestBodyError, shown
+from peanut_serve.web.audit import AuditLog, caller
 from peanut_serve.web.console.guard import ROOT
 from peanut_serve.web.console.shell import Console, session_caller
 
@@ -32,7 +34,7 @@ def task_console(server: TaskServer, console: TaskConsole, body_bytes: int) -> A
         console: where it is.
         body_bytes: the most of what the playground sends.
     """
-    tasks = _Tasks(server)
+    tasks = _Tasks(server, console.audit)
     routes = [
         Route(f"{ROOT}/dialog", tasks.dialog),
         Route(f"{ROOT}/act", tasks.act, methods=["POST"]),
@@ -45,8 +47,8 @@ def task_console(server: TaskServer, console: TaskConsole, body_bytes: int) -> A
 class _Tasks:
     """The handlers. They are methods, as they share the pages."""
 
-    def __init__(self, server: TaskServer) -> None:
-        self._server = server
+    def __init__(self, server: TaskServer, audit: AuditLog | None) -> None:
+        self._server, self._audit = server, audit
         self.pages = TaskPages(server)
 
     async def dialog(self, request: Request) -> Response:
@@ -66,13 +68,24 @@ class _Tasks:
         verb, name = _verb(given), self.pages.row(named).name
         who = session_caller(request)
         logger.info("%s from %s: %s %s", who.key, who.address, verb, name)
+        caller.set(who)
+        noting = self._audit.noting(verb, name, lambda: self._digest(name), dict) if self._audit else nullcontext()
+        with noting:
+            await self._carry_out(verb, name)
+        return JSONResponse(await self.pages.sections(is_new=True))
+
+    async def _carry_out(self, verb: Verb, name: str) -> None:
         if verb == "close":
             await self._server.close_task(name)
-        else:
-            if verb == "reload":
-                self._server.library.reread(name)
-            await self._server.load(name)
-        return JSONResponse(await self.pages.sections(is_new=True))
+            return
+        if verb == "reload":
+            self._server.library.reread(name)
+        await self._server.load(name)
+
+    def _digest(self, name: str) -> str | None:
+        """Of the version that was found last."""
+        version = self._server.library.found().get(name)
+        return version.digest if version is not None else None
 
     async def playground(self, request: Request) -> Response:
         """What a task says of an image, a sound or a text, as a client would get it; the digest is in the headers."""

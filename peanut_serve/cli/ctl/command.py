@@ -11,9 +11,9 @@ from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.cli.options import Json
 from converters.errors import PeanutError
-from peanut_serve.cli.admin_client import AdminClient, segment
 from peanut_serve.cli.ctl import release
-from peanut_serve.cli.ctl_output import (
+from peanut_serve.cli.ctl.client import AdminClient, segment
+from peanut_serve.cli.ctl.output import (
     AnyChange,
     AnyEngine,
     AnyVariant,

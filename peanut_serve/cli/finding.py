@@ -1,0 +1,80 @@
+"""The adapters that exist when a server starts: vLLM's options and the notes for operators follow from them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converters import load_adapter
+from converters.errors import PeanutError
+from peanut_serve.settings.serving import Mode
+from peanut_serve.variants.lora_export import kind_of
+from peanut_serve.variants.roots import AdapterRoots, looks_merged
+
+MIN_RANK = 16  # room for adapters that are added later
+
+
+@dataclass(frozen=True)
+class Found:
+    """The adapters that exist when the server starts.
+
+    Attributes:
+        ranks: name -> largest rank of the adapter.
+        kinds: last parts of the names of the modules they update.
+        broken: name -> why it cannot be read.
+        merged: names of folders with merged models.
+        not_lora: name -> method of each adapter without exact low-rank factors, which can only be merged.
+    """
+
+    ranks: Mapping[str, int]
+    kinds: frozenset[str]
+    broken: Mapping[str, str]
+    merged: tuple[str, ...] = ()
+    not_lora: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self, mode: Mode) -> list[str]:
+        """Names that requests can use."""
+        return sorted([*self.ranks, *((*self.merged, *self.not_lora) if mode != "lora" else ())])
+
+    def notes(self, mode: Mode) -> Iterator[str]:
+        """Notes for the operator."""
+        for name, reason in self.broken.items():
+            yield f"{name} will not be served: {reason}"
+        if mode == "lora":
+            for name in self.merged:
+                yield f"{name} will not be served: it is a merged model; --mode merged or auto serves it"
+            for name, method in self.not_lora.items():
+                yield (
+                    f"{name} will not be served: its update ({method}) cannot be expressed as LoRA; "
+                    "--mode merged or auto serves it"
+                )
+            if not self.ranks:
+                yield f"there are no LoRA adapters yet; vLLM starts with room for rank {MIN_RANK}"
+
+
+def find_adapters(roots: AdapterRoots) -> Found:
+    """Open every adapter in the roots, downloading those on the Hub."""
+    ranks: dict[str, int] = {}
+    kinds: set[str] = set()
+    broken: dict[str, str] = {}
+    merged: list[str] = []
+    not_lora: dict[str, str] = {}
+    for name in roots.names():
+        try:
+            source = roots.find(name)
+            if source is None:
+                continue  # removed in the meantime
+            if isinstance(source.spec, Path) and looks_merged(source.spec):
+                merged.append(name)
+                continue
+            adapter = load_adapter(source.spec)
+        except (PeanutError, OSError) as error:
+            broken[name] = " ".join(str(error).split())
+            continue
+        found = {module: adapter.rank(module) for module in adapter.modules}
+        inexact = [module for module, rank in found.items() if rank is None]
+        if inexact or not found:
+            not_lora[name] = adapter.describe(inexact[0]).name if inexact else "tensors replaced whole"
+            continue
+        ranks[name] = max(rank for rank in found.values() if rank is not None)
+        kinds |= set(map(kind_of, adapter.modules))
+    return Found(ranks, frozenset(kinds), broken, tuple(merged), not_lora)

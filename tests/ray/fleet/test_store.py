@@ -1,0 +1,117 @@
+"""What operators want is changed by two processes at the same time, or by one that stood still for a while."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from peanut_serve.errors import EngineDownError, ReleaseError
+from peanut_serve.ray.fleet import store as module
+from peanut_serve.ray.fleet.store import WantedStore
+from peanut_serve.ray.fleet.wanted import WantedState
+
+
+class Store:
+    """Ray's key-value store; `between` is called before each new key is taken."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.between = lambda: None
+
+    def put(self, key: str, value: str, overwrite: bool, *, namespace: str) -> bool:
+        assert not overwrite
+        between, self.between = self.between, lambda: None
+        between()
+        if key in self.values:
+            return True
+        self.values[key] = value
+        return False
+
+    def get(self, key: str, *, namespace: str) -> bytes | None:
+        found = self.values.get(key)
+        return found.encode() if found else None
+
+    def delete(self, key: str, *, namespace: str) -> None:
+        del self.values[key]
+
+    def keys(self, prefix: str, *, namespace: str) -> list[bytes]:
+        return [key.encode() for key in self.values if key.startswith(prefix)]
+
+
+@pytest.fixture
+def kv(monkeypatch: pytest.MonkeyPatch) -> Store:
+    found = Store()
+    calls = {"put": found.put, "get": found.get, "del": found.delete, "list": found.keys}
+    names = {f"_internal_kv_{name}": call for name, call in calls.items()}
+    monkeypatch.setattr(module, "internal_kv", SimpleNamespace(**names))
+    return found
+
+
+def pin(store: WantedStore, name: str) -> WantedState:
+    return asyncio.run(store.change(lambda state: state.after("pin", name, None)))
+
+
+def test_a_change_between_reading_and_writing_is_not_lost(kv: Store) -> None:
+    one, other = WantedStore("app", "base", None), WantedStore("app", "base", None)
+    pin(one, "v0")
+    kv.between = lambda: pin(other, "v1")
+    state = pin(one, "v2")
+    assert (state.revision, set(state.variants)) == (3, {"v0", "v1", "v2"})
+    assert asyncio.run(other.newest()) == state
+
+
+def test_a_change_that_another_one_forbids_is_not_made(kv: Store) -> None:
+    one, other = WantedStore("app", "base", None), WantedStore("app", "base", None)
+
+    def only_first(state: WantedState) -> WantedState:
+        if state.variants:
+            raise ReleaseError("somebody was faster")
+        return state.after("pin", "v0", None)
+
+    kv.between = lambda: pin(other, "v1")
+    with pytest.raises(ReleaseError, match="somebody was faster"):
+        asyncio.run(one.change(only_first))
+    assert set(asyncio.run(one.newest()).variants) == {"v1"}
+
+
+def test_a_process_that_stood_still_finds_that_its_number_was_dropped(kv: Store) -> None:
+    one, other = WantedStore("app", "base", None), WantedStore("app", "base", None)
+    pin(one, "v0")
+
+    def meanwhile() -> None:
+        for number in range(20):
+            pin(other, f"other{number}")
+
+    kv.between = meanwhile
+    state = pin(one, "late")
+    assert (state.revision, len(state.variants)) == (22, 22)
+    assert asyncio.run(other.newest()) == state
+    assert len(kv.values) < 12, "old states stay for ever"
+
+
+def test_who_is_never_fast_enough_is_told(kv: Store) -> None:
+    one, other = WantedStore("app", "base", None), WantedStore("app", "base", None)
+    numbers = iter(range(10_000))
+
+    def always() -> None:
+        pin(other, f"other{next(numbers)}")
+        kv.between = always
+
+    kv.between = always
+    with pytest.raises(EngineDownError, match="is being changed by others all the time"):
+        pin(one, "v0")
+
+
+def test_the_state_of_an_earlier_cluster_does_not_replace_a_change_meanwhile(kv: Store, tmp_path: Path) -> None:
+    earlier = WantedStore("app", "base", tmp_path)
+    for name in ("v0", "v1", "v2"):
+        pin(earlier, name)
+    asyncio.run(earlier.newest())  # which writes the file
+    kv.values.clear()
+    node, front = WantedStore("app", "base", tmp_path), WantedStore("app", "base", None)
+    kv.between = lambda: pin(front, "new")
+    found = asyncio.run(node.newest())
+    assert found.revision == 3
+    assert asyncio.run(front.newest()) == found, "the highest revision counts"
+    assert pin(front, "after").revision == 4
