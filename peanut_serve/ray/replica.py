@@ -112,19 +112,29 @@ class EngineReplica(OperatedReplica):
             variant: the one that answers, as far as the front knows: another one while a release is open.
             request: for the engine.
 
-        Raises `EngineDownError` if this replica does not have the wanted version of the variant.
+        Raises `EngineDownError` if this replica does not have the wanted version of the variant, or if its engine died.
         """
         self._note(asked, variant)
         method, path, headers, body = request
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
         kept.append((b"authorization", self._key))
         async with self._client.stream(method, path, headers=kept, content=body) as answer:
+            if answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR and not await self._is_ready():
+                self._serves = False
+                raise EngineDownError("the engine that answered died; send the request again")
             kept = end_to_end([(key.lower(), value) for key, value in answer.headers.raw])
             short = int(answer.headers.get("content-length", _SHORT + 1)) <= _SHORT
             yield answer.status_code, kept, await _whole(answer) if short else None
             if not short:
                 async for part in answer.aiter_raw():
                     yield part
+
+    async def _is_ready(self) -> bool:
+        """Whether the engine works: one that died has ended what it ran with an error of the server."""
+        try:
+            return (await self._client.get("/ready", timeout=_PATIENCE)).is_success
+        except httpx.HTTPError:
+            return False
 
     def _note(self, asked: str, variant: str) -> None:
         """Note that a request has come. Raises `EngineDownError` if its variant is withheld.

@@ -299,6 +299,15 @@ def test_an_answer_that_was_cut_is_given_by_another(fleet: Fleet) -> None:
     assert until(lambda: len(living(fleet) - {lost}) == REPLICAS, 60)
 
 
+def test_a_request_of_an_engine_that_dies_is_answered_by_another(fleet: Fleet) -> None:
+    """vLLM's server answers 500 then, and ends."""
+    answer = fleet.client.post(COMPLETIONS, json={"model": "v6", "dies": True})
+    assert (answer.status_code, answer.json()["variant"]) == (200, "v6")
+    died = int(next(event for event in fleet.events() if "died" in event).split()[0])
+    assert answer.json()["pid"] != died
+    assert until(lambda: died not in living(fleet) and len(living(fleet)) == REPLICAS, 120)
+
+
 def living(fleet: Fleet) -> set[int]:
     """The engines that run."""
     found = set()

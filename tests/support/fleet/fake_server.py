@@ -49,17 +49,18 @@ class FakeServer:
         self.options, self.active, self.lock = options, "base", asyncio.Lock()
         self.admin = FakeAdmin(options.journal.parent, options.state)
         self.releases = FakeReleases(self.admin)
+        self.lives = True
 
     def note(self, event: str) -> None:
         with self.options.journal.open("a") as journal:
             print(os.getpid(), event, file=journal, flush=True)
 
     async def health(self, _: Request) -> Response:
-        return Response()
+        return Response(status_code=200 if self.lives else 503)
 
     async def engine(self, _: Request) -> Response:
         sizes = {"host_cache_bytes": 10, "host_cache_limit": 100, "restarts": 0}
-        facts = {"state": "serving", "swap_seconds": {}, "detail": None, **sizes}
+        facts = {"state": "serving" if self.lives else "failed", "swap_seconds": {}, "detail": None, **sizes}
         return JSONResponse({"active": self.active, "digest": self.active, **facts})
 
     async def metrics(self, _: Request) -> Response:
@@ -118,6 +119,11 @@ class FakeServer:
             return StreamingResponse(self.events(tokens), media_type="text/event-stream")
         facts = {"variant": self.active, "pid": os.getpid(), "choices": [{"token_ids": tokens}]}
         answer = JSONResponse(facts, headers={"x-peanut-variant": name, "x-peanut-digest": digest})
+        if body.get("dies") and "died" not in self.options.journal.read_text():  # the first that is asked to
+            self.note("died")
+            self.lives = False
+        if not self.lives:
+            return Response(status_code=500)  # as vLLM's server, when its engine has gone
         if body.get("stuck") and "stuck" not in self.options.journal.read_text():
             return StreamingResponse(self.never_whole(bytes(answer.body)), headers=dict(answer.headers))
         return answer
@@ -158,6 +164,7 @@ class FakeServer:
         app = Starlette(
             routes=[
                 Route("/health", self.health),
+                Route("/ready", self.health),
                 Route("/metrics", self.metrics),
                 Route("/v1/completions", self.complete, methods=["POST"]),
                 Route("/v1/models", self.models),
