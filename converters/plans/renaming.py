@@ -1,4 +1,7 @@
-"""Targets by way of transformers' own renamings, and what an adapter replaces whole."""
+"""Targets by way of a model class, with transformers' own renamings, and what an adapter replaces whole.
+
+A plain decoder needs no model code for that (`plain_decoders.py`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,6 +10,7 @@ from converters.adapters.adapter import Adapter
 from converters.errors import BaseMismatchError, TargetError, UnknownModelError
 from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
+from converters.models.plain_decoders import plain_decoder
 from converters.models.stored_names import architecture_of, refuse_other_names, stored_architecture
 from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
@@ -16,7 +20,7 @@ from converters.plans.targets import Target, Targets, find_head, not_found, refu
 
 
 def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: list[str] | None) -> Targets:
-    """Find every target by way of transformers' model class.
+    """Find every target by way of a model class.
 
     Args:
         base: the base.
@@ -64,10 +68,15 @@ def _choose_architecture(
     brings_head = _replaces(head) and (head.model_class is not None or head.task_type in HEAD_TASKS)
     try:
         if brings_head or base.architecture is None:
-            return build_architecture(base.config, head.model_class, head.task_type), []
-        return build_architecture(base.config, base.architecture), []
+            return _class_of(base, head.model_class, head.task_type), []
+        return _class_of(base, base.architecture), []
     except UnknownModelError as unknown:
         return _take_stored_names(base, adapters, head, unknown)
+
+
+def _class_of(base: Checkpoint, class_name: str | None, task_type: str | None = None) -> Architecture:
+    """A class on the config of the base: without model code, if it is a plain decoder."""
+    return plain_decoder(base, base.config, class_name) or build_architecture(base.config, class_name, task_type)
 
 
 def _take_stored_names(
