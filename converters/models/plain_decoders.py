@@ -137,7 +137,7 @@ def _architecture(config: Mapping[str, Any], class_name: str | None) -> Architec
         return build_architecture(config, class_name)
 
     def rename(name: str) -> tuple[str, str | None]:
-        known = name in shapes or _STORED_BUFFER.fullmatch(name) is not None
+        known = name in shapes or name.removesuffix(".bias") in linear or _STORED_BUFFER.fullmatch(name) is not None
         return (name, None) if known else built()._rename(name)
 
     return Architecture(

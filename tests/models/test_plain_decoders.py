@@ -40,7 +40,7 @@ def base_of(config: Mapping[str, Any], *extra: str, without: str | None = None) 
 def compare(found: Architecture | None, wanted: Architecture) -> None:
     assert found is not None
     assert {name: getattr(found, name) for name in SAME} == {name: getattr(wanted, name) for name in SAME}
-    for name in (*wanted.shapes, BUFFER):
+    for name in (*wanted.shapes, *(f"{module}.bias" for module in wanted.linear), BUFFER):
         assert (found.canonical(name), found.converted(name)) == (wanted.canonical(name), wanted.converted(name))
         assert found.conversion(name) is None and found.optional(name) == wanted.optional(name)
 
