@@ -159,7 +159,7 @@ def _architecture(config: Mapping[str, Any], class_name: str | None) -> Architec
 
 
 def _sizes(config: Mapping[str, Any], decoder: _Decoder) -> dict[str, int] | None:
-    """The sizes of the tensors, by the letters of the table; None if the config does not state what they follow from."""
+    """The sizes of the tensors, by the letters of the table; None if the config does not state enough."""
     stated: list[Any] = [config.get(name) for name in _SIZES]
     if any(type(size) is not int or size < 1 for size in stated):
         return None

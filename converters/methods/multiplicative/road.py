@@ -107,7 +107,7 @@ class RoAd(StoredMethod):
 
 
 class TurnedGroups(Update):
-    """Groups of rows are turned as the blocks pass by; those that the end of a block cuts are kept in a first pass."""
+    """Groups of rows are turned as the blocks pass by; those that a block ends in are kept in a first pass."""
 
     needs_pass = True
 
