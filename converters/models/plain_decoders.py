@@ -102,6 +102,14 @@ DECODERS: Mapping[str, _Decoder] = {
 }
 
 
+def class_for(base: Checkpoint, class_name: str | None, task_type: str | None = None) -> Architecture:
+    """`class_name`, or the class that loads `task_type`, on the config of `base`: without model code, if that can be.
+
+    Raises what `build_architecture` raises.
+    """
+    return plain_decoder(base, base.config, class_name) or build_architecture(base.config, class_name, task_type)
+
+
 def plain_decoder(base: Checkpoint, config: Mapping[str, Any], class_name: str | None) -> Architecture | None:
     """The class `class_name` for `config`, if the table knows it, and `base` is what the table says; else None.
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from converters.adapters.adapter import Adapter
 from converters.errors import BaseMismatchError, TargetError, UnknownModelError
-from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
+from converters.models.architecture import HEAD_TASKS, Architecture
 from converters.models.checkpoint import Checkpoint
-from converters.models.plain_decoders import plain_decoder
+from converters.models.plain_decoders import class_for
 from converters.models.stored_names import architecture_of, refuse_other_names, stored_architecture
 from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
@@ -68,15 +68,10 @@ def _choose_architecture(
     brings_head = _replaces(head) and (head.model_class is not None or head.task_type in HEAD_TASKS)
     try:
         if brings_head or base.architecture is None:
-            return _class_of(base, head.model_class, head.task_type), []
-        return _class_of(base, base.architecture), []
+            return class_for(base, head.model_class, head.task_type), []
+        return class_for(base, base.architecture), []
     except UnknownModelError as unknown:
         return _take_stored_names(base, adapters, head, unknown)
-
-
-def _class_of(base: Checkpoint, class_name: str | None, task_type: str | None = None) -> Architecture:
-    """A class on the config of the base: without model code, if it is a plain decoder."""
-    return plain_decoder(base, base.config, class_name) or build_architecture(base.config, class_name, task_type)
 
 
 def _take_stored_names(
