@@ -42,14 +42,16 @@ class _W0:
     def __init__(
         self, info: TensorInfo, rows: Tensor, columns: Tensor, reads: set[Reads], reader: TensorReader
     ) -> None:
-        self._rows, self._columns = rows, columns
+        self._rows, self._columns, self._shape = rows, columns, info.shape
         self._whole = read_rows(info, torch.arange(info.shape[0]), reader) if Reads.WHOLE in reads else None
-        self._at_rows = read_rows(info, rows, reader) if Reads.ROWS in reads else None
+        self._at_rows = read_rows(info, rows, reader) if reads & {Reads.ROWS, Reads.SHAPE} else None
         by_columns = Reads.COLUMNS in reads or (self._whole is None and self._at_rows is None)
         self._at_columns = read_columns(info, columns, reader) if by_columns else None
 
     def of(self, reads: Reads) -> Tensor:
-        """W0 at the rows, at the columns, whole; else at both."""
+        """W0 at the rows, at the columns, whole, or its shape alone; else at both."""
+        if reads is Reads.SHAPE:
+            return torch.full((), torch.nan, dtype=torch.float64).expand(self._shape)
         known = {Reads.WHOLE: self._whole, Reads.ROWS: self._at_rows, Reads.COLUMNS: self._at_columns}.get(reads)
         if known is not None:
             return known
@@ -65,7 +67,7 @@ class _W0:
 def sample_places(tensor: TensorPlan, deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
     """Rows and columns to recompute: some of those that need much of W0 each, all of the others."""
     reads = {delta.reads for delta in deltas}
-    by_rows = bool(reads & {Reads.ROWS, Reads.WHOLE})
+    by_rows = bool(reads & {Reads.ROWS, Reads.SHAPE, Reads.WHOLE})
     rows = _pick(tensor.matrix_shape[0], sampled=by_rows)
     columns = _pick(tensor.matrix_shape[1], sampled=not by_rows or Reads.COLUMNS in reads)
     return rows, columns

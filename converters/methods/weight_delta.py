@@ -18,6 +18,7 @@ class Reads(Enum):
     """What one number of a delta depends on."""
 
     NOTHING = "nothing"  # of W0: on θ alone
+    SHAPE = "shape"  # on the shape of W0, and none of its numbers
     NUMBER = "number"  # on the same number of W0
     ROWS = "rows"  # on the same row of W0
     COLUMNS = "columns"  # on the same column of W0, so all rows have to pass by before
@@ -117,7 +118,8 @@ class WeightDelta(ABC):
         The verification calls this with numbers that it has read itself, apart from what the evaluation read.
 
         Args:
-            w0: what `reads` asks for: W0 at `rows` (n, in), at `columns` (out, m), whole, or at both (n, m).
+            w0: what `reads` asks for: W0 at `rows` (n, in), at `columns` (out, m), whole, something of its shape
+                whose numbers are not to be read (out, in), or W0 at both (n, m).
             rows, columns: indices (n,) and (m,).
 
         Returns: two tensors (n, m).

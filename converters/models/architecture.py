@@ -1,8 +1,9 @@
 """What transformers knows about a model class: its tensor names, shapes and ties.
 
 Importing transformers takes seconds, so a merge imports it only if it needs to: when the tensor names of adapter and
-checkpoint differ, or when the adapter includes a head. The class is built on the meta device, without weights. The
-renamings between checkpoint and memory are those of `transformers/conversion_mapping.py`.
+checkpoint differ, or when more than linear layers is adapted, and the base is no plain decoder (`plain_decoders.py`).
+The class is built on the meta device, without weights. The renamings between checkpoint and memory are those of
+`transformers/conversion_mapping.py`.
 """
 
 import re

@@ -98,6 +98,14 @@ def labels_of(config: Mapping[str, Any]) -> list[str] | None:
     return [str(table[str(i)]) for i in range(len(table))] or None
 
 
+def label_count(config: Mapping[str, Any]) -> int:
+    """How many labels a config states, or implies: transformers counts two where it names none."""
+    stated, labels = config.get("num_labels"), config.get("id2label")
+    if type(stated) is int and stated > 0:
+        return stated
+    return len(labels) if isinstance(labels, dict) else 2
+
+
 def _map_nested(config: Mapping[str, Any], keys: tuple[str, ...], value: Any, only: Any = None) -> dict[str, Any]:
     """A copy of `config` with existing `keys`, at any depth, set to `value`; with `only`, just those that had it."""
     changed: dict[str, Any] = {}

@@ -11,6 +11,8 @@ from typing import Any
 from converters.errors import UnknownModelError
 from converters.models.architecture import AUTO_CLASSES, Architecture, build_architecture
 from converters.models.checkpoint import Checkpoint
+from converters.models.config import label_count
+from converters.models.plain_decoders import plain_decoder
 
 _EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
 _VOCABULARY = re.compile(r"emb|wte|lm_head|(^|\.)output", re.IGNORECASE)
@@ -30,7 +32,7 @@ def architecture_of(base: Checkpoint, config: Mapping[str, Any], replaced: Shape
     """
     names = config.get("architectures") or [None]
     try:
-        return build_architecture(config, names[0])
+        return plain_decoder(base, config, names[0]) or build_architecture(config, names[0])
     except UnknownModelError:
         return _stand_in(str(names[0] or config.get("model_type")), base, config, replaced)
 
@@ -96,14 +98,13 @@ def _stand_in(name: str, base: Checkpoint, config: Mapping[str, Any], others: Sh
         resized = size != old and len(info.shape) > 1 and info.shape[0] == old
         shapes[stored] = (int(size or 0), *info.shape[1:]) if resized else info.shape
     linear = (n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2)
-    labels = config.get("id2label")
     return Architecture(
         name=name,
         shapes={**shapes, **others},
         linear=frozenset(module for module in linear if not _EMBEDDING.search(module)),
         tied={},
         prefix="",
-        num_labels=int(config.get("num_labels") or (len(labels) if isinstance(labels, dict) else 2)),
+        num_labels=label_count(config),
         vocab_size=size if isinstance(size, int) else None,
         transposed=frozenset(),
         obstacles={},

@@ -61,7 +61,7 @@ class Placed(WeightDelta):
         found = torch.zeros(len(rows), len(columns), dtype=w0.dtype, device=w0.device)
         spread = torch.zeros_like(found)
         if bool(inside.any()):
-            has_all_rows = self.reads in (Reads.COLUMNS, Reads.WHOLE)
+            has_all_rows = self.reads in (Reads.COLUMNS, Reads.SHAPE, Reads.WHOLE)
             own = w0[self._start : self._stop] if has_all_rows else w0[inside]
             found[inside], spread[inside] = self._inner.delta_at(own, rows[inside] - self._start, columns)
         return found, spread

@@ -1,12 +1,16 @@
-"""Targets by way of transformers' own renamings, and what an adapter replaces whole."""
+"""Targets by way of a model class, with transformers' own renamings, and what an adapter replaces whole.
+
+A plain decoder needs no model code for that (`plain_decoders.py`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from converters.adapters.adapter import Adapter
 from converters.errors import BaseMismatchError, TargetError, UnknownModelError
-from converters.models.architecture import HEAD_TASKS, Architecture, build_architecture
+from converters.models.architecture import HEAD_TASKS, Architecture
 from converters.models.checkpoint import Checkpoint
+from converters.models.plain_decoders import class_for
 from converters.models.stored_names import architecture_of, refuse_other_names, stored_architecture
 from converters.plans.base_names import BaseNames
 from converters.plans.parts import place_parameters, split_part
@@ -16,7 +20,7 @@ from converters.plans.targets import Target, Targets, find_head, not_found, refu
 
 
 def find_renamed_targets(base: Checkpoint, adapters: Sequence[Adapter], labels: list[str] | None) -> Targets:
-    """Find every target by way of transformers' model class.
+    """Find every target by way of a model class.
 
     Args:
         base: the base.
@@ -64,8 +68,8 @@ def _choose_architecture(
     brings_head = _replaces(head) and (head.model_class is not None or head.task_type in HEAD_TASKS)
     try:
         if brings_head or base.architecture is None:
-            return build_architecture(base.config, head.model_class, head.task_type), []
-        return build_architecture(base.config, base.architecture), []
+            return class_for(base, head.model_class, head.task_type), []
+        return class_for(base, base.architecture), []
     except UnknownModelError as unknown:
         return _take_stored_names(base, adapters, head, unknown)
 

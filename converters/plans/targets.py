@@ -2,7 +2,8 @@
 
 Adapters carry the names of the transformers that trained them, checkpoints those of the one that wrote them.
 Where both agree, which is so for language models, names are taken as they are. Otherwise both are translated
-to the names of today's transformers (`architecture.py`), which settles every pairing of old and new.
+to the names of today's transformers (`architecture.py`), which settles every pairing of old and new; a plain decoder
+has the same names in all of them (`plain_decoders.py`).
 """
 
 import difflib

@@ -120,7 +120,8 @@ def test_blocks_samples_weights_and_transposed_weights(method: Method, weight: f
     assert torch.allclose(delta.delta(w0), wanted, rtol=1e-11, atol=1e-12)
     assert torch.allclose(evaluated(delta, w0) - w0, wanted, rtol=1e-11, atol=1e-12)
     rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1, 7])
-    read = {Reads.ROWS: w0[rows], Reads.COLUMNS: w0[:, columns], Reads.WHOLE: w0}
+    unread = torch.full((), torch.nan).double().expand(w0.shape)
+    read = {Reads.ROWS: w0[rows], Reads.COLUMNS: w0[:, columns], Reads.WHOLE: w0, Reads.SHAPE: unread}
     found, spread = delta.delta_at(read.get(delta.reads, w0[rows][:, columns]), rows, columns)
     assert torch.allclose(found, wanted[rows][:, columns], rtol=1e-11, atol=1e-12)
     assert bool((spread >= found.abs() * (1 - 1e-9)).all())

@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from converters.methods.dense.sparse import Sparse
 from converters.methods.peft_form import PeftForm
 from converters.methods.shapes import Axes
-from converters.methods.stored import StoredMethod, check_indices
-from converters.methods.weight_delta import Reads
+from converters.methods.stored import check_indices
 
 
 @dataclass(frozen=True, eq=False)
-class ShiRa(StoredMethod):
+class ShiRa(Sparse):
     """θ of one module: the numbers (n,), and their rows and columns (2, n)."""
 
     name = "shira"
@@ -32,19 +32,24 @@ class ShiRa(StoredMethod):
     )
 
     @property
-    def reads(self) -> Reads:
-        """See `WeightDelta.reads`: its shape."""
-        return Reads.WHOLE
-
-    @property
     def full_rank_reason(self) -> str:
         """See `WeightDelta.full_rank_reason`."""
         return "changes numbers here and there (SHiRA), so it is not of low rank"
 
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
-        rows, columns = self.theta["indices"].long()
-        check_indices("shira_indices", rows, w0.shape[0])
-        check_indices("shira_indices", columns, w0.shape[1])
+        rows, columns = self._places(w0.shape[0], w0.shape[1])
         numbers = self.theta["weight"] * self.weight
         return torch.zeros_like(w0, dtype=numbers.dtype).index_put_((rows, columns), numbers)
+
+    def entries(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """See `Sparse.entries`."""
+        rows, columns = self._places(*shape)
+        return rows * shape[1] + columns, self.theta["weight"]
+
+    def _places(self, out: int, width: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the numbers. Raises `ThetaError` for one outside of the weight."""
+        rows, columns = self.theta["indices"].long()
+        check_indices("shira_indices", rows, out)
+        check_indices("shira_indices", columns, width)
+        return rows, columns

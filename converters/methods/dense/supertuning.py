@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from converters.errors import AdapterConfigError, BaseMismatchError, ThetaError
+from converters.methods.dense.sparse import Sparse
 from converters.methods.peft_form import PeftForm, Shapes, as_number, number, rank_of, save_again
+from converters.methods.row_wise import Which
 from converters.methods.shapes import Axes
-from converters.methods.stored import StoredMethod, check_indices
-from converters.methods.weight_delta import Reads
+from converters.methods.stored import check_indices
 
 
 def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[st
 
 
 @dataclass(frozen=True, eq=False)
-class SuperTuning(StoredMethod):
+class SuperTuning(Sparse):
     """θ of one module: numbers (n,) and their places in the flat weight (n,); of a hybrid A (r, in), B (out, r)."""
 
     name = "supertuning"
@@ -65,11 +66,6 @@ class SuperTuning(StoredMethod):
     )
 
     @property
-    def reads(self) -> Reads:
-        """See `WeightDelta.reads`: its shape."""
-        return Reads.WHOLE
-
-    @property
     def full_rank_reason(self) -> str:
         """See `WeightDelta.full_rank_reason`."""
         return "changes numbers here and there (Super-Tuning), so it is not of low rank"
@@ -94,3 +90,15 @@ class SuperTuning(StoredMethod):
             return delta
         scale = float(self.given["scaling"]) * self.weight
         return delta.addmm_(self.theta["B"], self.theta["A"], alpha=scale)
+
+    def entries(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """See `Sparse.entries`."""
+        places = self.theta["indices"].long()
+        check_indices("supertuning_indices", places, shape[0] * shape[1])
+        return places, self.theta["values"]
+
+    def dense_rows(self, which: Which) -> Tensor | None:
+        """See `Sparse.dense_rows`: those of the hybrid Supra."""
+        if "A" not in self.theta:
+            return None
+        return self.theta["B"][which] @ self.theta["A"] * float(self.given["scaling"])

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from converters.errors import AdapterConfigError, BaseMismatchError, MissingDependencyError
 from converters.methods.dense.drawn_places import drawn_places
+from converters.methods.dense.sparse import Sparse
 from converters.methods.peft_form import PeftForm, Shapes, boolean, integer, number
 from converters.methods.shapes import Axes
-from converters.methods.stored import StoredMethod
-from converters.methods.weight_delta import Reads
 
 _HAAR = "db1"
 
@@ -38,7 +37,7 @@ def _settings(config: Mapping[str, Any], module: str, shapes: Shapes) -> dict[st
 
 
 @dataclass(frozen=True, eq=False)
-class WaveFt(StoredMethod):
+class WaveFt(Sparse):
     """θ of one module: the coefficients (n,)."""
 
     name = "waveft"
@@ -55,11 +54,6 @@ class WaveFt(StoredMethod):
     )
 
     @property
-    def reads(self) -> Reads:
-        """See `WeightDelta.reads`: its shape."""
-        return Reads.WHOLE
-
-    @property
     def full_rank_reason(self) -> str:
         """See `WeightDelta.full_rank_reason`."""
         return "consists of wavelets (WaveFT), so it is not of low rank"
@@ -72,40 +66,47 @@ class WaveFt(StoredMethod):
 
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
-        spectrum = self.theta["spectrum"] * float(self.given["scaling"] * self.weight)
-        places = drawn_places(self.given["seed"], (w0.shape[0], w0.shape[1]), len(spectrum))
-        rows, columns = (place.to(spectrum.device) for place in places)
+        places, numbers = self.entries((w0.shape[0], w0.shape[1]))
+        flat = numbers.new_zeros(w0.numel()).index_put_((places,), numbers, accumulate=True)
+        return flat.view(w0.shape) * self.weight
+
+    def entries(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """See `Sparse.entries`: each coefficient contributes to as many rows and columns as a filter has taps."""
+        spectrum = self.theta["spectrum"] * float(self.given["scaling"])
+        rows, columns = (p.to(spectrum.device) for p in drawn_places(self.given["seed"], shape, len(spectrum)))
         if self.given["wavelet"] is None:
-            return torch.zeros_like(w0).index_put_((rows, columns), spectrum)
-        return _inverse_dwt(rows, columns, spectrum, low_pass(self.given["wavelet"]), w0)
+            return rows * shape[1] + columns, spectrum
+        return _inverse_dwt(rows, columns, spectrum, low_pass(self.given["wavelet"]), shape)
 
 
-def _inverse_dwt(rows: Tensor, columns: Tensor, numbers: Tensor, low_pass: tuple[float, ...], w0: Tensor) -> Tensor:
+def _inverse_dwt(
+    rows: Tensor, columns: Tensor, numbers: Tensor, low_pass: tuple[float, ...], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """One step of the inverse transform in two dimensions, of a matrix of few numbers.
 
     Args:
-        rows, columns: where they are (n,) in a matrix of the shape of `w0`.
+        rows, columns: where they are (n,) in a matrix of this shape.
         numbers: (n,).
         low_pass: the low-pass filter; the high-pass filter is its mirror image with alternating signs.
-        w0: what has the shape of the result.
+        shape: (out, in), also of the result.
 
-    Returns: (out, in); each number contributes to as many rows and columns of it as a filter has taps.
+    Returns: flat places in the result, and what is added there; places repeat.
     """
-    taps = torch.arange(len(low_pass), device=w0.device)
-    low = torch.tensor(low_pass, dtype=w0.dtype, device=w0.device)
+    taps = torch.arange(len(low_pass), device=numbers.device)
+    low = torch.tensor(low_pass, dtype=numbers.dtype, device=numbers.device)
     filters = torch.stack([low, low.flip(0) * (1 - 2 * (taps % 2))])  # (2, taps)
-    row_half, first_row = _spread(rows, w0.shape[0], len(low))
-    column_half, first_column = _spread(columns, w0.shape[1], len(low))
-    down = (
-        filters[column_half] * numbers[:, None]
-    )  # crosswise: PEFT has the upper right quarter as the vertical detail
+    row_half, first_row = _spread(rows, shape[0], len(low))
+    column_half, first_column = _spread(columns, shape[1], len(low))
+    # crosswise: PEFT has the upper right quarter as the vertical detail
+    down = filters[column_half] * numbers[:, None]
     along, y = filters[row_half], first_row[:, None] + taps
-    delta = torch.zeros_like(w0)
+    places, added = [], []
     for tap in range(len(low)):
         x = (first_column[:, None] + tap).expand_as(y)
-        inside = (y >= 0) & (y < w0.shape[0]) & (x >= 0) & (x < w0.shape[1])
-        delta.index_put_((y[inside], x[inside]), (down * along[:, tap, None])[inside], accumulate=True)
-    return delta
+        inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
+        places.append((y * shape[1] + x)[inside])
+        added.append((down * along[:, tap, None])[inside])
+    return torch.cat(places), torch.cat(added)
 
 
 def _spread(places: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ and scales a pair has: one of each, two, or four. Source: arXiv 2409.00119; HF P
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from converters.errors import AdapterConfigError, ThetaError
 from converters.methods.peft_form import PeftForm, Shapes, integer
 from converters.methods.shapes import Axes
 from converters.methods.stored import StoredMethod
+from converters.methods.update import Update
 from converters.methods.weight_delta import Reads, WeightDelta, WeightShape
 
 _NUMBERS = {"road_1": 1, "road_2": 2, "road_4": 4}  # variant -> angles of a pair of outputs
@@ -86,7 +88,10 @@ class RoAd(StoredMethod):
 
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
-        keep, take = self.columns
+        return self.turned(w0, *self.columns)
+
+    def turned(self, w0: Tensor, keep: Tensor, take: Tensor) -> Tensor:
+        """The rows of the delta for whole groups of rows of W0 (n, in), with their `columns` (n, 1)."""
         first, second = w0.reshape(-1, 2, self.given["group_size"] // 2, w0.shape[1]).unbind(1)
         partner = torch.stack([-second, first], dim=1).reshape(w0.shape)
         return ((keep - 1) * w0 + take * partner) * self.weight
@@ -95,3 +100,54 @@ class RoAd(StoredMethod):
         """See `WeightDelta.delta_at`: `w0` has whole columns."""
         found = self.delta(w0)[rows]
         return found, found.abs()
+
+    def update(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Update:
+        """See `WeightDelta.update`."""
+        return TurnedGroups(self.with_parts(self.parts_on(device, dtype)), dtype, device)
+
+
+class TurnedGroups(Update):
+    """Groups of rows are turned as the blocks pass by; those that a block ends in are kept in a first pass."""
+
+    needs_pass = True
+
+    def __init__(self, theta: RoAd, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self._theta, self._size = theta, theta.given["group_size"]
+        self._keep, self._take = theta.columns
+        self._cut: dict[int, Tensor] = {}  # number of the group -> its rows of W0
+
+    def see(self, w0: Tensor, start: int) -> None:
+        """Keep the rows of groups that are not whole in this block."""
+        for rows in self._groups(start, start + w0.shape[0]):
+            group = rows.start // self._size
+            first = group * self._size
+            if rows.stop - rows.start < self._size:
+                kept = self._cut.setdefault(group, w0.new_empty(self._size, w0.shape[1]))
+                kept[rows.start - first : rows.stop - first] = w0[rows.start - start : rows.stop - start]
+
+    def settle(self) -> None:
+        """See `Update.settle`: the rows that were kept are all that is needed."""
+
+    def prepare(self, w0: Tensor, start: int) -> Tensor:
+        """Rows of the delta."""
+        pieces = []
+        for rows in self._groups(start, start + w0.shape[0]):
+            if rows.stop - rows.start < self._size:
+                group = rows.start // self._size
+                first = group * self._size
+                turned = self._turned(self._cut[group], first)
+                pieces.append(turned[rows.start - first : rows.stop - first])
+            else:
+                pieces.append(self._turned(w0[rows.start - start : rows.stop - start], rows.start))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _turned(self, w0: Tensor, first: int) -> Tensor:
+        rows = slice(first, first + w0.shape[0])
+        return self._theta.turned(w0, self._keep[rows], self._take[rows])
+
+    def _groups(self, start: int, end: int) -> list[slice]:
+        """The rows from `start` to `end`: a part of a group, whole groups, a part of a group, as far as there are."""
+        whole = -(-start // self._size) * self._size
+        bounds = [start, *(row for row in (whole, end - end % self._size) if start < row < end), end]
+        return [slice(*pair) for pair in pairwise(dict.fromkeys(bounds))]

@@ -1,8 +1,8 @@
 """AdaMSS: `W = W0 + P · (B_1 A_1; ...; B_K A_K) · V`, P putting the rows of K clusters back to their places.
 
 V, the right singular vectors of (W0 | bias), is saved with A and B. The clusters are not: they come from a k-means of
-the left singular vectors, and HF PEFT finds them again where it loads the adapter. So does this, by PEFT's own layer,
-and refuses a V or sizes of clusters other than those that were saved. A module's bias is a column of its weight here:
+the left singular vectors, and HF PEFT finds them again where it loads the adapter. So does this (`clusters.py`), and
+refuses a V or sizes of clusters other than those that were saved. A module's bias is a column of its weight here:
 the clusters depend on it, and it changes as the last column of the delta. Source: HF PEFT's
 `peft/tuners/adamss/layer.py`.
 """
@@ -56,9 +56,9 @@ class Adamss(Decomposed):
     name = "adamss"
     formula = "`W = W0 + P·(B₁·A₁; ...)·V`, by clusters of rows (AdaMSS)"
     lora_rank = "Σ r_i"
-    remark = "Biases, too. Needs the extra `peft`, which finds the clusters of rows again"
+    remark = "Biases, too. Needs scikit-learn (`[peft]`), which finds the clusters of rows again"
     reads_module = True
-    packages = ("peft", "scikit-learn")
+    packages = ("scikit-learn",)
     axes: ClassVar[Mapping[str, Axes]] = {"newB": ("r", "width"), "places": ("out",)}
     integers = frozenset({"places"})
     peft = PeftForm(
@@ -128,7 +128,7 @@ class Adamss(Decomposed):
         Raises:
             BaseMismatchError: the module has a bias, and θ was trained for one without; or the other way round.
             ConversionError: this machine, or this base, gives other clusters than the training had.
-            MissingDependencyError: HF PEFT is not installed.
+            MissingDependencyError: scikit-learn is not installed.
         """
         saved, width = self.theta["newB"], weight.shape[1] + (bias is not None)
         if saved.shape[1] != width:

@@ -1,7 +1,8 @@
-"""Which rows of W0 belong together, for AdaMSS: k-means of the left singular vectors, by HF PEFT's own layer.
+"""Which rows of W0 belong together, for AdaMSS: k-means of the left singular vectors, as HF PEFT does it.
 
 The random numbers, the SVD in float32 and the k-means depend on the versions of torch and scikit-learn, and on the
-number of threads, by rounding. What the layer finds is compared with what was saved by the training, by whoever asks.
+number of threads, by rounding. What is found is compared with what was saved by the training, by whoever asks.
+Source: HF PEFT's `peft/tuners/adamss/utils.py`, whose import, and the layer around it, take longer than the rest.
 """
 
 import threading
@@ -15,11 +16,14 @@ from torch import Tensor
 from converters.errors import MissingDependencyError
 from converters.methods.spectral.remembering import remembering
 
-_ONE_AT_A_TIME = threading.Lock()  # the layer seeds the random numbers of the process
+_ONE_AT_A_TIME = threading.Lock()  # the random numbers are those of the process
 _THREADS = torch.get_num_threads()  # of a program that does not set them, as most trainings
 
 THREAD_COUNTS = tuple(dict.fromkeys([_THREADS, 1, 2, 4, 8, 16]))
 """How many threads a training may have had: the most likely number first."""
+
+# what PEFT calls scikit-learn's KMeans with
+_K_MEANS = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,32 +53,27 @@ class Search:
 
 @remembering
 def find_clusters(weight: Tensor, bias: Tensor | None, search: Search) -> Clusters:
-    """The clusters of one module's rows (HF PEFT's `peft/tuners/adamss/layer.py`, `update_layer`).
+    """The clusters of one module's rows.
 
     Args:
         weight, bias: of the module, (out, in) and (out,).
         search: what else they depend on.
 
-    Raises `MissingDependencyError` without HF PEFT or scikit-learn.
+    Raises `MissingDependencyError` without scikit-learn.
     """
     try:
-        from peft import AdamssConfig
-        from peft.tuners.adamss.layer import Linear
-
-        # which looks for scikit-learn
-        config = AdamssConfig(r=search.r, num_subspaces=search.count, random_seed=search.seed)
+        from sklearn.cluster import KMeans
     except ImportError:
-        raise MissingDependencyError(
-            "AdaMSS needs HF PEFT and scikit-learn: pip install 'peanut-serve[peft]'"
-        ) from None
-    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    module.weight = torch.nn.Parameter(weight.detach().float().cpu())
-    if bias is not None:
-        module.bias = torch.nn.Parameter(bias.detach().float().cpu())
-    with _ONE_AT_A_TIME, _threads(search.threads), torch.random.fork_rng(devices=[]), torch.no_grad():
-        layer = Linear(module, "default", r=search.r, config=config)
-    sizes = tuple(len(part) for part in layer.adamss_B["default"].parameters())
-    return Clusters(layer.adamss_newB["default"].detach(), layer.scatter_index["default"], sizes)
+        raise MissingDependencyError("AdaMSS needs scikit-learn: pip install 'peanut-serve[peft]'") from None
+    parts = [weight] if bias is None else [weight, bias[:, None]]
+    whole = torch.cat([part.detach().cpu().float() for part in parts], dim=1)
+    with _ONE_AT_A_TIME, _threads(search.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(search.seed)
+        left, _, right = torch.svd_lowrank(whole, q=min(search.r, *whole.shape), niter=2)
+        k_means = KMeans(n_clusters=min(search.count, len(whole)), **_K_MEANS)
+        labels = torch.from_numpy(k_means.fit_predict(left.contiguous().numpy()))
+    rows = [torch.where(labels == cluster)[0] for cluster in range(int(labels.max()) + 1)]
+    return Clusters(right.T.contiguous(), torch.cat(rows), tuple(map(len, rows)))
 
 
 @contextmanager

@@ -148,9 +148,10 @@ def _recompute(
     deltas = plan.deltas_of(tensor)
     reads, info = {delta.reads for delta in deltas}, info.as_matrix(tensor.matrix_shape)
     out, width = tensor.matrix_shape
-    split_rows = Reads.ROWS in reads and Reads.WHOLE not in reads
+    at_once = bool(reads & {Reads.SHAPE, Reads.WHOLE})
+    split_rows = Reads.ROWS in reads and not at_once
     rows = torch.split(torch.arange(out), max(1, _NUMBERS // width)) if split_rows else [torch.arange(out)]
-    by_columns = reads != {Reads.ROWS} and Reads.WHOLE not in reads
+    by_columns = reads != {Reads.ROWS} and not at_once
     columns = torch.split(torch.arange(width), max(1, _NUMBERS // out)) if by_columns else [torch.arange(width)]
     for some_columns in columns:
         read = read_columns(info, some_columns, reader) if by_columns else None

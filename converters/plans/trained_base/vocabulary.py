@@ -20,8 +20,9 @@ from converters.adapters.layouts.peft_keys import EMBEDDING_NAMES
 from converters.errors import BaseMismatchError, OptionError
 from converters.files.header import TensorInfo
 from converters.models import config as model_config
-from converters.models.architecture import Architecture, build_architecture
+from converters.models.architecture import Architecture
 from converters.models.checkpoint import Checkpoint
+from converters.models.plain_decoders import class_for
 from converters.plans.base_names import BaseNames
 from converters.plans.trained_base.added_rows import Addition, mean_row, write_longer
 from converters.plans.trained_base.token_names import name_tokens
@@ -62,7 +63,7 @@ def resize_vocabulary(base: Checkpoint, adapters: Sequence[Adapter], dtype: str)
     embeddings = [(adapter, name) for adapter in adapters for name in adapter.embedded if _NAME.fullmatch(name)]
     if all(_fits(base, adapter, name) for adapter, name in embeddings):
         return base, []
-    arch = build_architecture(base.config, base.architecture)
+    arch = class_for(base, base.architecture)
     names = BaseNames(base, arch, switched=False)
     found = _find_saved(adapters, arch, names, base)
     if not found:

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.adamss.layer import Linear
 from safetensors.torch import load_file
 from support.damage import changed, without
 from support.method_zoo import TARGETS
@@ -47,7 +48,7 @@ def test_a_bias_changes_too_also_as_lora(tmp_path: Path) -> None:
     modules = set(load_adapter(tmp_path / "adapter").modules)
     assert changes == {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
     versions = json.loads((tmp_path / "merged" / "peanut_manifest.json").read_text())["versions"]
-    assert versions.keys() == {"python", "torch", "transformers", "safetensors", "peft", "scikit-learn"}
+    assert versions.keys() == {"python", "torch", "transformers", "safetensors", "scikit-learn"}
     wanted = logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "adapter"))
     write_lora_adapter(plan_lora_adapter(prepare_merge(tmp_path / "base", tmp_path / "adapter"), tmp_path / "lora"))
     assert close(logits(reloaded(MODELS["bert"](), tmp_path / "base", tmp_path / "lora")), wanted)
@@ -108,11 +109,30 @@ def test_another_seed_and_clusters_of_other_sizes(tmp_path: Path, adapter: Path)
         merge(tmp_path / "base", adapter, tmp_path / "merged")
 
 
-@pytest.mark.parametrize("package", ["peft", "sklearn"])
-def test_without_the_extra(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+def test_without_the_extra(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'peanut-serve\[peft\]'"):
         merge(tmp_path / "base", adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("shape", "r", "count"), [((48, 32), 8, 3), ((32, 48), 40, 5), ((4, 32), 8, 6)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_clusters_are_those_of_pefts_layer(shape: tuple[int, int], r: int, count: int, with_bias: bool) -> None:
+    torch.manual_seed(5)
+    module = torch.nn.Linear(shape[1], shape[0], bias=with_bias)
+    settings = peft.AdamssConfig(r=r, num_subspaces=count, random_seed=3)
+    layer = Linear(module, "default", r=r, config=settings)
+    bias = module.bias.detach() if with_bias else None
+    found = find_clusters(module.weight.detach(), bias, Search(r, count, 3))
+    assert torch.equal(found.vectors, layer.adamss_newB["default"])
+    assert torch.equal(found.rows, layer.scatter_index["default"])
+    assert found.sizes == tuple(map(len, layer.adamss_B["default"].parameters()))
+
+
+def test_pefts_layer_is_not_needed(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its import takes longer than all else."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert merge(tmp_path / "base", adapter, tmp_path / "merged").verification is not None
 
 
 def test_a_stream_is_not_enough(tmp_path: Path, adapter: Path) -> None:
@@ -122,7 +142,7 @@ def test_a_stream_is_not_enough(tmp_path: Path, adapter: Path) -> None:
 
 
 def test_several_threads_find_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF PEFT's layer seeds the random numbers of the process, and leaves them as they were."""
+    """The random numbers of the process are seeded, and then left as they were."""
     torch.manual_seed(0)
     weights, search = torch.randn(40, 48, 32), Search(8, 3, 0)  # more than are kept
     wanted, state = [find_clusters(weight, None, search) for weight in weights], torch.get_rng_state()

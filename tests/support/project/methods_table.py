@@ -10,6 +10,7 @@ from converters.methods.weight_delta import Reads
 
 _READS = {
     Reads.NOTHING: "nothing",
+    Reads.SHAPE: "its shape",
     Reads.NUMBER: "the same number",
     Reads.ROWS: "rows",
     Reads.COLUMNS: "columns",
