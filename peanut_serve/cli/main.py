@@ -65,7 +65,7 @@ class _Drain(str, Enum):
 
 
 class _BaseCopy(str, Enum):
-    HOST, DISK = "host", "disk"
+    HOST, DISK, DEVICE = "host", "disk", "device"
 
 
 class _LogFormat(str, Enum):
@@ -109,7 +109,18 @@ _DrainTimeout = Annotated[
 ]
 _HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
 _BaseCopyOption = Annotated[
-    _BaseCopy, typer.Option("--base-copy", help="Where to keep the base weights for swapping back.")
+    _BaseCopy,
+    typer.Option(
+        "--base-copy",
+        help="Where to keep the base weights for swapping back; with device, variants are evaluated there too.",
+    ),
+]
+_PackedCache = Annotated[
+    str,
+    typer.Option(
+        "--packed-cache",
+        help="On the CPU: maximum memory of each worker for layers as vLLM packed them; 0 to pack them at every swap.",
+    ),
 ]
 _PrefixCacheOption = Annotated[
     _PrefixCache,
@@ -226,6 +237,7 @@ def _serve(
     drain_timeout: _DrainTimeout = 60.0,
     host_cache: _HostCache = "8GiB",
     base_copy: _BaseCopyOption = _BaseCopy.HOST,
+    packed_cache: _PackedCache = "1GiB",
     prefix_cache: _PrefixCacheOption = _PrefixCache.RESET,
     pin: _Pin = None,
     preload: _Preload = None,
@@ -263,7 +275,7 @@ def _serve(
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
-        "keys": keys,
+        "keys": keys, "packed_cache": packed_cache,
         "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
     options = ServeOptions(
