@@ -3,8 +3,8 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --part swap --layers 32 --runs 9
 
-evaluate: one weight of each shape of Llama-2-7B, r=32, float16: f as a merge evaluates it (float64), `W0 + up @ down` as
-    a swap does (float32), a copy on the device, and one over PCIe.
+evaluate: one weight of each shape of Llama-2-7B, r=32, float16: f as a merge evaluates it (float64), `W0 + up @ down`
+    as a swap does (float32), a copy on the device, and one over PCIe.
 merge: peanut-merge --device cuda on a random checkpoint with these shapes, beside `cp -r` and fsync.
 swap: all changed weights of this checkpoint, from factors and W0 on the device, beside those of the host.
 

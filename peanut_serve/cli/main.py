@@ -119,7 +119,7 @@ _PackedCache = Annotated[
     str,
     typer.Option(
         "--packed-cache",
-        help="On the CPU: maximum memory of each worker for layers as vLLM packed them; 0 to pack them at every swap.",
+        help="On the CPU: maximum memory of each worker for layers as vLLM packed them; 0 to always pack anew.",
     ),
 ]
 _PrefixCacheOption = Annotated[

@@ -125,7 +125,7 @@ def _size(
         size, left = console.size_text, gpu - facts["gpu"]["usable"]
         raise OptionError(
             f"--base-copy device takes up to {size(copy)} beside vLLM, but --gpu-memory-utilization {utilization:g} "
-            f"leaves {size(left)} of {gpu_memory}; lower it to {max(gpu - copy, 0) / gpu:.2f}, or use --base-copy host"
+            f"leaves {size(left)} of {gpu_memory}; use {max(gpu - copy, 0) / gpu:.2f}, or --base-copy host"
         )
 
 

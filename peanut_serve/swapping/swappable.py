@@ -42,8 +42,8 @@ async def make_swappable(
     Args:
         engine: it has the base's weights.
         base: the checkpoint it was started from.
-        base_copy: where the base's tensors that variants change are kept. On disk, they are read from its files. On the
-            device, variants are evaluated from them; what cannot be is kept on the host.
+        base_copy: where the base's tensors that variants change are kept. On disk, they are read from its files. On
+            the device, variants are evaluated from them; what cannot be is kept on the host.
 
     Raises `SelfTestError` if the engine does not swap the weights of this model correctly.
     """

@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Run requests again."""
 
     async def apply(self, places: Sequence[Place], afresh: bool = False) -> None:
-        """Load tensors; `afresh` without what was kept of earlier loads. After a failure, the weights are undefined."""
+        """Load tensors; `afresh` without what was kept of earlier loads. After a failure, they are undefined."""
 
     async def stage(self, places: Sequence[Place]) -> None:
         """Prepare the workers for `apply` with these tensors, without a change of the weights."""

@@ -88,7 +88,7 @@ class HostWeights:
 
         Raises `ValueError` if a tensor is incomplete.
         """
-        for name, (done, digest) in self._open.items():
+        for name, (done, _) in self._open.items():
             if done != self.tensors[name].nbytes:
                 raise ValueError(f"{name}: got {done} bytes, expected {self.tensors[name].nbytes}")
         written = {name: digest.hexdigest() for name, (_, digest) in self._open.items()}
@@ -113,7 +113,7 @@ class HostWeights:
 
 
 def stored(specs: Iterable[TensorSpec], factored: Mapping[str, Factored]) -> list[TensorSpec]:
-    """What is written for these tensors: first the factors, side by side, so that few copies take them to a device."""
+    """What is written for these tensors: first the factors, side by side, so that one copy takes them to a device."""
     specs = list(specs)
     found = [factored[spec.name] for spec in specs if spec.name in factored]
     factors = [factor for one in found for factor in (one.up, one.down)]

@@ -119,6 +119,6 @@ def digest_of(*facts: str) -> str:
 
 
 def places_of(names: Iterable[str], weights: HostWeights | None, base: Mapping[str, Place]) -> Iterator[Place]:
-    """Where workers get each tensor of a version: its own weights if they include the tensor, otherwise the base's."""
+    """Where workers get each tensor of a version: in its own weights if these include it, otherwise in the base's."""
     own = weights.places if weights is not None else {}
     return (own.get(name) or base[name] for name in names)

@@ -16,7 +16,7 @@ def excess(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def tolerance(weights: torch.Tensor) -> torch.Tensor:
-    """How far two evaluations of 16 bits may differ, one in float32: a unit in the last place, and what float32 loses.
+    """How far two evaluations of 16 bits may differ, one in float32: a last place, and what float32 loses.
 
     That is relative to the magnitudes that are added up; here they are taken to be at most eight times the largest
     result.

@@ -1,7 +1,7 @@
 """A self-test at start-up: do the workers restore and update weights from the copies of W0 on their devices?
 
-Rows of a layer are negated twice: as the host would do it, and by factors on the devices. These factors have one number
-in each column of `up`, and `W0 + up @ down` is then exact in every precision, so that both ways give the same bits.
+Rows of a layer are negated twice: as the host would do it, and by factors on the devices. These have one number in
+each column of `up`, and `W0 + up @ down` is then exact in every precision, so that both ways give the same bits.
 """
 
 import logging

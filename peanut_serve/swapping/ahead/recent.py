@@ -1,8 +1,8 @@
 """While nothing is asked for: the weights of variants that were used lately, in host memory before they are needed.
 
-That finds what a request would wait for: a new version in a variant's files, and weights that were dropped when others
-needed the room. It takes free memory only, and so never drops weights; of the requests that come meanwhile, one at most
-waits for an evaluation that it did not need.
+That finds what a request would wait for: a new version in a variant's files, and weights that were dropped when
+others needed the room. It takes free memory only, and so never drops weights; of the requests that come meanwhile,
+one at most waits for an evaluation that it did not need.
 """
 
 import asyncio

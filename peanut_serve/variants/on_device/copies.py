@@ -32,8 +32,8 @@ class Room:
             return None
         return (
             f"--base-copy device needs {self.needed >> 20} MiB more on {self.device} for W0 of what variants change, "
-            f"but {self.free >> 20} MiB are free; lower --gpu-memory-utilization, by which vLLM takes the rest, or use "
-            "--base-copy host"
+            f"but {self.free >> 20} MiB are free; lower --gpu-memory-utilization, by which vLLM takes the rest, or "
+            "use --base-copy host"
         )
 
 

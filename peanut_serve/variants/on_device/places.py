@@ -1,4 +1,4 @@
-"""Where a worker of the engine gets a tensor: from a file, from its copy of W0, or from that copy and exact factors."""
+"""Where a worker of the engine gets a tensor: in a file, in its copy of W0, or from that copy and exact factors."""
 
 import json
 from collections.abc import Mapping, Sequence

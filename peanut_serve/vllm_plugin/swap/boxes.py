@@ -1,7 +1,7 @@
 """Which part of each tensor of the checkpoint a worker loads: all of it, or its shard under tensor parallelism.
 
-vLLM's loaders cut a shard out of a tensor as a view, and copy that. So the views that are read while a model is loaded
-say which part it is, for every layer that vLLM shards: fused ones, by rows or columns, with replicated heads.
+vLLM's loaders cut a shard out of a tensor as a view, and copy that. So the views that are read while a model is
+loaded say which part it is, for every layer that vLLM shards: fused ones, by rows or columns, with replicated heads.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ def whole_box(shape: tuple[int, ...]) -> Box:
     return tuple(slice(0, size) for size in shape)
 
 
-class BoxRecorder(TorchDispatchMode):
+class BoxRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, records what is read of the watched tensors. Recording too much is harmless."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.boxes: dict[str, Box] = {}
         self._watched: dict[int, tuple[str, torch.dtype, tuple[int, ...]]] = {}
 
@@ -64,7 +64,7 @@ def box_of(view: Tensor, shape: tuple[int, ...]) -> Box | None:
             if counts.get(stride) != 1:
                 return None
             counts[stride] = size
-    box, offset = [], view.storage_offset()
+    box, offset = [], int(view.storage_offset())
     for size, stride in zip(shape, strides, strict=True):
         start, offset = divmod(offset, stride)
         if start + counts[stride] > size:

@@ -40,7 +40,7 @@ class KeptWeights:
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def needed(self, infos: Sequence[TensorInfo]) -> int:
-        """Bytes to allocate: for those that are not kept yet, their factors, and the evaluation of the largest one."""
+        """Bytes to allocate: for those that are not kept yet, for factors, and to evaluate the largest one."""
         missing = [info for info in infos if info.name not in self._kept]
         if not missing:
             return 0

@@ -80,7 +80,7 @@ def in_host_memory(infos: Iterable[TensorInfo]) -> set[Path]:
 
 @contextmanager
 def source(places: Sequence[Place]) -> Iterator[Callable[[Place], Tensor]]:
-    """Yield a function that reads a tensor in a file: without a copy if it is in the server's memory, else from disk."""
+    """Yield a function that reads a tensor in a file, without a copy if that is in the server's memory."""
     infos = [place for place in places if isinstance(place, TensorInfo)]
     _maps.refresh()
     mapped = {file: _maps.whole(file) for file in in_host_memory(infos)}

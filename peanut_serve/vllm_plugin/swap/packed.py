@@ -1,9 +1,9 @@
 """Layers as vLLM's CPU backend has packed them, kept for the next swap to the same weights: it exchanges them whole.
 
-On the CPU, vLLM packs the weight of every linear layer anew when it is loaded, on one thread, and keeps the packed copy
-in the closure `cpu_linear` of the layer. A layer that is loaded from the same bytes gets an equal copy, so the closure
-of the first time does. What a layer was loaded from is known by place, and places do not change: the server's host
-memory is sealed, and W0 and factors are not written again.
+On the CPU, vLLM packs the weight of every linear layer anew when it is loaded, on one thread, and keeps the packed
+copy in the closure `cpu_linear` of the layer. A layer that is loaded from the same bytes gets an equal copy, so the
+closure of the first time does. What a layer was loaded from is known by place, and places do not change: the server's
+host memory is sealed, and W0 and factors are not written again.
 """
 
 from collections import OrderedDict
@@ -20,8 +20,8 @@ from peanut_serve.variants.host_weights import available_memory
 from peanut_serve.variants.on_device.places import KeptTensor, Place
 
 _SPARE = 1 << 30  # bytes of host memory that are left to others
-# a layer that was exchanged within so many loads is not dropped for another one: if variants that take turns do not all
-# fit, some of their layers stay, and the one to be used next is not always the one that was dropped last
+# a layer that was exchanged within so many loads is not dropped for another one: if variants that take turns do not
+# all fit, some of their layers stay, and it is not always the next one that was dropped last
 _TURNS = 16
 
 Key = tuple[tuple[Any, ...], ...]  # where each tensor of a layer was loaded from
@@ -58,7 +58,7 @@ class PackedLayers:
         return sum(packed.nbytes for packed in self._packed.values())
 
     def exchange(self, places: Sequence[Place]) -> list[Place]:
-        """Give each layer its packed weight, if it was loaded from the same places before; returns what is left to load.
+        """Give each layer its packed weight, if it was loaded from the same places before; returns what is left.
 
         Tensors that are loaded into several layers are left, unless all of them have theirs.
         """
@@ -150,10 +150,11 @@ def _is_packed(module: torch.nn.Module) -> bool:
 
 def _packed(module: torch.nn.Module, places: tuple[Place, ...]) -> _Packed:
     own = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False) if value.numel()}
-    inputs = getattr(module, "input_size_per_partition", None) or module.input_size
-    outputs = getattr(module, "output_size_per_partition", None) or module.output_size
-    nbytes = int(inputs) * int(outputs) * module.weight.element_size() + sum(value.nbytes for value in own.values())
-    return _Packed(getattr(module, _MULTIPLY), own, places, nbytes)
+    layer: Any = module
+    inputs = getattr(layer, "input_size_per_partition", None) or layer.input_size
+    outputs = getattr(layer, "output_size_per_partition", None) or layer.output_size
+    nbytes = int(inputs) * int(outputs) * layer.weight.element_size() + sum(value.nbytes for value in own.values())
+    return _Packed(getattr(layer, _MULTIPLY), own, places, nbytes)
 
 
 class _Keys:

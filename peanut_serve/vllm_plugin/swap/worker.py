@@ -1,7 +1,7 @@
 """Swaps weights in every vLLM worker: `--worker-extension-cls` mixes `VariantWorker` into the worker.
 
-Weights are passed as places, because vLLM's `collective_rpc` cannot send tensors: in files, or in the worker's own copy
-of W0 with the factors of an update. They are loaded by vLLM's own layerwise reload
+Weights are passed as places, because vLLM's `collective_rpc` cannot send tensors: in files, or in the worker's own
+copy of W0 with the factors of an update. They are loaded by vLLM's own layerwise reload
 (`vllm/model_executor/model_loader/reload`), under their names in the checkpoint, so that vLLM fuses, shards, pads and
 repacks them as usual.
 """

@@ -1,4 +1,4 @@
-"""Variants that workers evaluate from W0 on their device, compared with what vLLM loads from the host, shard by shard.
+"""Variants that workers evaluate from W0 on their device, compared with what vLLM loads from the host, by shards.
 
 Arguments: the base, an adapter, the number of workers. Prints what was compared as JSON.
 """

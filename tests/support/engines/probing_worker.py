@@ -50,8 +50,8 @@ class ProbingWorker(VariantWorker):
 def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of a model in vLLM.
 
-    vLLM's CPU backend keeps most weights packed where nothing can read them. So a linear layer is asked for its product
-    with the identity, which is the weight, exactly: a sum of one number and of zeros.
+    vLLM's CPU backend keeps most weights packed where nothing can read them. So a linear layer is asked for its
+    product with the identity, which is the weight, exactly: a sum of one number and of zeros.
     """
     for name, module in sorted(model.named_modules()):
         for kind, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

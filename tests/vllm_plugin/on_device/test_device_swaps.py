@@ -1,4 +1,4 @@
-"""`--base-copy device` with the real vLLM: workers that keep W0 evaluate variants, and restore the base bit for bit."""
+"""`--base-copy device` with the real vLLM: workers keep W0, evaluate variants, restore the base bit for bit."""
 
 import json
 import os

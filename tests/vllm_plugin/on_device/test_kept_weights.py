@@ -35,7 +35,7 @@ def saved(folder: Path, **tensors: Tensor) -> dict[str, TensorInfo]:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounded_once(dtype: torch.dtype, scale: float) -> None:
-    """As near to the exact sum as its rounding is, but for what float32 or float64 lose; and almost always the same."""
+    """As near to the exact sum as its rounding is, but for what float32 or float64 lose; almost always the same."""
     torch.manual_seed(0)
     w0, wide = torch.randn(300, 200).to(dtype), arithmetic_of(dtype)
     up, down = (torch.randn(300, 24) * scale).to(wide), (torch.randn(24, 200) / 24).to(wide)

@@ -31,7 +31,8 @@ class Packed(torch.nn.Module):
 
     def load(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Pack a weight (4, 8)."""
-        self.cpu_linear = lambda x, own=weight.clone(): x @ own.T
+        own = weight.clone()
+        self.cpu_linear = lambda x: x @ own.T
         if bias is not None:
             self.bias.data.copy_(bias)
 
