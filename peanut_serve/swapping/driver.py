@@ -201,6 +201,8 @@ class SwapDriver:
             try:
                 if version.kind is not VariantKind.BASE and target.weights is None:
                     raise SwapError("the variant's weights are no longer in host memory")
+                if self._gate.running:
+                    self._staging.begin(target)  # while they end
                 await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds), report)
             except EngineDiedError as error:
                 logger.error("%s; the requests for %s continue to wait", error, label)

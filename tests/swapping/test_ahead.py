@@ -62,7 +62,7 @@ def test_the_next_variant_is_staged(run_rig: RunRig, base_copy: str) -> None:
         running = await rig.asking("v1")
         waiting = await rig.asking("v2")
         await until(lambda: rig.engine.staged)
-        assert rig.engine.staged == [[f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"]]
+        assert rig.engine.staged == [[f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "kqv"]]
         await asyncio.sleep(0.1)
         assert len(rig.engine.staged) == 1  # once
         rig.engine.go.set()
@@ -88,18 +88,21 @@ def test_a_wrong_guess_is_harmless(run_rig: RunRig) -> None:
         await asyncio.gather(running, waiting)
         assert staged() == (before[0] + 1, before[1] + 1)
 
-    run_rig(test, base_copy="device", max_wait=60, drain_timeout=60)
+    run_rig(test, base_copy="device", max_wait=60, drain_timeout=60, min_dwell=2)
 
 
 def test_staging_that_fails_is_done_by_the_swap(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(rig: Rig) -> None:
+        tried: list[object] = []
+
         async def fail(places: object) -> None:
+            tried.append(places)
             raise RuntimeError("no memory")
 
         monkeypatch.setattr(rig.engine, "stage", fail)
         rig.engine.go.clear()
         running, waiting = await rig.asking("v1"), await rig.asking("v2")
-        await asyncio.sleep(0.1)
+        await until(lambda: tried)
         rig.engine.go.set()
         await asyncio.gather(running, waiting)
 

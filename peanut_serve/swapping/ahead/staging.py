@@ -42,19 +42,24 @@ class Staging:
         self._task: asyncio.Task[None] | None = None
 
     def look(self, view: View, policy: Policy, versions: Mapping[str, Version]) -> None:
-        """Begin to stage the version that is expected next, unless it is staged, or another one is being staged."""
-        if self._task is not None and not self._task.done():
-            return
+        """Begin to stage the version that is expected next, if it is known."""
         target = expected_next(view, policy)
-        if target is None or target == self._staged or target not in versions:
+        if target is not None and target in versions:
+            self.begin(Loaded(versions[target], self._cache.get(target)))
+
+    def begin(self, target: Loaded) -> None:
+        """Begin to stage a version, unless it is staged, or another one is being staged.
+
+        Nothing is staged for the base, nor for a version whose weights were dropped.
+        """
+        digest = target.version.digest
+        is_busy = self._task is not None and not self._task.done()
+        if is_busy or digest == self._staged or target.weights is None:
             return
-        if (weights := self._cache.get(target)) is None:
-            return  # the base, or one that was dropped
         if self._staged is not None:
             metrics.STAGED.labels("unused").inc()
-        self._staged = target
-        loaded = Loaded(versions[target], weights)
-        self._task = asyncio.create_task(self._stage(loaded))
+        self._staged = digest
+        self._task = asyncio.create_task(self._stage(target))
 
     async def _stage(self, loaded: Loaded) -> None:
         digest = loaded.version.digest

@@ -27,8 +27,8 @@ def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
     For 16 bits it is float32, and so are the factors: a result is then off by half a unit in its last place, as that
     of the host is, plus at most `(r + 3) 2^-24 (|W0| + |up| |down|)`, which is far below the roundings of its
     neighbours (2^-9 or 2^-12 of them). So it differs from the host's, which is computed in float64, in about one
-    number in a thousand: by one unit, or by more where W0 and the update nearly cancel. Many GPUs compute in float64 at
-    a 64th of the speed, and twice the bytes would travel. For wider dtypes it is float64, as on the host.
+    number in a thousand: by one unit, or by more where W0 and the update nearly cancel. Many GPUs compute in float64
+    at a 64th of the speed, and twice the bytes would travel. For wider dtypes it is float64, as on the host.
     """
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
