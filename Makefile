@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo demo-console demo-classify console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx bench-classify bench-fleet zoo onnx-models soak clean
+.PHONY: demo demo-console demo-classify console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx bench-classify bench-fleet bench-gpu zoo onnx-models soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -62,6 +62,10 @@ bench-swapping: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
 	rm -f build/bench/swapping.jsonl
 	$(VENV)/bin/python benchmarks/swapping.py
+
+# on a machine with a GPU; without one it says so
+bench-gpu: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/gpu.py
 
 bench-fleet: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)

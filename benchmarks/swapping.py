@@ -5,6 +5,7 @@
 
 swap: variants swapped through the admin API, by phase, and a plain copy of the bytes.
 peers: vLLM's own reload_weights from a merged folder, in turn with the swaps, and starts of vLLM on it.
+ways: swaps from the host or from factors and W0 on the device, with layers packed anew or exchanged.
 throughput: a variant beside plain vLLM on the base.
 traffic: requests for three variants at once.
 profile: what applying a variant spends its time on; not in a default run, nor throughput and traffic of every model.
@@ -32,7 +33,7 @@ from rich.table import Table
 from serving import BASE, NEW
 from swapping_load import MODELS, WORK, Model, Server, ask_all, burst, copying, make_inputs, mixture, profiled, rates
 
-PARTS = ("swap", "peers", "throughput", "traffic")
+PARTS = ("swap", "peers", "ways", "throughput", "traffic")
 RESULTS = WORK.parent / "swapping.jsonl"
 PHASES = ("quiesce", "apply", "invalidate", "check")
 TO_OTHER, TO_BASE, FROM_BASE, FIRST = "variant to variant", "variant to base", "base to variant", "first, evaluated"
@@ -41,6 +42,8 @@ TRAFFIC = "smollm2-bfloat16"  # unless other models are asked for
 # vLLM 0.32 compiles at every start on a CPU: what it has compiled before, it fails to load
 EAGER = "--enforce-eager"
 RELOAD, START, START_EAGER = "vLLM's reload_weights", "start of vLLM", f"start of vLLM, {EAGER}"
+ANEW, EXCHANGED, DEVICE = ("--packed-cache", "0"), ("--packed-cache", "8GiB"), ("--base-copy", "device")
+WAYS = (ANEW, EXCHANGED, (*DEVICE, *ANEW), (*DEVICE, *EXCHANGED))
 COUNTERS = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", "peanut_swaps_total")
 
 
@@ -144,6 +147,24 @@ def _report_peers(model: Model, seconds: Seconds, results: Results) -> None:
             results.add("peers", row, seconds=seconds.whole[name])
 
 
+def ways(model: Model, runs: int, results: Results) -> None:
+    """Swaps in servers with other options, one after the other; each way begins with the weights on the host."""
+    one, other = model.variants[:2]
+    for options in WAYS:
+        seconds = Seconds()
+        with model.served("ways", EAGER, *options, "--preload", one, "--preload", other) as server:
+            for name in (other, one, model.base.name, other):
+                server.activate(name)
+            for _ in range(runs):
+                for kind, name in {TO_OTHER: one, TO_BASE: model.base.name, FROM_BASE: other}.items():
+                    seconds.swap(server, kind, name)
+        for kind in (TO_OTHER, TO_BASE, FROM_BASE):
+            row = {"model": model.name, "options": " ".join(options), "swap": kind}
+            row |= {"MB": f"{seconds.nbytes[kind] / 1e6:.1f}", "client": _ms(seconds.median(kind))}
+            row |= {name: _ms(seconds.phase(kind, name)) for name in PHASES}
+            results.add("ways", row, seconds=seconds.whole[kind], phases=seconds.phases[kind])
+
+
 def throughput(model: Model, runs: int, results: Results) -> None:
     """Tokens a second of plain vLLM on the base, and of peanut-serve on the base and on a variant, in turn."""
     without = "--no-enable-prefix-caching"
@@ -235,6 +256,8 @@ def main() -> None:
             make_inputs(model)
             if {"swap", "peers"} & set(parts):
                 compare(model, parts, options.runs, options.starts, results)
+            if "ways" in parts:
+                ways(model, options.runs, results)
             if "throughput" in parts and (options.model or model.base == BASE):
                 throughput(model, few, results)
             if "traffic" in parts and (options.model or model.name == TRAFFIC):

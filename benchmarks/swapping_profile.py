@@ -22,18 +22,19 @@ from unittest.mock import patch
 from vllm import LLM
 from vllm.model_executor.model_loader.reload import inplace, layerwise
 
-from converters.files.header import TensorInfo
 from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants.host_cache import BaseWeights
-from peanut_serve.variants.opening import adapter_version
+from peanut_serve.variants.on_device.places import Place, encode_places
+from peanut_serve.variants.opening import VersionOpener, adapter_version
 from peanut_serve.variants.version import LoadedModel, places_of
+from peanut_serve.vllm_plugin.swap import mapping
 from peanut_serve.vllm_plugin.swap import worker as variant_worker
-from peanut_serve.vllm_plugin.swap.worker import VariantWorker, encode_places
+from peanut_serve.vllm_plugin.swap.worker import VariantWorker
 
 COUNT, LOAD, PACK = "count elements, on meta", "copy into the layer", "process (repack)"
 STAGES = (
     (variant_worker, "decode_places", "decode the places"),
-    (variant_worker._Maps, "whole", "map the host's files"),
+    (mapping.Maps, "whole", "map the host's files"),
     (layerwise, "materialize_layer", "allocate a layer"),
     (layerwise, "_copy_and_restore_kernel_tensors", "copy back"),
     (inplace, "initialize_layerwise_reload", "prepare all layers"),
@@ -114,15 +115,15 @@ class ProfiledWorker(VariantWorker):
         return {"plain": plain, "timed": timed, "stages": dict(watch.stages)}
 
 
-def evaluated(llm: LLM, base: Path, adapters: Path, names: list[str]) -> Iterator[list[TensorInfo]]:
+def evaluated(llm: LLM, base: Path, adapters: Path, names: list[str]) -> Iterator[list[Place]]:
     """What has to be applied for each of the variants, on the host as `peanut-serve` has it there."""
     checkpoint = open_checkpoint(base)
     everything = encode_places([info for info in checkpoint.tensors.values() if info.is_float])
     model = LoadedModel(checkpoint, llm.collective_rpc("peanut_learn", args=(everything,))[0])
     on_host = BaseWeights(checkpoint, on_host=True)
     for name in names:
-        weights = adapter_version(name, adapters / name, model, "cpu", None).evaluate()
-        touched = model.with_neighbours(weights.tensors)
+        weights = adapter_version(name, adapters / name, VersionOpener(model, "cpu")).evaluate()
+        touched = model.with_neighbours(weights.places)
         asyncio.run(on_host.prepare(touched))
         yield list(places_of(touched, weights, on_host.tensors))
 

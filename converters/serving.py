@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from converters.adapters.finding import find_adapter
     from converters.adapters.store import ThetaStore
     from converters.evaluation.blocks import tensor_blocks
+    from converters.evaluation.factors import rank_of, sum_factors
     from converters.evaluation.pool import Pipeline
     from converters.evaluation.worker import Worker, find_devices
     from converters.files.hashing import hash_file
@@ -64,8 +65,10 @@ _HOME = {
     "parse_size": "files.sizes",
     "plan_lora_adapter": "outputs.lora",
     "plan_merge": "plans.merge",
+    "rank_of": "evaluation.factors",
     "read_json": "files.json_files",
     "sample_digests": "models.checkpoint",
+    "sum_factors": "evaluation.factors",
     "tensor_blocks": "evaluation.blocks",
     "write_lora_adapter": "outputs.lora",
 }
@@ -99,8 +102,10 @@ __all__ = [
     "parse_size",
     "plan_lora_adapter",
     "plan_merge",
+    "rank_of",
     "read_json",
     "sample_digests",
+    "sum_factors",
     "tensor_blocks",
     "write_lora_adapter",
 ]

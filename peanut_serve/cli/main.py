@@ -65,6 +65,7 @@ def _serve(
     drain_timeout: options.DrainTimeout = 60.0,
     host_cache: options.HostCache = "8GiB",
     base_copy: options.BaseCopyOption = options.BaseCopy.HOST,
+    packed_cache: options.PackedCache = "1GiB",
     prefix_cache: options.PrefixCacheOption = options.PrefixCache.RESET,
     pin: options.Pin = None,
     preload: options.Preload = None,
@@ -102,7 +103,7 @@ def _serve(
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
-        "keys": keys,
+        "keys": keys, "packed_cache": packed_cache,
         "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
     asked = ServeOptions(

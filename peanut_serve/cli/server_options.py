@@ -27,7 +27,7 @@ class Drain(str, Enum):
 class BaseCopy(str, Enum):
     """Of `--base-copy`."""
 
-    HOST, DISK = "host", "disk"
+    HOST, DISK, DEVICE = "host", "disk", "device"
 
 
 class LogFormat(str, Enum):
@@ -81,7 +81,18 @@ DrainTimeout = Annotated[
 ]
 HostCache = Annotated[str, typer.Option("--host-cache", help="Maximum host memory for evaluated weights.")]
 BaseCopyOption = Annotated[
-    BaseCopy, typer.Option("--base-copy", help="Where to keep the base weights for swapping back.")
+    BaseCopy,
+    typer.Option(
+        "--base-copy",
+        help="Where to keep the base weights for swapping back; with device, variants are evaluated there too.",
+    ),
+]
+PackedCache = Annotated[
+    str,
+    typer.Option(
+        "--packed-cache",
+        help="On the CPU: maximum memory of each worker for layers as vLLM packed them; 0 to always pack anew.",
+    ),
 ]
 PrefixCacheOption = Annotated[
     PrefixCache,

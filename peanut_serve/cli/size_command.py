@@ -16,10 +16,11 @@ from converters.cli.numbers import COUNT, finite
 from converters.cli.options import Json
 from converters.errors import CheckpointError, OptionError, PeanutError
 from converters.serving import SHORT_NAMES, is_hub_id, parse_size
-from peanut_serve.cli.server_options import Mode
+from peanut_serve.cli.server_options import BaseCopy, Mode
 from peanut_serve.variants.sizing import (
     BYTES,
     VariantSize,
+    device_copy_bytes,
     engine_bytes,
     engine_dtype,
     key_value_size,
@@ -76,12 +77,15 @@ def _size(
         typer.Option("--gpu-memory-utilization", min=0.01, max=1.0, callback=finite, help="As for vLLM."),
     ] = 0.92,
     host_cache: Annotated[str, typer.Option("--host-cache", help="As for peanut-serve.")] = "8GiB",
+    base_copy: Annotated[BaseCopy, typer.Option("--base-copy", help="As for peanut-serve.")] = BaseCopy.HOST,
     as_json: Json = False,
 ) -> None:
     checkpoint = _opened(base)
     cache_limit, gpu = _bytes("--host-cache", host_cache), _bytes("--gpu-memory", gpu_memory)
     name = engine_dtype(checkpoint, dtype.value)
-    variants, refused = variant_sizes(checkpoint, adapters, mode.value, name)
+    keeps_base = base_copy is BaseCopy.DEVICE
+    variants, refused = variant_sizes(checkpoint, adapters, mode.value, name, keeps_base)
+    copy = device_copy_bytes(checkpoint, variants) if keeps_base else 0
     lora = [variant for variant in variants if variant.rank is not None]
     rank, slot = slot_bytes(checkpoint, variants, name)
     slots = (max_loras or min(len(lora), _MAX_LORAS)) if lora else 0
@@ -90,6 +94,7 @@ def _size(
     weights = engine_bytes(checkpoint, name)
     facts: dict[str, Any] = {
         "dtype": name, "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()), "engine": weights,
+        "base_copy": copy,
         "lora_rank": rank, "lora_slots": slots, "lora_bytes": slots * slot,
         "variants": [_facts(variant) for variant in variants], "refused": refused,
         "host_cache": _host_cache(variants, cache_limit),
@@ -108,6 +113,12 @@ def _size(
         raise OptionError(
             f"--gpu-memory {gpu_memory} is too small: the weights alone leave nothing for the KV cache; "
             "use a larger GPU, several with --tensor-parallel-size, or a smaller base"
+        )
+    if gpu is not None and copy > gpu - facts["gpu"]["usable"]:
+        size, left = console.size_text, gpu - facts["gpu"]["usable"]
+        raise OptionError(
+            f"--base-copy device takes up to {size(copy)} beside vLLM, but --gpu-memory-utilization {utilization:g} "
+            f"leaves {size(left)} of {gpu_memory}; use {max(gpu - copy, 0) / gpu:.2f}, or --base-copy host"
         )
 
 
@@ -154,6 +165,8 @@ def _show(facts: Mapping[str, Any]) -> None:
 
     line("base on the disk", size(facts["checkpoint"]))
     line(f"base in the engine, {facts['dtype']}", size(facts["engine"]))
+    if facts["base_copy"]:
+        line("copy of the base on the device", f"at most {size(facts['base_copy'])}")
     for variant in facts["variants"]:
         is_lora = variant["served"] == "lora"
         text = f"LoRA of rank {variant['rank']}, {size(variant['factors'])}" if is_lora else "merged"

@@ -30,7 +30,8 @@ class ServerSettings(BaseModel):
         drain: whether a swap waits for running requests, or aborts them.
         drain_timeout: seconds after which the requests that are still running are aborted.
         host_cache: size limit of the evaluated weights in host memory, in bytes.
-        base_copy: where W0 is kept to restore the base's weights.
+        base_copy: where W0 is kept to restore the base's weights; on the `device`, variants are evaluated there too.
+        packed_cache: size limit of the layers that each worker keeps as vLLM's CPU backend packed them, in bytes.
         prefix_cache: `reset` at each swap, or `salted`: separated by a salt for each variant.
         pin: variants whose weights are kept in host memory.
         preload: variants that are evaluated before the server is ready.
@@ -60,7 +61,8 @@ class ServerSettings(BaseModel):
     drain: Literal["wait", "abort"] = "wait"
     drain_timeout: float = Field(60.0, ge=0, allow_inf_nan=False)
     host_cache: int = Field(8 << 30, gt=0)
-    base_copy: Literal["host", "disk"] = "host"
+    base_copy: Literal["host", "disk", "device"] = "host"
+    packed_cache: int = Field(1 << 30, ge=0)
     prefix_cache: Literal["reset", "salted"] = "reset"
     pin: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
@@ -104,6 +106,7 @@ def server_settings(
     base: str,
     *,
     host_cache: str,
+    packed_cache: str = "1GiB",
     state: Path | None,
     max_body: str = "64MiB",
     audit_log: Path | None = None,
@@ -115,6 +118,7 @@ def server_settings(
     Args:
         base: as given; the default `state` folder is derived from it.
         host_cache: a size like `8GiB`.
+        packed_cache: a size like `1GiB`, or 0.
         state: folder of the state that is kept across restarts; by default in huggingface-hub's assets cache.
         max_body: a size like `64MiB`.
         audit_log: file of who changed what through the admin API; by default in the state folder.
@@ -125,6 +129,7 @@ def server_settings(
     and for options of an admin API that there is not.
     """
     sizes = {"host_cache": _size("--host-cache", host_cache), "max_body": _size("--max-body", max_body)}
+    sizes["packed_cache"] = 0 if packed_cache == "0" else _size("--packed-cache", packed_cache)
     folder = (state or state_of(base)).expanduser().resolve()
     named = {"audit_log": audit_log, "keys": keys} | {name: options.pop(name, None) for name in _CERTIFICATE}
     files = {"state": folder} | {name: file.expanduser().absolute() for name, file in named.items() if file}

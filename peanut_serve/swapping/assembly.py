@@ -48,10 +48,11 @@ async def assemble_server(settings: ServerSettings, engine: LearningEngine, host
     """
     merges = settings.mode != "lora"
     if merges:
-        swappable = await make_swappable(engine, host.base, base_on_host=settings.base_copy == "host")
+        swappable = await make_swappable(engine, host.base, settings.base_copy)
     else:
         swappable = await keep_base_weights(engine, host.base)
-    opener = VersionOpener(swappable.model, settings.device, host.lora, merges)
+    keeps_base = merges and settings.base_copy == "device"
+    opener = VersionOpener(swappable.model, settings.device, host.lora, merges, keeps_base)
     roots, store = AdapterRoots(settings.roots), VariantStore(settings.state)
     catalogue = Catalogue(host.base_names, roots, store, opener, settings.settle)
     return VariantServer(settings, swappable, catalogue, host.on_active, host.lora_slots)

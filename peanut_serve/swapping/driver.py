@@ -12,6 +12,7 @@ from typing import Literal
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
+from peanut_serve.swapping.ahead.staging import Staging
 from peanut_serve.swapping.gate import Gate
 from peanut_serve.swapping.history import SwapHistory, SwapRecord
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant, reason_for
@@ -91,6 +92,7 @@ class SwapDriver:
         self._price = PriceEstimate()
         self._pause = _FIRST_PAUSE
         self._active_hold = ExitStack()
+        self._staging = Staging(self._engine, self._swapper.changes, cache)
         self._is_stopping = False
         on_active(self._base.digest)
 
@@ -148,6 +150,7 @@ class SwapDriver:
     def stop(self) -> None:
         """Start nothing new. Cancelling the task is not enough: before Python 3.12, `wait_for` may lose it."""
         self._is_stopping = True
+        self._staging.stop()
 
     async def run(self) -> None:
         """Run until stopped and cancelled."""
@@ -175,6 +178,7 @@ class SwapDriver:
             why = reason_for(target, view, self._policy)
             await self._swap_to(self.history.begin(target, why, view, self._requested))
             return
+        self._staging.look(view, self._policy, self._versions)
         look = next_look(view, self._policy)
         pause = _LOOK_SECONDS if look is None else min(_LOOK_SECONDS, max(0.0, look - time.monotonic()))
         with suppress(asyncio.TimeoutError):
@@ -197,6 +201,8 @@ class SwapDriver:
             try:
                 if version.kind is not VariantKind.BASE and target.weights is None:
                     raise SwapError("the variant's weights are no longer in host memory")
+                if self._gate.running:
+                    self._staging.begin(target)  # while they end
                 await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds), report)
             except EngineDiedError as error:
                 logger.error("%s; the requests for %s continue to wait", error, label)
@@ -226,6 +232,7 @@ class SwapDriver:
     def _record_swap(self, label: str, report: Report, seconds: float) -> None:
         active = self._swapper.active.version.digest
         self._failures.pop(active, None)
+        self._staging.used(active)
         work = seconds - report.seconds[Phase.QUIESCE]
         self._price = self._price.after(work)
         self.last_report = report

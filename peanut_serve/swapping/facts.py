@@ -72,7 +72,7 @@ class EngineFacts:
         restarts: how often it was restarted.
         host_cache_bytes: size of all evaluated weights in host memory.
         host_cache_limit: the limit of that size.
-        base_copy_bytes: size of the tensors of the base in host memory.
+        base_copy_bytes: size of the copies of the base, in host memory or on the devices.
         swap_seconds: duration of each phase of the last swap.
     """
 

@@ -12,6 +12,8 @@ from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.host_cache import HostCache
+from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.on_device.places import UpdatedTensor
 from peanut_serve.variants.version import Version
 
 logger = logging.getLogger("vllm.peanut_serve")
@@ -31,30 +33,44 @@ class HostSide:
 
     def __init__(self, limit: int, evaluations: Evaluations, swappable: SwappableEngine) -> None:
         self.cache = HostCache(limit, evaluations)
-        self._model, self._base_weights = swappable.model, swappable.base_weights
+        self._model, self._base_weights, self._copies = swappable.model, swappable.base_weights, swappable.copies
         self._pinned: dict[str, str] = {}  # name -> digest
 
     @property
     def base_copy_bytes(self) -> int:
-        """Size of the tensors of the base that are kept in host memory."""
-        return self._base_weights.nbytes
+        """Size of the copies of the base, in host memory or on the devices."""
+        return self._base_weights.nbytes + (self._copies.nbytes if self._copies is not None else 0)
 
-    async def prepare(self, version: Version, holds: ExitStack) -> None:
+    async def prepare(self, version: Version, holds: ExitStack, drops: bool = True) -> None:
         """Do everything that can fail before the engine is changed. The weights are held until `holds` is closed.
+
+        Args:
+            version: to prepare.
+            holds: holds its weights.
+            drops: drop weights of others to make room.
 
         Raises `HostMemoryError` if the weights do not fit, and what their evaluation raises.
         """
         # hold first: otherwise the weights may be dropped before the engine has them
         holds.enter_context(self.cache.holding(version.digest))
         start, is_known = time.perf_counter(), self.cache.get(version.digest) is not None
-        weights = await self.cache.load(version)
-        await self._base_weights.prepare(self._model.with_neighbours(weights.tensors))
+        weights = await self.cache.load(version, drops)
+        await self._prepare_base(weights)
         if not is_known:
             seconds = time.perf_counter() - start
             metrics.EVALUATIONS.observe(seconds)
             logger.info("digest=%s evaluated_seconds=%.2f", version.digest[:12], seconds)
         metrics.HOST_CACHE.set(self.cache.nbytes)
-        metrics.BASE_COPY.set(self._base_weights.nbytes)
+        metrics.BASE_COPY.set(self.base_copy_bytes)
+
+    async def _prepare_base(self, weights: HostWeights) -> None:
+        """Keep W0 of what changes with some weights: on the devices for what is evaluated there."""
+        names, on_device = self._model.with_neighbours(weights.places), frozenset[str]()
+        if self._copies is not None:
+            updated = [name for name, place in weights.places.items() if isinstance(place, UpdatedTensor)]
+            await self._copies.prepare(self._model.with_neighbours(updated))
+            on_device = frozenset(self._copies.kept)
+        await self._base_weights.prepare(name for name in names if name not in on_device)
 
     def update_pin(self, name: str, is_pinned: bool, version: Version | None) -> None:
         """If a name is pinned, pin its version's weights; unpin those that were pinned for it before."""
@@ -109,13 +125,19 @@ class Preparation:
         self.update_pin(variant)
         return version
 
-    def preparing(self, name: str, holds: ExitStack) -> Prepare:
-        """A function that prepares a version, and holds what a request for it needs until `holds` is closed."""
+    def preparing(self, name: str, holds: ExitStack, drops: bool = True) -> Prepare:
+        """A function that prepares a version, and holds what a request for it needs until `holds` is closed.
+
+        Args:
+            name: of the variant.
+            holds: what holds it.
+            drops: drop weights of others in host memory to make room.
+        """
 
         async def prepare(version: Version) -> None:
             """Evaluate its weights, or its LoRA adapter."""
             if version.has_own_weights:
-                await self._host.prepare(version, holds)
+                await self._host.prepare(version, holds, drops)
                 self._add_version(version)
             elif version.lora is not None:
                 await self._lora.prepare(name, version, holds)

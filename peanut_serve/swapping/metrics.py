@@ -24,8 +24,16 @@ SWAP_SECONDS = Histogram("peanut_swap_seconds", "Duration of a swap, by phase.",
 ROLLBACKS = Counter("peanut_rollbacks", "Swaps that failed and were rolled back.")
 RESTARTS = Counter("peanut_engine_restarts", "Number of engine restarts.")
 EVALUATIONS = Histogram("peanut_evaluation_seconds", "Time to evaluate a variant's weights.", buckets=_SECONDS)
+STAGED = Counter(
+    "peanut_staged", "Variants that were staged in the workers before a swap, by what came of it.", ["outcome"]
+)
+for _outcome in ("used", "unused"):
+    STAGED.labels(_outcome)  # its series begin at 0
+PREPARED_AHEAD = Counter("peanut_prepared_ahead", "Variants that were evaluated while the server was idle.")
 HOST_CACHE = Gauge("peanut_host_cache_bytes", "Size of the evaluated weights in host memory.")
-BASE_COPY = Gauge("peanut_base_copy_bytes", "Size of the base's weights in host memory.")
+BASE_COPY = Gauge(
+    "peanut_base_copy_bytes", "Size of the copies of the base's weights, in host memory or on the devices."
+)
 READY = Gauge("peanut_ready", "1 while requests can be answered.")
 WAITING = Gauge("peanut_waiting_requests", "Requests waiting for a swap.")
 

@@ -19,11 +19,14 @@ from converters.serving import TensorInfo, TensorReader, TensorSpec
 from peanut_serve.swapping.canary import Canary
 from peanut_serve.swapping.transaction import Engine
 from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.on_device.copies import Keeper
+from peanut_serve.variants.on_device.places import Place
 from peanut_serve.variants.version import LoadedModel
 
 logger = logging.getLogger("vllm.peanut_serve")
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Place)
 
 _REPEATS = 3
 _SLACK = 4.0  # times the largest difference between repetitions, which is 0 on a CPU
@@ -33,8 +36,8 @@ class SelfTestError(PeanutError):
     """This vLLM cannot swap the weights of this model."""
 
 
-class LearningEngine(Engine, Protocol):
-    """An engine that can report which tensors it loads together."""
+class LearningEngine(Engine, Keeper, Protocol):
+    """An engine that can report which tensors it loads together, and keep some on its devices."""
 
     async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:
         """Load all tensors; return the groups that have to be loaded together."""
@@ -47,25 +50,25 @@ async def run_self_test(engine: LearningEngine, base: Checkpoint) -> tuple[Loade
     """
     start = time.perf_counter()
     canary = await measure_canary(engine)
-    groups = await _load(engine, engine.learn, [info for info in base.tensors.values() if info.is_float])
+    groups = await load_paused(engine, engine.learn, [info for info in base.tensors.values() if info.is_float])
     model = LoadedModel(base, groups)
-    await _expect(engine, canary, "after its own weights were loaded again")
+    await expect_answer(engine, canary, "after its own weights were loaded again")
     changed = _negated_layer(model)
     try:
-        await _load(engine, engine.apply, list(changed.tensors.values()))
+        await load_paused(engine, engine.apply, list(changed.places.values()))
         if canary.is_like(await engine.ask_canary()):
             raise SelfTestError(
-                f"changed weights have no effect on the engine ({next(iter(changed.tensors))}); {_ADVICE}"
+                f"changed weights have no effect on the engine ({next(iter(changed.tensors))}); {ADVICE}"
             )
     finally:
         changed.close()
-    await _load(engine, engine.apply, [base.tensors[name] for name in changed.tensors])
-    await _expect(engine, canary, "after a layer was changed and restored")
+    await load_paused(engine, engine.apply, [base.tensors[name] for name in changed.tensors])
+    await expect_answer(engine, canary, "after a layer was changed and restored")
     logger.info("self-test passed in %.1f s, canary tolerance %.1g", time.perf_counter() - start, canary.tolerance)
     return model, canary
 
 
-_ADVICE = "this vLLM cannot swap the weights of this model; use --mode lora, or serve each merged folder separately"
+ADVICE = "this vLLM cannot swap the weights of this model; use --mode lora, or serve each merged folder separately"
 
 
 async def measure_canary(engine: Engine) -> Canary:
@@ -75,17 +78,19 @@ async def measure_canary(engine: Engine) -> Canary:
     return replace(loose, tolerance=_SLACK * max(loose.distance(answer) for answer in answers))
 
 
-async def _load(engine: Engine, load: Callable[[Sequence[TensorInfo]], Awaitable[T]], infos: list[TensorInfo]) -> T:
+async def load_paused(engine: Engine, load: Callable[[Sequence[P]], Awaitable[T]], places: Sequence[P]) -> T:
+    """Load tensors while the engine is paused, and discard what it had computed with others."""
     await engine.pause()
-    found = await load(infos)
+    found = await load(places)
     await engine.invalidate()
     await engine.resume()
     return found
 
 
-async def _expect(engine: Engine, canary: Canary, when: str) -> None:
+async def expect_answer(engine: Engine, canary: Canary, when: str) -> None:
+    """Raise `SelfTestError` unless the engine gives an answer."""
     if not canary.is_like(await engine.ask_canary()):
-        raise SelfTestError(f"the engine's answer differs {when} (a known fault of vLLM's reload); {_ADVICE}")
+        raise SelfTestError(f"the engine's answer differs {when} (a known fault of vLLM's reload); {ADVICE}")
 
 
 def _negated_layer(model: LoadedModel) -> HostWeights:

@@ -14,6 +14,7 @@ from peanut_serve.lora.slots import AdapterSlots
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.signals.tracing import annotate, span
 from peanut_serve.swapping import metrics
+from peanut_serve.swapping.ahead.recent import RecentVariants
 from peanut_serve.swapping.driver import SwapDriver
 from peanut_serve.swapping.gate import ABORT_SECONDS, Gate, Places, Ticket
 from peanut_serve.swapping.host_side import HostSide, Preparation
@@ -73,7 +74,9 @@ class VariantServer(ObservedServer):
         self._preparation = Preparation(catalogue, self._host, self._lora, settings.pin, self.driver.add_version)
         self._listed: set[str] = set()
         self.watch: Watch = lambda name, digest, is_failure: None
+        self._recent = RecentVariants(catalogue, self._preparation, self.cache, self.usage, lambda: self._is_idle)
         self._driving: asyncio.Task[None] | None = None
+        self._preparing_ahead: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     async def start(self) -> None:
@@ -89,6 +92,8 @@ class VariantServer(ObservedServer):
                     raise
                 logger.error("variant=%s is pinned, but cannot be prepared: %s", name, error)
         self._driving = asyncio.create_task(self.driver.run())
+        if self.settings.mode != "lora":
+            self._preparing_ahead = asyncio.create_task(self._recent.run())
 
     def stop(self) -> None:
         """Admit no more requests; running ones continue."""
@@ -97,8 +102,9 @@ class VariantServer(ObservedServer):
         self.gate.close()
         self.gate.refuse(None, EngineDownError("the server is stopping", 5))
         self.driver.stop()
-        if self._driving is not None:
-            self._driving.cancel()
+        for task in (self._driving, self._preparing_ahead):
+            if task is not None:
+                task.cancel()
 
     # requests
 
@@ -201,6 +207,11 @@ class VariantServer(ObservedServer):
 
     def _weights_of(self, version: Version) -> str:
         return version.digest if version.has_own_weights else self.catalogue.base.digest
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no request is being prepared, waits or runs."""
+        return not (self.in_flight or self.places.taken or self._is_stopping) and self.driver.is_up
 
     def _check_engine(self) -> None:
         if self._is_stopping:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NoReturn, Protocol
 
-from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.canary import Canary
 from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.on_device.places import Place
 from peanut_serve.variants.version import LoadedModel, Version, places_of
 
 logger = logging.getLogger("vllm.peanut_serve")
@@ -55,8 +55,11 @@ class Engine(Protocol):
     async def resume(self) -> None:
         """Run requests again."""
 
-    async def apply(self, places: Sequence[TensorInfo]) -> None:
-        """Load tensors. After a failure, the weights are undefined."""
+    async def apply(self, places: Sequence[Place], afresh: bool = False) -> None:
+        """Load tensors; `afresh` without what was kept of earlier loads. After a failure, they are undefined."""
+
+    async def stage(self, places: Sequence[Place]) -> None:
+        """Prepare the workers for `apply` with these tensors, without a change of the weights."""
 
     async def load_lora(self, name: str, folder: LoraFolder) -> None:
         """Load a LoRA adapter, so that one that it cannot load is an error of one request."""
@@ -96,7 +99,7 @@ class Report:
         seconds: duration of each phase.
         times: when each phase began and ended, in seconds since the epoch; a phase may come twice.
         tensors: number of tensors that were loaded.
-        nbytes: their size.
+        nbytes: bytes that were sent to the workers for them.
     """
 
     seconds: dict[Phase, float] = field(default_factory=dict)
@@ -127,7 +130,7 @@ class Swapper:
     Args:
         engine: the engine; it has the base's weights.
         model: the tensors that it loads.
-        base_places: where to read tensors of the base, by name.
+        base_places: where workers get each tensor of the base, by name.
         base: the base's version.
         canary: the canary's answer with the base's weights.
 
@@ -137,7 +140,7 @@ class Swapper:
     """
 
     def __init__(
-        self, engine: Engine, model: LoadedModel, base_places: Mapping[str, TensorInfo], base: Version, canary: Canary
+        self, engine: Engine, model: LoadedModel, base_places: Mapping[str, Place], base: Version, canary: Canary
     ) -> None:
         self._engine, self._model, self._base_places = engine, model, base_places
         self._base = self.active = Loaded(base)
@@ -145,7 +148,7 @@ class Swapper:
         self._tolerance = canary.tolerance
         self.restarts = 0
 
-    def changes(self, target: Loaded) -> list[TensorInfo]:
+    def changes(self, target: Loaded) -> list[Place]:
         """Tensors to load to change from the active version to another: those that differ, with their neighbours."""
         old, new = self.active.digests, target.digests
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
@@ -196,10 +199,10 @@ class Swapper:
                 raise EngineDownError(f"the engine died, and restarting it failed: {error}") from error
         return report
 
-    async def _load(self, places: Sequence[TensorInfo], target: Loaded, report: Report) -> None:
+    async def _load(self, places: Sequence[Place], target: Loaded, report: Report, afresh: bool = False) -> None:
         with report.timing(Phase.APPLY):
             if places:
-                await self._engine.apply(places)
+                await self._engine.apply(places, afresh)
         with report.timing(Phase.INVALIDATE):
             await self._engine.invalidate()
         with report.timing(Phase.CHECK):
@@ -234,7 +237,7 @@ class Swapper:
                     raise EngineDownError("the engine has died")
                 await self._engine.pause()
                 places = list(places_of(self._model.all(), self.active.weights, self._base_places))
-                await self._load(places, self.active, report)
+                await self._load(places, self.active, report, afresh=True)
         except Exception as failure:
             logger.error("rollback failed, restarting the engine: %s", failure)
             report.include(await self.restart_engine())

@@ -44,8 +44,12 @@ class HostCache:
         """The weights, if they are in the cache."""
         return self._weights.get(digest)
 
-    async def load(self, version: Version) -> HostWeights:
+    async def load(self, version: Version, drops: bool = True) -> HostWeights:
         """The weights of a version, evaluated if they are not cached. Unless held, they may be dropped at any time.
+
+        Args:
+            version: whose weights.
+            drops: drop others to make room.
 
         Raises `HostMemoryError` if they do not fit with the held and pinned weights, `QueueFullError`, and what
         evaluation raises.
@@ -53,7 +57,8 @@ class HostCache:
         if (weights := self._used(version.digest)) is not None:
             return weights  # without waiting for a running evaluation
         # a thread cannot be cancelled: if the caller is, the evaluated weights are kept anyway
-        return await self._evaluations.run(version.digest, lambda: self._load(version))
+        key = version.digest if drops else f"{version.digest}, without dropping others"  # which alone it may fail for
+        return await self._evaluations.run(key, lambda: self._load(version, drops))
 
     def _used(self, digest: str) -> HostWeights | None:
         weights = self._weights.pop(digest, None)
@@ -61,10 +66,10 @@ class HostCache:
             self._weights[digest] = weights  # now the most recently used
         return weights
 
-    async def _load(self, version: Version) -> HostWeights:
+    async def _load(self, version: Version, drops: bool) -> HostWeights:
         weights = self._used(version.digest)
         if weights is None:
-            self._make_room(version)
+            self._make_room(version, drops)
             weights = self._weights[version.digest] = await asyncio.to_thread(self._evaluate, version)
         return weights
 
@@ -103,8 +108,13 @@ class HostCache:
     def _stays(self, digest: str) -> bool:
         return digest in self._pins or self._holds[digest] > 0
 
-    def _make_room(self, version: Version) -> None:
+    def _make_room(self, version: Version, drops: bool) -> None:
         staying = sum(weights.nbytes for digest, weights in self._weights.items() if self._stays(digest))
+        if not drops and self.nbytes + version.nbytes > self.limit:
+            raise HostMemoryError(
+                f"the weights take {version.nbytes >> 20} MiB, but {(self.limit - self.nbytes) >> 20} MiB of "
+                f"--host-cache {self.limit >> 20} MiB are free; increase --host-cache"
+            )
         if staying + version.nbytes > self.limit:
             raise HostMemoryError(
                 f"the weights take {version.nbytes >> 20} MiB, but --host-cache is {self.limit >> 20} MiB, and "

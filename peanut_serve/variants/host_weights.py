@@ -10,12 +10,14 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 from torch import Tensor, uint8
 
 from converters.serving import TensorInfo, TensorSpec
 from peanut_serve.errors import TryLaterError
+from peanut_serve.variants.on_device.places import Factored, Place, UpdatedTensor
 
 _ALIGNMENT = 64
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -32,13 +34,22 @@ class HostWeights:
 
     Args:
         name: identifies it in /proc.
-        specs: the tensors that will be written.
+        specs: the tensors that it consists of.
+        factored: those that are written as their exact factors, by name.
+
+    Attributes:
+        tensors: what is written: tensors, and factors by names of their own.
+        places: where workers get each tensor of `specs`.
+        digests: of each tensor of `specs`, or of its factors.
 
     Raises `HostMemoryError` if host memory is not sufficient.
     """
 
-    def __init__(self, name: str, specs: Iterable[TensorSpec]) -> None:
-        specs = list(specs)
+    def __init__(
+        self, name: str, specs: Iterable[TensorSpec], factored: Mapping[str, Factored] = MappingProxyType({})
+    ) -> None:
+        wanted, self._factored = list(specs), factored
+        specs = stored(wanted, factored)
         places, end = _places(specs)
         self.nbytes = end
         _check_memory(name, end)
@@ -47,6 +58,7 @@ class HostWeights:
         self.tensors: Mapping[str, TensorInfo] = {
             spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, file, *places[spec.name]) for spec in specs
         }
+        self.places: Mapping[str, Place] = {spec.name: self._place(spec.name) for spec in wanted}
         self.digests: dict[str, str] = {}
         self._lock = threading.Lock()
         self._open = {name: (0, xxhash.xxh3_128()) for name in self.tensors}
@@ -76,19 +88,36 @@ class HostWeights:
 
         Raises `ValueError` if a tensor is incomplete.
         """
-        for name, (done, digest) in self._open.items():
+        for name, (done, _) in self._open.items():
             if done != self.tensors[name].nbytes:
                 raise ValueError(f"{name}: got {done} bytes, expected {self.tensors[name].nbytes}")
-            self.digests[name] = digest.hexdigest()
+        written = {name: digest.hexdigest() for name, (_, digest) in self._open.items()}
+        for name in self.places:
+            factors = self._factored.get(name)
+            names = [name] if factors is None else [factors.up.name, factors.down.name]
+            self.digests[name] = "-".join(written[one] for one in names)
         self._open.clear()
         fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
         return self
+
+    def _place(self, name: str) -> Place:
+        if (factors := self._factored.get(name)) is None:
+            return self.tensors[name]
+        return UpdatedTensor(factors.base, self.tensors[factors.up.name], self.tensors[factors.down.name])
 
     def close(self) -> None:
         """Close the file; its memory is freed as soon as no worker maps it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def stored(specs: Iterable[TensorSpec], factored: Mapping[str, Factored]) -> list[TensorSpec]:
+    """What is written for these tensors: first the factors, side by side, so that one copy takes them to a device."""
+    specs = list(specs)
+    found = [factored[spec.name] for spec in specs if spec.name in factored]
+    factors = [factor for one in found for factor in (one.up, one.down)]
+    return [*factors, *(spec for spec in specs if spec.name not in factored)]
 
 
 def allocated(specs: Iterable[TensorSpec]) -> int:

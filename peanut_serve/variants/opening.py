@@ -32,6 +32,7 @@ from converters.serving import (
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
 from peanut_serve.variants.lora_export import LoraLimits, kind_of, lora_export
+from peanut_serve.variants.on_device.factors import FactorsJob, factored_tensors
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.variants.version import LoadedModel, VariantKind, Version, digest_of
 
@@ -53,12 +54,14 @@ class VersionOpener:
         device: where f is evaluated.
         lora: what vLLM allows as LoRA; None if adapters are always merged.
         merges: whether weights can be merged into the engine; if not, everything has to be LoRA.
+        keeps_base: whether the workers keep W0, so that exact factors suffice.
     """
 
     model: LoadedModel
     device: str
     lora: LoraLimits | None = None
     merges: bool = True
+    keeps_base: bool = False
 
     def adapter(self, name: str, source: Path | str) -> Version:
         """Open a version of an adapter; see `adapter_version`."""
@@ -213,16 +216,23 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
             raise VariantError(f"{name}: {refusal}; {_USE_MERGED}")
     changed = [tensor for tensor in plan.tensors if not tensor.is_untouched]
     opener.model.check(name, [tensor.spec for tensor in changed])
+    factored = factored_tensors(plan, changed) if opener.keeps_base else {}
 
     def write(into: HostWeights) -> None:
-        """Evaluate the tensors that the adapter changes."""
+        """Evaluate the tensors that the adapter changes, or their factors."""
         base.check_unchanged()
-        jobs = [_EvaluateJob(plan, tensor, into) for tensor in changed]
+        jobs: list[FactorsJob | _EvaluateJob] = [
+            FactorsJob(plan, tensor, factored[tensor.name], into)
+            if tensor.name in factored
+            else _EvaluateJob(plan, tensor, into)
+            for tensor in changed
+        ]
         Pipeline(find_devices(opener.device)).run(jobs)
         base.check_unchanged()
 
     digest = digest_of("merged", adapter.digest, base.fingerprint)
-    return Version(digest, VariantKind.ADAPTER, tuple(tensor.spec for tensor in changed), write), theta
+    specs = tuple(tensor.spec for tensor in changed)
+    return Version(digest, VariantKind.ADAPTER, specs, write, factored=factored), theta
 
 
 def _lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from converters import Checkpoint, Plan, Weighted, load_adapter
 from converters.errors import AdapterError, ConversionError, OptionError, PeanutError
 from converters.serving import VLLM_RANKS, LoraOptions, as_lora, plan_merge
-from peanut_serve.variants.host_weights import allocated
+from peanut_serve.variants.host_weights import allocated, stored
 from peanut_serve.variants.lora_export import LoraLimits, kind_of
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
@@ -30,6 +30,7 @@ class VariantSize:
         factors: bytes of its LoRA factors, in the dtype of the engine.
         merged: bytes in the host cache; 0 if it is served as LoRA.
         kinds: last parts of the names of the modules that it updates as LoRA.
+        changed: tensors that differ from the base's, if it is merged.
     """
 
     name: str
@@ -38,6 +39,7 @@ class VariantSize:
     factors: int = 0
     merged: int = 0
     kinds: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def key_value_size(config: Mapping[str, Any], nbytes: int) -> KeyValueSize | Non
 
 
 def variant_sizes(
-    base: Checkpoint, roots: Sequence[str], mode: str, dtype: str
+    base: Checkpoint, roots: Sequence[str], mode: str, dtype: str, keeps_base: bool = False
 ) -> tuple[list[VariantSize], dict[str, str]]:
     """The size of each variant in the folders, and why others cannot be served.
 
@@ -128,11 +130,12 @@ def variant_sizes(
         roots: folders of variants, and Hub ids.
         mode: of the server.
         dtype: of the engine, a key of `BYTES`.
+        keeps_base: whether the workers keep W0, so that exact factors suffice.
     """
     found, refused = [], {}
     model = LoadedModel(base, [[name] for name in base.tensors])
     limits = None if mode == "merged" else LoraLimits(VLLM_RANKS[-1])
-    opener = VersionOpener(model, "cpu", limits, mode != "lora")
+    opener = VersionOpener(model, "cpu", limits, mode != "lora", keeps_base and mode != "lora")
     searched = AdapterRoots(roots)
     for name in searched.names():
         try:
@@ -150,7 +153,9 @@ def _size(name: str, spec: Path | str, opener: VersionOpener, nbytes: int) -> Va
     else:
         version = opener.adapter(name, spec)
     if version.kind is not VariantKind.LORA:
-        return VariantSize(name, version.kind, merged=allocated(version.specs))
+        merged = allocated(stored(version.specs, version.factored))
+        changed = frozenset(spec.name for spec in version.specs)
+        return VariantSize(name, version.kind, merged=merged, changed=changed)
     plan: Plan = plan_merge(opener.model.base, [Weighted(load_adapter(spec))])
     try:
         lora = as_lora(plan, plan.base.folder, LoraOptions(runtime="vllm"))
@@ -158,6 +163,20 @@ def _size(name: str, spec: Path | str, opener: VersionOpener, nbytes: int) -> Va
         raise AdapterError(str(error)) from error
     numbers = sum(lora.ranks[module] * sum(tensor.matrix_shape) for module, tensor in lora.modules.items())
     return VariantSize(name, version.kind, lora.r, numbers * nbytes, kinds=frozenset(map(kind_of, lora.modules)))
+
+
+def device_copy_bytes(base: Checkpoint, variants: Sequence[VariantSize]) -> int:
+    """Bytes of W0 that all workers together keep with --base-copy device, at most.
+
+    vLLM loads some tensors together, such as q, k and v; that depends on its model. So all tensors of the parts that
+    have a changed module are counted, such as those of an attention.
+    """
+    parts = {_part_of(name) for variant in variants for name in variant.changed}
+    return sum(info.nbytes for info in base.tensors.values() if _part_of(info.name) in parts)
+
+
+def _part_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0].rpartition(".")[0]
 
 
 def slot_bytes(base: Checkpoint, variants: Sequence[VariantSize], dtype: str) -> tuple[int, int]:

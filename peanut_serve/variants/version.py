@@ -3,14 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from converters import Checkpoint
-from converters.serving import TensorInfo, TensorSpec
+from converters.serving import TensorSpec
 from peanut_serve.errors import VariantError
-from peanut_serve.variants.host_weights import HostWeights
+from peanut_serve.variants.host_weights import HostWeights, stored
 from peanut_serve.variants.lora_export import LoraExport
+from peanut_serve.variants.on_device.places import Factored, Place
 
 # The first version of this package with the results of this one. To be set to the next version when what an adapter
 # is evaluated to changes, even in the last bits: names can then not be rolled back to versions from before.
@@ -35,8 +36,9 @@ class Version:
         digest: identity of the weights; for an adapter, it depends on the base, θ and `EVALUATION`.
         kind: where the weights come from.
         specs: the tensors that differ from the base's.
-        write: writes those tensors to host memory. Raises `PeanutError` on failure.
+        write: writes those tensors, or their factors, to host memory. Raises `PeanutError` on failure.
         lora: how to write it as a LoRA adapter, if it is served as one.
+        factored: those of the tensors that are written as their exact factors, for workers that keep W0.
     """
 
     digest: str
@@ -44,11 +46,12 @@ class Version:
     specs: tuple[TensorSpec, ...] = ()
     write: Callable[[HostWeights], None] = lambda into: None
     lora: LoraExport | None = None
+    factored: Mapping[str, Factored] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors that differ from the base's."""
-        return sum(spec.nbytes for spec in self.specs)
+        """Size of what is written to host memory."""
+        return sum(spec.nbytes for spec in stored(self.specs, self.factored))
 
     @property
     def has_own_weights(self) -> bool:
@@ -56,8 +59,8 @@ class Version:
         return self.kind in (VariantKind.ADAPTER, VariantKind.CHECKPOINT)
 
     def evaluate(self) -> HostWeights:
-        """Write the tensors that differ from the base's to new host memory."""
-        weights = HostWeights(self.digest[:16], self.specs)
+        """Write the tensors that differ from the base's, or their factors, to new host memory."""
+        weights = HostWeights(self.digest[:16], self.specs, self.factored)
         try:
             self.write(weights)
             return weights.seal()
@@ -115,9 +118,7 @@ def digest_of(*facts: str) -> str:
     return hashlib.sha256(json.dumps([EVALUATION, *facts]).encode()).hexdigest()[:40]
 
 
-def places_of(
-    names: Iterable[str], weights: HostWeights | None, base: Mapping[str, TensorInfo]
-) -> Iterator[TensorInfo]:
-    """Where to read each tensor of a version: its own weights if they include the tensor, otherwise the base's."""
-    own = weights.tensors if weights is not None else {}
+def places_of(names: Iterable[str], weights: HostWeights | None, base: Mapping[str, Place]) -> Iterator[Place]:
+    """Where workers get each tensor of a version: in its own weights if these include it, otherwise in the base's."""
+    own = weights.places if weights is not None else {}
     return (own.get(name) or base[name] for name in names)

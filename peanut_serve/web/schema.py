@@ -58,7 +58,9 @@ class EngineStatus(Answer):
     restarts: int = Field(description="Number of times the engine was restarted.")
     host_cache_bytes: int = Field(description="Size of all evaluated weights in host memory, in bytes.")
     host_cache_limit: int = Field(description="Limit of their size, in bytes.")
-    base_copy_bytes: int = Field(0, description="Size of the tensors of the base in host memory, in bytes.")
+    base_copy_bytes: int = Field(
+        0, description="Size of the copies of the base, in host memory or on the devices, in bytes."
+    )
     swap_seconds: dict[str, float] = Field(description="Duration of each phase of the last swap, in seconds.")
     kv_cache_usage: float | None = Field(None, description="Part of the KV cache in use; null if not known.")
     detail: str | None = Field(description="Details of the state.")

@@ -13,3 +13,13 @@ def excess(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
         gain = (error - (neighbour - exact).abs()) / (neighbour - found.double()).abs()
         worst = torch.maximum(worst, gain)
     return worst
+
+
+def tolerance(weights: torch.Tensor) -> torch.Tensor:
+    """How far two evaluations of 16 bits may differ, one in float32: a last place, and what float32 loses.
+
+    That is relative to the magnitudes that are added up; here they are taken to be at most eight times the largest
+    result.
+    """
+    eps = torch.finfo(weights.dtype).eps
+    return weights.double().abs() * eps + weights.double().abs().max() * 8 * 40 * 2.0**-24

@@ -22,9 +22,14 @@ ATTENTION = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for i in range(2) 
 FORWARD = ("pause", "apply", "invalidate", "resume", "ask_canary")  # the calls of a swap, in this order
 
 
+@pytest.fixture(scope="module", params=["host", "device"])
+def base_copy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return weights_in(tmp_path_factory.mktemp("weights"))
+def weights(base_copy: str, tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return weights_in(tmp_path_factory.mktemp("weights"), keeps_base=base_copy == "device")
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,15 @@ RunStage = Callable[..., None]
 
 
 @pytest.fixture
-def run_stage(weights: Weights) -> RunStage:
+def run_stage(weights: Weights, base_copy: str) -> RunStage:
     """Runs a test on a new engine."""
 
     def call(test: Callable[[Stage], Awaitable[None]], active: str = "base", noise: float = 0.0) -> None:
         async def run() -> None:
             engine = FakeEngine(weights.base, noise)
-            swappable = await make_swappable(engine, weights.base, base_on_host=True)
+            swappable = await make_swappable(engine, weights.base, base_copy)
+            if swappable.copies is not None:
+                await swappable.copies.prepare(ATTENTION)
             stage = Stage(engine, swappable.swapper, weights)
             await stage.swap(active)
             await test(stage)
@@ -67,7 +74,14 @@ def run_stage(weights: Weights) -> RunStage:
     return call
 
 
-def test_only_tensors_that_differ_are_loaded(run_stage: RunStage) -> None:
+def sent(weights: Weights, name: str, names: list[str]) -> int:
+    """Bytes that workers that keep W0 do not have."""
+    loaded = weights.versions[name].weights
+    places = loaded.places if loaded is not None else {}
+    return sum(places[tensor].nbytes for tensor in names if tensor in places)
+
+
+def test_only_tensors_that_differ_are_loaded(run_stage: RunStage, base_copy: str) -> None:
     async def test(stage: Stage) -> None:
         first = [name for name in ATTENTION if ".0." in name]
         walk = {"v1": ATTENTION, "v2": first, "base": ATTENTION}
@@ -76,7 +90,8 @@ def test_only_tensors_that_differ_are_loaded(run_stage: RunStage) -> None:
             await stage.is_serving(name)
             assert sorted(stage.engine.applied[-1]) == sorted(names)  # k_proj too: vLLM fuses it with its neighbours
             assert report.tensors == len(names)
-            assert report.nbytes == sum(len(stage.weights.expected[name][tensor]) for tensor in names)
+            whole = sum(len(stage.weights.expected[name][tensor]) for tensor in names)
+            assert report.nbytes == (whole if base_copy == "host" else sent(stage.weights, name, names))
             assert list(report.seconds) == [Phase.QUIESCE, Phase.APPLY, Phase.INVALIDATE, Phase.CHECK]
         assert stage.swapper.restarts == 0
 

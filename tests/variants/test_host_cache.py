@@ -244,3 +244,23 @@ def test_a_base_that_stays_on_disk(base: Checkpoint) -> None:
             await weights.prepare(NAMES)
 
     asyncio.run(test())
+
+
+def test_a_load_that_drops_nothing(evaluations: Counted) -> None:
+    """It uses free room only; and that it fails is not told to those who may drop others."""
+
+    async def test(cache: HostCache) -> None:
+        for name in ("a", "b"):
+            await cache.load(evaluations.version(name))
+        await cache.load(evaluations.version("c"), drops=False)
+        with pytest.raises(HostMemoryError, match="0 MiB of --host-cache 3 MiB are free"):
+            await cache.load(evaluations.version("d"), drops=False)
+        assert held(cache) == {"a", "b", "c"}
+        d = evaluations.version("d")
+        refused, found = await asyncio.gather(cache.load(d, drops=False), cache.load(d), return_exceptions=True)
+        assert isinstance(refused, HostMemoryError)
+        assert found is cache.get("d")
+        assert await cache.load(d, drops=False) is found
+        assert evaluations.log == ["a", "b", "c", "d"]
+
+    run(test)

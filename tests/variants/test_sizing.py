@@ -18,6 +18,7 @@ from peanut_serve.variants.host_cache import host_copy
 from peanut_serve.variants.lora_export import LoraLimits
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.sizing import (
+    device_copy_bytes,
     engine_bytes,
     engine_dtype,
     key_value_size,
@@ -52,6 +53,31 @@ def test_merged_weights_are_what_the_host_cache_allocates(pair: Pair, tasks: Pat
         assert size.merged == weights.nbytes > 0, size.name
         weights.close()
     assert {size.name for size in sizes} == {"small", "large", "merged", "scaled"}
+
+
+@pytest.mark.parametrize("keeps_base", [False, True])
+def test_the_copy_on_the_device(pair: Pair, tasks: Path, keeps_base: bool) -> None:
+    """Of W0 of what variants change, and of what vLLM may load with it; the host cache has their factors."""
+    base = open_checkpoint(pair.base)
+    sizes, _ = variant_sizes(base, [str(tasks)], "merged", "bfloat16", keeps_base)
+    opener = VersionOpener(LoadedModel(base, [[name] for name in base.tensors]), "cpu", keeps_base=keeps_base)
+    weights = opener.adapter("small", tasks / "small").evaluate()
+    small = next(size for size in sizes if size.name == "small")
+    assert small.merged == weights.nbytes
+    weights.close()
+    attention = [info.nbytes for info in base.tensors.values() if ".self_attn." in info.name]
+    assert device_copy_bytes(base, [small]) == sum(attention)
+
+
+def test_the_copy_has_to_fit_beside_vllm(pair: Pair, tasks: Path, run_here: Run) -> None:
+    command = ("peanut-serve", "size", "--base", pair.base, "--adapters", tasks, "--mode", "merged")
+    sized = ("--base-copy", "device", "--max-model-len", "10", "--gpu-memory")
+    found = json.loads(run_here(*command, *sized, "10MB", "--json").stdout)
+    assert 0 < found["base_copy"] < 1 << 17
+    done = run_here(*command, *sized, "1MB", "--gpu-memory-utilization", "0.98")
+    assert done.returncode == 1
+    assert "--base-copy device takes up to" in done.stderr
+    assert "copy of the base on the device     at most" in done.stdout
 
 
 def test_factors_are_what_is_written(pair: Pair, tasks: Path, tmp_path: Path) -> None:

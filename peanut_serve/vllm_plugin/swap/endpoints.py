@@ -167,7 +167,8 @@ async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) ->
     add_digest_to_fingerprints()
     guard(client)
     is_salted = settings.prefix_cache == "salted"
-    engine = SwapEngine(client, keeps_prefixes=is_salted, generates=generates)
+    keeps_base = settings.mode != "lora" and settings.base_copy == "device"
+    engine = SwapEngine(client, keeps_prefixes=is_salted, generates=generates, keeps_base=keeps_base)
     config = None if settings.mode == "merged" else client.vllm_config.lora_config
     lora = None if settings.mode == "merged" else _limits(config, client.model_config)
     host = Host(base, args.served_model_name or [args.model], lora, lora_slots=config.max_loras if config else 0)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from vllm import SamplingParams
@@ -21,9 +21,10 @@ from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.canary import Canary
+from peanut_serve.variants.on_device.copies import Room
+from peanut_serve.variants.on_device.places import Place, encode_places
 from peanut_serve.vllm_plugin.swap.engine_door import is_own_request
 from peanut_serve.vllm_plugin.swap.models import lora_request
-from peanut_serve.vllm_plugin.swap.worker import encode_places
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -43,10 +44,16 @@ class SwapEngine:
         client: vLLM's engine client.
         keeps_prefixes: salts separate variants in the prefix cache, so that it needs no reset.
         generates: whether the model generates text; if not, there is no canary.
+        keeps_base: whether the workers have to be able to keep W0.
     """
 
-    def __init__(self, client: AsyncLLM, keeps_prefixes: bool, generates: bool = True) -> None:
+    def __init__(
+        self, client: AsyncLLM, keeps_prefixes: bool, generates: bool = True, keeps_base: bool = False
+    ) -> None:
         self._client, self._keeps_prefixes, self._generates = client, keeps_prefixes, generates
+        self._keeps_base = keeps_base
+        self._learned: Sequence[TensorInfo] = ()  # what new workers have to learn
+        self._kept: dict[str, TensorInfo] = {}  # and to keep
 
     @property
     def is_dead(self) -> bool:
@@ -68,14 +75,33 @@ class SwapEngine:
         """Resume scheduling."""
         await self._within(self._client.resume_generation())
 
-    async def apply(self, places: Sequence[TensorInfo]) -> None:
+    async def apply(self, places: Sequence[Place], afresh: bool = False) -> None:
         """See `VariantWorker.peanut_apply`."""
-        await self._within(self._client.collective_rpc("peanut_apply", args=(encode_places(places),)))
+        await self._call("peanut_apply", encode_places(places), afresh)
 
     async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:
         """See `VariantWorker.peanut_learn`; collected from all workers, which may each have some of the layers."""
-        found = await self._within(self._client.collective_rpc("peanut_learn", args=(encode_places(places),)))
+        found = await self._call("peanut_learn", encode_places(places), self._keeps_base)
+        self._learned = places
         return [group for groups in found for group in groups]
+
+    async def room(self, places: Sequence[TensorInfo]) -> list[Room]:
+        """See `VariantWorker.peanut_room`."""
+        return [Room(*found) for found in await self._call("peanut_room", encode_places(places))]
+
+    async def keep(self, places: Sequence[TensorInfo]) -> int:
+        """See `VariantWorker.peanut_keep`; the size is that of all workers' copies."""
+        sizes = await self._call("peanut_keep", encode_places(places))
+        self._kept |= {place.name: place for place in places}
+        return sum(sizes)
+
+    async def stage(self, places: Sequence[Place]) -> None:
+        """See `VariantWorker.peanut_stage`."""
+        await self._call("peanut_stage", encode_places(places))
+
+    async def _call(self, method: str, *args: object) -> Any:
+        """Call a method of every worker; returns their answers."""
+        return await self._within(self._client.collective_rpc(method, args=args))
 
     async def invalidate(self) -> None:
         """Reset the prefix cache, unless salts separate variants in it, and the caches of encoders."""
@@ -140,6 +166,11 @@ class SwapEngine:
         client.engine_core = await _started(make)
         client.output_handler = None
         client._run_output_handler()  # type: ignore[no-untyped-call]
+        if self._keeps_base and self._learned:  # by workers that are gone
+            await self.pause()
+            await self.learn(self._learned)
+            await self.keep([*self._kept.values()])
+            await self.resume()
 
     async def _within(self, call: Awaitable[T]) -> T:
         """Await a call, with a timeout: in vLLM a call never returns if the engine dies during it."""

@@ -1,20 +1,16 @@
 """Swaps weights in every vLLM worker: `--worker-extension-cls` mixes `VariantWorker` into the worker.
 
-Weights are passed as places in files, because vLLM's `collective_rpc` cannot send tensors. They are loaded by vLLM's
-own layerwise reload (`vllm/model_executor/model_loader/reload`), under their names in the checkpoint, so that vLLM
-fuses, shards, pads and repacks them as usual.
+Weights are passed as places, because vLLM's `collective_rpc` cannot send tensors: in files, or in the worker's own
+copy of W0 with the factors of an update. They are loaded by vLLM's own layerwise reload
+(`vllm/model_executor/model_loader/reload`), under their names in the checkpoint, so that vLLM fuses, shards, pads and
+repacks them as usual.
 """
 
-import json
 import logging
-import mmap
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +19,14 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from converters.errors import PeanutError
 from converters.serving import TensorInfo, TensorReader
+from peanut_serve.settings.server import ServerSettings
+from peanut_serve.variants.on_device.places import KeptTensor, Place, UpdatedTensor, decode_places
+from peanut_serve.vllm_plugin.swap.boxes import BoxRecorder
+from peanut_serve.vllm_plugin.swap.kept import KeptWeights, KeptWeightsError
+from peanut_serve.vllm_plugin.swap.mapping import StagedFactors, source
+from peanut_serve.vllm_plugin.swap.packed import PackedLayers
 
 logger = logging.getLogger("vllm.peanut_serve")
-
-_READ_ONLY_REGISTERED = 8  # cudaHostRegisterReadOnly
 
 
 class ReloadError(PeanutError):
@@ -34,70 +34,149 @@ class ReloadError(PeanutError):
 
 
 class VariantWorker:
-    """RPC methods; `self` is vLLM's worker."""
+    """RPC methods; `self` is vLLM's worker.
+
+    Attributes:
+        peanut_kept: copies of W0, if `peanut_learn` was called for them.
+        peanut_staging: factors on the device.
+        peanut_packed: layers as vLLM's CPU backend packed them.
+    """
 
     model_runner: Any
     reload_weights: Callable[..., None]
+    peanut_kept: KeptWeights
+    peanut_staging: StagedFactors
+    peanut_packed: PackedLayers
 
-    def peanut_apply(self, places: str) -> float:
+    def peanut_apply(self, places: str, afresh: bool = False) -> float:
         """Load tensors into the model; returns the seconds taken. After a failure, all tensors must be loaded again.
 
         Args:
             places: see `encode_places`. All tensors of every changed layer must be included.
+            afresh: use nothing that was kept of earlier loads, as after a failure.
 
-        Raises `ReloadError` if vLLM did not load all of them.
+        Raises `ReloadError` if vLLM did not load all of them, and `KeptWeightsError` if the worker keeps no copy of a
+        W0 that is needed, or if what it makes of it is not finite.
         """
         start = time.perf_counter()
-        infos, taken = decode_places(places), 0
+        packed = self._peanut_packed_layers()
+        if afresh:
+            packed.clear()
+        try:
+            self._peanut_load(packed.exchange(decode_places(places)), packed)
+        except BaseException:
+            packed.clear()
+            raise
+        return time.perf_counter() - start
+
+    def _peanut_load(self, wanted: Sequence[Place], packed: PackedLayers) -> None:
+        """Load tensors through vLLM, with none too, so that it drops what it derived from other weights."""
+        taken, layers, current = 0, dict[str, set[int]](), dict[int, str]()
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             nonlocal taken
-            with _source(infos) as read:
-                for info in infos:
-                    yield info.name, read(info)
+            with self._peanut_reading(wanted) as read:
+                for place in wanted:
+                    current[0] = place.name
+                    yield place.name, read(place)
                     taken += 1
 
-        with _quiet():
+        model = self.model_runner.get_model()
+        with _recording(current, layers), _quiet():
             self.reload_weights(weights_iterator=weights())
-        missing = [name for name, parameter in self.model_runner.get_model().named_parameters() if parameter.is_meta]
-        if taken != len(infos) or missing:
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if taken != len(wanted) or missing:
             raise ReloadError(
-                f"vLLM loaded {taken} of {len(infos)} tensors; parameters without values: {missing[:3]}"
+                f"vLLM loaded {taken} of {len(wanted)} tensors; parameters without values: {missing[:3]}"
             )
-        return time.perf_counter() - start
+        packed.remember(wanted, layers, {id(module): module for module in model.modules()})
 
-    def peanut_learn(self, places: str) -> list[list[str]]:
+    def _peanut_packed_layers(self) -> PackedLayers:
+        if not hasattr(self, "peanut_packed"):
+            settings = ServerSettings.read()
+            self.peanut_packed = PackedLayers(settings.packed_cache if settings is not None else 0)
+        return self.peanut_packed
+
+    @contextmanager
+    def _peanut_reading(self, places: Sequence[Place]) -> Iterator[Callable[[Place], Tensor]]:
+        """Yield a function that gives each tensor as it is in a checkpoint."""
+        if all(isinstance(place, TensorInfo) for place in places):
+            with source(places) as read_file:
+                yield read_file
+            return
+        kept = self._peanut_kept_weights()
+        with source(places) as read_file, self.peanut_staging.factors(places) as factor:
+
+            def read(place: Place) -> Tensor:
+                if isinstance(place, UpdatedTensor):
+                    return kept.updated(place.base, factor(place.up), factor(place.down))
+                return kept.whole(place.base) if isinstance(place, KeptTensor) else read_file(place)
+
+            try:
+                yield read
+                kept.check()
+            finally:
+                kept.forget()
+
+    def _peanut_kept_weights(self) -> KeptWeights:
+        if not hasattr(self, "peanut_kept"):
+            raise KeptWeightsError("this worker keeps no W0: it was started without --base-copy device")
+        return self.peanut_kept
+
+    def peanut_learn(self, places: str, keeps: bool = False) -> list[list[str]]:
         """Load the whole model; returns groups of tensors in the checkpoint that must be loaded together.
 
         The tensors of a layer, fused or not, are in one group; a tensor that vLLM does not load is in no group.
+
+        Args:
+            places: the tensors, in files.
+            keeps: be ready to keep tensors of the base: learn too which part of each one this worker loads.
         """
         layers: dict[str, set[int]] = {}
         current: dict[int, str] = {}
-        infos = decode_places(places)
+        recorder = BoxRecorder()
+        infos = _in_files(places)
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             with TensorReader() as reader:
                 for info in infos:
                     tensor = reader.whole(info)
                     current[tensor.untyped_storage().data_ptr()] = current[0] = info.name
+                    recorder.watch(info.name, tensor)
                     yield info.name, tensor
 
-        with _recording(current, layers), _quiet():
+        with _recording(current, layers), _quiet(), recorder if keeps else nullcontext():
             self.reload_weights(weights_iterator=weights())
+        if keeps:
+            device = next(self.model_runner.get_model().parameters()).device
+            self.peanut_kept, self.peanut_staging = KeptWeights(device, recorder.boxes), StagedFactors(device)
         return join_groups(layers)
 
+    def peanut_room(self, places: str) -> tuple[str, int, int]:
+        """The device, the bytes that it takes to keep tensors of the base too, and those that are free."""
+        kept = self._peanut_kept_weights()
+        return str(kept.device), kept.needed(_in_files(places)), kept.free()
 
-def encode_places(infos: Sequence[TensorInfo]) -> str:
-    """Encode tensors for `VariantWorker`, as JSON."""
-    return json.dumps([[i.name, i.dtype, i.shape, str(i.file), i.offset, i.nbytes] for i in infos])
+    def peanut_keep(self, places: str) -> int:
+        """Keep tensors of the base, from its files, in the memory of the device; returns the size of all copies."""
+        kept = self._peanut_kept_weights()
+        kept.keep(_in_files(places))
+        return kept.nbytes
+
+    def peanut_stage(self, places: str) -> None:
+        """Map what a swap to these places will read, and copy its factors to the device."""
+        wanted = decode_places(places)
+        staging = self.peanut_staging if hasattr(self, "peanut_staging") else StagedFactors(torch.device("cpu"))
+        staging.stage(wanted)
 
 
-def decode_places(places: str) -> list[TensorInfo]:
-    """Decode the result of `encode_places`."""
-    return [
-        TensorInfo(name, dtype, tuple(shape), Path(file), offset, nbytes)
-        for name, dtype, shape, file, offset, nbytes in json.loads(places)
-    ]
+def _in_files(places: str) -> list[TensorInfo]:
+    """Decode places of tensors that are in files. Raises `ValueError` if another one is among them."""
+    found = decode_places(places)
+    infos = [place for place in found if isinstance(place, TensorInfo)]
+    if len(infos) != len(found):
+        raise ValueError(f"{len(found) - len(infos)} of {len(found)} tensors are not in files")
+    return infos
 
 
 def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
@@ -112,75 +191,6 @@ def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
                 group_of[layer] = merged
         group_of |= dict.fromkeys(own, merged)
     return list({id(group): group for group in group_of.values()}.values())
-
-
-class _Maps:
-    """Files in host memory that this worker has mapped. Keeping them mapped saves the next swap page faults."""
-
-    def __init__(self) -> None:
-        self._maps: dict[tuple[str, int], Tensor] = {}  # by path and inode: paths in /proc are reused
-
-    def refresh(self) -> None:
-        """Unmap files that the server has closed, so that their memory is freed."""
-        for path, inode in [key for key in self._maps if _inode(key[0]) != key[1]]:
-            _unpin(self._maps.pop((path, inode)))
-
-    def whole(self, file: Path) -> Tensor:
-        """All bytes of a file."""
-        with file.open("rb") as opened:
-            key = (str(file), os.fstat(opened.fileno()).st_ino)
-            if key not in self._maps:
-                self._maps[key] = _map(opened.fileno())
-        return self._maps[key]
-
-
-_maps = _Maps()
-
-
-def _map(descriptor: int) -> Tensor:
-    """Map the bytes of a file, page-locked if there is a GPU, which can then copy from them directly."""
-    mapped = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the tensor being read-only, which is intended
-        whole = torch.frombuffer(mapped, dtype=torch.uint8)
-    if torch.cuda.is_available():
-        code = _cuda_runtime().cudaHostRegister(whole.data_ptr(), whole.nbytes, _READ_ONLY_REGISTERED)
-        if int(code) != 0:
-            logger.warning("cannot pin %d MiB of host memory (%s); swaps copy more slowly", whole.nbytes >> 20, code)
-    return whole
-
-
-def _unpin(whole: Tensor) -> None:
-    """Undo the page lock of a file, before it is unmapped."""
-    if torch.cuda.is_available():
-        _cuda_runtime().cudaHostUnregister(whole.data_ptr())  # harmless error if it was not pinned
-
-
-def _cuda_runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _inode(path: str) -> int | None:
-    try:
-        return os.stat(path).st_ino  # noqa: PTH116
-    except OSError:
-        return None
-
-
-@contextmanager
-def _source(infos: Sequence[TensorInfo]) -> Iterator[Callable[[TensorInfo], Tensor]]:
-    """Yield a function that reads a tensor: without a copy if it is in the server's memory, otherwise from disk."""
-    _maps.refresh()
-    mapped = {file: _maps.whole(file) for file in {info.file for info in infos} if file.is_relative_to("/proc")}
-    with TensorReader() as reader:
-
-        def read(info: TensorInfo) -> Tensor:
-            if info.file not in mapped:
-                return reader.whole(info)
-            data = mapped[info.file][info.offset : info.offset + info.nbytes]
-            return data.view(info.torch_dtype).reshape(info.shape)
-
-        yield read
 
 
 @contextmanager

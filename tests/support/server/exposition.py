@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 EVERYWHERE = {
     "peanut_requests", "peanut_tokens", "peanut_queue_seconds", "peanut_evaluation_seconds", "peanut_rollbacks",
     "peanut_engine_restarts", "peanut_host_cache_bytes", "peanut_base_copy_bytes", "peanut_ready",
+    "peanut_staged", "peanut_prepared_ahead",
     "peanut_waiting_requests", "peanut_queued_requests", "peanut_resident_variant", "vllm:lora_requests_info",
     "peanut_usage_requests", "peanut_usage_prompt_tokens", "peanut_usage_generated_tokens",
     "peanut_usage_engine_seconds", "peanut_refused_requests", "peanut_keys_current",

@@ -11,12 +11,17 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+import torch
 
 from converters.files.header import TensorInfo
 from converters.files.reader import TensorReader
 from converters.models.checkpoint import Checkpoint
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.canary import Canary
+from peanut_serve.variants.on_device.copies import Room
+from peanut_serve.variants.on_device.places import KeptTensor, Place
 
 _FUSED = re.compile(r"\b([qkv]|gate|up)_proj")  # into one layer of vLLM's, with the others of its parent
 
@@ -24,10 +29,20 @@ _FUSED = re.compile(r"\b([qkv]|gate|up)_proj")  # into one layer of vLLM's, with
 class FaultError(RuntimeError): ...
 
 
-def read(places: Iterable[TensorInfo]) -> dict[str, bytes]:
-    """Tensors as they lie in files, those in /proc too."""
+def read(places: Iterable[Place], kept: Mapping[str, bytes] = MappingProxyType({})) -> dict[str, bytes]:
+    """Tensors as they lie in files, those in /proc too; or as they are evaluated from those that are kept."""
     with TensorReader() as reader:
-        return {info.name: reader.range(info, 0, info.nbytes) for info in places}
+        return {place.name: _bytes(place, reader, kept) for place in places}
+
+
+def _bytes(place: Place, reader: TensorReader, kept: Mapping[str, bytes]) -> bytes:
+    if isinstance(place, TensorInfo):
+        return reader.range(place, 0, place.nbytes)
+    if isinstance(place, KeptTensor):
+        return kept[place.name]
+    w0 = torch.frombuffer(bytearray(kept[place.name]), dtype=place.base.torch_dtype).view(place.base.shape)
+    merged = w0.double() + reader.whole(place.up).double() @ reader.whole(place.down).double()
+    return merged.to(w0.dtype).view(torch.uint8).numpy().tobytes()
 
 
 def identity(weights: Mapping[str, bytes]) -> str:
@@ -45,12 +60,15 @@ class FakeEngine:
         loras: LoRA adapters that it has loaded, by number.
         running: requests that it works on; while `go` is not set, they do not end.
         reloads_wrongly: as vLLM 0.32 does mixtures of experts on a CPU.
+        kept: tensors of the base on its device, which has `free` bytes; `staged`: names that each `stage` was given.
     """
 
     def __init__(self, base: Checkpoint, noise: float = 0.0) -> None:
         self._base, self._noise, self._random = base, noise, random.Random(0)
         self.calls: list[str] = []
         self.applied: list[list[str]] = []
+        self.staged: list[list[str]] = []
+        self.free = 1 << 40
         self.violations: list[str] = []
         self._faults: dict[tuple[str, int], str] = {}
         self.running, self.reloads_wrongly, self.go = 0, False, asyncio.Event()
@@ -59,6 +77,7 @@ class FakeEngine:
 
     def _start(self) -> None:
         self.is_dead, self.weights = False, read(self._base.tensors.values())
+        self.kept = dict[str, bytes]() if not hasattr(self, "kept") else self.kept  # its restart renews them
         self._prefixes, self.resumed = dict[str, str](), asyncio.Event()
         self.loras: dict[int, Path] = {}
         self.resumed.set()
@@ -84,7 +103,7 @@ class FakeEngine:
         await self._begin("resume")
         self.resumed.set()
 
-    async def apply(self, places: Sequence[TensorInfo]) -> None:
+    async def apply(self, places: Sequence[Place], afresh: bool = False) -> None:
         names = [info.name for info in places]
         self._expect(not self.resumed.is_set(), "weights were applied while requests may run")
         self._expect(not any(0 < len({*group} & {*names}) < len(group) for group in self._groups()), "a torn layer")
@@ -92,15 +111,27 @@ class FakeEngine:
         before, self.weights = self.weights, {}  # a failure leaves them undefined
         fault = await self._begin("apply")
         if fault == "half":
-            self.weights = read(places[: len(places) // 2])
+            self.weights = read(places[: len(places) // 2], self.kept)
             raise FaultError("apply stopped halfway")
-        self.weights = before if fault == "nothing" else {**before, **read(places)}
+        self.weights = before if fault == "nothing" else {**before, **read(places, self.kept)}
         if self.reloads_wrongly:
             self.weights[names[0]] = self.weights[names[0]][::-1]
 
     async def learn(self, places: Sequence[TensorInfo]) -> list[list[str]]:
         await self.apply(places)
         return self._groups()
+
+    async def room(self, places: Sequence[TensorInfo]) -> list[Room]:
+        return [Room("fake", sum(info.nbytes for info in places), self.free)]
+
+    async def keep(self, places: Sequence[TensorInfo]) -> int:
+        await self._begin("keep")
+        self.kept |= read(places)
+        return sum(map(len, self.kept.values()))
+
+    async def stage(self, places: Sequence[Place]) -> None:
+        await asyncio.sleep(0)
+        self.staged.append([place.name for place in places])
 
     async def invalidate(self) -> None:
         await self._begin("invalidate")

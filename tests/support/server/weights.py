@@ -37,8 +37,8 @@ class Weights:
     expected: dict[str, dict[str, bytes]]
 
 
-def weights_in(folder: Path) -> Weights:
-    """Base, v1, and two that are v1 but for one tensor."""
+def weights_in(folder: Path, keeps_base: bool = False) -> Weights:
+    """Base, v1, and two that are v1 but for one tensor; for workers that keep W0, q_proj as its factors."""
     torch.manual_seed(0)
     tiny_llama().save_pretrained(folder / "base")
     base, tasks = open_checkpoint(folder / "base"), folder / "tasks"
@@ -48,7 +48,7 @@ def weights_in(folder: Path) -> Weights:
     model, _ = asyncio.run(run_self_test(FakeEngine(base), base))
     versions, expected = {"base": Loaded(base_version(base))}, {"base": read(base.tensors.values())}
     for name in ("v1", "v2", "v3"):
-        version = adapter_version(name, tasks / name, VersionOpener(model, "cpu"))
+        version = adapter_version(name, tasks / name, VersionOpener(model, "cpu", keeps_base=keeps_base))
         versions[name] = Loaded(version, version.evaluate())
         merged = merge(folder / "base", tasks / name, folder / f"merged-{name}").output
         expected[name] = read(open_checkpoint(merged).tensors.values())
