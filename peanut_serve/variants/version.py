@@ -37,6 +37,7 @@ class Version:
         specs: the tensors that differ from the base's.
         write: writes those tensors to host memory. Raises `PeanutError` on failure.
         lora: how to write it as a LoRA adapter, if it is served as one.
+        merged: the same weights merged, if it is served as LoRA and they can be.
     """
 
     digest: str
@@ -44,6 +45,7 @@ class Version:
     specs: tuple[TensorSpec, ...] = ()
     write: Callable[[HostWeights], None] = lambda into: None
     lora: LoraExport | None = None
+    merged: "Version | None" = None
 
     @property
     def nbytes(self) -> int:
