@@ -135,6 +135,24 @@ _MinDwell = Annotated[
         help="Shortest time between swaps while the active variant has requests, in seconds.",
     ),
 ]
+_Resident = Annotated[
+    str | None,
+    typer.Option(
+        "--resident",
+        help="With --mode auto: give this variant's merged weights to the engine, with others beside it as LoRA; "
+        "auto: the busiest one's, as traffic decides.",
+    ),
+]
+_Gather = Annotated[
+    float,
+    typer.Option(
+        "--gather",
+        min=0,
+        max=SECONDS * 1000,
+        callback=finite,
+        help="Longest time a request waits for others that need LoRA beside the resident, too, in milliseconds.",
+    ),
+]
 _MaxQueue = Annotated[
     int, typer.Option("--max-queue", **_COUNT, help="Maximum number of requests waiting for a swap.")
 ]
@@ -231,6 +249,8 @@ def _serve(
     preload: _Preload = None,
     max_wait: _MaxWait = 10.0,
     min_dwell: _MinDwell = 0.5,
+    resident: _Resident = None,
+    gather: _Gather = 0.0,
     max_queue: _MaxQueue = 1024,
     max_evaluations: _MaxEvaluations = 64,
     max_body: _MaxBody = "64MiB",
@@ -263,7 +283,7 @@ def _serve(
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
-        "keys": keys,
+        "keys": keys, "resident": resident, "gather": gather,
         "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
     options = ServeOptions(

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from converters.errors import PeanutError
 from converters.serving import TensorInfo, TensorReader
+from peanut_serve.vllm_plugin.binding import bind
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -65,6 +66,15 @@ class VariantWorker:
                 f"vLLM loaded {taken} of {len(infos)} tensors; parameters without values: {missing[:3]}"
             )
         return time.perf_counter() - start
+
+    def peanut_bind(self, resident: str | None) -> None:
+        """Forget all LoRA adapters, and load only those that belong to these weights from now on.
+
+        Args:
+            resident: digest of the merged weights that the model has; None for those of the base.
+        """
+        bind(resident)
+        self.model_runner.lora_manager.remove_all_adapters()
 
     def peanut_learn(self, places: str) -> list[list[str]]:
         """Load the whole model; returns groups of tensors in the checkpoint that must be loaded together.
