@@ -192,7 +192,8 @@ class VariantServer(ObservedServer):
                 waiting.close()
                 try:
                     self._record_use(name, arrival)
-                    holds.enter_context(self.demand.serving(name, version))
+                    if self._choosing is not None:
+                        holds.enter_context(self.demand.serving(name, version))
                     # for the weights that the engine has now: they stay until this request has left the gate
                     lora = await self.residents.adapter(name, version, self.gate.weights, holds)
                     if lora is not None:
