@@ -9,7 +9,7 @@ place in all steps costs more than a step with LoRA.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WITH_ROOM = 1 / 16  # of the time, while a step has room left; found by simulation (tests/support/server/steps.py)
+_WITH_ROOM = 1 / 16  # of the time, while a step has room left; found by simulation (tests/support/adaptive/steps.py)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.server.steps import BASE, Engine, Found, Mix, as_adaptive, as_lora, as_merged
+from support.adaptive.steps import BASE, Engine, Found, Mix, as_adaptive, as_lora, as_merged
 
 from peanut_serve.swapping.adaptive.gathering import Gathering
 from peanut_serve.swapping.adaptive.policy import Choice, Costs, Demand, saved, smoothed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support.server.effective import who
+from support.adaptive.effective import who
 from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
 

@@ -20,7 +20,7 @@ from support.engines.serving import Server, free_port, kill, serving
 
 VARIANTS, CLIENTS = 4, 8
 WAIT = 600.0  # for anything that has to happen: a start of an engine takes minutes on a starved machine
-BASE = "base"
+BASE, HOT = "base", "task-0"
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
@@ -33,7 +33,7 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 def server(world: World, tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "admin-port").write_text(port := str(free_port()))
     options = (
-        "--mode", "auto", "--resident", "auto", "--gather", "500", "--settle", "0", "--admin-port", port,
+        "--mode", "auto", "--resident", HOT, "--gather", "500", "--settle", "0", "--admin-port", port,
         "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8", "--served-model-name", BASE,
         "--enforce-eager",
     )  # fmt: skip
@@ -42,10 +42,9 @@ def server(world: World, tmp_path: Path) -> Iterator[Server]:
 
 
 class Traffic:
-    """Clients that mostly ask for one variant.
+    """Clients that often ask for the resident.
 
     Attributes:
-        hot: which.
         versions: name -> seeds of the versions that it may answer with now.
         paths: (name, how it was answered) -> how often.
         errors: how often the engine was lost under a request.
@@ -53,7 +52,6 @@ class Traffic:
 
     def __init__(self, server: Server, world: World) -> None:
         self.server, self.world, self.client = server, world, server.async_client
-        self.hot, self.share = "task-0", 0.95
         self.versions = {BASE: {-1}, **{f"task-{seed}": {seed} for seed in range(VARIANTS)}}
         self.paths, self.errors = Counter[tuple[str, str]](), 0
         known = (set(world.truth[seed]) for seed in range(-1, 2 * VARIANTS))
@@ -63,8 +61,8 @@ class Traffic:
     async def ask_for_ever(self, number: int) -> None:
         dice = random.Random(number)
         while True:
-            is_hot = dice.random() < self.share
-            await self.ask(self.hot if is_hot else dice.choice(sorted(self.versions)), dice.choice(self.prompts))
+            name = HOT if dice.random() < 0.4 else dice.choice(sorted(self.versions))
+            await self.ask(name, dice.choice(self.prompts))
 
     async def ask(self, name: str, prompt: int) -> None:
         allowed = set(self.versions[name])
@@ -92,47 +90,38 @@ class Traffic:
                     client.result()  # raises its error
             assert time.monotonic() < deadline, f"not within {WAIT:.0f} s: {what} ({dict(self.paths)})"
 
-    async def until_all(self, path: str) -> None:
-        """Wait until every variant was answered again, the resident merged and others by this path."""
-        before = Counter(self.paths)
-        names = [name for name in self.versions if name != self.hot]
-        await self.until(path, lambda: all(self.paths[name, path] > before[name, path] for name in names))
-        assert self.paths[self.hot, "merged"] > before[self.hot, "merged"]
+    async def until_shared(self) -> str:
+        """Wait until all were answered with the weights of one resident; the digest of these weights."""
+        await self.until("a resident", lambda: self.engine()["resident"] == HOT)
+        before, wanted = Counter(self.paths), [(HOT, "merged"), (BASE, "complement")]
+        wanted += [(name, "complement") for name in self.versions if name not in (HOT, BASE)]
+        await self.until("answers of all", lambda: all(self.paths[one] > before[one] for one in wanted))
+        return str(self.engine()["digest"])
 
-    def resident(self) -> str | None:
+    def engine(self) -> dict[str, object]:
         port = (self.server.log.parent / "admin-port").read_text()
         headers = {"Authorization": "Bearer secret"}
-        found = httpx.get(f"http://127.0.0.1:{port}/admin/v1/engine", headers=headers, timeout=60).json()
-        return str(found["resident"]) if found["resident"] else None
-
-    async def until_resident(self, name: str) -> None:
-        await self.until(f"{name} as the resident", lambda: self.resident() == name)
+        answer = httpx.get(f"http://127.0.0.1:{port}/admin/v1/engine", headers=headers, timeout=60)
+        return dict(answer.json())
 
 
 async def everything(server: Server, world: World) -> Traffic:
     traffic = Traffic(server, world)
     traffic.clients = [asyncio.create_task(traffic.ask_for_ever(number)) for number in range(CLIENTS)]
-    for hot in ("task-0", "task-1"):
-        traffic.hot, traffic.share = hot, 0.98
-        await traffic.until_resident(hot)
-        traffic.share = 0.4
-        await traffic.until_all("complement")
-    traffic.share = 0.98
-    new = VARIANTS + 2  # another version of the resident: its complements belong to the one before
-    traffic.versions["task-1"] = {1, new}
-    old = sum(traffic.paths.values())
-    await asyncio.to_thread(replace, world, "task-1", new)
-    await traffic.until("requests of before to end", lambda: sum(traffic.paths.values()) > old + 60)
-    traffic.versions["task-1"] = {new}
-    traffic.share = 0.4
-    await traffic.until_all("complement")
+    weights = [await traffic.until_shared()]
+    for new in (VARIANTS + 1, VARIANTS + 2):  # other θ of the resident: complements belong to the θ before
+        old = traffic.versions[HOT]
+        traffic.versions[HOT] = {*old, new}
+        await asyncio.to_thread(replace, world, HOT, new)
+        await traffic.until("another resident", lambda: traffic.engine()["digest"] not in weights)
+        await traffic.until_shared()
+        traffic.versions[HOT] = {new}
+        weights.append(await traffic.until_shared())
     before = sum(traffic.paths.values())
     kill(server, "VLLM::EngineCore")
-    await traffic.until("answers after a restart", lambda: sum(traffic.paths.values()) > before + 60)
-    traffic.hot, traffic.share = "task-2", 0.98
-    await traffic.until_resident("task-2")
-    traffic.share = 0.4
-    await traffic.until_all("complement")
+    await traffic.until("answers after a restart", lambda: sum(traffic.paths.values()) > before + 20)
+    assert await traffic.until_shared() == weights[-1]
+    assert len(set(weights)) == 3
     for client in traffic.clients:
         client.cancel()
     await asyncio.wait(traffic.clients)
