@@ -112,7 +112,7 @@ class EngineReplica(OperatedReplica):
             variant: the one that answers, as far as the front knows: another one while a release is open.
             request: for the engine.
 
-        Raises `EngineDownError` if this replica does not have the wanted version of the variant, or if its engine died.
+        Raises `EngineDownError` if this replica lacks the wanted version of the variant, or if its engine died.
         """
         self._note(asked, variant)
         method, path, headers, body = request

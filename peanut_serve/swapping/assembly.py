@@ -1,9 +1,10 @@
 """Assembles a `VariantServer` in the process that has the engine: vLLM's server, or another host."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from converters import Checkpoint
+from peanut_serve.lora.slots import LoraSlots
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.self_test import LearningEngine
 from peanut_serve.swapping.server import VariantServer
@@ -24,14 +25,14 @@ class Host:
         base_names: names of the base; the first is used if a request names no variant.
         lora: what the engine allows as LoRA; see `VersionOpener`.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
-        lora_slots: how many LoRA adapters the engine has at once.
+        slots: for LoRA adapters in the engine.
     """
 
     base: Checkpoint
     base_names: Sequence[str]
     lora: LoraLimits | None = None
     on_active: Callable[[str], None] = lambda digest: None
-    lora_slots: int = 0
+    slots: LoraSlots = field(default_factory=LoraSlots)
 
 
 async def assemble_server(settings: ServerSettings, engine: LearningEngine, host: Host) -> VariantServer:
@@ -55,4 +56,4 @@ async def assemble_server(settings: ServerSettings, engine: LearningEngine, host
     opener = VersionOpener(swappable.model, settings.device, host.lora, merges, keeps_base)
     roots, store = AdapterRoots(settings.roots), VariantStore(settings.state)
     catalogue = Catalogue(host.base_names, roots, store, opener, settings.settle)
-    return VariantServer(settings, swappable, catalogue, host.on_active, host.lora_slots)
+    return VariantServer(settings, swappable, catalogue, host.on_active, host.slots)

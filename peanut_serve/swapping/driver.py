@@ -6,15 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
+from peanut_serve.swapping.adaptive.residents import Residents
 from peanut_serve.swapping.ahead.staging import Staging
 from peanut_serve.swapping.gate import Gate
-from peanut_serve.swapping.history import SwapHistory, SwapRecord
+from peanut_serve.swapping.history import Cause, Failures, SwapHistory, SwapRecord
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant, reason_for
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.swapping.transaction import EngineDiedError, Loaded, Phase, Report
@@ -26,16 +27,10 @@ logger = logging.getLogger("vllm.peanut_serve")
 _LOOK_SECONDS = 0.25  # between checks that the engine is alive
 _DEAD_DRAIN_SECONDS = 5.0  # for the requests of a dead engine to fail
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # between attempts to start an engine
-_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # before a failed swap is retried
+
+_CHANGE = "change to "  # of the resident: if that fails, a swap for another turn to the same weights may succeed
 
 State = Literal["serving", "swapping", "restarting", "failed"]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: SwapError
-    count: int  # consecutive failures
-    retry_at: float  # monotonic seconds
 
 
 @dataclass
@@ -53,6 +48,7 @@ class SwapDriver:
         swappable: the engine, and the swapper of its weights.
         gate: holds requests until their weights are in the engine.
         cache: weights in host memory.
+        residents: whose merged weights the engine may have while requests share it.
         settings: when to swap, and how long to wait for running requests.
         name_of: finds a name for a digest, for logs and metrics.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
@@ -63,6 +59,7 @@ class SwapDriver:
         last_report: report of the last swap.
         usage: variant -> its swaps.
         history: the latest swaps and restarts.
+        change: expected duration of a change of the resident, its drain included.
         failed_starts: of the engine, since it ran last.
     """
 
@@ -71,6 +68,7 @@ class SwapDriver:
         swappable: SwappableEngine,
         gate: Gate,
         cache: HostCache,
+        residents: Residents,
         settings: ServerSettings,
         name_of: Callable[[str], str | None],
         on_active: Callable[[str], None],
@@ -82,14 +80,15 @@ class SwapDriver:
         self.history = SwapHistory(self._label)
         self.failed_starts = 0
         self._engine, self._swapper = swappable.engine, swappable.swapper
-        self._gate, self._cache = gate, cache
+        self._gate, self._cache, self._residents = gate, cache, residents
         self._policy, self._drain_seconds = Policy(settings.max_wait, settings.min_dwell), settings.drain_seconds
+        self._drain_timeout = settings.drain_timeout
         self._name_of, self._on_active = name_of, on_active
         self._base = self._swapper.active.version
         self._versions: dict[str, Version] = {self._base.digest: self._base}
-        self._failures: dict[str, _Failure] = {}
+        self._failures = Failures()
         self._requested: list[str] = []  # digests that operators are activating
-        self._price = PriceEstimate()
+        self._price = self.change = PriceEstimate()
         self._pause = _FIRST_PAUSE
         self._active_hold = ExitStack()
         self._staging = Staging(self._engine, self._swapper.changes, cache)
@@ -117,17 +116,22 @@ class SwapDriver:
 
     def check(self, digest: str) -> None:
         """Raise `SwapError` if the swap to a version has failed, and is not yet due for a retry."""
-        failure = self._failures.get(digest)
-        if failure is not None and (left := failure.retry_at - time.monotonic()) > 0:
-            raise SwapError(f"{failure.error}; try again after {math.ceil(left)} s, or reload the variant")
+        if (left := self._failures.left(digest)) > 0:
+            raise SwapError(
+                f"{self._failures.of(digest)}; try again after {math.ceil(left)} s, or reload the variant"
+            )
 
     def failure(self, digest: str | None) -> str | None:
         """Why the last swap to a version failed; None if it did not."""
-        return str(self._failures[digest].error) if digest in self._failures else None
+        return self._failures.of(digest)
+
+    def change_failure(self, digest: str) -> str | None:
+        """Why these weights of a resident could not be swapped in the last time; None if they could."""
+        return self._failures.of(_CHANGE + digest) or self._failures.of(digest)
 
     def clear_failure(self, digest: str) -> None:
         """Forget that the swap to a version failed: the next request retries it."""
-        self._failures.pop(digest, None)
+        self._failures.forget(digest)
 
     def request_swap(self, digest: str) -> None:
         """Swap to a version next, regardless of the policy, until `withdraw_swap` is called."""
@@ -169,14 +173,18 @@ class SwapDriver:
         if self._engine.is_dead or self.state == "failed":
             await self._restart_engine()
             return
-        active, view = self._swapper.active.version.digest, self._view()
-        requested = (digest for digest in self._requested if digest != active and digest not in self._failures)
+        view = self._view()
+        requested = (one for one in self._requested if one != view.active and self._failures.of(one) is None)
         if (target := next(requested, None)) is not None:
-            await self._swap_to(self.history.begin(target, "operator", view, self._requested))
+            await self._swap_to(self._weights_for(target), "operator", view)
             return
-        if (target := next_variant(view, self._policy)) != active:
-            why = reason_for(target, view, self._policy)
-            await self._swap_to(self.history.begin(target, why, view, self._requested))
+        if (target := next_variant(view, self._policy)) != view.active:
+            await self._swap_to(self._weights_for(target), reason_for(target, view, self._policy), view)
+            return
+        if self._gate.unfit() and self._residents.wanted is not None:
+            self._residents.want(None, "unfit")
+        if (target := self._weights_for(view.active)) != self._gate.weights:
+            await self._swap_to(target, self._residents.why or "gone", view)
             return
         self._staging.look(view, self._policy, self._versions)
         look = next_look(view, self._policy)
@@ -185,16 +193,33 @@ class SwapDriver:
             await asyncio.wait_for(self._gate.changed.wait(), pause)
 
     def _view(self) -> View:
-        active, gate = self._swapper.active.version.digest, self._gate
+        active, gate = self._residents.turn_of(self._swapper.active.version.digest), self._gate
         return View(time.monotonic(), active, gate.since, len(gate.running), gate.queues(), self._price.seconds)
+
+    def _weights_for(self, turn: str) -> str:
+        weights = self._gate.weights
+        is_change = self._residents.turn_of(weights) == turn
+        left = lambda digest: self._failures.left(_CHANGE * is_change + digest)  # noqa: E731
+        return self._residents.weights_for(turn, weights, left)
 
     def _label(self, digest: str) -> str:
         return self._name_of(digest) or digest[:12]
 
-    async def _swap_to(self, begun: SwapRecord) -> None:
+    def _begin(self, digest: str, cause: Cause, view: View) -> SwapRecord:
+        before = replace(
+            view, active=self._swapper.active.version.digest
+        )  # of the weights, not of those who share them
+        return self.history.begin(digest, cause, before, self._requested)
+
+    async def _swap_to(self, digest: str, cause: Cause, view: View) -> None:
         self.state = "swapping"
-        digest, label, report = begun.digest, begun.target, Report()
-        version = self._versions[digest]
+        begun = self._begin(digest, cause, view)
+        label, report, version = begun.target, Report(), self._versions[digest]
+        is_change = self._residents.turn_of(digest) == self._gate.active  # of the resident alone
+        # nobody waits for that, unless a variant does not fit
+        is_gentle = is_change and not self._gate.unfit()
+        drain = self._gate.drain_gently if is_gentle else self._gate.drain
+        seconds = min(self._policy.max_wait, self._drain_timeout) if is_gentle else self._drain_seconds
         with self._cache.holding(digest):
             target = Loaded(version, self._cache.get(digest))
             start = time.perf_counter()
@@ -203,12 +228,12 @@ class SwapDriver:
                     raise SwapError("the variant's weights are no longer in host memory")
                 if self._gate.running:
                     self._staging.begin(target)  # while they end
-                await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds), report)
+                await self._swapper.swap(target, lambda: drain(seconds), report)
             except EngineDiedError as error:
                 logger.error("%s; the requests for %s continue to wait", error, label)
                 self.history.end(begun, report, error)
             except SwapError as error:
-                self._record_failure(label, digest, error)
+                self._record_failure(label, _CHANGE * is_change + digest, error)
                 self.history.end(begun, report, error)
                 self._gate.refuse(digest, error)
             except EngineDownError as error:
@@ -219,19 +244,21 @@ class SwapDriver:
             else:
                 self._record_swap(label, report, time.perf_counter() - start)
                 self.history.end(begun, report)
+            if is_change and Phase.RESTART not in report.seconds:
+                self.change = self.change.after(time.perf_counter() - start)
             self._open()
 
     def _record_failure(self, label: str, digest: str, error: SwapError) -> None:
-        count = self._failures[digest].count + 1 if digest in self._failures else 1
-        pause = min(_LAST_RETRY, _FIRST_RETRY * 2 ** (count - 1))
-        self._failures[digest] = _Failure(error, count, time.monotonic() + pause)
+        self._failures.add(digest, error)
+        digest = digest.removeprefix(_CHANGE)
         metrics.SWAPS.labels(self._name_of(digest) or "unknown", "failed").inc()
         metrics.ROLLBACKS.inc()
         logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
 
     def _record_swap(self, label: str, report: Report, seconds: float) -> None:
         active = self._swapper.active.version.digest
-        self._failures.pop(active, None)
+        self._failures.forget(active)
+        self._failures.forget(_CHANGE + active)
         self._staging.used(active)
         work = seconds - report.seconds[Phase.QUIESCE]
         self._price = self._price.after(work)
@@ -259,14 +286,15 @@ class SwapDriver:
         self.failed_starts = 0
         used = {active, self._base.digest, *(queue.digest for queue in self._gate.queues())}
         self._versions = {d: v for d, v in self._versions.items() if d in used or self._cache.get(d) is not None}
-        self._gate.open(active)
+        self._residents.settle(active)
+        self._gate.open(self._residents.turn_of(active), active, self._residents.identity(active))
 
     async def _restart_engine(self) -> None:
         """Restart the engine. Running requests have failed with vLLM's error; waiting ones continue to wait."""
         logger.error("the engine has died; restarting it")
         self.state, self.detail = "restarting", "the engine died and is being restarted"
         metrics.READY.set(0)
-        begun = self.history.begin(self._base.digest, "engine_died", self._view())
+        begun = self._begin(self._base.digest, "engine_died", self._view())
         await self._gate.drain(_DEAD_DRAIN_SECONDS)
         try:
             report = await self._swapper.restart_engine()

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peanut_serve.signals.tracing import Past, record
+from peanut_serve.swapping.adaptive.residents import Why
 from peanut_serve.swapping.policy import Reason, View
 from peanut_serve.swapping.transaction import Phase, Report
 
 _MOST_RECORDS = 256
 _MOST_CHARACTERS = 2000  # of an error
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds before a failed swap is retried
 
 # done; or the weights of before, as nothing was loaded or everything was restored; or the base's, after a restart; or
 # no engine, as it could not be restarted
 Outcome = Literal["done", "cancelled", "rolled_back", "restarted", "down"]
-Cause = Literal[Reason, "operator", "engine_died"]
+Cause = Literal[Reason, Why, "operator", "engine_died"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,38 @@ class SwapRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     tensors: int = 0
     nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
+    count: int  # in a row
+    retry_at: float  # monotonic seconds
+
+
+class Failures:
+    """Versions whose last swap failed, and when the next attempt may be made."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, _Failure] = {}
+
+    def add(self, digest: str, error: Exception) -> None:
+        """A swap to a version has failed. The pause doubles with each failure in a row."""
+        count = self._last[digest].count + 1 if digest in self._last else 1
+        pause = min(_LAST_RETRY, _FIRST_RETRY * 2 ** (count - 1))
+        self._last[digest] = _Failure(error, count, time.monotonic() + pause)
+
+    def of(self, digest: str | None) -> str | None:
+        """Why the last swap to a version failed; None if it did not."""
+        return str(self._last[digest].error) if digest in self._last else None
+
+    def left(self, digest: str) -> float:
+        """Seconds until the next attempt may be made; not positive if it may be made now."""
+        return self._last[digest].retry_at - time.monotonic() if digest in self._last else 0.0
+
+    def forget(self, digest: str) -> None:
+        """Allow the next attempt."""
+        self._last.pop(digest, None)
 
 
 class SwapHistory:

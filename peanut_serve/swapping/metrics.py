@@ -16,6 +16,8 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 
 REQUESTS = Counter("peanut_requests", "Completed requests, by variant and outcome.", ["variant", "outcome"])
 TOKENS = Counter("peanut_tokens", "Tokens of prompts and answers, by variant.", ["variant", "kind"])
+PATH_REQUESTS = Counter("peanut_path_requests", "Admitted requests, by how the answer is computed.", ["path"])
+PATH_TOKENS = Counter("peanut_path_tokens", "Tokens of answers, by how they were computed.", ["path"])
 QUEUE_SECONDS = Histogram(
     "peanut_queue_seconds", "Time a request waited for its variant's weights.", ["variant"], buckets=_SECONDS
 )
@@ -33,6 +35,9 @@ PREPARED_AHEAD = Counter("peanut_prepared_ahead", "Variants that were evaluated 
 HOST_CACHE = Gauge("peanut_host_cache_bytes", "Size of the evaluated weights in host memory.")
 BASE_COPY = Gauge(
     "peanut_base_copy_bytes", "Size of the copies of the base's weights, in host memory or on the devices."
+)
+RESIDENT_SAVED = Counter(
+    "peanut_resident_saved_seconds", "Estimated seconds of the engine that residents have saved, beside LoRA for all."
 )
 READY = Gauge("peanut_ready", "1 while requests can be answered.")
 WAITING = Gauge("peanut_waiting_requests", "Requests waiting for a swap.")

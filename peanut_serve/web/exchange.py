@@ -109,6 +109,8 @@ class Exchange:
         seconds = asyncio.get_running_loop().time() - arrival
         self._server.record_end(name, outcome, seconds, digest, is_failure)
         metrics.REQUESTS.labels(name if self._server.has(name) else "unknown", outcome).inc()
+        if self._admitted is not None:
+            metrics.PATH_REQUESTS.labels(self._admitted.path).inc()
 
     async def _answer(self, name: str, asked: str) -> str:
         disconnect = asyncio.create_task(self._until_disconnect())
@@ -223,6 +225,7 @@ class Exchange:
         if self._admitted is not None:
             headers.append((b"x-peanut-variant", self._admitted.name.encode()))
             headers.append((b"x-peanut-digest", self._admitted.version.digest.encode()))
+            headers.append((b"x-peanut-path", self._admitted.path.encode()))
         return headers
 
     async def _refuse(self, error: PeanutError) -> None:

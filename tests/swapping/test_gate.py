@@ -11,7 +11,7 @@ from support.server.rig import NAMES, SIZE, Rig, RunRig, make_weights, rig_runne
 from support.server.weights import Weights
 
 from peanut_serve.errors import EngineDownError, QueueFullError, SwapError
-from peanut_serve.swapping import driver as swap_driver
+from peanut_serve.swapping import history as swap_history
 from peanut_serve.variants.host_cache import BaseWeights
 from peanut_serve.variants.host_weights import HostWeights
 from peanut_serve.variants.version import Version
@@ -102,7 +102,7 @@ def test_a_swap_waits_for_the_requests_it_aborts_to_end(run_rig: RunRig) -> None
 
 
 def test_a_failed_swap_fails_only_its_own_requests(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swap_driver, "_FIRST_RETRY", 60.0)
+    monkeypatch.setattr(swap_history, "_FIRST_RETRY", 60.0)
 
     async def test(rig: Rig) -> None:
         rig.engine.go.clear()

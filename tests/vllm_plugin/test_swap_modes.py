@@ -79,6 +79,7 @@ def say(server: Server, variant: str) -> tuple[str, str]:
         model=variant, messages=[{"role": "user", "content": QUESTIONS[1]}], temperature=0, max_tokens=16
     )
     assert raw.headers["x-peanut-variant"] == variant
+    assert raw.headers["x-peanut-path"] == {"upper-folder": "merged", BASE: "base"}.get(variant, "lora")
     return str(raw.parse().choices[0].message.content), raw.headers["x-peanut-digest"]
 
 

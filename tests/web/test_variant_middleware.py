@@ -31,8 +31,10 @@ def test_a_response_names_its_variant(run_rig: RunRig) -> None:
                 status, text = await call.answer()
                 assert (status, text.removeprefix("data: 1\n\n")) == (200, rig.expected[name])
                 digest = rig.server.catalogue.find(name).version.digest
-                found = [call.header(f"x-{header}") for header in ("peanut-variant", "peanut-digest", "request-id")]
-                assert (found, call.admitted) == ([name, digest, "mine"], [name])
+                names = ("peanut-variant", "peanut-digest", "request-id", "peanut-path")
+                found = [call.header(f"x-{header}") for header in names]
+                computed = "base" if name == "base" else "merged"
+                assert (found, call.admitted) == ([name, digest, "mine", computed], [name])
         for body in ({}, b"", {"model": None}, {"model": ""}, []):  # as in vLLM: the base
             call = Call(rig, "/v1/completions", body)
             assert await call.answer() == (200, rig.expected["base"])

@@ -43,7 +43,7 @@ def _guarded(run: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Asy
                     yield output
             return
         request = _checked(signature.bind(*args, **kwargs).arguments.get("lora_request"))
-        tokens = _Tokens(request.name)
+        tokens = _Tokens(request)
         try:
             async with aclosing(run(*args, **kwargs)) as outputs:
                 async for output in outputs:
@@ -83,11 +83,11 @@ class _Tokens:
     without `stream`, vLLM tells of none before the end.
 
     Args:
-        variant: whose weights answer.
+        request: the admitted request that they are part of.
     """
 
-    def __init__(self, variant: str) -> None:
-        self._variant = variant
+    def __init__(self, request: Admitted) -> None:
+        self._variant, self._path = request.name, request.path
         self._prompt, self._generated = 0, 0
 
     def see(self, output: object) -> None:
@@ -99,11 +99,12 @@ class _Tokens:
             self._prompt = len(output.prompt_token_ids)
 
     def count(self) -> None:
-        """Count them by variant, and by tenant."""
+        """Count them by variant, by tenant, and by how they were computed."""
         if self._prompt or self._generated:
             metrics.TOKENS.labels(self._variant, "prompt").inc(self._prompt)
             if self._generated:  # none where the model computes embeddings
                 metrics.TOKENS.labels(self._variant, "generated").inc(self._generated)
+                metrics.PATH_TOKENS.labels(self._path).inc(self._generated)
             count_tokens(self._variant, current_tenant(), self._prompt, self._generated)
 
 

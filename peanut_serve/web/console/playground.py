@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from converters.errors import PeanutError
 from peanut_serve.web.console.data_route import DataRoute, Head, RouteError
-from peanut_serve.web.schema import Control
 
 _LONGEST_SECONDS = 300.0  # of one answer, its swap included
 _FAREWELL_SECONDS = 10.0  # for answers that nobody reads any more to be given up
 _MOST_QUEUED = 64
 _MOST_COMPARED = 400_000  # pairs of words; the worst of them take 3 s
-_PATHS = {"base": "base weights", "adapter": "merged", "checkpoint": "merged", "lora": "LoRA"}
+# how an answer is computed, in the header of its response -> as people read it
+_PATHS = {"base": "base weights", "merged": "merged", "lora": "LoRA", "complement": "LoRA beside merged weights"}
 
 Event = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Trial(BaseModel):
         return "/v1/completions", {**options, "prompt": self.prompt}
 
 
-async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIterator[Event]:
+async def compare(route: DataRoute, trial: Trial) -> AsyncIterator[Event]:
     """What the variants answer, event by event; each has the index of its variant as `of`.
 
     `start` has digest and path, `text` a part of an answer, `end` the times, `error` a sentence. `diff`, at last, has
@@ -59,7 +59,7 @@ async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIter
     """
     queue: asyncio.Queue[Event] = asyncio.Queue(_MOST_QUEUED)
     answers, failed = ["" for _ in trial.variants], set[int]()
-    tasks = [asyncio.create_task(_answer(route, control, trial, i, queue)) for i in range(len(answers))]
+    tasks = [asyncio.create_task(_answer(route, trial, i, queue)) for i in range(len(answers))]
     try:
         open_answers = len(answers)
         while open_answers:
@@ -81,9 +81,9 @@ async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIter
         await asyncio.wait(tasks, timeout=_FAREWELL_SECONDS)
 
 
-async def _answer(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> None:
+async def _answer(route: DataRoute, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> None:
     try:
-        end = await asyncio.wait_for(_stream(route, control, trial, of, queue), _LONGEST_SECONDS)
+        end = await asyncio.wait_for(_stream(route, trial, of, queue), _LONGEST_SECONDS)
     except (RouteError, PeanutError) as error:
         end = {"event": "error", "message": str(error)}
     except asyncio.TimeoutError:
@@ -93,17 +93,16 @@ async def _answer(route: DataRoute, control: Control, trial: Trial, of: int, que
     await queue.put({"of": of, **end})
 
 
-async def _stream(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> Event:
+async def _stream(route: DataRoute, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> Event:
     """Put an answer into the queue; its end, with the times."""
-    name = trial.variants[of]
-    kind = control.variant(name).kind
     start, first = time.perf_counter(), None
-    path, body = trial.body(name)
+    path, body = trial.body(trial.variants[of])
     async with aclosing(route.ask(path, body)) as events:
         async for event in events:
             if isinstance(event, Head):
                 digest = event.headers.get("x-peanut-digest")
-                await queue.put({"of": of, "event": "start", "digest": digest, "path": _PATHS[kind]})
+                computed = _PATHS.get(event.headers.get("x-peanut-path", ""), "unknown")
+                await queue.put({"of": of, "event": "start", "digest": digest, "path": computed})
             elif text := _text(event):
                 first = first if first is not None else time.perf_counter() - start
                 await queue.put({"of": of, "event": "text", "text": text})

@@ -52,6 +52,7 @@ class Completions:
         if body["model"] in self.refused:
             return JSONResponse({"error": {"message": f"the swap to {body['model']} failed: <b>no memory</b>"}}, 500)
         headers = {"x-peanut-variant": body["model"], "x-peanut-digest": f"{body['model']:0<40}"}
+        headers["x-peanut-path"] = "base" if body["model"] == "base" else "merged"
         return StreamingResponse(self.events(body), media_type="text/event-stream", headers=headers)
 
     async def events(self, body: dict) -> AsyncIterator[str]:
