@@ -108,6 +108,10 @@ INTERNALS = (
     # the reload of weights in a worker (swap/worker.py)
     Internal("vllm.v1.worker.gpu_worker:Worker.reload_weights", ("weights_iterator",), "470c2450acc1"),
     Internal("vllm.model_executor.model_loader.reload:layerwise.make_online_process_loader", (), "cc77470d255f"),
+    # the closure with a packed weight, which is exchanged for another one (swap/packed.py)
+    Internal(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "a84d1dfc7058"
+    ),
     # LoRA: two faults are worked around (lora/identity.py, lora/cpu_operators.py)
     Internal("vllm.lora.request:LoRARequest", ("lora_name", "lora_int_id", "lora_path"), "b39b6053b2f8"),
     # wrapped: a worker loads only adapters of the weights that it has (binding.py)

@@ -171,7 +171,7 @@ def test_the_options_of_classify_are_configured_alike(
     done = run_here("peanut-serve", "classify", "--config", "classify.yaml", "--dry-run")
     assert "keys file another cannot be read" in done.stderr
     for text, told in (
-        ("vllm: {max-model-len: 64}", "has a section vllm, but classify starts no vLLM; remove it"),
+        ("vllm: {max-model-len: 64}", "has a section vllm, but peanut-serve classify starts no vLLM; remove it"),
         ("api-key: secret", "has the unknown key api-key, probably meant as api-key-file"),
         ("max-batsch: 4", "probably meant as max-batch"),
         ("folders: [empty]\nmax-batch: many", "many"),

@@ -138,8 +138,6 @@ def test_both_names_of_a_release_are_known_on_every_route(told: Told) -> None:
             ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
             ("/v1/chat/completions", {"messages": chat, "max_tokens": 1}),
             ("/v1/messages/count_tokens", {"messages": chat}),
-            ("/v1/completions/render", {"prompt": "a"}),
-            ("/v1/chat/completions/render", {"messages": chat}),
         ):
             assert told.post(path, model=name, **body).status_code == 200, (path, name)
     assert told.trusting("/admin/v1/releases/smollm2-math/rollback", *stage, "{}")[1][-3:] == "200"
