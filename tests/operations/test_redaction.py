@@ -25,12 +25,12 @@ from peanut_serve.web.admin import admin_app
         ("/v1/models?a=secret&b=secret&c", "/v1/models?a=***&b=***&***"),
         ("/v1/models?secret", "/v1/models?***"),
         ("/v1/models?a=b=secret?x=secret", "/v1/models?a=***"),
-        (f"/v1/{new_token()}/models", "/v1/peanut_***/models"),
+        ("/v1/{token}/models", "/v1/peanut_***/models"),
         ("/v1/models/peanut_small", "/v1/models/peanut_small"),
     ],
 )
 def test_what_a_log_may_have(path: str, shown: str) -> None:
-    assert without_keys(path) == shown
+    assert without_keys(path.format(token=new_token())) == shown
 
 
 @pytest.fixture
