@@ -1,9 +1,12 @@
 """Places in a matrix that HF PEFT draws from a seed, and does not save."""
 
+import threading
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+_ONE_AT_A_TIME = threading.Lock()  # the workers of a merge begin with weights of one shape
 
 
 def drawn_places(seed: int, shape: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
@@ -13,7 +16,10 @@ def drawn_places(seed: int, shape: tuple[int, int], count: int) -> tuple[Tensor,
     but for those of a trace, which are no numbers.
     Source: HF PEFT's `peft/tuners/fourierft/layer.py`, `peft/tuners/waveft/layer.py`.
     """
-    return _draw(seed, shape, count) if torch.compiler.is_exporting() else _drawn(seed, shape, count)
+    if torch.compiler.is_exporting():
+        return _draw(seed, shape, count)
+    with _ONE_AT_A_TIME:
+        return _drawn(seed, shape, count)
 
 
 def _draw(seed: int, shape: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
