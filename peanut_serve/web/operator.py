@@ -62,7 +62,7 @@ class VariantControl:
             resident=facts.resident,
             resident_why=facts.resident_why,
             complements=list(facts.complements),
-            resident_saved_seconds=round(facts.saved_seconds, 1),
+            saved_seconds=round(facts.saved_seconds, 1),
             kv_cache_usage=metrics.kv_cache_usage(),
             detail=facts.detail,
         )

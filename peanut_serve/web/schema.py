@@ -69,7 +69,7 @@ class EngineStatus(Answer):
     complements: list[str] = Field(
         default_factory=list, description="Variants in the engine's slots as LoRA beside the resident's weights."
     )
-    resident_saved_seconds: float = Field(
+    saved_seconds: float = Field(
         0.0, description="Estimated seconds of the engine that residents have saved, compared with LoRA for all."
     )
     kv_cache_usage: float | None = Field(None, description="Part of the KV cache in use; null if not known.")

@@ -170,7 +170,7 @@ def joint_engine(entries: Sequence[Entry]) -> FleetEngineStatus:
         resident=", ".join(sorted({one.resident for one in engines if one.resident})) or None,
         resident_why=None,
         complements=sorted({name for one in engines for name in one.complements}),
-        resident_saved_seconds=sum(one.resident_saved_seconds for one in engines),
+        saved_seconds=sum(one.saved_seconds for one in engines),
         detail="; ".join(sorted({one.detail for one in engines if one.detail})) or None,
         agree=not silent,
         message="; ".join(silent),

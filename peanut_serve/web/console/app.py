@@ -114,7 +114,7 @@ class _Variants:
     async def _lines(self, route: DataRoute, trial: Trial) -> AsyncIterator[str]:
         self._trials += 1
         try:
-            async for event in compare(route, trial):
+            async for event in compare(route, self._host.control, trial):
                 yield json.dumps(event) + "\n"
         finally:
             self._trials -= 1

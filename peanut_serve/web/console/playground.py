@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from converters.errors import PeanutError
 from peanut_serve.web.console.data_route import DataRoute, Head, RouteError
+from peanut_serve.web.schema import Control
 
 _LONGEST_SECONDS = 300.0  # of one answer, its swap included
 _FAREWELL_SECONDS = 10.0  # for answers that nobody reads any more to be given up
@@ -51,7 +52,7 @@ class Trial(BaseModel):
         return "/v1/completions", {**options, "prompt": self.prompt}
 
 
-async def compare(route: DataRoute, trial: Trial) -> AsyncIterator[Event]:
+async def compare(route: DataRoute, control: Control, trial: Trial) -> AsyncIterator[Event]:
     """What the variants answer, event by event; each has the index of its variant as `of`.
 
     `start` has digest and path, `text` a part of an answer, `end` the times, `error` a sentence. `diff`, at last, has
@@ -59,7 +60,7 @@ async def compare(route: DataRoute, trial: Trial) -> AsyncIterator[Event]:
     """
     queue: asyncio.Queue[Event] = asyncio.Queue(_MOST_QUEUED)
     answers, failed = ["" for _ in trial.variants], set[int]()
-    tasks = [asyncio.create_task(_answer(route, trial, i, queue)) for i in range(len(answers))]
+    tasks = [asyncio.create_task(_answer(route, control, trial, i, queue)) for i in range(len(answers))]
     try:
         open_answers = len(answers)
         while open_answers:
@@ -81,9 +82,9 @@ async def compare(route: DataRoute, trial: Trial) -> AsyncIterator[Event]:
         await asyncio.wait(tasks, timeout=_FAREWELL_SECONDS)
 
 
-async def _answer(route: DataRoute, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> None:
+async def _answer(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> None:
     try:
-        end = await asyncio.wait_for(_stream(route, trial, of, queue), _LONGEST_SECONDS)
+        end = await asyncio.wait_for(_stream(route, control, trial, of, queue), _LONGEST_SECONDS)
     except (RouteError, PeanutError) as error:
         end = {"event": "error", "message": str(error)}
     except asyncio.TimeoutError:
@@ -93,10 +94,12 @@ async def _answer(route: DataRoute, trial: Trial, of: int, queue: "asyncio.Queue
     await queue.put({"of": of, **end})
 
 
-async def _stream(route: DataRoute, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> Event:
+async def _stream(route: DataRoute, control: Control, trial: Trial, of: int, queue: "asyncio.Queue[Event]") -> Event:
     """Put an answer into the queue; its end, with the times."""
+    name = trial.variants[of]
+    control.variant(name)  # one that there is not is refused in the control's words
     start, first = time.perf_counter(), None
-    path, body = trial.body(trial.variants[of])
+    path, body = trial.body(name)
     async with aclosing(route.ask(path, body)) as events:
         async for event in events:
             if isinstance(event, Head):

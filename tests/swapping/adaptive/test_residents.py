@@ -289,7 +289,7 @@ def test_traffic_decides(run_rig: RunRig, weights: Weights, monkeypatch: pytest.
             await asyncio.gather(*busy, return_exceptions=True)
         status = VariantControl(rig.server).engine()
         assert (status.active, status.resident, status.resident_why) == ("v3", "v3", "saves")
-        await until(lambda: VariantControl(rig.server).engine().resident_saved_seconds >= 0)
+        await until(lambda: VariantControl(rig.server).engine().saved_seconds >= 0)
         busy = [asyncio.create_task(clients.ask_for_ever(["base"], seed)) for seed in range(4)]
         await until(lambda: rig.server.residents.in_engine is None)
         for task in busy:
