@@ -84,7 +84,7 @@ def test_replicas_that_agree(ctl: Ctl) -> None:
     assert {"one", "two"} < {line.split()[0] for line in out.splitlines()}
     code, out, _ = ctl("engine")
     assert code == 0
-    assert "host cache limit  40.00 GB" in out
+    assert "host cache limit 40.00 GB" in [" ".join(line.split()) for line in out.splitlines()]
     assert ctl("reload", "v") == (0, f"v: 2 of 2 replicas, digest {'a1' * 20}\n", "")
     assert ctl("unregister", "v")[0] == 0
     assert [one["replica"] for one in json.loads(ctl("show", "v", "--json")[1])["replicas"]] == ["one", "two"]

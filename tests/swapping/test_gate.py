@@ -198,9 +198,9 @@ def test_a_request_prepares_its_variant_once(run_rig: RunRig, monkeypatch: pytes
         digests: list[str] = []
         load = rig.server.cache.load
 
-        def counting(version: Version) -> Awaitable[HostWeights]:
+        def counting(version: Version, drops: bool = True) -> Awaitable[HostWeights]:
             digests.append(version.digest)
-            return load(version)
+            return load(version, drops)
 
         monkeypatch.setattr(rig.server.cache, "load", counting)
         for requests in (1, 2):  # the first moves the name to the version, the second finds it unchanged
