@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.commands import Run
+from support.damage import changed
 from support.method_zoo import CASES
 from support.peft_methods import MODELS, close, logits, reloaded, train
+from support.tiny_models import edit_weights
 from transformers import BertForSequenceClassification
 
 from converters import load_adapter, merge, prepare_merge
@@ -51,6 +53,26 @@ def test_merged_logits_are_those_of_peft(name: str, model: str, tmp_path: Path) 
     found = logits(type(plain).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval())
     assert close(found, wanted)
     assert not close(logits(type(plain).from_pretrained(base, dtype=torch.float32).eval()), wanted)
+
+
+@pytest.mark.parametrize("name", ["shira", "supertuning"])
+def test_a_place_that_stands_twice_counts_twice(name: str, tmp_path: Path) -> None:
+    base, adapter = trained(name, "llama", tmp_path)
+
+    def first_again(places: torch.Tensor) -> torch.Tensor:
+        places[..., 1] = places[..., 0]
+        return places
+
+    edit_weights(adapter / "adapter_model.safetensors", changed("indices", first_again))
+    plain = MODELS["llama"]()
+    wanted = reloaded(plain, base, adapter).merge_and_unload().state_dict()
+    merge(base, adapter, tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    method = next(iter((opened := load_adapter(adapter)).modules))
+    weight = torch.zeros(wanted[f"{method}.weight"].shape)
+    assert torch.allclose(found[f"{method}.weight"], wanted[f"{method}.weight"], atol=1e-6)
+    w0 = load_file(base / "model.safetensors")[f"{method}.weight"]
+    assert torch.allclose(w0 + opened.method(method).delta(weight), wanted[f"{method}.weight"], atol=1e-6)
 
 
 @pytest.mark.slow

@@ -38,9 +38,11 @@ class ShiRa(Sparse):
 
     def delta(self, w0: Tensor) -> Tensor:
         """See `WeightDelta.delta`."""
-        rows, columns = self._places(w0.shape[0], w0.shape[1])
-        numbers = self.theta["weight"] * self.weight
-        return torch.zeros_like(w0, dtype=numbers.dtype).index_put_((rows, columns), numbers)
+        places, numbers = self.entries((w0.shape[0], w0.shape[1]))
+        flat = torch.zeros(w0.numel(), dtype=numbers.dtype, device=numbers.device)
+        return flat.scatter_add_(0, places, numbers * self.weight).view(
+            w0.shape
+        )  # a place may stand twice, as in PEFT
 
     def entries(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """See `Sparse.entries`."""
