@@ -174,7 +174,7 @@ def test_the_options_of_classify_are_configured_alike(
         ("vllm: {max-model-len: 64}", "has a section vllm, but peanut-serve classify starts no vLLM; remove it"),
         ("api-key: secret", "has the unknown key api-key, probably meant as api-key-file"),
         ("max-batsch: 4", "probably meant as max-batch"),
-        ("folders: [empty]\nmax-batch: many", "many"),
+        ("folders: [empty]\nmax-batch: many", "Invalid value for '--max-batch'"),
     ):
         Path("classify.yaml").write_text(f"{text}\n")
         done = run_here("peanut-serve", "classify", "--config", "classify.yaml", "--dry-run")
