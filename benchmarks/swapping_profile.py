@@ -117,7 +117,7 @@ class ProfiledWorker(VariantWorker):
         return {"plain": plain, "timed": timed, "stages": dict(watch.stages)}
 
     def peanut_ways(self, ways: dict[str, tuple[int, list[str]]], runs: int) -> dict[str, list[float]]:
-        """Seconds of each load by way, in turn, after one round that is not counted: (packed cache, places) by name."""
+        """Seconds of each load by way, in turn, but for the first; `ways` has (packed cache, places)."""
         caches = {name: PackedLayers(limit) for name, (limit, _) in ways.items()}
         found: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(runs + 1):

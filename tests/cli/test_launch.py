@@ -142,8 +142,9 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     auto = parsed(vllm_options(str(pair.base), "auto", Found({"a": 4, "b": 513}, frozenset({"q_proj"}), {}), []))
     assert (auto.enable_lora, auto.max_lora_rank) == (True, 16)  # b will be swapped
     settings = server_settings(
-        str(pair.base), host_cache="2GiB", packed_cache="0", state=tmp_path, mode="merged", roots=["org/one"], cache=tmp_path
-    )
+        str(pair.base), host_cache="2GiB", packed_cache="0", state=tmp_path, mode="merged", roots=["org/one"],
+        cache=tmp_path,
+    )  # fmt: skip
     assert (settings.host_cache, settings.packed_cache) == (2 << 30, 0)
     variables = server_variables(settings, {})
     assert {"peanut_serve", "peanut_serve_variants"} <= set(variables["VLLM_PLUGINS"].split(","))

@@ -202,8 +202,8 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
     """Record in `layers` which layers load which tensor; `current` maps storages to the names of tensors in progress.
 
     Every loader that vLLM wraps for a reload is wrapped once more. If a model loads a modified copy of a tensor, the
-    copy is attributed to the last tensor that was yielded. vLLM keeps the wrapped loaders of layers that a reload leaves
-    out, and uses them in the next one: so they record for whoever records then.
+    copy is attributed to the last tensor that was yielded. vLLM keeps the wrapped loaders of layers that a reload
+    leaves out, and uses them in the next one: so they record for whoever records then.
     """
     reload: Any = layerwise
     make = reload.make_online_process_loader

@@ -37,7 +37,8 @@ def test_every_shard_is_that_of_the_host(tmp_path: Path) -> None:
     script = ROOT / "tests/support/engines/comparing_shards.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "base"), str(tmp_path / "adapter"), "2"],
-        capture_output=True, text=True, env={**environment(tmp_path), "PYTHONPATH": PATH, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}, timeout=800,
+        env={**environment(tmp_path), "PYTHONPATH": PATH, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     lines = [line.removeprefix("COMPARED ") for line in done.stdout.splitlines() if line.startswith("COMPARED ")]
     assert len(lines) == 1, done.stdout[-2000:] + done.stderr[-4000:]
