@@ -225,6 +225,10 @@ def profile(model: Model, runs: int, results: Results) -> None:
     }
     results.add("profile", plain)
     results.add("profile", {**plain, "stage": "the call of the worker", "time": _ms(found["rpc"])})
+    for way, seconds in found["ways"].items():
+        sent = 0 if "base" in way else found["factors"] if "device" in way else found["nbytes"]
+        row = {"model": model.name, "way": way, "MB": f"{sent / 1e6:.1f}", "apply": _ms(statistics.median(seconds))}
+        results.add("profile, ways", row, seconds=seconds)
 
 
 def _ms(seconds: float) -> str:

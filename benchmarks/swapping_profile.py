@@ -24,13 +24,15 @@ from vllm.model_executor.model_loader.reload import inplace, layerwise
 
 from converters.models.checkpoint import open_checkpoint
 from peanut_serve.variants.host_cache import BaseWeights
-from peanut_serve.variants.on_device.places import Place, encode_places
+from peanut_serve.variants.on_device.places import KeptTensor, Place, encode_places
 from peanut_serve.variants.opening import VersionOpener, adapter_version
 from peanut_serve.variants.version import LoadedModel, places_of
 from peanut_serve.vllm_plugin.swap import mapping
 from peanut_serve.vllm_plugin.swap import worker as variant_worker
+from peanut_serve.vllm_plugin.swap.packed import PackedLayers
 from peanut_serve.vllm_plugin.swap.worker import VariantWorker
 
+_ENOUGH = 8 << 30  # bytes, for the packed layers of all variants
 COUNT, LOAD, PACK = "count elements, on meta", "copy into the layer", "process (repack)"
 STAGES = (
     (variant_worker, "decode_places", "decode the places"),
@@ -114,6 +116,16 @@ class ProfiledWorker(VariantWorker):
             timed = [apply(places) for places in turns]
         return {"plain": plain, "timed": timed, "stages": dict(watch.stages)}
 
+    def peanut_ways(self, ways: dict[str, tuple[int, list[str]]], runs: int) -> dict[str, list[float]]:
+        """Seconds of each load by way, in turn, but for the first; `ways` has (packed cache, places)."""
+        caches = {name: PackedLayers(limit) for name, (limit, _) in ways.items()}
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(runs + 1):
+            for name, (_, turns) in ways.items():
+                self.peanut_packed = caches[name]
+                found[name].append(sum(self.peanut_apply(places) for places in turns) / len(turns))
+        return {name: seconds[1:] for name, seconds in found.items()}
+
 
 def evaluated(llm: LLM, base: Path, adapters: Path, names: list[str]) -> Iterator[list[Place]]:
     """What has to be applied for each of the variants, on the host as `peanut-serve` has it there."""
@@ -128,6 +140,20 @@ def evaluated(llm: LLM, base: Path, adapters: Path, names: list[str]) -> Iterato
         yield list(places_of(touched, weights, on_host.tensors))
 
 
+def device_places(llm: LLM, base: Path, adapters: Path, names: list[str]) -> Iterator[list[Place]]:
+    """The same for workers that keep W0; the last one is the base itself."""
+    checkpoint = open_checkpoint(base)
+    everything = encode_places([info for info in checkpoint.tensors.values() if info.is_float])
+    model = LoadedModel(checkpoint, llm.collective_rpc("peanut_learn", args=(everything, True))[0])
+    for name in names:
+        weights = adapter_version(name, adapters / name, VersionOpener(model, "cpu", keeps_base=True)).evaluate()
+        infos = [checkpoint.tensors[one] for one in model.with_neighbours(weights.places)]
+        llm.collective_rpc("peanut_keep", args=(encode_places(infos),))
+        kept: dict[str, Place] = {info.name: KeptTensor(info) for info in infos}
+        yield list(places_of(kept, weights, kept))
+    yield list(kept.values())
+
+
 def main() -> None:
     """Print `PROFILE` and what was found, as JSON."""
     base, adapters, names, options, runs = json.loads(sys.argv[1])
@@ -138,6 +164,16 @@ def main() -> None:
     start = time.perf_counter()
     inside = llm.collective_rpc("peanut_apply", args=(places[0],))[0]
     found |= {"rpc": time.perf_counter() - start - inside, "nbytes": sum(info.nbytes for info in one)}
+    *factored, restored = device_places(llm, Path(base), Path(adapters), names)
+    ways = {
+        "host, packed anew": (0, places),
+        "host, exchanged": (_ENOUGH, places),
+        "device, packed anew": (0, [*map(encode_places, factored)]),
+        "device, exchanged": (_ENOUGH, [*map(encode_places, factored)]),
+        "device, back to the base, packed anew": (0, [encode_places(restored)]),
+    }
+    found["ways"] = llm.collective_rpc("peanut_ways", args=(ways, runs))[0]
+    found["factors"] = sum(place.nbytes for place in factored[0])
     print("PROFILE", json.dumps(found))
 
 

@@ -143,8 +143,10 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     auto = parsed(vllm_options(str(pair.base), "auto", Found({"a": 4, "b": 513}, frozenset({"q_proj"}), {}), []))
     assert (auto.enable_lora, auto.max_lora_rank) == (True, 16)  # b will be swapped
     settings = server_settings(
-        str(pair.base), host_cache="2GiB", state=tmp_path, mode="merged", roots=["org/one"], cache=tmp_path
-    )
+        str(pair.base), host_cache="2GiB", packed_cache="0", state=tmp_path, mode="merged", roots=["org/one"],
+        cache=tmp_path,
+    )  # fmt: skip
+    assert (settings.host_cache, settings.packed_cache) == (2 << 30, 0)
     variables = server_variables(settings, {})
     assert {"peanut_serve", "peanut_serve_variants"} <= set(variables["VLLM_PLUGINS"].split(","))
     assert server_variables(settings, {"VLLM_PLUGINS": "mine"})["VLLM_PLUGINS"] == "mine,peanut_serve_variants"
@@ -157,6 +159,7 @@ def test_swapping(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
         (["--lora-modules", "mine=/tmp"], "--lora-modules cannot be used with --mode merged: --adapters decides"),
         (["--max-body", "much"], "'much' is not a valid size"),
         (["--host-cache", "much"], "'much' is not a valid size"),
+        (["--packed-cache", "much"], "'much' is not a valid size"),
         (["--admin-port", "8001"], "--admin-port needs a key: set PEANUT_ADMIN_KEY"),
         (["--audit-log", "log"], "--audit-log is for the admin API, which is off; give --admin-port too"),
         (["--console-host", "gpu7"], "--console-host is for the admin API, which is off; give --admin-port too"),

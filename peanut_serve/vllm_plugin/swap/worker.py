@@ -203,15 +203,20 @@ def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
     return list({id(group): group for group in group_of.values()}.values())
 
 
+# those that are open, at most one: tensors in progress, and the layers that load each tensor
+_recordings: list[tuple[dict[int, str], dict[str, set[int]]]] = []
+
+
 @contextmanager
 def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator[None]:
     """Record in `layers` which layers load which tensor; `current` maps storages to the names of tensors in progress.
 
     Every loader that vLLM wraps for a reload is wrapped once more. If a model loads a modified copy of a tensor, the
-    copy is attributed to the last tensor that was yielded.
+    copy is attributed to the last tensor that was yielded. vLLM keeps the wrapped loaders of layers that a reload
+    leaves out, and uses them in the next one: so they record for whoever records then.
     """
     reload: Any = layerwise
-    make, is_over = reload.make_online_process_loader, False
+    make = reload.make_online_process_loader
 
     def make_recording(layer: torch.nn.Module, parameter: str) -> Callable[..., Any]:
         """Replaces `make_online_process_loader`."""
@@ -220,23 +225,22 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
         @wraps(load)  # keeps its name, by which vLLM recognizes a wrapped loader
         def recording(*args: Any, **kwargs: Any) -> Any:
             """Record which tensor the layer loads, and load it."""
-            if is_over:
-                return load(*args, **kwargs)  # vLLM keeps the wrapped loaders
-            tensors = [
-                value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta
-            ]
-            names = [current.get(tensor.untyped_storage().data_ptr()) for tensor in tensors]
-            name = next((name for name in names if name is not None), current[0])
-            layers.setdefault(name, set()).add(id(layer))
+            for names_of, layers_of in _recordings:
+                tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                found = [names_of.get(one.untyped_storage().data_ptr()) for one in tensors if not one.is_meta]
+                name = next((name for name in found if name is not None), names_of[0])
+                layers_of.setdefault(name, set()).add(id(layer))
             return load(*args, **kwargs)
 
         return recording
 
     reload.make_online_process_loader = make_recording
+    _recordings.append((current, layers))
     try:
         yield
     finally:
-        reload.make_online_process_loader, is_over = make, True
+        reload.make_online_process_loader = make
+        _recordings.pop()
         current.clear()
 
 

@@ -35,9 +35,11 @@ def test_every_shard_is_that_of_the_host(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
     script = ROOT / "tests/support/engines/comparing_shards.py"
-    variables = {**environment(tmp_path), "PYTHONPATH": PATH, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, str(script), str(tmp_path / "base"), str(tmp_path / "adapter"), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=800)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "base"), str(tmp_path / "adapter"), "2"],
+        env={**environment(tmp_path), "PYTHONPATH": PATH, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        capture_output=True, text=True, timeout=800,
+    )  # fmt: skip
     lines = [line.removeprefix("COMPARED ") for line in done.stdout.splitlines() if line.startswith("COMPARED ")]
     assert len(lines) == 1, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads(lines[0])
