@@ -22,7 +22,10 @@ class ProbingWorker(VariantWorker):
     """Adds a call to those of the worker, and faults."""
 
     def peanut_apply(self, places: str, afresh: bool = False) -> float:
-        """Load tensors; or fail in the middle, load a part and say nothing, or end the process in between."""
+        """Load tensors; or fail in the middle, load a part and say nothing, or end the process in between.
+
+        Faults happen to tensors that are loaded, not to layers that are exchanged.
+        """
         file = Path(os.environ.get(FAULT, "/nonexistent"))
         if not file.exists():
             return super().peanut_apply(places, afresh)
@@ -33,9 +36,9 @@ class ProbingWorker(VariantWorker):
         if fault == "raise":
             base = getattr(infos[half], "base", infos[half])
             missing = replace(base, file=Path("/nonexistent"))
-            return super().peanut_apply(encode_places([*infos[:half], missing, *infos[half:]]))
+            return super().peanut_apply(encode_places([*infos[:half], missing, *infos[half:]]), afresh=True)
         if fault == "silent":
-            return super().peanut_apply(encode_places(infos[:half]))
+            return super().peanut_apply(encode_places(infos[:half]), afresh=True)
         os._exit(1)
 
     def probe_weights(self) -> str:
