@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from converters import Checkpoint
 from peanut_serve.lora.slots import LoraSlots
 from peanut_serve.settings.server import ServerSettings
-from peanut_serve.swapping.self_test import LearningEngine
+from peanut_serve.swapping.checks.self_test import LearningEngine
 from peanut_serve.swapping.server import VariantServer
 from peanut_serve.swapping.swappable import keep_base_weights, make_swappable
 from peanut_serve.variants.catalogue import Catalogue

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from peanut_serve.errors import EngineDownError, SwapError
@@ -15,7 +15,7 @@ from peanut_serve.swapping import metrics
 from peanut_serve.swapping.adaptive.residents import Residents
 from peanut_serve.swapping.ahead.staging import Staging
 from peanut_serve.swapping.gate import Gate
-from peanut_serve.swapping.history import Cause, Failures, SwapHistory, SwapRecord
+from peanut_serve.swapping.history import Cause, Failures, SwapHistory, SwapRecord, SwapUsage
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant, reason_for
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.swapping.transaction import EngineDiedError, Loaded, Phase, Report
@@ -31,14 +31,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # between attempts to start an engine
 _CHANGE = "change to "  # of the resident: if that fails, a swap for another turn to the same weights may succeed
 
 State = Literal["serving", "swapping", "restarting", "failed"]
-
-
-@dataclass
-class SwapUsage:
-    """Number of swaps to a variant, and the duration of the last one, without the drain."""
-
-    swaps: int = 0
-    last_seconds: float | None = None
 
 
 class SwapDriver:

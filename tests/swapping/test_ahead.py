@@ -15,8 +15,8 @@ from support.server.weights import Weights, other_theta
 from peanut_serve.errors import VariantError
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.ahead.staging import expected_next
+from peanut_serve.swapping.checks.self_test import SelfTestError
 from peanut_serve.swapping.policy import Policy, Queue, View
-from peanut_serve.swapping.self_test import SelfTestError
 from peanut_serve.swapping.swappable import make_swappable
 from peanut_serve.variants.on_device.places import KeptTensor, UpdatedTensor
 from peanut_serve.variants.reading import VersionReader

@@ -15,8 +15,8 @@ from support.tiny_models import Pair, edit_weights
 
 from converters.files.header import TensorInfo
 from converters.models.checkpoint import Checkpoint, open_checkpoint
-from peanut_serve.swapping.canary import Canary, CanaryError
-from peanut_serve.swapping.self_test import SelfTestError, run_self_test
+from peanut_serve.swapping.checks.canary import Canary, CanaryError
+from peanut_serve.swapping.checks.self_test import SelfTestError, run_self_test
 from peanut_serve.variants.version import LoadedModel
 
 

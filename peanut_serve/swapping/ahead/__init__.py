@@ -1,1 +1,1 @@
-"""What is done before a swap: the test of W0 on the devices, and the fetching of variants that are likely next."""
+"""What is done before a swap: its variant is staged, and those that are likely next are fetched."""

@@ -22,7 +22,7 @@ from vllm.v1.executor import Executor
 from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError
 from peanut_serve.lora.folders import LoraFolder
-from peanut_serve.swapping.canary import Canary
+from peanut_serve.swapping.checks.canary import Canary
 from peanut_serve.swapping.transaction import PROBES
 from peanut_serve.variants.on_device.copies import Room
 from peanut_serve.variants.on_device.places import Place, encode_places

@@ -21,7 +21,7 @@ from converters.files.names import MANIFEST_NAME
 from converters.files.reader import TensorReader
 from converters.models.checkpoint import Checkpoint
 from peanut_serve.lora.folders import LoraFolder
-from peanut_serve.swapping.canary import Canary
+from peanut_serve.swapping.checks.canary import Canary
 from peanut_serve.variants.on_device.copies import Room
 from peanut_serve.variants.on_device.places import KeptTensor, Place
 
@@ -53,7 +53,7 @@ def identity(weights: Mapping[str, bytes]) -> str:
 
 
 class FakeEngine:
-    """See `peanut_serve.swapping.self_test.LearningEngine`.
+    """See `peanut_serve.swapping.checks.self_test.LearningEngine`.
 
     Attributes:
         weights: what it computes with.

@@ -11,7 +11,7 @@ from support.tiny_models import edit_weights, save_adapter, tiny_llama
 
 from converters import merge
 from converters.models.checkpoint import Checkpoint, open_checkpoint
-from peanut_serve.swapping.self_test import run_self_test
+from peanut_serve.swapping.checks.self_test import run_self_test
 from peanut_serve.swapping.transaction import Loaded
 from peanut_serve.variants.opening import VersionOpener, adapter_version
 from peanut_serve.variants.version import base_version

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from converters import Checkpoint
 from converters.serving import TensorReader, TensorSpec
-from peanut_serve.swapping.canary import Canary
-from peanut_serve.swapping.self_test import (
+from peanut_serve.swapping.checks.canary import Canary
+from peanut_serve.swapping.checks.self_test import (
     ADVICE,
     LearningEngine,
     SelfTestError,

@@ -16,7 +16,7 @@ import torch
 from converters import Checkpoint
 from converters.errors import PeanutError
 from converters.serving import TensorInfo, TensorReader, TensorSpec
-from peanut_serve.swapping.canary import Canary
+from peanut_serve.swapping.checks.canary import Canary
 from peanut_serve.swapping.transaction import Engine
 from peanut_serve.variants.host_weights import HostWeights
 from peanut_serve.variants.on_device.copies import Keeper
