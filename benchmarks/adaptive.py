@@ -53,12 +53,15 @@ TRACES: dict[str, Mix] = {
     "shifting": shifting,
 }
 ADAPTIVE = ("--resident", "auto")
+FIXED = ("--resident", EXAMPLES.variants[0])
 # the mode, and its options
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lora": ("lora", ()),
     "merged": ("merged", tuple(part for name in VARIANTS for part in ("--preload", name))),
     "adaptive": ("auto", ADAPTIVE),
     "adaptive, gather 8 s": ("auto", (*ADAPTIVE, "--gather", "8000")),
+    "resident fixed": ("auto", FIXED),
+    "resident fixed, gather 8 s": ("auto", (*FIXED, "--gather", "8000")),
 }
 
 

@@ -211,7 +211,7 @@ class SwapDriver:
         # nobody waits for that, unless a variant does not fit
         is_gentle = is_change and not self._gate.unfit()
         drain = self._gate.drain_gently if is_gentle else self._gate.drain
-        seconds = min(self._policy.max_wait, self._drain_timeout) if is_gentle else self._drain_seconds
+        seconds = self._drain_timeout if is_gentle else self._drain_seconds
         with self._cache.holding(digest):
             target = Loaded(version, self._cache.get(digest))
             start = time.perf_counter()

@@ -131,7 +131,7 @@ class Gate:
         """Admit no requests, and return when none is running. Raises `SwapError` if one runs longer than that."""
         self._is_open = False
         if not await self._is_idle_within(seconds) and self.running:
-            raise SwapError(f"{len(self.running)} requests ran longer than the {seconds:g} s that others may wait")
+            raise SwapError(f"{len(self.running)} requests ran longer than the {seconds:g} s of --drain-timeout")
 
     async def _is_idle_within(self, seconds: float) -> bool:
         try:
