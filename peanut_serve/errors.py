@@ -18,6 +18,7 @@ PeanutError (see converters.errors)
 │   └── TryLaterError           the response has a Retry-After header
 │       ├── BeingWrittenError   503: its files are still being written
 │       ├── EngineDownError     503: the engine is restarting, or cannot be started
+│       │   └── EngineLostError     503: the engine of a fleet that answered the request died
 │       ├── TenantLimitError    429: the owner of the API key has sent too many requests
 │       └── QueueFullError      429: too many requests are waiting
 │           └── BodiesFullError     429: there is no memory for the body of another request
@@ -140,6 +141,10 @@ class TryLaterError(ServingError):
 
 class EngineDownError(TryLaterError):
     """The engine is restarting, or cannot be started."""
+
+
+class EngineLostError(EngineDownError):
+    """The engine of a fleet that answered the request died, maybe because of it."""
 
 
 class BeingWrittenError(TryLaterError):

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from peanut_serve.errors import (
     EngineDownError,
+    EngineLostError,
     QueueFullError,
     RequestBodyError,
     RequestTimeoutError,
@@ -52,6 +53,7 @@ from peanut_serve.web.routes import Access, access_to
 logger = logging.getLogger("ray.serve")
 
 _TRIES = 3  # replicas, until a request has had its first byte
+_MOST_LOST = 2  # engines: a request that ends its engine must not end all of them
 _TAKEN = 30.0  # seconds until a replica has taken a request
 _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are gone
 _MOST_BYTES = 64 << 20  # of a body
@@ -262,6 +264,7 @@ class Front:
 
     async def _try(self, asked: str, variant: str, request: EngineRequest, visit: Visit) -> Response:
         variant = variant[:_LONGEST_NAME]  # clients choose the name, of any length; its beginning will do
+        lost = 0
         for last in [False] * (_TRIES - 1) + [True]:
             sent: Any = self._engines.options(multiplexed_model_id=variant).remote(asked, variant, request)
             answer: AsyncIterator[Any] = aiter(sent)
@@ -276,8 +279,9 @@ class Front:
                 sent.cancel()  # or a replica would answer nobody later
                 raise EngineDownError("no replica is ready", 5) from None
             except _GONE as error:
-                if last:
-                    told = getattr(error, "cause", None)  # of a replica that refused it
+                told = getattr(error, "cause", None)  # of a replica that refused it
+                lost += isinstance(told, EngineLostError)
+                if last or lost == _MOST_LOST:
                     raise (told if isinstance(told, ServingError) else EngineDownError(_LOST)) from None
                 await asyncio.sleep(_PAUSE)
                 continue

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from ray import serve
 
-from peanut_serve.errors import EngineDownError, EngineStartError
+from peanut_serve.errors import EngineDownError, EngineLostError, EngineStartError
 from peanut_serve.ray.child import Child, free_port
 from peanut_serve.ray.fleet.metrics import labelled
 from peanut_serve.ray.fleet.operated import OperatedReplica
@@ -112,7 +112,8 @@ class EngineReplica(OperatedReplica):
             variant: the one that answers, as far as the front knows: another one while a release is open.
             request: for the engine.
 
-        Raises `EngineDownError` if this replica lacks the wanted version of the variant, or if its engine died.
+        Raises `EngineDownError` if this replica lacks the wanted version of the variant, and `EngineLostError` if its
+        engine died.
         """
         self._note(asked, variant)
         method, path, headers, body = request
@@ -121,7 +122,7 @@ class EngineReplica(OperatedReplica):
         async with self._client.stream(method, path, headers=kept, content=body) as answer:
             if answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR and not await self._is_ready():
                 self._serves = False
-                raise EngineDownError("the engine that answered died; send the request again")
+                raise EngineLostError("the engine that answered died; send the request again")
             kept = end_to_end([(key.lower(), value) for key, value in answer.headers.raw])
             short = int(answer.headers.get("content-length", _SHORT + 1)) <= _SHORT
             yield answer.status_code, kept, await _whole(answer) if short else None
@@ -185,19 +186,23 @@ class EngineReplica(OperatedReplica):
                 if self._settings.slots > 1:
                     self._resident = tuple(sorted(self._recent))
                 elif (digest := engine["digest"]) != known or time.monotonic() - since > _RENEW:
-                    await self._look_at_variants(digest)
+                    await self._look_at_variants(engine)
                     known, since = digest, time.monotonic()
             except (httpx.HTTPError, ValueError, KeyError):
                 known = ""  # what was known last may still be right
             await asyncio.sleep(_LOOK)
 
-    async def _look_at_variants(self, digest: str) -> None:
-        """Note the names of the weights that the engine has now, and those that share the base's."""
+    async def _look_at_variants(self, engine: dict[str, Any]) -> None:
+        """Note the names of the weights that the engine has now, and those that share the base's.
+
+        Args:
+            engine: its state; the merged weights of its `resident` are shared by the others, the base too.
+        """
         variants = (await self._admin.get("/variants")).raise_for_status().json()
         self._together = tuple(sorted(one["name"] for one in variants if one["kind"] in _TOGETHER))
-        self._resident = tuple(sorted(one["name"] for one in variants if one["digest"] == digest))
-        if set(self._resident) & {one["name"] for one in variants if one["kind"] == "base"}:
-            self._resident = tuple(sorted({*self._resident, *self._together}))
+        own = {one["name"]: one["kind"] for one in variants if one["digest"] == engine["digest"]}
+        is_shared = engine.get("resident") is not None or "base" in own.values()
+        self._resident = tuple(sorted({*own, *self._together} if is_shared else own))
 
     async def __del__(self) -> None:
         """Awaited by Ray when the replica is removed: ends the engine, which first answers what it runs."""

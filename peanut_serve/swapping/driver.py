@@ -121,6 +121,11 @@ class SwapDriver:
         """Why these weights of a resident could not be swapped in the last time; None if they could."""
         return self._failures.of(_CHANGE + digest) or self._failures.of(digest)
 
+    def clear_change_failure(self, digest: str) -> None:
+        """Forget that these weights of a resident could not be swapped: a new attempt begins."""
+        self._failures.forget(_CHANGE + digest)
+        self._failures.forget(digest)
+
     def clear_failure(self, digest: str) -> None:
         """Forget that the swap to a version failed: the next request retries it."""
         self._failures.forget(digest)

@@ -64,7 +64,8 @@ class VariantServer(OperatedServer):
         self.usage: dict[str, Usage] = {}
         self.in_flight = {}
         evaluations = Evaluations(settings.max_evaluations)
-        self._host, self._engine = HostSide(settings.host_cache, evaluations, swappable), swappable.engine
+        self._host = HostSide(settings.host_cache, evaluations, swappable, self._give_way)
+        self._engine = swappable.engine
         cache = LoraCache(settings.cache, settings.cache_bytes)
         starts, numbers = lambda: self.swapper.loads, count(1)
         load, evaluated = swappable.engine.load_lora, metrics.EVALUATIONS.observe
@@ -179,7 +180,7 @@ class VariantServer(OperatedServer):
                 waiting.close()
                 try:
                     self._record_use(name, arrival)
-                    if self._choosing is not None:
+                    if self._choosing is not None and not version.has_own_weights:
                         holds.enter_context(self.demand.serving(name, version))
                     # for the weights that the engine has now: they stay until this request has left the gate
                     lora = await self.residents.adapter(name, version, self.gate.weights, holds)
@@ -188,6 +189,11 @@ class VariantServer(OperatedServer):
                     yield Admitted(name, version, lambda: ticket in self.gate.running, lora, asked)
                 finally:
                     self.gate.leave(ticket)
+
+    def _give_way(self) -> None:
+        """Let a resident that the engine does not have, and that no swap is loading, give its memory to others."""
+        if self.driver.state == "serving":
+            self.residents.give_way(self.swapper.active.version.digest)
 
     def _ticket(self, name: str, version: Version, arrival: float, abort: Callable[[], None]) -> Ticket:
         weights, fits = self._weights_of(version), self.residents.fits(version)

@@ -82,12 +82,13 @@ class SwapStatus(Answer):
     number: int = Field(description="Counts swaps and restarts since the start of the server.")
     at: datetime = Field(description="When it began.")
     cause: Literal[
-        "operator", "overdue", "idle", "paid", "engine_died", "saves", "fixed", "unfit", "gone", "failed"
+        "operator", "overdue", "idle", "paid", "engine_died", "saves", "fixed", "unfit", "gone", "failed", "memory"
     ] = Field(
         description="`operator` (asked for), `overdue` (a request had waited for --max-wait), `idle` (no request was "
         "running), `paid` (waiting had cost as much as the swap) or `engine_died`; of a change of the resident: "
         "`saves` (more than another), `fixed` (by --resident), `unfit` (a variant has no complement beside the one "
-        "before), `gone` (the one before is no longer served) or `failed` (another one could not be swapped in)."
+        "before), `gone` (the one before is no longer served), `failed` (another one could not be swapped in) or "
+        "`memory` (others needed the host memory of the one before)."
     )
     before: str = Field(description="Name of the variant whose weights the engine had.")
     before_digest: str = Field(description="Digest of these weights.")

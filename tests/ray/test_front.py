@@ -9,9 +9,10 @@ import pytest
 from ray.exceptions import RayError
 from starlette.requests import Request
 
-from peanut_serve.errors import RequestTimeoutError
+from peanut_serve.errors import EngineDownError, EngineLostError, RequestTimeoutError
 from peanut_serve.ray import front
 from peanut_serve.ray.front import Front, _events, _read
+from peanut_serve.tenants.visits import Visit
 from peanut_serve.web.clients import Clients
 from peanut_serve.web.request_body import Bodies
 
@@ -68,3 +69,36 @@ def test_the_front_is_alive_without_a_replica(method: str) -> None:
     scope |= {"server": ("127.0.0.1", 80), "scheme": "http"}
     alone = SimpleNamespace(_admin=None, _releases=SimpleNamespace(start=lambda: None))
     assert asyncio.run(Front.answer(alone, Request(scope))).status_code == 200
+
+
+class Refusing:
+    """A deployment whose replicas all fail with an error of their own; `asked` counts them."""
+
+    def __init__(self, cause: Exception) -> None:
+        self._cause, self.asked = cause, 0
+
+    def options(self, **_: object) -> "Refusing":
+        return self
+
+    def remote(self, *_: object) -> "Refusing":
+        self.asked += 1
+        return self
+
+    async def _fetch_future_result_async(self) -> None: ...
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        error = RayError("a task failed")
+        error.cause = self._cause
+        raise error
+        yield b""
+
+
+@pytest.mark.parametrize(("error", "asked"), [(EngineLostError("it died"), 2), (EngineDownError("not here"), 3)])
+def test_a_request_that_ends_its_engine_does_not_end_all(
+    error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "_PAUSE", 0.0)
+    engines = Refusing(error)
+    with pytest.raises(type(error), match=str(error)):
+        asyncio.run(Front._try(SimpleNamespace(_engines=engines), "v1", "v1", ("POST", "/", [], b""), Visit()))
+    assert engines.asked == asked

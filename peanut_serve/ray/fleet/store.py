@@ -1,7 +1,8 @@
 """Where what operators want of all replicas is remembered for those that start later.
 
 It is in Ray's key-value store, which lives as long as Serve's own knowledge of the fleet, and in a file of each node,
-from which the next cluster gets it. Of several states, the one with the highest revision counts.
+from which the next cluster gets it. Of several states, the one with the highest revision counts, and of two with the
+same one, that in Ray's store.
 
 Ray's store has each state under a number of its own, which is taken once: whoever finds the next number taken looks
 at that state first, so that of two changes at the same time none is lost, whichever processes make them.
@@ -54,7 +55,8 @@ class WantedStore:
         Raises `EngineDownError` if Ray does not answer, and `OptionError` if the file is damaged.
         """
         newest = await self._change(lambda state: state)
-        if self._read_file().revision < newest.revision:
+        known = self._read_file()
+        if known.revision <= newest.revision and known != newest:
             self._write_file(newest)
         return newest
 
@@ -69,7 +71,7 @@ class WantedStore:
     async def _change(self, change: Change) -> WantedState:
         for _ in range(_TRIES):
             number, there = await self._get()
-            state = change(max(self._read_file(), there, key=lambda one: one.revision))
+            state = change(max(there, self._read_file(), key=lambda one: one.revision))
             if state.revision == there.revision or await self._put(number + 1, state):
                 return state
         raise EngineDownError("what is wanted is being changed by others all the time; try again", 1)

@@ -11,6 +11,7 @@ from converters.errors import PeanutError
 from peanut_serve.errors import UnknownVariantError
 from peanut_serve.lora.folders import LoraFolders
 from peanut_serve.settings.server import AUTO_RESIDENT, ServerSettings
+from peanut_serve.settings.versions import STAGED, released_name
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.adaptive.demand import DemandMeter
 from peanut_serve.swapping.adaptive.gathering import Gathering
@@ -163,7 +164,7 @@ class ResidentChooser:
             undone.callback(holds.close)
             try:
                 version = await self._preparation.current(name, holds)
-                if wanted is not None and wanted.version.digest == version.digest:
+                if wanted is not None and (wanted.name, wanted.version.digest) == (name, version.digest):
                     return
                 refusal = self._refusal(name, version)
                 if refusal is not None or version.merged is None:
@@ -171,13 +172,22 @@ class ResidentChooser:
                     return
                 await self._host.prepare(version.merged, holds)
             except PeanutError as error:
-                self._bar(name, str(error))
                 if wanted is not None and wanted.name == name and isinstance(error, UnknownVariantError):
-                    self._want(None, "gone")
+                    await self._follow_gone(wanted, why)
+                else:
+                    self._bar(name, str(error))
                 return
             undone.pop_all()
         self._driver.add_version(version.merged)
+        self._driver.clear_change_failure(version.merged.digest)  # or `look` would take it for one of this attempt
         self._want(Resident(name, version, version.merged), why, holds)
+
+    async def _follow_gone(self, gone: Resident, why: Why) -> None:
+        """Have the name of its release become the resident in place of a staged version, if it can; or nobody."""
+        if gone.name.endswith(STAGED):
+            await self._become(released_name(gone.name), why)
+        if self._residents.wanted is gone:
+            self._want(None, "gone")
 
     def _want(self, resident: Resident | None, why: Why, holds: ExitStack | None = None) -> None:
         self._residents.want(resident, why, holds)

@@ -22,8 +22,8 @@ from peanut_serve.variants.version import VariantKind, Version, digest_of
 logger = logging.getLogger("vllm.peanut_serve")
 
 # it saves more than another; --resident names it; a variant has no complement beside the one before; that one is no
-# longer served; the change to another one failed
-Why = Literal["saves", "fixed", "unfit", "gone", "failed"]
+# longer served; the change to another one failed; others need the memory of the one before
+Why = Literal["saves", "fixed", "unfit", "gone", "failed", "memory"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +104,11 @@ class Residents:
         Args:
             resident: its LoRA adapter and its merged weights are on the host.
             why: the reason.
-            holds: keeps them there; it is closed when they are neither wanted nor in the engine.
+            holds: keeps them there; it is closed when they are neither wanted nor in the engine. Without it, a
+                resident whose weights are not kept any more counts as None.
         """
+        if holds is None and resident is not None and resident.merged.digest not in self._held:
+            resident = None
         if holds is not None and resident is not None:
             old = self._held.get(resident.merged.digest)
             self._held[resident.merged.digest] = resident, holds
@@ -121,6 +124,16 @@ class Residents:
         keep = {weights, self.wanted.merged.digest if self.wanted is not None else None}
         for digest in self._held.keys() - keep:
             self._held.pop(digest)[1].close()
+
+    def give_way(self, weights: str) -> None:
+        """Release the merged weights of the wanted resident if the engine does not have them: others need the memory.
+
+        Args:
+            weights: digest of those that it has.
+        """
+        if self.wanted is not None and self.wanted.merged.digest != weights:
+            self.want(self.at(weights), "memory")
+            self.settle(weights)
 
     # complements
 

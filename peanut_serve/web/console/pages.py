@@ -24,6 +24,7 @@ _CAUSES = {
     "unfit": "a variant has no complement beside the resident before",
     "gone": "the resident before is no longer served",
     "failed": "another resident could not be swapped in",
+    "memory": "others needed the memory of the resident before",
 }
 _OUTCOMES = {
     "done": "done",

@@ -115,3 +115,15 @@ def test_the_state_of_an_earlier_cluster_does_not_replace_a_change_meanwhile(kv:
     assert found.revision == 3
     assert asyncio.run(front.newest()) == found, "the highest revision counts"
     assert pin(front, "after").revision == 4
+
+
+def test_of_two_states_with_one_revision_that_of_the_cluster_counts(kv: Store, tmp_path: Path) -> None:
+    """Or replicas on a node with a file of an earlier cluster would have another state than their peers."""
+    earlier = WantedStore("app", "base", tmp_path)
+    pin(earlier, "old")
+    asyncio.run(earlier.newest())
+    kv.values.clear()
+    wanted = pin(WantedStore("app", "base", None), "new")
+    assert asyncio.run(earlier.newest()) == wanted
+    kv.values.clear()
+    assert asyncio.run(earlier.newest()) == wanted, "the file still has the state of the earlier cluster"
