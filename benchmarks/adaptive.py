@@ -1,6 +1,6 @@
 """Adaptive merging beside LoRA mode and merged mode: tokens a second and latencies on four traces, over HTTP.
 
-    make bench-adaptive                       (SmolLM2-135M in bfloat16 on the CPU; about 70 minutes)
+    make bench-adaptive                       (SmolLM2-135M in bfloat16 on the CPU; about 80 minutes)
     python benchmarks/adaptive.py --seconds 60 --warm-up 30 --way lora --way adaptive --trace 80/20
 
 Clients ask one request after another, each for a variant that is drawn by the shares of the trace. The first minute
