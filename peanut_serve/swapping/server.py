@@ -193,7 +193,7 @@ class VariantServer(OperatedServer):
     def _give_way(self) -> None:
         """Let a resident that the engine does not have, and that no swap is loading, give its memory to others."""
         if self.driver.state == "serving":
-            self.residents.give_way(self.swapper.active.version.digest)
+            self.chooser.give_way(self.swapper.active.version.digest)
 
     def _ticket(self, name: str, version: Version, arrival: float, abort: Callable[[], None]) -> Ticket:
         weights, fits = self._weights_of(version), self.residents.fits(version)

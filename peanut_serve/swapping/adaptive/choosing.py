@@ -189,6 +189,17 @@ class ResidentChooser:
         if self._residents.wanted is gone:
             self._want(None, "gone")
 
+    def give_way(self, weights: str) -> None:
+        """Release the weights of the resident if the engine has others, and keep them out for a while.
+
+        Args:
+            weights: digest of those that the engine has.
+        """
+        wanted = self._residents.wanted
+        self._residents.give_way(weights)
+        if wanted is not None and self._residents.wanted is not wanted:
+            self._bar(wanted.name, "variants that are swapped in need its room in --host-cache, which is too small")
+
     def _want(self, resident: Resident | None, why: Why, holds: ExitStack | None = None) -> None:
         self._residents.want(resident, why, holds)
         self._driver.wake()

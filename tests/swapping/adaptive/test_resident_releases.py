@@ -115,6 +115,7 @@ def test_a_resident_gives_way_to_variants_that_are_asked_for(
         for name in ("whole", "other", "v2", "other", "whole"):
             found, _ = await ask(rig, name, weights)
             assert {"whole": "v2", "other": "v3"}.get(name, name) in found
+        assert rig.server.chooser._barred.keys() == {"v1"}  # or it would be evaluated again and again
 
     run_rig(test, resident="v1", host_cache=2 * SIZE)
 
