@@ -8,7 +8,7 @@ from support.server.rig import Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
 
 from peanut_serve.errors import UnknownVariantError, VariantInUseError
-from peanut_serve.swapping import server as variant_server
+from peanut_serve.swapping import operating
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_requests_that_wait_are_refused_when_a_removal_takes_too_long(run_rig: R
 
 
 def test_a_removal_ends_though_an_aborted_request_does_not(run_rig: RunRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variant_server, "ABORT_SECONDS", 0.05)
+    monkeypatch.setattr(operating, "ABORT_SECONDS", 0.05)
 
     async def test(rig: Rig) -> None:
         ended = asyncio.Event()
