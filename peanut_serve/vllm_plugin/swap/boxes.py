@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peanut_serve.vllm_plugin.swap.storages import NamedStorages
+
 Box = tuple[slice, ...]  # one slice for each dimension
 
 
@@ -26,12 +28,13 @@ class BoxRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.boxes: dict[str, Box] = {}
-        self._watched: dict[int, tuple[str, torch.dtype, tuple[int, ...]]] = {}
+        self._storages = NamedStorages()
+        self._forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 
     def watch(self, name: str, tensor: Tensor) -> None:
-        """Record what is read of a contiguous tensor, until another one takes its memory."""
-        key = tensor.untyped_storage().data_ptr()
-        self._watched[key] = (name, tensor.dtype, tuple(tensor.shape))
+        """Record what is read of a contiguous tensor, as long as its memory is its own."""
+        self._storages.add(name, tensor)
+        self._forms[name] = tensor.dtype, tuple(tensor.shape)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -44,10 +47,10 @@ class BoxRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def _read(self, view: Tensor) -> None:
-        found = self._watched.get(view.untyped_storage().data_ptr())
-        if found is None or view.numel() == 0:
+        name = self._storages.name_of(view)
+        if name is None or view.numel() == 0:
             return
-        name, dtype, shape = found
+        dtype, shape = self._forms[name]
         box = box_of(view, shape) if view.dtype == dtype else None
         box = whole_box(shape) if box is None else box
         self.boxes[name] = _around(self.boxes[name], box) if name in self.boxes else box

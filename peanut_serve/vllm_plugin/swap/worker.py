@@ -26,6 +26,7 @@ from peanut_serve.vllm_plugin.swap.boxes import BoxRecorder
 from peanut_serve.vllm_plugin.swap.kept import KeptWeights, KeptWeightsError
 from peanut_serve.vllm_plugin.swap.mapping import StagedFactors, source
 from peanut_serve.vllm_plugin.swap.packed import PackedLayers
+from peanut_serve.vllm_plugin.swap.storages import NamedStorages
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -72,13 +73,13 @@ class VariantWorker:
 
     def _peanut_load(self, wanted: Sequence[Place], packed: PackedLayers) -> None:
         """Load tensors through vLLM, with none too, so that it drops what it derived from other weights."""
-        taken, layers, current = 0, dict[str, set[int]](), dict[int, str]()
+        taken, layers, current = 0, dict[str, set[int]](), NamedStorages()
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             nonlocal taken
             with self._peanut_reading(wanted) as read:
                 for place in wanted:
-                    current[0] = place.name
+                    current.latest = place.name
                     yield place.name, read(place)
                     taken += 1
 
@@ -143,7 +144,7 @@ class VariantWorker:
             keeps: be ready to keep tensors of the base: learn too which part of each one this worker loads.
         """
         layers: dict[str, set[int]] = {}
-        current: dict[int, str] = {}
+        current = NamedStorages()
         recorder = BoxRecorder()
         infos = _in_files(places)
 
@@ -151,7 +152,7 @@ class VariantWorker:
             with TensorReader() as reader:
                 for info in infos:
                     tensor = reader.whole(info)
-                    current[tensor.untyped_storage().data_ptr()] = current[0] = info.name
+                    current.add(info.name, tensor)
                     recorder.watch(info.name, tensor)
                     yield info.name, tensor
 
@@ -204,12 +205,12 @@ def join_groups(layers: dict[str, set[int]]) -> list[list[str]]:
 
 
 # those that are open, at most one: tensors in progress, and the layers that load each tensor
-_recordings: list[tuple[dict[int, str], dict[str, set[int]]]] = []
+_recordings: list[tuple[NamedStorages, dict[str, set[int]]]] = []
 
 
 @contextmanager
-def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator[None]:
-    """Record in `layers` which layers load which tensor; `current` maps storages to the names of tensors in progress.
+def _recording(current: NamedStorages, layers: dict[str, set[int]]) -> Iterator[None]:
+    """Record in `layers` which layers load which tensor, by the storages of the tensors in progress.
 
     Every loader that vLLM wraps for a reload is wrapped once more. If a model loads a modified copy of a tensor, the
     copy is attributed to the last tensor that was yielded. vLLM keeps the wrapped loaders of layers that a reload
@@ -227,8 +228,8 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
             """Record which tensor the layer loads, and load it."""
             for names_of, layers_of in _recordings:
                 tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                found = [names_of.get(one.untyped_storage().data_ptr()) for one in tensors if not one.is_meta]
-                name = next((name for name in found if name is not None), names_of[0])
+                found = [names_of.name_of(one) for one in tensors if not one.is_meta]
+                name = next((name for name in found if name is not None), names_of.latest)
                 layers_of.setdefault(name, set()).add(id(layer))
             return load(*args, **kwargs)
 
@@ -241,7 +242,6 @@ def _recording(current: dict[int, str], layers: dict[str, set[int]]) -> Iterator
     finally:
         reload.make_online_process_loader = make
         _recordings.pop()
-        current.clear()
 
 
 @contextmanager

@@ -123,3 +123,18 @@ def test_what_is_computed_from_a_tensor_was_read() -> None:
         other[:, :0].clone()
     assert recorder.boxes["changed"] == (slice(0, 8), slice(0, 4))
     assert recorder.boxes["parts"] == (slice(1, 6), slice(0, 4))
+
+
+def test_memory_that_was_freed_is_another_tensors() -> None:
+    """Its next owner was taken for the tensor, and all of that for read."""
+    memory = bytearray(16)
+    recorder = BoxRecorder()
+    tensor = torch.frombuffer(memory, dtype=torch.float32).view(2, 2)
+    recorder.watch("w", tensor)
+    with recorder:
+        tensor[:1].clone()
+    del tensor
+    owner = torch.frombuffer(memory, dtype=torch.float32).view(2, 2)
+    with recorder:
+        owner.clone()
+    assert recorder.boxes == {"w": (slice(0, 1), slice(0, 2))}
