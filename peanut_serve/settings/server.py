@@ -144,6 +144,8 @@ def server_settings(
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise OptionError(f"--{name} is {first['input']}: {first['msg'].lower()}") from None
+    if settings.mode == "lora" and settings.base_copy != "host":
+        raise OptionError(f"--base-copy {settings.base_copy} is for weights that are swapped, but the mode is lora")
     _check_resident(settings)
     if settings.admin_ssl_keyfile is not None and settings.admin_ssl_certfile is None:
         raise OptionError("--admin-ssl-keyfile needs --admin-ssl-certfile, the certificate of the key")

@@ -237,11 +237,10 @@ def test_room_for_complements(tasks: Path, pair: Pair, run_here: Run) -> None:
             "--gather is 20000 ms, longer than --max-wait",
         ),
         (["--mode", "auto", "--resident", "auto", "--gather", "-1"], "Invalid value for '--gather'"),
+        (["--base-copy", "device"], "--base-copy device is for weights that are swapped, but the mode is lora"),
     ],
 )
-def test_options_of_adaptive_merging(
-    tasks: Path, pair: Pair, run_here: Run, options: list[str], refusal: str
-) -> None:
+def test_options_without_effect(tasks: Path, pair: Pair, run_here: Run, options: list[str], refusal: str) -> None:
     done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, "--dry-run", *options)
     assert done.returncode != 0
     assert refusal in done.stderr

@@ -1,40 +1,22 @@
 """Releases of a fleet on Ray Serve with fake engines: all replicas, those that start later, the share, failures."""
 
 import json
-import os
-import shutil
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import ray
-from ray import serve
 from support.engines.remains import until
-from support.fleet import fake_server
 from support.fleet.fake_admin import digest_of
-
-from peanut_serve.cli.ctl import command as ctl_command
-from peanut_serve.ray.app import build
-from peanut_serve.ray.child import free_port
+from support.fleet.operated import REPLICAS, Ctl, OperatedFleet, ctl_for, operated
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ADMIN_KEY, REPLICAS = "an-admin-key", 2
 OLD, NEW, NEWER = (digest_of(name) for name in ("old", "new", "newer"))
-Ctl = Callable[..., tuple[int, str, str]]
 
 
-class Fleet:
-    def __init__(self, address: str, folder: Path) -> None:
-        self.folder, self.state = folder, folder / "state"
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-        self.address, self.client = address, httpx.Client(base_url=address, timeout=120, headers=headers)
-
+class Fleet(OperatedFleet):
     def step(self, name: str, verb: str, **body: Any) -> httpx.Response:
         return self.client.post(f"/admin/v1/releases/{name}/{verb}", json=body or None)
 
@@ -51,72 +33,17 @@ class Fleet:
         assert found.status_code == 200, found.text
         return found.headers["x-peanut-variant"], found.headers["x-peanut-digest"]
 
-    def files(self, **digests: str) -> None:
-        file = self.folder / "files.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps({**known, **digests}))
-
-    def engines(self) -> dict[str, int]:
-        """The state folder of each engine that runs, and its process."""
-        found = {}
-        for command in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                arguments = command.read_text().split("\0")
-            except OSError:
-                continue
-            if str(self.folder / "journal") in arguments and "peanut_serve.ray.watchdog" not in arguments:
-                found[Path(arguments[arguments.index("--state") + 1]).name] = int(command.parent.name)
-        return found
-
-    def replace_replica(self, number: str) -> None:
-        """Kill an engine and empty its state, and wait until another replica is up."""
-        before = self.engines()
-        shutil.rmtree(self.state / number / "theta")
-        (self.state / number / "records.json").unlink()
-        os.kill(before[number], signal.SIGKILL)
-        assert until(lambda: self.engines().get(number) not in (None, before[number]), 120)
-        assert until(lambda: self.up() == REPLICAS, 120)
-
-    def up(self) -> int:
-        return sum(one["status"] == 200 for one in self.client.get("/admin/v1/fleet").json()["replicas"])
-
-    def audit(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.state / "audit.jsonl").read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    folder, port = tmp_path_factory.mktemp("released"), free_port()
-    (folder / "admin").write_text(ADMIN_KEY)
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
-    engine = {
-        "command": [sys.executable, fake_server.__file__],
-        "options": ["--swap", "0", "--journal", str(folder / "journal")],
-    }
-    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
-        files = {"admin_key_file": str(folder / "admin"), "logs": str(folder)}
-        serve.run(build({"engine": engine, "replicas": REPLICAS, "cpus": 0.1, **files}))
-        yield Fleet(f"http://127.0.0.1:{port}", folder)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    folder = tmp_path_factory.mktemp("released")
+    with operated(folder) as address:
+        yield Fleet(address, folder)
 
 
 @pytest.fixture
 def ctl(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
-    monkeypatch.setenv("PEANUT_ADMIN_KEY", ADMIN_KEY)
-    monkeypatch.setenv("PEANUT_ADMIN_URL", fleet.address)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            ctl_command.main(["release", *arguments])
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return call
+    return ctl_for(fleet, monkeypatch, capsys, "release")
 
 
 def test_from_staging_to_promotion_and_back(fleet: Fleet, ctl: Ctl) -> None:
@@ -159,13 +86,13 @@ def test_a_replica_that_starts_later_has_the_release(fleet: Fleet) -> None:
     assert fleet.step("v3", "stage", source="v4").status_code == 200
     assert fleet.step("v3", "weight", weight=100).status_code == 200
     fleet.files(v3=NEWER, v4=NEWER)
-    fleet.replace_replica("0")
+    fleet.restart("0")
     assert until(lambda: fleet.show("v3")["agree"], 30), fleet.show("v3")
     assert {one["status"]["weight"] for one in fleet.show("v3")["replicas"]} == {100}
     for _ in range(6):
         assert fleet.answers("v3") == ("v3@staged", NEW)
     assert fleet.step("v3", "promote").status_code == 200
-    fleet.replace_replica("1")
+    fleet.restart("1")
     for _ in range(6):
         assert fleet.answers("v3") == ("v3", NEW)
     assert fleet.client.get("/admin/v1/fleet").json()["agree"]

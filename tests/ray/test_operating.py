@@ -4,115 +4,44 @@ import asyncio
 import http.client
 import json
 import os
-import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from support.engines.remains import until
-from support.fleet import fake_server
 from support.fleet.fake_admin import digest_of
+from support.fleet.operated import ADMIN_KEY, REPLICAS, Ctl, OperatedFleet, ctl_for, operated
 
 from converters.errors import OptionError
-from peanut_serve.cli.ctl import command as ctl_command
-from peanut_serve.ray.app import build
-from peanut_serve.ray.child import free_port
 from peanut_serve.ray.fleet.store import WantedStore
 from peanut_serve.ray.fleet.theta import FleetTheta
 from peanut_serve.variants.kept_theta import has_theta
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ADMIN_KEY = "an-admin-key"
-REPLICAS = 2
 FIRST, SECOND, THIRD = (digest_of(name) for name in ("first", "second", "third"))
-Ctl = Callable[..., tuple[int, str, str]]
 
 
-class Fleet:
-    def __init__(self, address: str, folder: Path) -> None:
-        self.address, self.folder, self.state = address, folder, folder / "state"
-        self.client = httpx.Client(base_url=address, timeout=120, headers={"Authorization": f"Bearer {ADMIN_KEY}"})
-
-    def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        return self.client.request(method, f"/admin/v1{path}", json=body)
-
-    def report(self) -> dict[str, Any]:
-        return self.admin("GET", "/fleet").json()
-
+class Fleet(OperatedFleet):
     def digests(self, name: str) -> list[str | None]:
         """What the replicas that run have."""
         return [one["digests"].get(name) for one in self.report()["replicas"] if one["status"] == 200]
 
-    def files(self, **digests: str) -> None:
-        (self.folder / "files.json").write_text(json.dumps(digests))
-
-    def engines(self) -> dict[str, int]:
-        """The state folder of each engine that runs, and its process."""
-        found = {}
-        for command in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                arguments = command.read_text().split("\0")
-            except OSError:
-                continue
-            if str(self.folder / "journal") in arguments and "peanut_serve.ray.watchdog" not in arguments:
-                found[Path(arguments[arguments.index("--state") + 1]).name] = int(command.parent.name)
-        return found
-
-    def restart(self, number: str, is_empty: bool = True) -> None:
-        """Kill an engine, and wait until another replica has its state folder; before, that may be emptied."""
-        before = self.engines()
-        if is_empty:
-            shutil.rmtree(self.state / number / "theta")
-            (self.state / number / "records.json").unlink()
-        os.kill(before[number], signal.SIGKILL)
-        assert until(lambda: self.engines().get(number) not in (None, before[number]), 120)
-        assert until(lambda: len(self.digests("v0")) == REPLICAS, 120)
-
-    def audit(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.state / "audit.jsonl").read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    folder, port = tmp_path_factory.mktemp("operating"), free_port()
-    (folder / "admin").write_text(ADMIN_KEY)
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
-    engine = {
-        "command": [sys.executable, fake_server.__file__],
-        "options": ["--swap", "0", "--journal", str(folder / "journal")],
-    }
-    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
-        files = {"admin_key_file": str(folder / "admin"), "logs": str(folder)}
-        serve.run(build({"engine": engine, "replicas": REPLICAS, "cpus": 0.1, **files}))
-        yield Fleet(f"http://127.0.0.1:{port}", folder)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    folder = tmp_path_factory.mktemp("operating")
+    with operated(folder) as address:
+        yield Fleet(address, folder)
 
 
 @pytest.fixture
 def ctl(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
-    monkeypatch.setenv("PEANUT_ADMIN_KEY", ADMIN_KEY)
-    monkeypatch.setenv("PEANUT_ADMIN_URL", fleet.address)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            ctl_command.main(list(arguments))
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return call
+    return ctl_for(fleet, monkeypatch, capsys)
 
 
 def test_ctl_works_as_with_a_single_server(fleet: Fleet, ctl: Ctl) -> None:
