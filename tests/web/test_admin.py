@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
+from schemathesis.specs.openapi.schemas import OpenApiSchema
 from support.server.admin import KEY, REFUSALS, FakeControl, serving_app
 
 from converters.errors import OptionError
@@ -244,7 +245,7 @@ def test_whatever_the_schema_allows_and_does_not(control: FakeControl) -> None:
     """Requests made from the OpenAPI document, valid and not: every answer is one that it describes."""
     headers = {"Authorization": f"Bearer {KEY_IN_ASCII}"}
     app = admin_app(control, KEY_IN_ASCII)
-    schema = schemathesis.openapi.from_asgi(f"{V1}/openapi.json", app, headers=headers)
+    schema: OpenApiSchema = schemathesis.openapi.from_asgi(f"{V1}/openapi.json", app, headers=headers)
     for operation in schema.get_all_operations():
         found = operation.ok()
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import datetime, timezone
 
@@ -154,15 +155,17 @@ class FakeControl:
 def serving_app(app: FastAPI, certificate: Certificate | None = None) -> Iterator[str]:
     """Serve `app` in a thread, as it is served in vLLM's loop; its URL."""
     listener = bind("127.0.0.1", 0)
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(serve_on(app, listener, certificate))
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
 
-    def run() -> None:
-        loop.run_until_complete(asyncio.wait([task]))
-        loop.close()
+    async def serve() -> None:
+        task = asyncio.create_task(serve_on(app, listener, certificate))
+        begun.set_result((asyncio.get_running_loop(), task))
+        await asyncio.wait([task])
 
-    thread = threading.Thread(target=run)
+    # `run` ends the tasks that are left, too: destroyed later, each logs wherever garbage is collected just then
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
+    loop, task = begun.result(timeout=30)
     try:
         yield f"{'https' if certificate else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
