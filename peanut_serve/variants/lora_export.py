@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters import Adapter, Checkpoint, Weighted, __version__
-from converters.serving import LoraOptions, plan_lora_adapter, plan_merge, write_lora_adapter
+from converters import Adapter, Checkpoint, Plan, Weighted, __version__
+from converters.errors import ConversionError
+from converters.serving import LoraOptions, as_lora, plan_lora_adapter, plan_merge, write_lora_adapter
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -71,6 +72,18 @@ class LoraExport:
 
     key: str
     write: Callable[[Path], None]
+
+
+def lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
+    """Why vLLM cannot serve a planned merge as LoRA; None if it can."""
+    try:
+        converted = as_lora(plan, plan.base.folder, LoraOptions(runtime="vllm"))
+    except ConversionError as error:
+        return str(error)
+    kinds = frozenset(map(kind_of, converted.modules))
+    if converted.vllm_refuses:
+        return converted.vllm_refuses[0]
+    return limits.refusal(converted.r, kinds)
 
 
 def lora_export(name: str, adapter: Adapter, base: Checkpoint, dtype: str, device: str) -> LoraExport:

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from converters import Plan, Weighted, load_adapter, open_checkpoint
-from converters.errors import ConversionError, MissingScalingError, PeanutError
+from converters.errors import MissingScalingError, PeanutError
 from converters.serving import (
-    LoraOptions,
     Pipeline,
     TensorInfo,
     TensorPlan,
@@ -20,7 +19,6 @@ from converters.serving import (
     TensorSpec,
     ThetaStore,
     Worker,
-    as_lora,
     check_base,
     describe_changes,
     find_adapter,
@@ -31,7 +29,7 @@ from converters.serving import (
 )
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
-from peanut_serve.variants.lora_export import LoraLimits, kind_of, lora_export
+from peanut_serve.variants.lora_export import LoraLimits, lora_export, lora_refusal
 from peanut_serve.variants.on_device.factors import FactorsJob, factored_tensors
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.variants.version import LoadedModel, VariantKind, Version, digest_of
@@ -207,7 +205,7 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
             "fit the model in the engine; merge it with peanut-merge, and serve the result as a base of its own"
         )
     if opener.lora is not None:
-        refusal = _lora_refusal(plan, opener.lora)
+        refusal = lora_refusal(plan, opener.lora)
         if refusal is None:
             export = lora_export(name, adapter, base, opener.lora.dtype, opener.device)
             digest = digest_of("lora", adapter.digest, base.fingerprint)
@@ -233,18 +231,6 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
     digest = digest_of("merged", adapter.digest, base.fingerprint)
     specs = tuple(tensor.spec for tensor in changed)
     return Version(digest, VariantKind.ADAPTER, specs, write, factored=factored), theta
-
-
-def _lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
-    """Why vLLM cannot serve a planned merge as LoRA; None if it can."""
-    try:
-        converted = as_lora(plan, plan.base.folder, LoraOptions(runtime="vllm"))
-    except ConversionError as error:
-        return str(error)
-    kinds = frozenset(map(kind_of, converted.modules))
-    if converted.vllm_refuses:
-        return converted.vllm_refuses[0]
-    return limits.refusal(converted.r, kinds)
 
 
 def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:
