@@ -4,7 +4,7 @@ VENV ?= .venv
 BASE := build/bases/smollm2-135m-instruct
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo demo-console demo-classify console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-adaptive bench-onnx bench-classify bench-fleet bench-gpu zoo onnx-models soak clean
+.PHONY: demo demo-console demo-classify console-pictures test test-fast test-gpu lint bench bench-merge bench-methods bench-serving bench-swapping bench-onnx bench-classify bench-fleet bench-gpu zoo onnx-models soak clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: bench-merge bench-methods bench-serving bench-swapping bench-adaptive bench-fleet bench-onnx bench-classify
+bench: bench-merge bench-methods bench-serving bench-swapping bench-fleet bench-onnx bench-classify
 
 bench-merge: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
@@ -66,11 +66,6 @@ bench-swapping: $(VENV)/.test
 # on a machine with a GPU; without one it says so
 bench-gpu: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/gpu.py
-
-bench-adaptive: $(VENV)/.test
-	$(VENV)/bin/python examples/make_smollm2.py $(BASE)
-	rm -f build/bench/adaptive.jsonl
-	$(VENV)/bin/python benchmarks/adaptive.py
 
 bench-fleet: $(VENV)/.test
 	$(VENV)/bin/python examples/make_smollm2.py $(BASE)

@@ -54,8 +54,8 @@ class Model:
         """The variant as a folder of its own."""
         return merge(self.base, self.adapters / variant, WORK / f"{self.name}-{variant}", overwrite=True).output
 
-    def served(self, log: str, *options: str, mode: str = "merged") -> AbstractContextManager["Server"]:
-        """`peanut-serve` with an admin API, and nothing remembered of an earlier run."""
+    def served(self, log: str, *options: str) -> AbstractContextManager["Server"]:
+        """`peanut-serve --mode merged` with an admin API, and nothing remembered of an earlier run."""
         admin, state = _free_port(), WORK / f"{self.name}-{log}.state"
         shutil.rmtree(state, ignore_errors=True)
         command = [
@@ -65,7 +65,7 @@ class Model:
             "--adapters",
             self.adapters,
             "--mode",
-            mode,
+            "merged",
         ]
         command += ["--admin-port", admin, "--state", state, *self.options, *options]
         return _running(command, f"{self.name}-{log}", {}, admin)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from converters.evaluation.worker import Worker, find_devices
     from converters.files.hashing import hash_file
     from converters.files.header import TensorInfo, TensorSpec
-    from converters.files.json_files import read_json, write_json
+    from converters.files.json_files import read_json
     from converters.files.names import (
         ADAPTER_CONFIG,
         INDEX_FILE,
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     )
     from converters.files.reader import TensorReader
     from converters.files.sizes import parse_size
-    from converters.files.staging import staged
     from converters.hub.names import SHORT_NAMES, is_hub_id
     from converters.models.checkpoint import sample_digests
     from converters.models.config import labels_of
@@ -69,10 +68,8 @@ _HOME = {
     "rank_of": "evaluation.factors",
     "read_json": "files.json_files",
     "sample_digests": "models.checkpoint",
-    "staged": "files.staging",
     "sum_factors": "evaluation.factors",
     "tensor_blocks": "evaluation.blocks",
-    "write_json": "files.json_files",
     "write_lora_adapter": "outputs.lora",
 }
 
@@ -108,10 +105,8 @@ __all__ = [
     "rank_of",
     "read_json",
     "sample_digests",
-    "staged",
     "sum_factors",
     "tensor_blocks",
-    "write_json",
     "write_lora_adapter",
 ]
 

@@ -14,7 +14,7 @@ from converters.errors import MissingDependencyError, OptionError, PeanutError
 from converters.serving import VLLM_RANKS
 from peanut_serve.cli.finding import Found
 from peanut_serve.cli.launch import check_endpoints, server_variables
-from peanut_serve.settings.server import AUTO_RESIDENT, ServerSettings
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.tenants.watched import keys_of
 from peanut_serve.variants.backup.checking import check_state
@@ -38,10 +38,8 @@ def problems(
     """
     yield from (f"{name}: {reason}" for name, reason in found.broken.items())
     names = set(found.names(options.mode))
-    asked = {option: {*options.serving.get(option, ())} for option in ("pin", "preload")}
-    asked["resident"] = {settings.resident} - {None, AUTO_RESIDENT}
-    for option, wanted in asked.items():
-        for name in sorted(wanted - names):
+    for option in ("pin", "preload"):
+        for name in sorted({*options.serving.get(option, ())} - names):
             yield f"--{option} {name}: there is no such variant among {', '.join(sorted(names)) or 'none'}"
     limits, refused = _limits(options, arguments)
     yield from refused

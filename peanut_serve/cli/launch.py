@@ -13,7 +13,6 @@ from converters.errors import AdapterError, CheckpointError, MissingDependencyEr
 from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
 from peanut_serve.cli.finding import MIN_RANK, Found
 from peanut_serve.errors import EngineStartError
-from peanut_serve.lora.slots import rank_of_pairs
 from peanut_serve.settings.launching import engine_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import Mode
@@ -57,10 +56,8 @@ def base_names(base: str, given: Sequence[str]) -> list[str]:
     return [folder.resolve().name if folder.is_dir() else base]
 
 
-def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str], has_residents: bool = False) -> list[str]:
+def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> list[str]:
     """Build the command line of `vllm serve`: the required options unless `given` has them, then those in `given`.
-
-    With `has_residents` there is room for variants beside the merged weights of another.
 
     Raises:
         CheckpointError: the base is neither a folder nor a valid Hub id.
@@ -84,7 +81,7 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str], has_
         "--shutdown-timeout": [_SHUTDOWN_SECONDS],
     }
     if mode != "merged":
-        defaults |= _lora_options(mode, found, has_residents)
+        defaults |= _lora_options(mode, found)
     if mode != "lora":
         if folder.is_dir():
             open_checkpoint(folder)  # refuse a quantised or missing base before vLLM starts
@@ -152,11 +149,9 @@ def _in_config_file(given: Sequence[str]) -> set[str]:
     return found
 
 
-def _lora_options(mode: Mode, found: Found, has_residents: bool) -> dict[str, list[str]]:
+def _lora_options(mode: Mode, found: Found) -> dict[str, list[str]]:
     ranks = {name: rank for name, rank in found.ranks.items() if mode == "lora" or rank <= VLLM_RANKS[-1]}
     rank = max([MIN_RANK, *ranks.values()])
-    if has_residents:
-        rank = max(rank, min(rank_of_pairs(ranks), VLLM_RANKS[-1]))
     slots = min(max(len(ranks), 1), _MAX_SLOTS)
     allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if allowed is None:

@@ -71,8 +71,6 @@ def _serve(
     preload: options.Preload = None,
     max_wait: options.MaxWait = 10.0,
     min_dwell: options.MinDwell = 0.5,
-    resident: options.Resident = None,
-    gather: options.Gather = 0.0,
     max_queue: options.MaxQueue = 1024,
     max_evaluations: options.MaxEvaluations = 64,
     max_body: options.MaxBody = "64MiB",
@@ -105,7 +103,7 @@ def _serve(
         "max_wait": max_wait, "min_dwell": min_dwell, "max_queue": max_queue, "admin_port": admin_port,
         "admin_host": admin_host, "audit_log": audit_log, "max_evaluations": max_evaluations, "max_body": max_body,
         "stall_timeout": stall_timeout, "settle": settle, "console": console, "console_host": console_host or (),
-        "keys": keys, "packed_cache": packed_cache, "resident": resident, "gather": gather,
+        "keys": keys, "packed_cache": packed_cache,
         "admin_ssl_certfile": admin_ssl_certfile, "admin_ssl_keyfile": admin_ssl_keyfile,
     }  # fmt: skip
     asked = ServeOptions(

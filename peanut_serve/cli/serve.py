@@ -18,7 +18,6 @@ from peanut_serve.cli.launch import (
     value_of,
     vllm_options,
 )
-from peanut_serve.lora.slots import unfit_pairs
 from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.environment import CACHE, CACHE_SIZE, Settings
 from peanut_serve.settings.hosts import is_loopback
@@ -32,8 +31,6 @@ from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.vllm_plugin.lora.cpu_experts import refuse_experts_on_cpu
 from peanut_serve.web.audit import audit_log
 from peanut_serve.web.bearer import read_keys
-
-_MOST_NOTES = 5  # of one kind
 
 
 def serve(options: ServeOptions) -> None:
@@ -153,26 +150,10 @@ def checked(options: ServeOptions) -> tuple[Found, list[str], ServerSettings]:
         console.err.print(f"note: {note}", markup=False)
     for name in sorted(set(base_names(options.base, options.vllm)) & set(found.names(options.mode))):
         console.err.print(f"note: {name} will not be served: the base has this name", markup=False)
-    has_residents = options.serving.get("resident") is not None
-    arguments = vllm_options(options.base, options.mode, found, options.vllm, has_residents)
-    if has_residents and (given := value_of(arguments, "--max-lora-rank")) is not None:
-        _note_unfit_pairs(found, int(given))
+    arguments = vllm_options(options.base, options.mode, found, options.vllm)
     if OPTION in option_names(options.vllm):
         check_tracing()
     return found, arguments, _settings(options, names)
-
-
-def _note_unfit_pairs(found: Found, max_rank: int) -> None:
-    unfit = unfit_pairs(found.ranks, max_rank)
-    for one, other in unfit[:_MOST_NOTES]:
-        ranks = f"{found.ranks[one]} and {found.ranks[other]}"
-        console.err.print(
-            f"note: {one} and {other} have the ranks {ranks}, together more than --max-lora-rank {max_rank}: neither "
-            "becomes the resident while the other is asked for",
-            markup=False,
-        )
-    if len(unfit) > _MOST_NOTES:
-        console.err.print(f"note: so do {len(unfit) - _MOST_NOTES} other pairs", markup=False)
 
 
 def _show(options: ServeOptions, found: Found, arguments: Sequence[str]) -> None:

@@ -118,24 +118,6 @@ MinDwell = Annotated[
         help="Shortest time between swaps while the active variant has requests, in seconds.",
     ),
 ]
-Resident = Annotated[
-    str | None,
-    typer.Option(
-        "--resident",
-        help="With --mode auto: give this variant's merged weights to the engine, with others beside it as LoRA; "
-        "auto: the busiest one's, as traffic decides.",
-    ),
-]
-Gather = Annotated[
-    float,
-    typer.Option(
-        "--gather",
-        min=0,
-        max=SECONDS * 1000,
-        callback=finite,
-        help="Longest time a request waits for others that need LoRA beside the resident, too, in milliseconds.",
-    ),
-]
 MaxQueue = Annotated[
     int, typer.Option("--max-queue", **_COUNT, help="Maximum number of requests waiting for a swap.")
 ]

@@ -3,10 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from peanut_serve.errors import EngineDownError, VariantError
@@ -25,12 +24,10 @@ class LoraFolder:
     Attributes:
         number: identifies the version while this server runs.
         path: the folder, whose name identifies the version.
-        resident: digest of the merged weights that it is added to; None for those of the base.
     """
 
     number: int
     path: Path
-    resident: str | None = None
 
 
 # loads a LoRA adapter into the engine, so that one that vLLM cannot load is the error of one request
@@ -44,9 +41,8 @@ class LoraFolders:
         cache: where the LoRA adapters are.
         evaluations: bounds the evaluations.
         load: loads an adapter into the engine. Called with its name, once per version and start of the engine.
-        starts: number of times the engine was started again or got other weights: it has no adapters then.
+        starts: number of times the engine was started again.
         evaluated: called with the seconds that each evaluation took.
-        numbers: identify versions while this server runs; others that load into the same engine take from them, too.
     """
 
     def __init__(
@@ -56,11 +52,9 @@ class LoraFolders:
         load: Load,
         starts: Callable[[], int],
         evaluated: Callable[[float], object],
-        numbers: Iterator[int] | None = None,
     ) -> None:
         self._cache, self._evaluations, self._load, self._starts = cache, evaluations, load, starts
         self._evaluated = evaluated
-        self._next_number = count(1) if numbers is None else numbers
         self._leases: dict[str, Lease] = {}
         self._holds: Counter[str] = Counter()
         self._numbers: dict[str, int] = {}
@@ -87,9 +81,8 @@ class LoraFolders:
         Raises `VariantError` if vLLM cannot load it, and `EngineDownError` if the engine dies.
         """
         digest = version.digest
-        if digest not in self._numbers:
-            self._numbers[digest] = next(self._next_number)
-        folder = LoraFolder(self._numbers[digest], self._leases[digest].folder)
+        number = self._numbers.setdefault(digest, len(self._numbers) + 1)
+        folder = LoraFolder(number, self._leases[digest].folder)
         async with self._opening[digest]:
             if self._loaded.get(digest) != (start := self._starts()):
                 await self._load_first(name, folder)

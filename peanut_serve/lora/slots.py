@@ -1,36 +1,8 @@
 """Which LoRA adapters are in the engine's slots, as vLLM decides it: the ones in use, then the ones used last."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import combinations
-
-
-@dataclass(frozen=True)
-class LoraSlots:
-    """What the engine has room for.
-
-    Attributes:
-        count: LoRA adapters at once.
-        max_rank: the largest rank of one.
-        seats: requests in a step.
-    """
-
-    count: int = 0
-    max_rank: int = 0
-    seats: int = 256
-
-
-def rank_of_pairs(ranks: Mapping[str, int]) -> int:
-    """The largest rank of a complement: the sum of the two largest ranks of variants, by name."""
-    return sum(sorted(ranks.values())[-2:])
-
-
-def unfit_pairs(ranks: Mapping[str, int], max_rank: int) -> list[tuple[str, str]]:
-    """Pairs of variants that have no complement of the largest rank that the engine takes, the largest sums first."""
-    by_rank = sorted(ranks, key=lambda name: (-ranks[name], name))
-    return [(one, other) for one, other in combinations(by_rank, 2) if ranks[one] + ranks[other] > max_rank]
 
 
 class AdapterSlots:
@@ -38,7 +10,7 @@ class AdapterSlots:
 
     Args:
         count: number of slots (`--max-loras`); 0 without LoRA.
-        starts: number of times the engine was started again or got other weights: the slots are empty then.
+        starts: number of times the engine was started again: the slots of a new engine are empty.
     """
 
     def __init__(self, count: int, starts: Callable[[], int]) -> None:

@@ -186,23 +186,19 @@ class EngineReplica(OperatedReplica):
                 if self._settings.slots > 1:
                     self._resident = tuple(sorted(self._recent))
                 elif (digest := engine["digest"]) != known or time.monotonic() - since > _RENEW:
-                    await self._look_at_variants(engine)
+                    await self._look_at_variants(digest)
                     known, since = digest, time.monotonic()
             except (httpx.HTTPError, ValueError, KeyError):
                 known = ""  # what was known last may still be right
             await asyncio.sleep(_LOOK)
 
-    async def _look_at_variants(self, engine: dict[str, Any]) -> None:
-        """Note the names of the weights that the engine has now, and those that share the base's.
-
-        Args:
-            engine: its state; the merged weights of its `resident` are shared by the others, the base too.
-        """
+    async def _look_at_variants(self, digest: str) -> None:
+        """Note the names of the weights that the engine has now, and those that share the base's."""
         variants = (await self._admin.get("/variants")).raise_for_status().json()
         self._together = tuple(sorted(one["name"] for one in variants if one["kind"] in _TOGETHER))
-        own = {one["name"]: one["kind"] for one in variants if one["digest"] == engine["digest"]}
-        is_shared = engine.get("resident") is not None or "base" in own.values()
-        self._resident = tuple(sorted({*own, *self._together} if is_shared else own))
+        self._resident = tuple(sorted(one["name"] for one in variants if one["digest"] == digest))
+        if set(self._resident) & {one["name"] for one in variants if one["kind"] == "base"}:
+            self._resident = tuple(sorted({*self._resident, *self._together}))
 
     async def __del__(self) -> None:
         """Awaited by Ray when the replica is removed: ends the engine, which first answers what it runs."""

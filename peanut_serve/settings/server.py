@@ -14,7 +14,6 @@ from peanut_serve.settings.admin_key import KEY_VARIABLE, checked_key
 from peanut_serve.settings.tls import Certificate
 
 VARIABLE = "PEANUT_SERVER_SETTINGS"
-AUTO_RESIDENT = "auto"  # --resident: traffic decides
 
 _CERTIFICATE = ("admin_ssl_certfile", "admin_ssl_keyfile")
 # options of the admin API, without which they would have no effect
@@ -38,8 +37,6 @@ class ServerSettings(BaseModel):
         preload: variants that are evaluated before the server is ready.
         max_wait: seconds after which a waiting request is overdue, and its variant is swapped to next.
         min_dwell: minimum number of seconds a variant stays active while it has requests.
-        resident: variant whose merged weights the engine has, with others beside it as LoRA; `auto`: traffic decides.
-        gather: milliseconds for which requests that need LoRA beside the resident wait for each other.
         max_queue: maximum number of waiting requests.
         keys: file of the keys of many teams; see `peanut_serve/tenants/keys.py`.
         audit_log: file of who changed what through the admin API; by default in `state`.
@@ -71,8 +68,6 @@ class ServerSettings(BaseModel):
     preload: tuple[str, ...] = ()
     max_wait: float = Field(10.0, ge=0, allow_inf_nan=False)
     min_dwell: float = Field(0.5, ge=0, allow_inf_nan=False)
-    resident: str | None = None
-    gather: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_queue: int = Field(1024, gt=0)
     keys: Path | None = None
     audit_log: Path | None = None
@@ -146,7 +141,6 @@ def server_settings(
         raise OptionError(f"--{name} is {first['input']}: {first['msg'].lower()}") from None
     if settings.mode == "lora" and settings.base_copy != "host":
         raise OptionError(f"--base-copy {settings.base_copy} is for weights that are swapped, but the mode is lora")
-    _check_resident(settings)
     if settings.admin_ssl_keyfile is not None and settings.admin_ssl_certfile is None:
         raise OptionError("--admin-ssl-keyfile needs --admin-ssl-certfile, the certificate of the key")
     if settings.certificate is not None:
@@ -161,18 +155,6 @@ def server_settings(
         if getattr(settings, name) != type(settings).model_fields[name].default:
             raise OptionError(f"--{name.replace('_', '-')} is for the admin API, which is off; give --admin-port too")
     return settings
-
-
-def _check_resident(settings: ServerSettings) -> None:
-    """Raise `OptionError` for options of adaptive merging that would have no effect."""
-    if settings.resident is not None and settings.mode != "auto":
-        raise OptionError(f"--resident {settings.resident} is for --mode auto, but the mode is {settings.mode}")
-    if settings.gather and settings.resident is None:
-        raise OptionError("--gather is for requests beside a resident; give --resident auto, or a variant, too")
-    if settings.gather > settings.max_wait * 1000:
-        raise OptionError(
-            f"--gather is {settings.gather:g} ms, longer than --max-wait ({settings.max_wait:g} s); give less"
-        )
 
 
 def _size(option: str, text: str) -> int:

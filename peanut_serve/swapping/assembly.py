@@ -1,10 +1,9 @@
 """Assembles a `VariantServer` in the process that has the engine: vLLM's server, or another host."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from converters import Checkpoint
-from peanut_serve.lora.slots import LoraSlots
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping.checks.self_test import LearningEngine
 from peanut_serve.swapping.server import VariantServer
@@ -25,14 +24,14 @@ class Host:
         base_names: names of the base; the first is used if a request names no variant.
         lora: what the engine allows as LoRA; see `VersionOpener`.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
-        slots: for LoRA adapters in the engine.
+        lora_slots: how many LoRA adapters the engine has at once.
     """
 
     base: Checkpoint
     base_names: Sequence[str]
     lora: LoraLimits | None = None
     on_active: Callable[[str], None] = lambda digest: None
-    slots: LoraSlots = field(default_factory=LoraSlots)
+    lora_slots: int = 0
 
 
 async def assemble_server(settings: ServerSettings, engine: LearningEngine, host: Host) -> VariantServer:
@@ -56,4 +55,4 @@ async def assemble_server(settings: ServerSettings, engine: LearningEngine, host
     opener = VersionOpener(swappable.model, settings.device, host.lora, merges, keeps_base)
     roots, store = AdapterRoots(settings.roots), VariantStore(settings.state)
     catalogue = Catalogue(host.base_names, roots, store, opener, settings.settle)
-    return VariantServer(settings, swappable, catalogue, host.on_active, host.slots)
+    return VariantServer(settings, swappable, catalogue, host.on_active, host.lora_slots)

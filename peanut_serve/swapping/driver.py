@@ -6,16 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import Literal
 
 from peanut_serve.errors import EngineDownError, SwapError
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.adaptive.residents import Residents
 from peanut_serve.swapping.ahead.staging import Staging
 from peanut_serve.swapping.gate import Gate
-from peanut_serve.swapping.history import Cause, Failures, SwapHistory, SwapRecord, SwapUsage
+from peanut_serve.swapping.history import Failures, SwapHistory, SwapRecord, SwapUsage
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant, reason_for
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.swapping.transaction import EngineDiedError, Loaded, Phase, Report
@@ -28,8 +26,6 @@ _LOOK_SECONDS = 0.25  # between checks that the engine is alive
 _DEAD_DRAIN_SECONDS = 5.0  # for the requests of a dead engine to fail
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # between attempts to start an engine
 
-_CHANGE = "change to "  # of the resident: if that fails, a swap for another turn to the same weights may succeed
-
 State = Literal["serving", "swapping", "restarting", "failed"]
 
 
@@ -40,7 +36,6 @@ class SwapDriver:
         swappable: the engine, and the swapper of its weights.
         gate: holds requests until their weights are in the engine.
         cache: weights in host memory.
-        residents: whose merged weights the engine may have while requests share it.
         settings: when to swap, and how long to wait for running requests.
         name_of: finds a name for a digest, for logs and metrics.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
@@ -51,7 +46,6 @@ class SwapDriver:
         last_report: report of the last swap.
         usage: variant -> its swaps.
         history: the latest swaps and restarts.
-        change: expected duration of a change of the resident, its drain included.
         failed_starts: of the engine, since it ran last.
     """
 
@@ -60,7 +54,6 @@ class SwapDriver:
         swappable: SwappableEngine,
         gate: Gate,
         cache: HostCache,
-        residents: Residents,
         settings: ServerSettings,
         name_of: Callable[[str], str | None],
         on_active: Callable[[str], None],
@@ -72,15 +65,14 @@ class SwapDriver:
         self.history = SwapHistory(self._label)
         self.failed_starts = 0
         self._engine, self._swapper = swappable.engine, swappable.swapper
-        self._gate, self._cache, self._residents = gate, cache, residents
+        self._gate, self._cache = gate, cache
         self._policy, self._drain_seconds = Policy(settings.max_wait, settings.min_dwell), settings.drain_seconds
-        self._drain_timeout = settings.drain_timeout
         self._name_of, self._on_active = name_of, on_active
         self._base = self._swapper.active.version
         self._versions: dict[str, Version] = {self._base.digest: self._base}
         self._failures = Failures()
         self._requested: list[str] = []  # digests that operators are activating
-        self._price = self.change = PriceEstimate()
+        self._price = PriceEstimate()
         self._pause = _FIRST_PAUSE
         self._active_hold = ExitStack()
         self._staging = Staging(self._engine, self._swapper.changes, cache)
@@ -116,15 +108,6 @@ class SwapDriver:
     def failure(self, digest: str | None) -> str | None:
         """Why the last swap to a version failed; None if it did not."""
         return self._failures.of(digest)
-
-    def change_failure(self, digest: str) -> str | None:
-        """Why these weights of a resident could not be swapped in the last time; None if they could."""
-        return self._failures.of(_CHANGE + digest) or self._failures.of(digest)
-
-    def clear_change_failure(self, digest: str) -> None:
-        """Forget that these weights of a resident could not be swapped: a new attempt begins."""
-        self._failures.forget(_CHANGE + digest)
-        self._failures.forget(digest)
 
     def clear_failure(self, digest: str) -> None:
         """Forget that the swap to a version failed: the next request retries it."""
@@ -170,18 +153,14 @@ class SwapDriver:
         if self._engine.is_dead or self.state == "failed":
             await self._restart_engine()
             return
-        view = self._view()
-        requested = (one for one in self._requested if one != view.active and self._failures.of(one) is None)
+        active, view = self._swapper.active.version.digest, self._view()
+        requested = (one for one in self._requested if one != active and self._failures.of(one) is None)
         if (target := next(requested, None)) is not None:
-            await self._swap_to(self._weights_for(target), "operator", view)
+            await self._swap_to(self.history.begin(target, "operator", view, self._requested))
             return
-        if (target := next_variant(view, self._policy)) != view.active:
-            await self._swap_to(self._weights_for(target), reason_for(target, view, self._policy), view)
-            return
-        if self._gate.unfit() and self._residents.wanted is not None:
-            self._residents.want(None, "unfit")
-        if (target := self._weights_for(view.active)) != self._gate.weights:
-            await self._swap_to(target, self._residents.why or "gone", view)
+        if (target := next_variant(view, self._policy)) != active:
+            why = reason_for(target, view, self._policy)
+            await self._swap_to(self.history.begin(target, why, view, self._requested))
             return
         self._staging.look(view, self._policy, self._versions)
         look = next_look(view, self._policy)
@@ -190,33 +169,16 @@ class SwapDriver:
             await asyncio.wait_for(self._gate.changed.wait(), pause)
 
     def _view(self) -> View:
-        active, gate = self._residents.turn_of(self._swapper.active.version.digest), self._gate
+        active, gate = self._swapper.active.version.digest, self._gate
         return View(time.monotonic(), active, gate.since, len(gate.running), gate.queues(), self._price.seconds)
-
-    def _weights_for(self, turn: str) -> str:
-        weights = self._gate.weights
-        is_change = self._residents.turn_of(weights) == turn
-        left = lambda digest: self._failures.left(_CHANGE * is_change + digest)  # noqa: E731
-        return self._residents.weights_for(turn, weights, left)
 
     def _label(self, digest: str) -> str:
         return self._name_of(digest) or digest[:12]
 
-    def _begin(self, digest: str, cause: Cause, view: View) -> SwapRecord:
-        before = replace(
-            view, active=self._swapper.active.version.digest
-        )  # of the weights, not of those who share them
-        return self.history.begin(digest, cause, before, self._requested)
-
-    async def _swap_to(self, digest: str, cause: Cause, view: View) -> None:
+    async def _swap_to(self, begun: SwapRecord) -> None:
         self.state = "swapping"
-        begun = self._begin(digest, cause, view)
-        label, report, version = begun.target, Report(), self._versions[digest]
-        is_change = self._residents.turn_of(digest) == self._gate.active  # of the resident alone
-        # nobody waits for that, unless a variant does not fit
-        is_gentle = is_change and not self._gate.unfit()
-        drain = self._gate.drain_gently if is_gentle else self._gate.drain
-        seconds = self._drain_timeout if is_gentle else self._drain_seconds
+        digest, label, report = begun.digest, begun.target, Report()
+        version = self._versions[digest]
         with self._cache.holding(digest):
             target = Loaded(version, self._cache.get(digest))
             start = time.perf_counter()
@@ -225,12 +187,12 @@ class SwapDriver:
                     raise SwapError("the variant's weights are no longer in host memory")
                 if self._gate.running:
                     self._staging.begin(target)  # while they end
-                await self._swapper.swap(target, lambda: drain(seconds), report)
+                await self._swapper.swap(target, lambda: self._gate.drain(self._drain_seconds), report)
             except EngineDiedError as error:
                 logger.error("%s; the requests for %s continue to wait", error, label)
                 self.history.end(begun, report, error)
             except SwapError as error:
-                self._record_failure(label, _CHANGE * is_change + digest, error)
+                self._record_failure(label, digest, error)
                 self.history.end(begun, report, error)
                 self._gate.refuse(digest, error)
             except EngineDownError as error:
@@ -241,13 +203,10 @@ class SwapDriver:
             else:
                 self._record_swap(label, report, time.perf_counter() - start)
                 self.history.end(begun, report)
-            if is_change and Phase.RESTART not in report.seconds:
-                self.change = self.change.after(time.perf_counter() - start)
             self._open()
 
     def _record_failure(self, label: str, digest: str, error: SwapError) -> None:
         self._failures.add(digest, error)
-        digest = digest.removeprefix(_CHANGE)
         metrics.SWAPS.labels(self._name_of(digest) or "unknown", "failed").inc()
         metrics.ROLLBACKS.inc()
         logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
@@ -255,7 +214,6 @@ class SwapDriver:
     def _record_swap(self, label: str, report: Report, seconds: float) -> None:
         active = self._swapper.active.version.digest
         self._failures.forget(active)
-        self._failures.forget(_CHANGE + active)
         self._staging.used(active)
         work = seconds - report.seconds[Phase.QUIESCE]
         self._price = self._price.after(work)
@@ -283,15 +241,14 @@ class SwapDriver:
         self.failed_starts = 0
         used = {active, self._base.digest, *(queue.digest for queue in self._gate.queues())}
         self._versions = {d: v for d, v in self._versions.items() if d in used or self._cache.get(d) is not None}
-        self._residents.settle(active)
-        self._gate.open(self._residents.turn_of(active), active, self._residents.identity(active))
+        self._gate.open(active)
 
     async def _restart_engine(self) -> None:
         """Restart the engine. Running requests have failed with vLLM's error; waiting ones continue to wait."""
         logger.error("the engine has died; restarting it")
         self.state, self.detail = "restarting", "the engine died and is being restarted"
         metrics.READY.set(0)
-        begun = self._begin(self._base.digest, "engine_died", self._view())
+        begun = self.history.begin(self._base.digest, "engine_died", self._view())
         await self._gate.drain(_DEAD_DRAIN_SECONDS)
         try:
             report = await self._swapper.restart_engine()

@@ -74,10 +74,6 @@ class EngineFacts:
         host_cache_limit: the limit of that size.
         base_copy_bytes: size of the copies of the base, in host memory or on the devices.
         swap_seconds: duration of each phase of the last swap.
-        resident: name of the variant whose merged weights others share as complements; None without one.
-        resident_why: why it is the resident, or why there is none any more.
-        complements: names of the complements in the engine's slots.
-        saved_seconds: of the engine, that residents have saved by estimate.
     """
 
     state: State
@@ -89,7 +85,3 @@ class EngineFacts:
     host_cache_limit: int
     base_copy_bytes: int
     swap_seconds: Mapping[str, float]
-    resident: str | None = None
-    resident_why: str | None = None
-    complements: tuple[str, ...] = ()
-    saved_seconds: float = 0.0

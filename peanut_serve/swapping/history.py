@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peanut_serve.signals.tracing import Past, record
-from peanut_serve.swapping.adaptive.residents import Why
 from peanut_serve.swapping.policy import Reason, View
 from peanut_serve.swapping.transaction import Phase, Report
 
@@ -18,7 +17,7 @@ _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds before a failed swap is retried
 # done; or the weights of before, as nothing was loaded or everything was restored; or the base's, after a restart; or
 # no engine, as it could not be restarted
 Outcome = Literal["done", "cancelled", "rolled_back", "restarted", "down"]
-Cause = Literal[Reason, Why, "operator", "engine_died"]
+Cause = Literal[Reason, "operator", "engine_died"]
 
 
 @dataclass(frozen=True)

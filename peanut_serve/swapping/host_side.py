@@ -12,7 +12,7 @@ from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.variants.catalogue import Catalogue, Prepare, Variant
 from peanut_serve.variants.evaluations import Evaluations
 from peanut_serve.variants.host_cache import HostCache
-from peanut_serve.variants.host_weights import HostMemoryError, HostWeights
+from peanut_serve.variants.host_weights import HostWeights
 from peanut_serve.variants.on_device.places import UpdatedTensor
 from peanut_serve.variants.version import Version
 
@@ -26,20 +26,13 @@ class HostSide:
         limit: of evaluated weights, in bytes.
         evaluations: bounds the evaluations.
         swappable: the engine whose model is served.
-        give_way: called when weights do not fit, to release some that nobody waits for.
 
     Attributes:
         cache: the evaluated weights.
     """
 
-    def __init__(
-        self,
-        limit: int,
-        evaluations: Evaluations,
-        swappable: SwappableEngine,
-        give_way: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.cache, self._give_way = HostCache(limit, evaluations), give_way
+    def __init__(self, limit: int, evaluations: Evaluations, swappable: SwappableEngine) -> None:
+        self.cache = HostCache(limit, evaluations)
         self._model, self._base_weights, self._copies = swappable.model, swappable.base_weights, swappable.copies
         self._pinned: dict[str, str] = {}  # name -> digest
 
@@ -61,7 +54,7 @@ class HostSide:
         # hold first: otherwise the weights may be dropped before the engine has them
         holds.enter_context(self.cache.holding(version.digest))
         start, is_known = time.perf_counter(), self.cache.get(version.digest) is not None
-        weights = await self._load(version, drops)
+        weights = await self.cache.load(version, drops)
         await self._prepare_base(weights)
         if not is_known:
             seconds = time.perf_counter() - start
@@ -69,15 +62,6 @@ class HostSide:
             logger.info("digest=%s evaluated_seconds=%.2f", version.digest[:12], seconds)
         metrics.HOST_CACHE.set(self.cache.nbytes)
         metrics.BASE_COPY.set(self.base_copy_bytes)
-
-    async def _load(self, version: Version, drops: bool) -> HostWeights:
-        try:
-            return await self.cache.load(version, drops)
-        except HostMemoryError:
-            if not drops:
-                raise
-            self._give_way()
-            return await self.cache.load(version)
 
     async def _prepare_base(self, weights: HostWeights) -> None:
         """Keep W0 of what changes with some weights: on the devices for what is evaluated there."""

@@ -36,9 +36,6 @@ HOST_CACHE = Gauge("peanut_host_cache_bytes", "Size of the evaluated weights in 
 BASE_COPY = Gauge(
     "peanut_base_copy_bytes", "Size of the copies of the base's weights, in host memory or on the devices."
 )
-RESIDENT_SAVED = Counter(
-    "peanut_resident_saved_seconds", "Estimated seconds of the engine that residents have saved, beside LoRA for all."
-)
 READY = Gauge("peanut_ready", "1 while requests can be answered.")
 WAITING = Gauge("peanut_waiting_requests", "Requests waiting for a swap.")
 

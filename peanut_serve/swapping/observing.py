@@ -4,8 +4,6 @@ import asyncio
 
 from peanut_serve.lora.slots import AdapterSlots
 from peanut_serve.settings.server import ServerSettings
-from peanut_serve.swapping.adaptive.choosing import ResidentChooser
-from peanut_serve.swapping.adaptive.residents import Residents
 from peanut_serve.swapping.driver import SwapDriver
 from peanut_serve.swapping.facts import Availability, EngineFacts, VariantFacts
 from peanut_serve.swapping.gate import Gate, Places
@@ -27,8 +25,6 @@ class ObservedServer:
     catalogue: Catalogue
     swapper: Swapper
     driver: SwapDriver
-    residents: Residents
-    chooser: ResidentChooser
     gate: Gate
     places: Places
     slots: AdapterSlots
@@ -91,7 +87,7 @@ class ObservedServer:
     def _availability(self, variant: Variant, digest: str | None) -> Availability:
         if variant.error is not None or self.driver.failure(digest) is not None:
             return Availability.FAILED
-        if digest == self.residents.identity(self.swapper.active.version.digest):
+        if digest == self.swapper.active.version.digest:
             return Availability.ACTIVE
         is_on_host = digest is not None and self.cache.get(digest) is not None
         needs_none = variant.version is not None and not variant.version.has_own_weights
@@ -99,17 +95,12 @@ class ObservedServer:
 
     def engine_facts(self) -> EngineFacts:
         """The current facts of the engine."""
-        digest, resident = self.swapper.active.version.digest, self.residents.at(self.swapper.active.version.digest)
-        shown = self.residents.identity(digest)
+        digest = self.swapper.active.version.digest
         return EngineFacts(
             state=self.driver.state,
             detail=self.driver.detail,
-            active=self.catalogue.name_of(shown) or digest[:12],
+            active=self.catalogue.name_of(digest) or digest[:12],
             digest=digest,
-            resident=resident.name if resident is not None else None,
-            resident_why=self.residents.why,
-            complements=tuple(self._loaded_names()) if resident is not None else (),
-            saved_seconds=self.chooser.choice.saved,
             restarts=self.swapper.restarts,
             host_cache_bytes=self.cache.nbytes,
             host_cache_limit=self.cache.limit,
@@ -117,25 +108,15 @@ class ObservedServer:
             swap_seconds={phase.value: seconds for phase, seconds in self.driver.last_report.seconds.items()},
         )
 
-    def _names(self) -> dict[str, list[str]]:
-        """Digest -> the names that stand for it, of those that are listed."""
-        known = self.catalogue.names_by_digest()
-        return {digest: [name for name in own if name in self._listed] for digest, own in known.items()}
-
-    def _loaded_names(self) -> list[str]:
-        """Names of the LoRA adapters in the engine's slots."""
-        names = self._names()
-        return [name for digest in self.slots.loaded() for name in names.get(digest, [])]
-
     def residency(self) -> Residency:
         """What the engine has, and what requests wait for."""
         active = self.swapper.active.version.digest
-        names = self._names()
+        known = self.catalogue.names_by_digest()
+        names = {digest: [name for name in own if name in self._listed] for digest, own in known.items()}
         is_up, swaps = self.driver.is_up, self.settings.mode != "lora"
-        # adapters are those of the base's weights, or complements of a resident's
-        takes_lora = is_up and self.residents.turn_of(active) == self.catalogue.base.digest
-        resident = names.get(self.residents.identity(active), []) if is_up else []
-        loaded = self._loaded_names() if takes_lora else []
+        takes_lora = is_up and active == self.catalogue.base.digest  # adapters are those of the base's weights
+        resident = names.get(active, []) if is_up else []
+        loaded = [name for digest in self.slots.loaded() for name in names.get(digest, [])] if takes_lora else []
         running = [*(resident if swaps else []), *loaded]
         in_engine = [name for digest in self.slots.waiting() for name in names.get(digest, [])]
         waiting = {*self._preparation.asked, *self.gate.waiting_names(), *in_engine}

@@ -8,9 +8,8 @@ from typing import Literal
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.variants.version import VariantKind, Version
 
-# how an answer is computed: by merged weights; by the base's weights, with LoRA or without; by a LoRA adapter on the
-# merged weights of another variant
-AnswerPath = Literal["merged", "lora", "complement", "base"]
+# how an answer is computed: by merged weights; by the base's weights, with LoRA or without
+AnswerPath = Literal["merged", "lora", "base"]
 
 _MOST_DURATIONS = 512  # of a variant, the latest ones
 
@@ -23,7 +22,7 @@ class Admitted:
         name: of the variant.
         version: the weights that answer it.
         is_running: whether it still may; afterwards, the engine may have other weights.
-        lora: the LoRA adapter that it uses on top of the engine's weights, if it does.
+        lora: the LoRA adapter that it uses on top of the base's weights, if it does.
         asked: the name in the request, if it is another one; see `Catalogue.answering`.
     """
 
@@ -42,7 +41,7 @@ class Admitted:
     def path(self) -> AnswerPath:
         """How the answer is computed."""
         if self.lora is not None:
-            return "lora" if self.lora.resident is None else "complement"
+            return "lora"
         return "base" if self.version.kind is VariantKind.BASE else "merged"
 
 

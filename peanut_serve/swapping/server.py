@@ -5,20 +5,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from itertools import count
 
 from converters.errors import PeanutError
 from peanut_serve.errors import EngineDownError, UnknownVariantError, shown
 from peanut_serve.lora.cache import LoraCache
 from peanut_serve.lora.folders import LoraFolders
-from peanut_serve.lora.slots import AdapterSlots, LoraSlots
-from peanut_serve.settings.server import AUTO_RESIDENT, ServerSettings
+from peanut_serve.lora.slots import AdapterSlots
+from peanut_serve.settings.server import ServerSettings
 from peanut_serve.signals.tracing import annotate, span
 from peanut_serve.swapping import metrics
-from peanut_serve.swapping.adaptive.choosing import ResidentChooser
-from peanut_serve.swapping.adaptive.demand import DemandMeter
-from peanut_serve.swapping.adaptive.gathering import Gathering
-from peanut_serve.swapping.adaptive.residents import Residents
 from peanut_serve.swapping.ahead.recent import RecentVariants
 from peanut_serve.swapping.driver import SwapDriver
 from peanut_serve.swapping.gate import Gate, Places, Ticket
@@ -46,7 +41,7 @@ class VariantServer(OperatedServer):
         swappable: the engine; it has the base's weights.
         catalogue: the variants.
         on_active: called with the digest whenever the engine's weights change, before a request can use them.
-        slots: for LoRA adapters in the engine.
+        lora_slots: how many LoRA adapters the engine has at once.
 
     Attributes:
         watch: told how requests end.
@@ -58,46 +53,34 @@ class VariantServer(OperatedServer):
         swappable: SwappableEngine,
         catalogue: Catalogue,
         on_active: Callable[[str], None],
-        slots: LoraSlots = LoraSlots(),  # noqa: B008 - it is frozen
+        lora_slots: int = 0,
     ) -> None:
         self.settings, self.catalogue, self.swapper = settings, catalogue, swappable.swapper
         self.usage: dict[str, Usage] = {}
         self.in_flight = {}
         evaluations = Evaluations(settings.max_evaluations)
-        self._host = HostSide(settings.host_cache, evaluations, swappable, self._give_way)
-        self._engine = swappable.engine
+        self._host = HostSide(settings.host_cache, evaluations, swappable)
         cache = LoraCache(settings.cache, settings.cache_bytes)
-        starts, numbers = lambda: self.swapper.loads, count(1)
+        starts = lambda: self.swapper.restarts  # noqa: E731
         load, evaluated = swappable.engine.load_lora, metrics.EVALUATIONS.observe
-        self._lora = LoraFolders(cache, evaluations, load, starts, evaluated, numbers)
-        own = Evaluations(settings.max_evaluations)  # complements take milliseconds, and do not wait for evaluations
-        complements = LoraFolders(cache, own, load, starts, lambda seconds: None, numbers)
-        self.residents = Residents(catalogue.base, self._lora, complements, cache, slots.max_rank)
-        self.slots = AdapterSlots(slots.count, starts)
+        self._lora = LoraFolders(cache, evaluations, load, starts, evaluated)
+        self.slots = AdapterSlots(lora_slots, starts)
         self.cache = self._host.cache
         self.places = Places(settings.max_queue)
-        gathering = Gathering(settings.gather / 1000, slots.seats)
-        self.gate = Gate(catalogue.base.digest, gathering)
-        self.driver = SwapDriver(swappable, self.gate, self.cache, self.residents, settings, self._name_of, on_active)
+        self.gate = Gate(catalogue.base.digest)
+        self.driver = SwapDriver(swappable, self.gate, self.cache, settings, catalogue.name_of, on_active)
         self._preparation = Preparation(catalogue, self._host, self._lora, settings.pin, self.driver.add_version)
-        self.demand = DemandMeter()
-        self.chooser = ResidentChooser(
-            settings, self.residents, self.driver, self._host, self._preparation, self.demand, gathering
-        )
         self._listed: set[str] = set()
         self.watch: Watch = lambda name, digest, is_failure: None
         self._recent = RecentVariants(catalogue, self._preparation, self.cache, self.usage, lambda: self._is_idle)
         self._driving: asyncio.Task[None] | None = None
         self._preparing_ahead: asyncio.Task[None] | None = None
-        self._choosing: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     async def start(self) -> None:
         """Evaluate the preloaded and pinned variants, and start serving. Raises `PeanutError` if that fails."""
         await self.names()  # a message about an unknown name lists those that are known
         requested = [*self.settings.preload, *self.settings.pin]
-        if self.settings.resident not in (None, AUTO_RESIDENT):
-            requested.append(str(self.settings.resident))
         remembered = [name for name, record in self.catalogue.records.variants.items() if record.pinned]
         for name in dict.fromkeys([*requested, *remembered]):
             try:
@@ -106,14 +89,9 @@ class VariantServer(OperatedServer):
                 if name in requested:
                     raise
                 logger.error("variant=%s is pinned, but cannot be prepared: %s", name, error)
-        if self.settings.resident == AUTO_RESIDENT:
-            names = [name for name in await self.names() if name not in self.catalogue.bases]
-            await self.chooser.measure(names, self._engine, self._lora)
         self._driving = asyncio.create_task(self.driver.run())
         if self.settings.mode != "lora":
             self._preparing_ahead = asyncio.create_task(self._recent.run())
-        if self.settings.resident is not None:
-            self._choosing = asyncio.create_task(self.chooser.run())
 
     def stop(self) -> None:
         """Admit no more requests; running ones continue."""
@@ -122,7 +100,7 @@ class VariantServer(OperatedServer):
         self.gate.close()
         self.gate.refuse(None, EngineDownError("the server is stopping", 5))
         self.driver.stop()
-        for task in (self._driving, self._choosing, self._preparing_ahead):
+        for task in (self._driving, self._preparing_ahead):
             if task is not None:
                 task.cancel()
 
@@ -171,37 +149,21 @@ class VariantServer(OperatedServer):
             variant, version = await self._prepared(name, asked, holds)
             name = variant.name
             note({"peanut.digest": version.digest, "peanut.kind": version.kind.value})
-            ticket = self._ticket(name, version, arrival, abort)
+            ticket = Ticket(self._weights_of(version), arrival, abort, name)
             with self._counted(variant, ticket):
                 self.driver.check(ticket.digest)
                 self.driver.notice_death()
-                await self.residents.prepare(name, version, self.gate.weights, holds)
                 await self.gate.enter(ticket)
                 waiting.close()
                 try:
                     self._record_use(name, arrival)
-                    if self._choosing is not None and not version.has_own_weights:
-                        holds.enter_context(self.demand.serving(name, version))
-                    # for the weights that the engine has now: they stay until this request has left the gate
-                    lora = await self.residents.adapter(name, version, self.gate.weights, holds)
-                    if lora is not None:
+                    lora = None
+                    if version.lora is not None:
+                        lora = await self._lora.load(name, version)
                         holds.enter_context(self.slots.using(version.digest))
                     yield Admitted(name, version, lambda: ticket in self.gate.running, lora, asked)
                 finally:
                     self.gate.leave(ticket)
-
-    def _give_way(self) -> None:
-        """Let a resident that the engine does not have, and that no swap is loading, give its memory to others."""
-        if self.driver.state == "serving":
-            self.chooser.give_way(self.swapper.active.version.digest)
-
-    def _ticket(self, name: str, version: Version, arrival: float, abort: Callable[[], None]) -> Ticket:
-        weights, fits = self._weights_of(version), self.residents.fits(version)
-        return Ticket(weights, arrival, abort, name, version.digest, fits)
-
-    def _name_of(self, digest: str) -> str | None:
-        """A name for weights, if there is one."""
-        return self.catalogue.name_of(self.residents.identity(digest))
 
     @contextmanager
     def _counted(self, variant: Variant, ticket: Ticket) -> Iterator[None]:

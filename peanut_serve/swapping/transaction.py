@@ -30,8 +30,6 @@ from peanut_serve.variants.version import LoadedModel, Version, places_of
 
 logger = logging.getLogger("vllm.peanut_serve")
 
-PROBES = 8  # requests of which a step is measured
-
 
 class EngineDiedError(SwapError):
     """The engine died before anything was applied, and was restarted: the version did not cause it."""
@@ -63,17 +61,11 @@ class Engine(Protocol):
     async def stage(self, places: Sequence[Place]) -> None:
         """Prepare the workers for `apply` with these tensors, without a change of the weights."""
 
-    async def bind_adapters(self, resident: str | None) -> None:
-        """Forget all LoRA adapters, and take only those of these merged weights from now on; None for the base's."""
-
     async def load_lora(self, name: str, folder: LoraFolder) -> None:
         """Load a LoRA adapter, so that one that it cannot load is an error of one request."""
 
     async def invalidate(self) -> None:
         """Discard everything that was computed with other weights, such as the prefix cache."""
-
-    async def step_seconds(self, name: str, folder: LoraFolder, count: int) -> float:
-        """Seconds of a step of `PROBES` requests, of which so many have this LoRA adapter, which is loaded."""
 
     async def ask_canary(self) -> Canary:
         """The answer to a fixed prompt."""
@@ -145,7 +137,6 @@ class Swapper:
     Attributes:
         active: the version whose weights the engine has.
         restarts: number of times the engine was restarted.
-        loads: number of times it got weights, by a swap, a rollback or a restart; it forgets LoRA adapters then.
     """
 
     def __init__(
@@ -155,7 +146,7 @@ class Swapper:
         self._base = self.active = Loaded(base)
         self._canaries = {base.digest: canary}
         self._tolerance = canary.tolerance
-        self.restarts = self.loads = 0
+        self.restarts = 0
 
     def changes(self, target: Loaded) -> list[Place]:
         """Tensors to load to change from the active version to another: those that differ, with their neighbours."""
@@ -200,10 +191,9 @@ class Swapper:
         with report.timing(Phase.RESTART):
             self.active = self._base
             try:
-                self.restarts, self.loads = self.restarts + 1, self.loads + 1
+                self.restarts += 1
                 metrics.RESTARTS.inc()
                 await self._engine.restart()
-                await self._engine.bind_adapters(None)
                 await self._check(self._base)
             except Exception as error:
                 raise EngineDownError(f"the engine died, and restarting it failed: {error}") from error
@@ -211,11 +201,8 @@ class Swapper:
 
     async def _load(self, places: Sequence[Place], target: Loaded, report: Report, afresh: bool = False) -> None:
         with report.timing(Phase.APPLY):
-            self.loads += 1
             if places:
                 await self._engine.apply(places, afresh)
-            digest = target.version.digest
-            await self._engine.bind_adapters(digest if digest != self._base.version.digest else None)
         with report.timing(Phase.INVALIDATE):
             await self._engine.invalidate()
         with report.timing(Phase.CHECK):

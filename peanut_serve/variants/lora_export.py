@@ -68,30 +68,25 @@ class LoraExport:
         key: identity of what is written: θ, W0, the dtype and this package's version.
         write: writes it to a folder. Raises `PeanutError` if it cannot be expressed as LoRA that
             vLLM loads.
-        rank: its largest rank; None if its factors are not those of single layers, so that it has no complement.
     """
 
     key: str
     write: Callable[[Path], None]
-    rank: int | None = None
 
 
-def as_vllm_lora(plan: Plan, limits: LoraLimits) -> tuple[str | None, int | None]:
-    """Why vLLM cannot serve a planned merge as LoRA, None if it can; and its rank, see `LoraExport`."""
+def lora_refusal(plan: Plan, limits: LoraLimits) -> str | None:
+    """Why vLLM cannot serve a planned merge as LoRA; None if it can."""
     try:
         converted = as_lora(plan, plan.base.folder, LoraOptions(runtime="vllm"))
     except ConversionError as error:
-        return str(error), None
-    if converted.vllm_refuses:
-        return converted.vllm_refuses[0], None
+        return str(error)
     kinds = frozenset(map(kind_of, converted.modules))
-    is_plain = not (converted.groups or converted.saved or converted.biases or "experts" in kinds)
-    return limits.refusal(converted.r, kinds), converted.r if is_plain else None
+    if converted.vllm_refuses:
+        return converted.vllm_refuses[0]
+    return limits.refusal(converted.r, kinds)
 
 
-def lora_export(
-    name: str, adapter: Adapter, base: Checkpoint, dtype: str, device: str, rank: int | None = None
-) -> LoraExport:
+def lora_export(name: str, adapter: Adapter, base: Checkpoint, dtype: str, device: str) -> LoraExport:
     """How to write an adapter as LoRA.
 
     Args:
@@ -100,7 +95,6 @@ def lora_export(
         base: W0.
         dtype: of the factors: `fp32`, `bf16` or `fp16`.
         device: where f is evaluated.
-        rank: see `LoraExport`.
     """
 
     def write(folder: Path) -> None:
@@ -114,4 +108,4 @@ def lora_export(
         logger.info("evaluated %s in %.2f s, error %.1e", name, took, check.max_error)
 
     facts = [_FORM, __version__, adapter.digest, base.fingerprint, dtype]
-    return LoraExport(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40], write, rank)
+    return LoraExport(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40], write)

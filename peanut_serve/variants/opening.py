@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from converters.serving import (
 )
 from peanut_serve.errors import VariantError
 from peanut_serve.variants.host_weights import HostWeights
-from peanut_serve.variants.lora_export import LoraLimits, as_vllm_lora, lora_export
+from peanut_serve.variants.lora_export import LoraLimits, lora_export, lora_refusal
 from peanut_serve.variants.on_device.factors import FactorsJob, factored_tensors
 from peanut_serve.variants.state_folder import VariantStore
 from peanut_serve.variants.version import LoadedModel, VariantKind, Version, digest_of
@@ -206,25 +205,14 @@ def _open_adapter(name: str, source: Path | str, opener: VersionOpener) -> tuple
             "fit the model in the engine; merge it with peanut-merge, and serve the result as a base of its own"
         )
     if opener.lora is not None:
-        refusal, rank = as_vllm_lora(plan, opener.lora)
+        refusal = lora_refusal(plan, opener.lora)
         if refusal is None:
-            export = lora_export(name, adapter, base, opener.lora.dtype, opener.device, rank)
+            export = lora_export(name, adapter, base, opener.lora.dtype, opener.device)
             digest = digest_of("lora", adapter.digest, base.fingerprint)
-            merged = None
-            with suppress(VariantError):  # it is served as LoRA all the same
-                merged = _merged_version(name, plan, opener)
-            return Version(digest, VariantKind.LORA, lora=export, merged=merged), theta
+            return Version(digest, VariantKind.LORA, lora=export), theta
         if not opener.merges:
             raise VariantError(f"{name}: {refusal}; {_USE_MERGED}")
-    return _merged_version(name, plan, opener), theta
-
-
-def _merged_version(name: str, plan: Plan, opener: VersionOpener) -> Version:
-    """The version of an adapter as merged weights.
-
-    Raises `VariantError` if it changes tensors that the running model does not have.
-    """
-    base, changed = opener.model.base, [tensor for tensor in plan.tensors if not tensor.is_untouched]
+    changed = [tensor for tensor in plan.tensors if not tensor.is_untouched]
     opener.model.check(name, [tensor.spec for tensor in changed])
     factored = factored_tensors(plan, changed) if opener.keeps_base else {}
 
@@ -240,9 +228,9 @@ def _merged_version(name: str, plan: Plan, opener: VersionOpener) -> Version:
         Pipeline(find_devices(opener.device)).run(jobs)
         base.check_unchanged()
 
-    digest = digest_of("merged", plan.head.digest, base.fingerprint)
+    digest = digest_of("merged", adapter.digest, base.fingerprint)
     specs = tuple(tensor.spec for tensor in changed)
-    return Version(digest, VariantKind.ADAPTER, specs, write, factored=factored)
+    return Version(digest, VariantKind.ADAPTER, specs, write, factored=factored), theta
 
 
 def checkpoint_version(name: str, folder: Path, model: LoadedModel) -> Version:

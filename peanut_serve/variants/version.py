@@ -39,7 +39,6 @@ class Version:
         write: writes those tensors, or their factors, to host memory. Raises `PeanutError` on failure.
         lora: how to write it as a LoRA adapter, if it is served as one.
         factored: those of the tensors that are written as their exact factors, for workers that keep W0.
-        merged: the same weights merged, if it is served as LoRA and they can be.
     """
 
     digest: str
@@ -48,7 +47,6 @@ class Version:
     write: Callable[[HostWeights], None] = lambda into: None
     lora: LoraExport | None = None
     factored: Mapping[str, Factored] = field(default_factory=dict)
-    merged: "Version | None" = None
 
     @property
     def nbytes(self) -> int:

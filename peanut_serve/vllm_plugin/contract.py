@@ -76,7 +76,6 @@ INTERNALS = (
     Internal("vllm.v1.engine.input_processor:InputProcessor.assign_request_id", (), "5d1d2848e656"),
     Internal("vllm.v1.engine:EngineCoreRequest"),
     Internal("vllm.outputs:RequestOutput"),
-    Internal("vllm.outputs:CompletionOutput"),
     Internal("vllm.outputs:PoolingRequestOutput"),
     # the engine, its restart and its end (swap/engine.py, swap/endpoints.py)
     Internal(f"{_CLIENT}.shutdown", ("timeout",), "afd4b373ba2b"),
@@ -103,6 +102,7 @@ INTERNALS = (
     Internal("vllm.engine.protocol:EngineClient"),
     Internal("vllm.config:LoRAConfig"),
     Internal("vllm.config:ModelConfig"),
+    Internal("vllm.inputs.engine:TokensInput"),
     Internal("vllm.inputs.engine:tokens_input", ("cache_salt",)),
     Internal("vllm.sampling_params:RequestOutputKind.FINAL_ONLY"),
     # the reload of weights in a worker (swap/worker.py)
@@ -114,9 +114,6 @@ INTERNALS = (
     ),
     # LoRA: two faults are worked around (lora/identity.py, lora/cpu_operators.py)
     Internal("vllm.lora.request:LoRARequest", ("lora_name", "lora_int_id", "lora_path"), "b39b6053b2f8"),
-    # wrapped: a worker loads only adapters of the weights that it has (binding.py)
-    Internal("vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", ("lora_request",), "5d8bd32feb99"),
-    Internal("vllm.lora.worker_manager:WorkerLoRAManager.remove_all_adapters"),
     Internal("vllm.lora.layers:LoRAMapping"),
     Internal("vllm.lora.ops.torch_ops:bgmv_expand"),
     Internal("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", (), "65dd3278c996"),

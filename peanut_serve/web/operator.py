@@ -59,10 +59,6 @@ class VariantControl:
             host_cache_limit=facts.host_cache_limit,
             base_copy_bytes=facts.base_copy_bytes,
             swap_seconds=dict(facts.swap_seconds),
-            resident=facts.resident,
-            resident_why=facts.resident_why,
-            complements=list(facts.complements),
-            saved_seconds=round(facts.saved_seconds, 1),
             kv_cache_usage=metrics.kv_cache_usage(),
             detail=facts.detail,
         )

@@ -62,16 +62,6 @@ class EngineStatus(Answer):
         0, description="Size of the copies of the base, in host memory or on the devices, in bytes."
     )
     swap_seconds: dict[str, float] = Field(description="Duration of each phase of the last swap, in seconds.")
-    resident: str | None = Field(
-        None, description="Name of the variant whose merged weights others share as complements; null without one."
-    )
-    resident_why: str | None = Field(None, description="Why it is the resident, or why there is none any more.")
-    complements: list[str] = Field(
-        default_factory=list, description="Variants in the engine's slots as LoRA beside the resident's weights."
-    )
-    saved_seconds: float = Field(
-        0.0, description="Estimated seconds of the engine that residents have saved, compared with LoRA for all."
-    )
     kv_cache_usage: float | None = Field(None, description="Part of the KV cache in use; null if not known.")
     detail: str | None = Field(description="Details of the state.")
 
@@ -81,14 +71,9 @@ class SwapStatus(Answer):
 
     number: int = Field(description="Counts swaps and restarts since the start of the server.")
     at: datetime = Field(description="When it began.")
-    cause: Literal[
-        "operator", "overdue", "idle", "paid", "engine_died", "saves", "fixed", "unfit", "gone", "failed", "memory"
-    ] = Field(
+    cause: Literal["operator", "overdue", "idle", "paid", "engine_died"] = Field(
         description="`operator` (asked for), `overdue` (a request had waited for --max-wait), `idle` (no request was "
-        "running), `paid` (waiting had cost as much as the swap) or `engine_died`; of a change of the resident: "
-        "`saves` (more than another), `fixed` (by --resident), `unfit` (a variant has no complement beside the one "
-        "before), `gone` (the one before is no longer served), `failed` (another one could not be swapped in) or "
-        "`memory` (others needed the host memory of the one before)."
+        "running), `paid` (waiting had cost as much as the swap) or `engine_died`."
     )
     before: str = Field(description="Name of the variant whose weights the engine had.")
     before_digest: str = Field(description="Digest of these weights.")

@@ -37,21 +37,17 @@ def test_everything_that_is_wrong(site: Site, tmp_path: Path, run_here: Run) -> 
     (site.tasks / "broken" / "adapter_model.safetensors").write_bytes(b"no")
     edit_json(site.state / "variants.json", base="f" * 40)
     command = ("peanut-serve", "--base", site.pair.base, "--adapters", site.tasks, "--check")
-    done = run_here(
-        *command, "--mode", "auto", "--state", site.state, "--pin", "v2", "--resident", "v3", "--max-model-len",
-        "many", "--keys", "none",
-    )  # fmt: skip
+    done = run_here(*command, "--state", site.state, "--pin", "v2", "--max-model-len", "many", "--keys", "none")
     problems = [line for line in done.stderr.splitlines() if line.startswith("problem: ")]
     wanted = [
         "broken: ",
         "--pin v2: there is no such variant among v1, wider",
-        "--resident v3: there is no such variant among v1, wider",
         "vLLM refuses its options: ",
         "wider: ",
         f"the keys file {Path.cwd()}/none cannot be read",
     ]
     wanted += [f"--state {site.state}: another server uses it", f"--state {site.state}: the records are those of"]
-    assert [sum(problem.startswith(f"problem: {one}") for problem in problems) for one in wanted] == [1] * 8, problems
+    assert [sum(problem.startswith(f"problem: {one}") for problem in problems) for one in wanted] == [1] * 7, problems
     assert (done.returncode, f"{len(problems)} problems" in done.stdout) == (1, True)
 
 

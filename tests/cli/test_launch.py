@@ -211,39 +211,11 @@ def test_the_settings_in_a_config_file_of_vllm(pair: Pair, tasks: Path, tmp_path
         vllm_options(str(pair.base), "lora", found, ["--config", str(tmp_path / "none.yaml")])
 
 
-def test_room_for_complements(tasks: Path, pair: Pair, run_here: Run) -> None:
-    """The largest sum of two ranks; and a note for pairs whose sum is more than vLLM takes, or is told to."""
-    ranks = Found({"a": 40, "b": 30, "c": 8, "d": 513}, frozenset({"q_proj"}), {})
-    alone, pairs = (parsed(vllm_options(str(pair.base), "auto", ranks, [], one)) for one in (False, True))
-    assert (alone.max_lora_rank, pairs.max_lora_rank) == (64, 128)  # d is swapped
-    large = Found({"a": 400, "b": 300}, frozenset(), {})
-    assert parsed(vllm_options(str(pair.base), "auto", large, [], True)).max_lora_rank == 512
-    command = ("peanut-serve", "--base", pair.base, "--adapters", tasks, "--dry-run")
-    adaptive = (*command, "--mode", "auto", "--resident", "auto")
-    assert "neither becomes the resident" not in run_here(*adaptive).stderr
-    told = run_here(*adaptive, "--max-lora-rank", "32").stderr
-    assert "large and small have the ranks" in told
-    assert "neither becomes the resident while the other is asked for" in told
-
-
-@pytest.mark.parametrize(
-    ("options", "refusal"),
-    [
-        (["--resident", "auto"], "--resident auto is for --mode auto, but the mode is lora"),
-        (["--mode", "merged", "--resident", "small"], "--resident small is for --mode auto, but the mode is merged"),
-        (["--mode", "auto", "--gather", "5"], "--gather is for requests beside a resident; give --resident auto"),
-        (
-            ["--mode", "auto", "--resident", "auto", "--gather", "20000"],
-            "--gather is 20000 ms, longer than --max-wait",
-        ),
-        (["--mode", "auto", "--resident", "auto", "--gather", "-1"], "Invalid value for '--gather'"),
-        (["--base-copy", "device"], "--base-copy device is for weights that are swapped, but the mode is lora"),
-    ],
-)
-def test_options_without_effect(tasks: Path, pair: Pair, run_here: Run, options: list[str], refusal: str) -> None:
-    done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, "--dry-run", *options)
+def test_a_base_copy_is_for_weights_that_are_swapped(tasks: Path, pair: Pair, run_here: Run) -> None:
+    options = ("--dry-run", "--base-copy", "device")
+    done = run_here("peanut-serve", "--base", pair.base, "--adapters", tasks, *options)
     assert done.returncode != 0
-    assert refusal in done.stderr
+    assert "--base-copy device is for weights that are swapped, but the mode is lora" in done.stderr
 
 
 def test_a_setting_has_the_name_of_its_option(run_here: Run) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from support.engines.logprobs import logprobs
 from support.engines.serving import QUESTIONS, environment
 from support.paths import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from converters import merge
 
@@ -34,6 +33,13 @@ if __name__ == "__main__":
                 for one, (_, tokens) in zip(found, texts)]
     print("LOGPROBS", json.dumps(logprobs))
 """
+
+
+def logprobs(model: PreTrainedModel | PeftModel, tokens: list[int]) -> torch.Tensor:
+    """The logprob of every token but the first, given the previous ones."""
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([tokens])).logits[0].float()
+    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
 
 
 @pytest.mark.vllm

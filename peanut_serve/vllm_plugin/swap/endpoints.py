@@ -20,7 +20,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from converters import open_checkpoint
 from converters.errors import OptionError
 from converters.serving import find_base
-from peanut_serve.lora.slots import LoraSlots
 from peanut_serve.releases.control import AuditedReleases
 from peanut_serve.releases.releasing import Releases
 from peanut_serve.releases.routes import add_releases
@@ -169,14 +168,10 @@ async def _build(settings: ServerSettings, client: AsyncLLM, args: Namespace) ->
     guard(client)
     is_salted = settings.prefix_cache == "salted"
     keeps_base = settings.mode != "lora" and settings.base_copy == "device"
-    engine = SwapEngine(
-        client, keeps_prefixes=is_salted, generates=generates, keeps_base=keeps_base, binds=settings.mode == "auto"
-    )
+    engine = SwapEngine(client, keeps_prefixes=is_salted, generates=generates, keeps_base=keeps_base)
     config = None if settings.mode == "merged" else client.vllm_config.lora_config
     lora = None if settings.mode == "merged" else _limits(config, client.model_config)
-    seats = client.vllm_config.scheduler_config.max_num_seqs
-    slots = LoraSlots(config.max_loras, config.max_lora_rank, seats) if config else LoraSlots()
-    host = Host(base, args.served_model_name or [args.model], lora, slots=slots)
+    host = Host(base, args.served_model_name or [args.model], lora, lora_slots=config.max_loras if config else 0)
     if is_salted:
         host = replace(host, on_active=PrefixSalts(client).activate)
     return await assemble_server(settings, engine, host)

@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from vllm import SamplingParams
-from vllm.inputs.engine import tokens_input
-from vllm.lora.request import LoRARequest
-from vllm.outputs import CompletionOutput
+from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -23,7 +21,6 @@ from converters.serving import TensorInfo
 from peanut_serve.errors import EngineDownError
 from peanut_serve.lora.folders import LoraFolder
 from peanut_serve.swapping.checks.canary import Canary
-from peanut_serve.swapping.transaction import PROBES
 from peanut_serve.variants.on_device.copies import Room
 from peanut_serve.variants.on_device.places import Place, encode_places
 from peanut_serve.vllm_plugin.swap.engine_door import is_own_request
@@ -37,7 +34,6 @@ T = TypeVar("T")
 _TIMEOUT_SECONDS = 600.0
 _POLL_SECONDS = 0.2
 _CANARY_TOKENS, _CANARY_PROMPT = 1, 24
-_PROBE_TOKENS = 16
 _MAX_LOGPROBS = 20
 
 
@@ -49,19 +45,13 @@ class SwapEngine:
         keeps_prefixes: salts separate variants in the prefix cache, so that it needs no reset.
         generates: whether the model generates text; if not, there is no canary.
         keeps_base: whether the workers have to be able to keep W0.
-        binds: whether there are LoRA adapters beside weights that are swapped.
     """
 
     def __init__(
-        self,
-        client: AsyncLLM,
-        keeps_prefixes: bool,
-        generates: bool = True,
-        keeps_base: bool = False,
-        binds: bool = False,
+        self, client: AsyncLLM, keeps_prefixes: bool, generates: bool = True, keeps_base: bool = False
     ) -> None:
         self._client, self._keeps_prefixes, self._generates = client, keeps_prefixes, generates
-        self._keeps_base, self._binds = keeps_base, binds
+        self._keeps_base = keeps_base
         self._learned: Sequence[TensorInfo] = ()  # what new workers have to learn
         self._kept: dict[str, TensorInfo] = {}  # and to keep
 
@@ -120,11 +110,6 @@ class SwapEngine:
         await self._within(self._client.reset_mm_cache())
         await self._within(self._client.reset_encoder_cache())
 
-    async def bind_adapters(self, resident: str | None) -> None:
-        """See `VariantWorker.peanut_bind`."""
-        if self._binds:
-            await self._within(self._client.collective_rpc("peanut_bind", args=(resident,)))
-
     async def load_lora(self, name: str, folder: LoraFolder) -> None:
         """Load a LoRA adapter. Raises vLLM's error if it cannot."""
         try:
@@ -134,21 +119,14 @@ class SwapEngine:
                 raise EngineDownError(f"the engine died when it loaded {name}: {error}") from error
             raise
 
-    async def step_seconds(self, name: str, folder: LoraFolder, count: int) -> float:
-        """Let some requests generate at once, and divide the time by the tokens of each."""
-        params = SamplingParams(
-            temperature=0.0, max_tokens=_PROBE_TOKENS, ignore_eos=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        loras = [lora_request(name, folder) if number < count else None for number in range(PROBES)]
-        start = time.perf_counter()
-        await self._within(asyncio.gather(*(self._last_output(params, lora) for lora in loras)))
-        return (time.perf_counter() - start) / _PROBE_TOKENS
-
     async def ask_canary(self) -> Canary:
         """Generate greedy tokens with the highest logprobs, for a prompt that is not in a cache."""
         if not self._generates:
             return Canary((), ({0: 0.0},))
+        size = self._client.model_config.get_vocab_size()
+        prompt = tokens_input(
+            [(7919 * i + 104729) % size for i in range(_CANARY_PROMPT)], cache_salt=f"canary-{uuid4()}"
+        )
         params = SamplingParams(
             temperature=0.0,
             max_tokens=_CANARY_TOKENS,
@@ -157,18 +135,14 @@ class SwapEngine:
             logprobs=min(_MAX_LOGPROBS, max(1, self._client.model_config.max_logprobs)),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        answer = await self._within(self._last_output(params))
+        return await self._within(self._canary(prompt, params))
+
+    async def _canary(self, prompt: TokensInput, params: SamplingParams) -> Canary:
+        is_own_request.set(True)  # `_within` runs this in a context of its own
+        async with aclosing(self._client.generate(prompt, params, f"canary-{uuid4()}")) as outputs:
+            answer = [output async for output in outputs][-1].outputs[0]
         logprobs = tuple({token: entry.logprob for token, entry in known.items()} for known in answer.logprobs or ())
         return Canary(tuple(answer.token_ids), logprobs)
-
-    async def _last_output(self, params: SamplingParams, lora: LoRARequest | None = None) -> CompletionOutput:
-        """What is generated for a prompt that is not in a cache."""
-        is_own_request.set(True)  # `_within` runs this in a context of its own
-        size = self._client.model_config.get_vocab_size()
-        tokens = [(7919 * i + 104729) % size for i in range(_CANARY_PROMPT)]
-        prompt, request = tokens_input(tokens, cache_salt=f"canary-{uuid4()}"), f"canary-{uuid4()}"
-        async with aclosing(self._client.generate(prompt, params, request, lora_request=lora)) as outputs:
-            return [output async for output in outputs][-1].outputs[0]
 
     async def restart(self) -> None:
         """Start new engine processes with the same options, for the existing client, which the server refers to.

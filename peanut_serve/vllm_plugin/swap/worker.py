@@ -21,7 +21,6 @@ from converters.errors import PeanutError
 from converters.serving import TensorInfo, TensorReader
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.variants.on_device.places import KeptTensor, Place, UpdatedTensor, decode_places
-from peanut_serve.vllm_plugin.binding import bind
 from peanut_serve.vllm_plugin.swap.boxes import BoxRecorder
 from peanut_serve.vllm_plugin.swap.kept import KeptWeights, KeptWeightsError
 from peanut_serve.vllm_plugin.swap.mapping import StagedFactors, source
@@ -124,15 +123,6 @@ class VariantWorker:
         if not hasattr(self, "peanut_kept"):
             raise KeptWeightsError("this worker keeps no W0: it was started without --base-copy device")
         return self.peanut_kept
-
-    def peanut_bind(self, resident: str | None) -> None:
-        """Forget all LoRA adapters, and load only those that belong to these weights from now on.
-
-        Args:
-            resident: digest of the merged weights that the model has; None for those of the base.
-        """
-        bind(resident)
-        self.model_runner.lora_manager.remove_all_adapters()
 
     def peanut_learn(self, places: str, keeps: bool = False) -> list[list[str]]:
         """Load the whole model; returns groups of tensors in the checkpoint that must be loaded together.

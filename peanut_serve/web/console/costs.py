@@ -60,7 +60,7 @@ def swap_cost(view: View, one: VariantStatus) -> Iterator[str]:
     runs_on = one if one.kind in _MERGED or base is None else base
     if one.kind == "lora":
         yield f"{one.name} is served as LoRA on the base's weights: no swap is needed while the engine has them."
-    if runs_on.state is VariantState.ACTIVE or (one.kind not in _MERGED and _has_shared(view.variants)):
+    if runs_on.state is VariantState.ACTIVE:
         yield "The engine has these weights already: nothing is swapped, and nobody waits."
         return
     if one.kind in _MERGED and not one.host_bytes:
@@ -153,8 +153,9 @@ def comparison_cost(view: View, names: Sequence[str]) -> str:
     chosen = [one for one in view.variants if one.name in names]
     merged = {one.digest or one.name for one in chosen if one.kind in _MERGED}
     on_base = any(one.kind not in _MERGED for one in chosen)
-    is_there = any(one.state is VariantState.ACTIVE for one in chosen) or (on_base and _has_shared(view.variants))
-    swaps = len(merged) + on_base - is_there
+    base = [one for one in view.variants if one.kind == "base"] if on_base else []
+    is_resident = any(one.state is VariantState.ACTIVE for one in [*chosen, *base])
+    swaps = len(merged) + on_base - is_resident
     if not merged or swaps <= 0:
         return "This comparison needs no swap." if chosen else "Choose variants to compare."
     found = estimate(view.swaps, "")
@@ -163,11 +164,6 @@ def comparison_cost(view: View, names: Sequence[str]) -> str:
         f"Comparing merged variants costs swaps: {_counted(swaps, 'swap')} here ({each}). The answers come one after "
         "another, and all other requests wait during each swap."
     )
-
-
-def _has_shared(variants: Sequence[VariantStatus]) -> bool:
-    """Whether the engine has the weights that LoRA variants and the base share: the base's, or a resident's."""
-    return any(one.state is VariantState.ACTIVE for one in variants if one.kind not in _MERGED)
 
 
 def _counted(count: int, thing: str) -> str:

@@ -19,12 +19,6 @@ _CAUSES = {
     "idle": "no request was running",
     "paid": "waiting had cost as much as the swap",
     "engine_died": "the engine died",
-    "saves": "it saves more as the resident",
-    "fixed": "--resident names it",
-    "unfit": "a variant has no complement beside the resident before",
-    "gone": "the resident before is no longer served",
-    "failed": "another resident could not be swapped in",
-    "memory": "others needed the memory of the resident before",
 }
 _OUTCOMES = {
     "done": "done",

@@ -19,7 +19,7 @@ _FAREWELL_SECONDS = 10.0  # for answers that nobody reads any more to be given u
 _MOST_QUEUED = 64
 _MOST_COMPARED = 400_000  # pairs of words; the worst of them take 3 s
 # how an answer is computed, in the header of its response -> as people read it
-_PATHS = {"base": "base weights", "merged": "merged", "lora": "LoRA", "complement": "LoRA beside merged weights"}
+_PATHS = {"base": "base weights", "merged": "merged", "lora": "LoRA"}
 
 Event = dict[str, Any]
 

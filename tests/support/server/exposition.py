@@ -12,7 +12,7 @@ EVERYWHERE = {
     "peanut_waiting_requests", "peanut_queued_requests", "peanut_resident_variant", "vllm:lora_requests_info",
     "peanut_usage_requests", "peanut_usage_prompt_tokens", "peanut_usage_generated_tokens",
     "peanut_usage_engine_seconds", "peanut_refused_requests", "peanut_keys_current",
-    "peanut_path_requests", "peanut_path_tokens", "peanut_resident_saved_seconds",
+    "peanut_path_requests", "peanut_path_tokens",
 }  # fmt: skip
 # family -> the modes in which it has samples, and why it has none in the others
 DIFFERENCES = {

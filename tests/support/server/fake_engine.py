@@ -6,7 +6,6 @@ each breach in `violations`: an exception would be taken for a fault, and rolled
 
 import asyncio
 import hashlib
-import json
 import math
 import random
 import re
@@ -17,7 +16,6 @@ from types import MappingProxyType
 import torch
 
 from converters.files.header import TensorInfo
-from converters.files.names import MANIFEST_NAME
 from converters.files.reader import TensorReader
 from converters.models.checkpoint import Checkpoint
 from peanut_serve.lora.folders import LoraFolder
@@ -59,8 +57,7 @@ class FakeEngine:
         weights: what it computes with.
         calls: what was called, in order; `applied`: the names that each `apply` was given.
         violations: where it was used against the rules.
-        loras: LoRA adapters that it has loaded, by number, since it got its weights.
-        bound: digest of the merged weights whose adapters it takes; None for those of the base.
+        loras: LoRA adapters that it has loaded, by number.
         running: requests that it works on; while `go` is not set, they do not end.
         reloads_wrongly: as vLLM 0.32 does mixtures of experts on a CPU.
         kept: tensors of the base on its device, which has `free` bytes; `staged`: names that each `stage` was given.
@@ -83,7 +80,6 @@ class FakeEngine:
         self.kept = dict[str, bytes]() if not hasattr(self, "kept") else self.kept  # its restart renews them
         self._prefixes, self.resumed = dict[str, str](), asyncio.Event()
         self.loras: dict[int, Path] = {}
-        self.bound: str | None = None
         self.resumed.set()
 
     def fail(self, call: str, how: str = "raise", *nths: int) -> None:
@@ -148,23 +144,10 @@ class FakeEngine:
         noise = math.nan if fault == "nan" else self._random.uniform(-self._noise, self._noise)
         return Canary((words[0],), ({token: -word / 2**28 + noise for token, word in enumerate(words)},))
 
-    async def bind_adapters(self, resident: str | None) -> None:
-        await self._begin("bind_adapters")
-        self._expect(self.running == 0, "bound while requests run")
-        self.bound, self.loras = resident, {}
-
     async def load_lora(self, name: str, folder: LoraFolder) -> None:
         await self._begin("load_lora")
         self._expect((folder.path / "adapter_model.safetensors").is_file(), "there is no adapter")
-        manifest = json.loads((folder.path / MANIFEST_NAME).read_text())
-        self._expect(manifest.get("resident") == self.bound, "an adapter of other weights")
-        self._expect(folder.number not in self.loras or self.loras[folder.number] == folder.path, "a number twice")
         self.loras[folder.number] = folder.path
-
-    async def step_seconds(self, name: str, folder: LoraFolder, count: int) -> float:
-        await self._begin("step_seconds")
-        self._expect(self.loras.get(folder.number) == folder.path, "measured with an adapter that is not loaded")
-        return 0.1 if count else 0.05
 
     async def restart(self) -> None:
         fault = await self._begin("restart")

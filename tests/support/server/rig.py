@@ -10,7 +10,6 @@ import pytest
 from support.server.fake_engine import FakeEngine, identity
 from support.server.weights import Weights, weights_in
 
-from peanut_serve.lora.slots import LoraSlots
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import driver as swap_driver
 from peanut_serve.swapping.assembly import Host, assemble_server
@@ -84,8 +83,7 @@ def rig_runner(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             settings = ServerSettings(**choices)
             engine, actives = FakeEngine(weights.base), []
             lora = None if settings.mode == "merged" else LoraLimits(512)
-            slots = LoraSlots(SLOTS, 512, 8) if lora else LoraSlots()
-            host = Host(weights.base, ["base"], lora, actives.append, slots)
+            host = Host(weights.base, ["base"], lora, actives.append, lora_slots=SLOTS if lora else 0)
             server = await assemble_server(settings, engine, host)
             await server.start()
             expected = {name: identity(found) for name, found in weights.expected.items()}

@@ -298,11 +298,6 @@ def test_what_a_comparison_costs() -> None:
     assert "2 swaps here" in comparison_cost(here, ["math", "code"])
     assert "2 swaps here" in comparison_cost(here, ["math", "code", "fast"])
     assert comparison_cost(here, []) == "Choose variants to compare."
-    busy = variant("busy", kind="lora", state=VariantState.ACTIVE)  # the resident: its weights answer fast, too
-    shared = view(math, fast, busy, base=variant("base", kind="base"))
-    assert "1 swap here" in comparison_cost(shared, ["fast", "math"])
-    assert "nothing is swapped" in " ".join(action_cost("activate", shared, fast))
-    assert "nothing is swapped" not in " ".join(action_cost("activate", shared, math))
 
 
 def test_estimates() -> None:
