@@ -106,7 +106,7 @@ onnx-models: $(VENV)/.test
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/adapters/test_fuzz.py --hypothesis-profile soak --timeout 3600
 	PEANUT_SOAK=1800 $(VENV)/bin/python -m pytest tests/vllm_plugin/test_serving_soak.py tests/vllm_plugin/test_swapping.py tests/vllm_plugin/test_swap_soak.py tests/vllm_plugin/test_processes.py tests/vllm_plugin/test_killed_server.py --timeout 3600
-	PEANUT_SOAK=1200 $(VENV)/bin/python -m pytest tests/ray/test_fleet_soak.py
+	PEANUT_SOAK=1200 $(VENV)/bin/python -m pytest tests/outputs/test_kill.py tests/ray/test_fleet_soak.py
 
 clean:
 	rm -rf build $(VENV)

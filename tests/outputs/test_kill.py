@@ -19,7 +19,7 @@ from support.tiny_models import Pair, save_adapter, tiny_llama
 
 from converters import merge
 
-KILLS = 200
+KILLS = 200 if "PEANUT_SOAK" in os.environ else 100
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_killed_at_random_moments(work: Pair, forker: Forker, resume: bool) -> N
                 assert not looks_like_a_model(path) or snapshot(path) == whole
         if found is not None:
             shutil.rmtree(work.output)
-    assert seen["none"] >= KILLS // 10, seen
-    assert seen["complete"] >= KILLS // 10, seen
+    assert seen["none"] >= KILLS // 20, seen
+    assert seen["complete"] >= KILLS // 20, seen
     merge(work.base, work.adapter, work.output, resume=resume)
     assert snapshot(work.output) == whole
     assert sorted(p.name for p in work.output.parent.iterdir()) == ["adapter", "base", "merged"]
