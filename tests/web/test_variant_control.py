@@ -109,6 +109,22 @@ def test_weights_in_use_are_not_evicted(run_rig: RunRig) -> None:
     run_rig(test, host_cache=2 * SIZE, max_wait=60)
 
 
+@pytest.mark.parametrize("mode", ["lora", "merged", "auto"])
+def test_a_kind_is_the_same_before_and_after_the_first_request(mode: str, run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        def kinds() -> dict[str, str]:
+            return {name: control.variant(name).kind for name in NAMES}
+
+        control = VariantControl(rig.server)
+        before = kinds()
+        assert set(before.values()) == {"base", "adapter" if mode == "merged" else "lora"}
+        for name in NAMES:
+            await rig.server.prepare(name)
+        assert kinds() == before
+
+    run_rig(test, mode=mode)
+
+
 def test_preloading(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         states = [VariantControl(rig.server).variant(name).state for name in ("v1", "v2")]
