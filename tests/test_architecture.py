@@ -93,7 +93,7 @@ THIRD_PARTY = {
         "peanut_serve.web",
         "peanut_serve.classify.http",
         "peanut_serve.vllm_plugin",
-        "peanut_serve.ray.front",
+        "peanut_serve.ray.visited",
     ),
     "uvicorn": ("peanut_serve.web", "peanut_serve.classify.http", "peanut_serve.vllm_plugin"),
     "yaml": (

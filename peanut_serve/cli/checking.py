@@ -12,8 +12,8 @@ from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from converters.serving import VLLM_RANKS
-from peanut_serve.cli.finding import Found
-from peanut_serve.cli.launch import check_endpoints, server_variables
+from peanut_serve.cli.finding import Found, unserved, with_recorded
+from peanut_serve.cli.launch import base_names, check_endpoints, server_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import ServeOptions
 from peanut_serve.tenants.watched import keys_of
@@ -38,9 +38,9 @@ def problems(
     """
     yield from (f"{name}: {reason}" for name, reason in found.broken.items())
     names = set(found.names(options.mode))
-    for option in ("pin", "preload"):
-        for name in sorted({*options.serving.get(option, ())} - names):
-            yield f"--{option} {name}: there is no such variant among {', '.join(sorted(names)) or 'none'}"
+    said = {*found.broken, *base_names(options.base, options.vllm)}
+    asked = {option: {*options.serving.get(option, ())} - said for option in ("pin", "preload")}
+    yield from unserved(asked, with_recorded(names, settings.state))
     limits, refused = _limits(options, arguments)
     yield from refused
     for check in (server_variables, keys_of):

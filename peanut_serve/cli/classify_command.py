@@ -47,108 +47,118 @@ Examples:
 """
 
 
+_Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="ONNX exports, or folders of them.")]
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=use_own_configuration,
+        help="YAML file with these options; PEANUT_... variables go before it.",
+    ),
+]
+_Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for a free one.")]
+_ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar="PEANUT_API_KEY",
+        help="Key of a client. Can be repeated. Others can see it in the list of processes.",
+    ),
+]
+_Keys = Annotated[
+    Path | None,
+    typer.Option(
+        "--keys",
+        envvar="PEANUT_KEYS",
+        help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
+    ),
+]
+_Certificate = Annotated[
+    Path | None, typer.Option("--ssl-certfile", help="Certificate (PEM) of the address, which then has TLS.")
+]
+_CertificateKey = Annotated[
+    Path | None, typer.Option("--ssl-keyfile", help="Key of that certificate (default: in the same file).")
+]
+_Precision = Annotated[
+    options.Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
+]
+_Memory = Annotated[str, typer.Option("--memory", help="Maximum size of the graphs and adapters that are open.")]
+_MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Maximum inputs of one run.")]
+_MaxDelay = Annotated[
+    float,
+    typer.Option(
+        "--max-delay",
+        min=0,
+        max=1000,
+        callback=finite,
+        help="Longest time an input waits for others, in milliseconds.",
+    ),
+]
+_MaxQueue = Annotated[
+    int,
+    typer.Option("--max-queue", min=1, max=COUNT, help="Maximum number of inputs that wait; then 429 is answered."),
+]
+_MaxInputs = Annotated[int, typer.Option("--max-inputs", min=1, max=COUNT, help="Maximum inputs of one request.")]
+_MaxPixels = Annotated[
+    int, typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded.")
+]
+_Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        min=1,
+        max=SECONDS,
+        callback=finite,
+        help="Longest time a request waits for its answer, in seconds.",
+    ),
+]
+_Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores).")
+]
+_ConsoleHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--console-host",
+        help="Name by which browsers reach the console, besides loopback and addresses. Can be repeated.",
+    ),
+]
+_AuditFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--audit-log",
+        envvar="PEANUT_AUDIT_LOG",
+        help="File that gets a line for each action on the console (default: only the log).",
+    ),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")]
+
+
 def _classify(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="ONNX exports, or folders of them.")],
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            is_eager=True,
-            callback=use_own_configuration,
-            help="YAML file with these options; PEANUT_... variables go before it.",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for a free one.")
-    ] = 8080,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key",
-            envvar="PEANUT_API_KEY",
-            help="Key of a client. Can be repeated. Others can see it in the list of processes.",
-        ),
-    ] = None,
+    folders: _Folders,
+    config: _Config = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8080,
+    api_key: _ApiKey = None,
     api_key_file: options.ApiKeyFile = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys",
-            envvar="PEANUT_KEYS",
-            help="File of the keys of many teams, with their rights and limits; see peanut-serve key.",
-        ),
-    ] = None,
-    ssl_certfile: Annotated[
-        Path | None, typer.Option("--ssl-certfile", help="Certificate (PEM) of the address, which then has TLS.")
-    ] = None,
-    ssl_keyfile: Annotated[
-        Path | None, typer.Option("--ssl-keyfile", help="Key of that certificate (default: in the same file).")
-    ] = None,
-    precision: Annotated[
-        options.Precision, typer.Option("--precision", help="Precision of the graphs that a name stands for.")
-    ] = options.Precision.FP32,
-    memory: Annotated[
-        str, typer.Option("--memory", help="Maximum size of the graphs and adapters that are open.")
-    ] = "4GiB",
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Maximum inputs of one run.")] = 8,
-    max_delay: Annotated[
-        float,
-        typer.Option(
-            "--max-delay",
-            min=0,
-            max=1000,
-            callback=finite,
-            help="Longest time an input waits for others, in milliseconds.",
-        ),
-    ] = 2.0,
-    max_queue: Annotated[
-        int,
-        typer.Option(
-            "--max-queue", min=1, max=COUNT, help="Maximum number of inputs that wait; then 429 is answered."
-        ),
-    ] = 256,
-    max_inputs: Annotated[
-        int, typer.Option("--max-inputs", min=1, max=COUNT, help="Maximum inputs of one request.")
-    ] = 64,
+    keys: _Keys = None,
+    ssl_certfile: _Certificate = None,
+    ssl_keyfile: _CertificateKey = None,
+    precision: _Precision = options.Precision.FP32,
+    memory: _Memory = "4GiB",
+    max_batch: _MaxBatch = 8,
+    max_delay: _MaxDelay = 2.0,
+    max_queue: _MaxQueue = 256,
+    max_inputs: _MaxInputs = 64,
     max_body: options.MaxBody = "16MiB",
-    max_pixels: Annotated[
-        int,
-        typer.Option("--max-pixels", min=1, max=89_000_000, help="Maximum pixels of an image, before it is decoded."),
-    ] = 40_000_000,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            "--timeout",
-            min=1,
-            max=SECONDS,
-            callback=finite,
-            help="Longest time a request waits for its answer, in seconds.",
-        ),
-    ] = 60.0,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, max=1024, help="Number of threads of a run (default: all cores)."),
-    ] = None,
-    console_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--console-host",
-            help="Name by which browsers reach the console, besides loopback and addresses. Can be repeated.",
-        ),
-    ] = None,
-    audit_log: Annotated[
-        Path | None,
-        typer.Option(
-            "--audit-log",
-            envvar="PEANUT_AUDIT_LOG",
-            help="File that gets a line for each action on the console (default: only the log).",
-        ),
-    ] = None,
+    max_pixels: _MaxPixels = 40_000_000,
+    timeout: _Timeout = 60.0,
+    threads: _Threads = None,
+    console_host: _ConsoleHost = None,
+    audit_log: _AuditFile = None,
     log_format: options.LogFormatOption = options.LogFormat.TEXT,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Open and check every task, show its digest, and exit.")
-    ] = False,
+    dry_run: _DryRun = False,
 ) -> None:
     from peanut_serve.classify.http.console import TaskConsole
     from peanut_serve.classify.http.door import CLIENTS

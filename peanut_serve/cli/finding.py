@@ -1,6 +1,6 @@
 """The adapters that exist when a server starts: vLLM's options and the notes for operators follow from them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +9,10 @@ from converters.errors import PeanutError
 from peanut_serve.settings.serving import Mode
 from peanut_serve.variants.lora_export import kind_of
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
+from peanut_serve.variants.state_folder import RECORDS, read_records
 
 MIN_RANK = 16  # room for adapters that are added later
+_SHOWN = 10  # names in a message
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,33 @@ def find_adapters(roots: AdapterRoots) -> Found:
         ranks[name] = max(rank for rank in found.values() if rank is not None)
         kinds |= set(map(kind_of, adapter.modules))
     return Found(ranks, frozenset(kinds), broken, tuple(merged), not_lora)
+
+
+def unserved(asked: Mapping[str, Collection[str]], names: Collection[str]) -> Iterator[str]:
+    """Why a start would fail for variants that options name: one text for each.
+
+    Args:
+        asked: option -> the names in it.
+        names: that requests can use.
+    """
+    known = sorted(names)
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    for option, wanted in asked.items():
+        for name in sorted(set(wanted) - set(names)):
+            yield f"--{option} {name}: there is no such variant among {', '.join(known[:_SHOWN]) or 'none'}{more}"
+
+
+def with_recorded(names: Collection[str], state: Path) -> set[str]:
+    """Names of variants, with those that operators have registered for them, and without those that they removed.
+
+    Args:
+        names: of adapters.
+        state: the state folder; records that cannot be read count nothing here, and are refused by the server.
+    """
+    path = state / RECORDS
+    try:
+        records = read_records(path.read_bytes(), path).variants if path.is_file() else {}
+    except (PeanutError, OSError):
+        records = {}
+    registered = {name for name, record in records.items() if record.source in names}
+    return {*names, *registered} - {name for name, record in records.items() if record.hidden}

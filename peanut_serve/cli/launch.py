@@ -60,11 +60,13 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     """Build the command line of `vllm serve`: the required options unless `given` has them, then those in `given`.
 
     Raises:
-        CheckpointError: the base is neither a folder nor a valid Hub id.
+        CheckpointError: the base is a file, or neither a folder nor a valid Hub id.
         AdapterError: vLLM does not support LoRA of this rank.
         OptionError: an option is not supported with swapping.
     """
     folder = Path(base).expanduser()
+    if folder.is_file():
+        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
     model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
     if not folder.is_dir() and not is_hub_id(model):
         raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")

@@ -8,7 +8,7 @@ from typing import Any
 
 from converters.cli import console
 from converters.errors import OptionError
-from peanut_serve.cli.finding import Found, find_adapters
+from peanut_serve.cli.finding import Found, find_adapters, unserved, with_recorded
 from peanut_serve.cli.launch import (
     base_names,
     check_endpoints,
@@ -67,6 +67,7 @@ def serve(options: ServeOptions) -> None:
     check_endpoints(options.allow_untested_vllm)
     if options.mode != "merged":
         refuse_experts_on_cpu(options.base)
+    _refuse_unserved(options, found, settings)
     VariantStore(
         settings.state
     ).close()  # a folder that another server uses is refused now, not after the engine started
@@ -80,6 +81,17 @@ def serve(options: ServeOptions) -> None:
     os.environ.update(variables)  # the plugin reads them in this process and in vLLM's other processes
     # the list of this process's arguments, which others can see, does not change; vLLM hides them in its log
     run_vllm([*arguments, *(["--api-key", *keys] if keys else [])])
+
+
+def _refuse_unserved(options: ServeOptions, found: Found, settings: ServerSettings) -> None:
+    """Refuse now what would stop the server after its engine has started."""
+    names = with_recorded(found.names(options.mode), settings.state) | {*base_names(options.base, options.vllm)}
+    for option, asked in (("pin", settings.pin), ("preload", settings.preload)):
+        for name in asked:
+            if name in found.broken:
+                raise OptionError(f"--{option} {name}: {found.broken[name]}")
+        for reason in unserved({option: asked}, names):
+            raise OptionError(reason)
 
 
 def _use_keys(options: ServeOptions) -> list[str]:

@@ -126,6 +126,8 @@ def _opened(base: str) -> Checkpoint:
     folder = Path(base).expanduser()
     if folder.is_dir():
         return open_checkpoint(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
     repository = SHORT_NAMES.get(base, base)
     if folder.is_absolute() or base.startswith((".", "~")) or not is_hub_id(repository):
         raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")

@@ -3,8 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -16,7 +15,6 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.types import Receive, Scope, Send
 
 from peanut_serve.errors import (
     EngineDownError,
@@ -41,10 +39,11 @@ from peanut_serve.ray.fleet_admin import PREFIX, FleetAdmin
 from peanut_serve.ray.replica import EngineReplica, end_to_end
 from peanut_serve.ray.replica import Request as EngineRequest
 from peanut_serve.ray.settings import FleetSettings
+from peanut_serve.ray.visited import visited
 from peanut_serve.tenants.visits import TENANT_HEADER, Tenants, Visit
 from peanut_serve.web.audit import AuditLog
 from peanut_serve.web.bearer import read_keys
-from peanut_serve.web.clients import Clients, check_route, telling_rate
+from peanut_serve.web.clients import Clients, check_route
 from peanut_serve.web.operators import Operators
 from peanut_serve.web.refusals import error_body
 from peanut_serve.web.request_body import SESSION_HEADER, Bodies, Take, check_own, parse_body, session_of, variant_of
@@ -65,24 +64,6 @@ _METRICS = ("/metrics", "/metrics/")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _GONE = (RayError, ReplicaUnavailableError)
 _LOST = "the replica that answered was lost; send the request again"
-
-
-class _Visited(Response):
-    """An answer of a visit, which ends with it.
-
-    Args:
-        answer: to send.
-        visit: to end.
-    """
-
-    def __init__(self, answer: Response, visit: Visit) -> None:
-        self.background = None  # FastAPI looks for it
-        self._answer, self._visit = answer, visit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer, with what the tenant may send besides."""
-        with self._visit:
-            await self._answer(scope, receive, telling_rate(send, self._visit))
 
 
 @dataclass(frozen=True)
@@ -176,11 +157,11 @@ def _is_text(query: bytes) -> bool:
     return True
 
 
-def _refusal(error: ServingError, rate: Sequence[tuple[bytes, bytes]] = ()) -> JSONResponse:
-    """An error as a response, with what its tenant may send besides."""
+def _refusal(error: ServingError) -> JSONResponse:
+    """An error as a response."""
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TryLaterError) else {}
-    told = error.headers if isinstance(error, TenantLimitError) else rate
-    headers |= {key.decode(): value.decode() for key, value in told}
+    if isinstance(error, TenantLimitError):
+        headers |= {key.decode(): value.decode() for key, value in error.headers}
     return JSONResponse(error_body(error, error.status), error.status, headers)
 
 
@@ -234,17 +215,10 @@ class Front:
     async def _answer(self, request: Request) -> Response:
         access = access_to(request.url.path)
         visit = Visit() if access is Access.OPEN else await self._clients.enter(request.scope)
-        with ExitStack() as leaving:
-            leaving.enter_context(visit)
-            try:
-                check_route(request.scope, request.url.path, access, visit)
-                answer = await self._answer_of(request, access, visit)
-            except ServingError as error:
-                return _refusal(error, visit.rate_headers())
-            leaving.pop_all()  # what is answered has its place until the end
-            return _Visited(answer, visit)
+        return await visited(visit, self._answer_of(request, access, visit), _refusal)
 
     async def _answer_of(self, request: Request, access: Access, visit: Visit) -> Response:
+        check_route(request.scope, request.url.path, access, visit)
         with self._bodies.share() as take:
             body = await _read(request, take)
             asked = _asked(request, body, access, visit)

@@ -45,6 +45,7 @@ _RENEW = 5.0  # seconds after which the names of the same weights are looked up 
 _SERVES = ("serving", "swapping")  # states of an engine that answers, now or after a swap
 _TOGETHER = ("base", "lora")  # kinds of variants whose requests run beside each other
 _PATIENCE = 5.0  # seconds for an answer of the admin API
+_LOOKS = 2  # at an engine that may have died
 _GLANCE = 3.0  # seconds for the metrics
 _FOREVER = httpx.Timeout(_PATIENCE, read=None)  # an answer takes as long as it takes
 
@@ -120,7 +121,7 @@ class EngineReplica(OperatedReplica):
         kept = [(key, value) for key, value in end_to_end(headers) if key not in _OWN]
         kept.append((b"authorization", self._key))
         async with self._client.stream(method, path, headers=kept, content=body) as answer:
-            if answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR and not await self._is_ready():
+            if answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR and await self._has_died():
                 self._serves = False
                 raise EngineLostError("the engine that answered died; send the request again")
             kept = end_to_end([(key.lower(), value) for key, value in answer.headers.raw])
@@ -130,12 +131,22 @@ class EngineReplica(OperatedReplica):
                 async for part in answer.aiter_raw():
                     yield part
 
-    async def _is_ready(self) -> bool:
-        """Whether the engine works: one that died has ended what it ran with an error of the server."""
-        try:
-            return (await self._client.get("/ready", timeout=_PATIENCE)).is_success
-        except httpx.HTTPError:
-            return False
+    async def _has_died(self) -> bool:
+        """Whether something says that the engine died, which ends what it ran with an error of the server.
+
+        An engine that is slow to answer has not: its error is that of the request, which would fail elsewhere, too.
+        """
+        for _ in range(_LOOKS):
+            try:
+                answer = await self._client.get("/ready", timeout=_PATIENCE)
+                return answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+            except httpx.ConnectError:
+                return True  # nobody listens any more
+            except httpx.TimeoutException:
+                break
+            except httpx.TransportError:
+                continue  # the connection was closed, maybe because it was old: another one tells more
+        return self._child.exit_status is not None or not self._serves
 
     def _note(self, asked: str, variant: str) -> None:
         """Note that a request has come. Raises `EngineDownError` if its variant is withheld.

@@ -13,7 +13,7 @@ from peanut_serve.settings.server import ServerSettings
 from peanut_serve.swapping import metrics
 from peanut_serve.swapping.ahead.staging import Staging
 from peanut_serve.swapping.gate import Gate
-from peanut_serve.swapping.history import Failures, SwapHistory, SwapRecord, SwapUsage
+from peanut_serve.swapping.history import Failures, Outcome, SwapHistory, SwapRecord, SwapUsage, outcome_of
 from peanut_serve.swapping.policy import Policy, PriceEstimate, View, next_look, next_variant, reason_for
 from peanut_serve.swapping.swappable import SwappableEngine
 from peanut_serve.swapping.transaction import EngineDiedError, Loaded, Phase, Report
@@ -192,7 +192,7 @@ class SwapDriver:
                 logger.error("%s; the requests for %s continue to wait", error, label)
                 self.history.end(begun, report, error)
             except SwapError as error:
-                self._record_failure(label, digest, error)
+                self._record_failure(label, digest, error, outcome_of(report, error))
                 self.history.end(begun, report, error)
                 self._gate.refuse(digest, error)
             except EngineDownError as error:
@@ -205,11 +205,13 @@ class SwapDriver:
                 self.history.end(begun, report)
             self._open()
 
-    def _record_failure(self, label: str, digest: str, error: SwapError) -> None:
+    def _record_failure(self, label: str, digest: str, error: SwapError, outcome: Outcome) -> None:
         self._failures.add(digest, error)
-        metrics.SWAPS.labels(self._name_of(digest) or "unknown", "failed").inc()
-        metrics.ROLLBACKS.inc()
-        logger.error("swap variant=%s digest=%s outcome=failed error=%s", label, digest[:12], error)
+        counted = "cancelled" if outcome == "cancelled" else "failed"
+        metrics.SWAPS.labels(self._name_of(digest) or "unknown", counted).inc()
+        if counted == "failed":
+            metrics.ROLLBACKS.inc()
+        logger.error("swap variant=%s digest=%s outcome=%s error=%s", label, digest[:12], counted, error)
 
     def _record_swap(self, label: str, report: Report, seconds: float) -> None:
         active = self._swapper.active.version.digest

@@ -131,7 +131,7 @@ class SwapHistory:
         """Keep an attempt as it ended, and make its span; the oldest one makes room."""
         ended = replace(
             begun,
-            outcome="down" if is_down else _outcome(report, error),
+            outcome="down" if is_down else outcome_of(report, error),
             error=None if error is None else str(error)[:_MOST_CHARACTERS],
             seconds={phase.value: seconds for phase, seconds in report.seconds.items()},
             tensors=report.tensors,
@@ -157,7 +157,8 @@ def _past(swap: SwapRecord, report: Report) -> Past:
     return Past("peanut.swap", swap.at, time.time(), attributes, swap.error, phases)
 
 
-def _outcome(report: Report, error: Exception | None) -> Outcome:
+def outcome_of(report: Report, error: Exception | None) -> Outcome:
+    """What came of an attempt whose engine is up; `cancelled` if nothing was loaded, as when it did not drain."""
     if Phase.RESTART in report.seconds:
         return "restarted"
     if error is None:

@@ -21,9 +21,11 @@ PATH_TOKENS = Counter("peanut_path_tokens", "Tokens of answers, by how they were
 QUEUE_SECONDS = Histogram(
     "peanut_queue_seconds", "Time a request waited for its variant's weights.", ["variant"], buckets=_SECONDS
 )
-SWAPS = Counter("peanut_swaps", "Swaps, by target variant and outcome.", ["variant", "outcome"])
+SWAPS = Counter(
+    "peanut_swaps", "Swaps, by target variant and outcome: done, failed, cancelled.", ["variant", "outcome"]
+)
 SWAP_SECONDS = Histogram("peanut_swap_seconds", "Duration of a swap, by phase.", ["phase"], buckets=_SECONDS)
-ROLLBACKS = Counter("peanut_rollbacks", "Swaps that failed and were rolled back.")
+ROLLBACKS = Counter("peanut_rollbacks", "Swaps that failed after weights were loaded, and were rolled back.")
 RESTARTS = Counter("peanut_engine_restarts", "Number of engine restarts.")
 EVALUATIONS = Histogram("peanut_evaluation_seconds", "Time to evaluate a variant's weights.", buckets=_SECONDS)
 STAGED = Counter(

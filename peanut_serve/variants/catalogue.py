@@ -3,10 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 from converters.errors import PeanutError
 from peanut_serve.errors import TryLaterError, UnknownVariantError, VariantError
 from peanut_serve.variants.kept_theta import has_theta
+from peanut_serve.variants.listing import judged_by_files
 from peanut_serve.variants.names import Names, Variant
 from peanut_serve.variants.opening import VersionOpener
 from peanut_serve.variants.reading import VersionReader
@@ -44,7 +46,8 @@ class Catalogue(Names):
         opener: VersionOpener,
         settle: float = 1.0,
     ) -> None:
-        super().__init__(base_names, roots, store, opener.model.base)
+        judge = partial(judged_by_files, lora=opener.lora, merges=opener.merges)
+        super().__init__(base_names, roots, store, opener.model.base, judge)
         self.reader = VersionReader(roots, store, opener, settle)
 
     async def current(self, name: str, prepare: Prepare) -> tuple[Variant, Version]:

@@ -3,14 +3,13 @@
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from converters import Checkpoint
 from converters.errors import OptionError
 from peanut_serve.errors import UnknownVariantError, VariantError, VariantInUseError, VariantNameError, shown
 from peanut_serve.settings.versions import CURRENT, STAGED, staged_name
-from peanut_serve.variants.listing import Listing
-from peanut_serve.variants.roots import AdapterRoots, looks_merged
+from peanut_serve.variants.listing import Judge, Listing
+from peanut_serve.variants.roots import AdapterRoots
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
 from peanut_serve.variants.version import VariantKind, Version, base_version
 
@@ -44,6 +43,7 @@ class Names:
         roots: where variants are looked up.
         store: the state folder.
         checkpoint: the base.
+        judge: says of which kind a variant is that was not requested yet.
 
     Attributes:
         base: its version.
@@ -52,10 +52,15 @@ class Names:
     """
 
     def __init__(
-        self, base_names: Iterable[str], roots: AdapterRoots, store: VariantStore, checkpoint: Checkpoint
+        self,
+        base_names: Iterable[str],
+        roots: AdapterRoots,
+        store: VariantStore,
+        checkpoint: Checkpoint,
+        judge: Judge,
     ) -> None:
-        self._roots, self._store = roots, store
-        self._listing = Listing(roots)
+        self._roots, self._store, self._judge = roots, store, judge
+        self._listing = Listing(roots, judge)
         self.base = base_version(checkpoint)
         self.bases = {name: Variant(name, Record(source=str(checkpoint.folder)), self.base) for name in base_names}
         self.records: Records = store.load(checkpoint.fingerprint)
@@ -132,12 +137,13 @@ class Names:
         """How a variant is stored and served; judged by its files if it was not requested yet."""
         if variant.version is not None:
             return variant.version.kind
+        if (listed := self._listing.kind(variant.record.source)) is not None:
+            return listed
         try:
             source = self._roots.find(variant.record.source)
         except OptionError:  # the name is in two folders
             source = None
-        is_merged = source is not None and isinstance(source.spec, Path) and looks_merged(source.spec)
-        return VariantKind.CHECKPOINT if is_merged else VariantKind.ADAPTER
+        return self._judge(source) if source is not None else VariantKind.ADAPTER
 
     def register(self, name: str, source: str) -> Variant:
         """Add a name for an entry of the roots. Raises `VariantNameError`, `VariantError`."""

@@ -27,7 +27,10 @@ class VariantStatus(Answer):
     """Current state of a variant."""
 
     name: str = Field(description="Name that requests use in `model`.")
-    kind: Literal["base", "adapter", "checkpoint", "lora"] = Field(description="What the variant is built from.")
+    kind: Literal["base", "adapter", "checkpoint", "lora"] = Field(
+        description="How it is stored and served: lora on top of the base, adapter merged into it, checkpoint merged "
+        "before. Until the first request, it is judged by the files."
+    )
     state: VariantState = Field(
         description="`registered` (not evaluated yet), `preparing`, `ready` (on the host), `active` or `failed`."
     )

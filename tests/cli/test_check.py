@@ -21,10 +21,11 @@ def site(pair: Pair, tmp_path: Path) -> Site:
 
 def test_a_server_that_would_start(site: Site, tmp_path: Path, run_here: Run) -> None:
     site.digest()
+    site.catalogue.register("prod", "v1")
     shutil.copytree(site.state, tmp_path / "copy")
     for mode in ("lora", "merged", "auto"):
         command = ("peanut-serve", "--base", site.pair.base, "--adapters", site.tasks, "--mode", mode, "--check")
-        done = run_here(*command, "--state", tmp_path / "copy", "--pin", "v1", "--max-model-len", "32")
+        done = run_here(*command, "--state", tmp_path / "copy", "--pin", "prod", "--max-model-len", "32")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[-1] == "checked 1 variants: no problems"
         assert "--max-model-len 32" in done.stdout

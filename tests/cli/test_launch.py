@@ -1,5 +1,6 @@
 """The command line and environment with which `peanut-serve` starts vLLM."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -119,6 +120,38 @@ def test_refusals(pair: Pair, tasks: Path, run_here: Run, monkeypatch: pytest.Mo
     done = run_here(*command)
     assert "VLLM_PLUGINS is other, without peanut_serve; add it" in done.stderr
     assert "note: broken will not be served: " in done.stderr
+
+
+def test_names_of_variants_that_there_are_not(pair: Pair, tasks: Path, run_here: Run, tmp_path: Path) -> None:
+    """They are refused before vLLM starts, which takes minutes."""
+    state = tmp_path / "state"
+    state.mkdir()
+    records = {"prod": {"source": "small"}, "old": {"source": "gone"}, "large": {"source": "large", "hidden": True}}
+    (state / "variants.json").write_text(json.dumps({"schema_version": 1, "base": "any", "variants": records}))
+    command = ("peanut-serve", "--base", pair.base, "--adapters", tasks, "--mode", "auto", "--state", state)
+    known = "there is no such variant among base, prod, small"
+    wanted = {
+        ("--pin", "none"): f"--pin none: {known}",
+        ("--preload", "small", "--preload", "none"): f"--preload none: {known}",
+        ("--pin", "old"): f"--pin old: {known}",  # its files are gone
+        ("--pin", "large"): f"--pin large: {known}",  # an operator removed it
+        ("--pin", "broken"): "--pin broken: ",
+        (
+            "--pin",
+            "prod",
+            "--pin",
+            "base",
+            "--preload",
+            "small",
+            "--api-server-count=2",
+        ): "--api-server-count must be",
+    }
+    for options, refusal in wanted.items():
+        done = run_here(*command, *options)
+        assert done.returncode == 1
+        last = [line for line in done.stderr.splitlines() if line.startswith("peanut-serve: ")]
+        assert len(last) == 1, done.stderr
+        assert last[0].startswith(f"peanut-serve: {refusal}"), last
 
 
 def test_one_api_server(pair: Pair, tasks: Path, run_here: Run) -> None:

@@ -35,6 +35,7 @@ from peanut_serve.ray.declaration import declaration
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY, REPLICAS, MOST_BYTES = "a-key", 2, 100_000
+RATES = [f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset")]
 TEXTS = ["good film", "bad film", "film", "good good good bad"]
 
 
@@ -207,6 +208,10 @@ def test_health_and_models(fleet: Fleet) -> None:
     assert models[-1] == {"id": "sentiment", "task": "text-classification", "labels": LABELS}
 
 
+def rates(answer: httpx.Response) -> list[str]:
+    return [name for name, _ in answer.headers.multi_items() if name.startswith("x-ratelimit-")]
+
+
 def test_teams_have_their_tasks_and_limits(fleet: Fleet) -> None:
     def as_(name: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {token_of(name)}"}
@@ -219,8 +224,13 @@ def test_teams_have_their_tasks_and_limits(fleet: Fleet) -> None:
         refused = fleet.post(model, fleet.images[0], key=token_of("one"))
         assert refused.status_code == status, refused.text
         assert TASKS[1] not in refused.text.replace(model, "")
-    models = httpx.get(f"{fleet.address}/models", headers=as_("one"), timeout=60).json()
-    assert [one["id"] for one in models] == ["first"]
+        assert rates(refused) == RATES, status
+    for content, status in ((b"no image", 400), (b" " * (MOST_BYTES + 1), 413)):
+        refused = fleet.post("first", content, key=token_of("one"))
+        assert (refused.status_code, rates(refused)) == (status, RATES)
+    models = httpx.get(f"{fleet.address}/models", headers=as_("one"), timeout=60)
+    assert [one["id"] for one in models.json()] == ["first"]
+    assert rates(models) == rates(httpx.get(f"{fleet.address}/replicas", headers=as_("one"), timeout=60)) == RATES
     statuses = {
         name: httpx.get(f"{fleet.address}/replicas", headers=as_(name), timeout=60).status_code
         for name in ("one", "eye", "nobody")

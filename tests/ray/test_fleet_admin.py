@@ -82,6 +82,15 @@ def test_what_differs_between_replicas_is_told(other: dict[str, Any], told: str)
     assert (found.agree, found.message) == (False, told)
 
 
+def test_the_replica_that_was_asked_knows_the_kind() -> None:
+    """The other has judged it by its files."""
+    answers = [status("v", "1", requests=0), status("v", "1", requests=1, kind="lora")]
+    entries = [
+        {"replica": replica, "status": 200, "answer": [one]} for replica, one in zip("ab", answers, strict=True)
+    ]
+    assert [one.kind for one in joint_variants(entries)] == ["lora"]
+
+
 def test_a_variant_that_no_replica_has_though_it_is_wanted() -> None:
     (found,) = joint_variants([{"replica": "a", "status": 200, "answer": [], "withheld": {"v": "no files"}}])
     assert (found.name, found.state, found.agree, found.error) == ("v", "failed", False, "no files")

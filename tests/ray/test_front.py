@@ -1,10 +1,12 @@
-"""How a stream ends at the front whose replica is lost; test_fleet.py has real ones."""
+"""How a stream ends at the front whose replica is lost, and when one is; test_fleet.py has real ones."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 from ray.exceptions import RayError
 from starlette.requests import Request
@@ -12,9 +14,12 @@ from starlette.requests import Request
 from peanut_serve.errors import EngineDownError, EngineLostError, RequestTimeoutError
 from peanut_serve.ray import front
 from peanut_serve.ray.front import Front, _events, _read
+from peanut_serve.ray.replica import EngineReplica
 from peanut_serve.tenants.visits import Visit
 from peanut_serve.web.clients import Clients
 from peanut_serve.web.request_body import Bodies
+
+Ready = Callable[[httpx.Request], httpx.Response]
 
 
 async def lost_after(*parts: bytes) -> AsyncIterator[bytes]:
@@ -58,9 +63,18 @@ def test_a_query_that_is_not_text_is_an_error_of_the_client(query: bytes, status
         _admin=None, _clients=Clients([]), _bodies=Bodies(1), _releases=SimpleNamespace(start=lambda: None)
     )
     front_without_keys._answer = lambda request: Front._answer(front_without_keys, request)
-    response = asyncio.run(Front.answer(front_without_keys, Request(scope)))
-    assert response.status_code == status
-    assert json.loads(response.body)["error"]["code"] == status
+    front_without_keys._answer_of = lambda *given: Front._answer_of(front_without_keys, *given)
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await (await Front.answer(front_without_keys, Request(scope)))(scope, None, send)
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == status
+    assert json.loads(sent[1]["body"])["error"]["code"] == status
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -102,3 +116,73 @@ def test_a_request_that_ends_its_engine_does_not_end_all(
     with pytest.raises(type(error), match=str(error)):
         asyncio.run(Front._try(SimpleNamespace(_engines=engines), "v1", "v1", ("POST", "/", [], b""), Visit()))
     assert engines.asked == asked
+
+
+def failing(error: type[httpx.TransportError], *later: int) -> Ready:
+    """The first look at the engine fails so; the next ones get these answers, and fail so again after them."""
+    statuses = iter(later)
+
+    def ready(request: httpx.Request) -> httpx.Response:
+        if ready.asked and (status := next(statuses, None)) is not None:  # type: ignore[attr-defined]
+            return httpx.Response(status)
+        ready.asked = True  # type: ignore[attr-defined]
+        raise error("it failed", request=request)
+
+    ready.asked = False  # type: ignore[attr-defined]
+    return ready
+
+
+def broken() -> httpx.Response:
+    return httpx.Response(500, headers={"content-length": "2"}, stream=httpx.ByteStream(b"no"))
+
+
+def answering(status: int) -> Ready:
+    return lambda request: httpx.Response(status)
+
+
+async def asked(ready: Ready, exit_status: int | None, serves: bool) -> tuple[int, bool]:
+    """What a request gets that fails with 500 at an engine, and whether the replica says that its engine serves."""
+
+    def engine(request: httpx.Request) -> httpx.Response:
+        return ready(request) if request.url.path == "/ready" else broken()
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(engine), base_url="http://engine") as client:
+        replica: Any = SimpleNamespace(
+            _client=client, _child=SimpleNamespace(exit_status=exit_status), _serves=serves, _key=b"Bearer key",
+            _note=lambda asked, variant: None,
+        )  # fmt: skip
+        replica._has_died = lambda: EngineReplica._has_died(replica)
+        request = ("POST", "/v1/completions", [], b"{}")
+        answer: Any = await anext(EngineReplica.handle(replica, "v1", "v1", request))
+        return answer[0], replica._serves
+
+
+@pytest.mark.parametrize(
+    ("ready", "exit_status", "serves"),
+    [
+        (answering(200), None, True),
+        (answering(200), None, False),  # it is back
+        (failing(httpx.ReadTimeout), None, True),  # it is slow
+        (failing(httpx.ReadError, 200), None, True),  # the connection was old
+        (failing(httpx.ReadError), None, True),
+    ],
+)
+def test_an_error_of_an_engine_that_works_is_the_answer(ready: Ready, exit_status: int | None, serves: bool) -> None:
+    assert asyncio.run(asked(ready, exit_status, serves)) == (500, serves)
+
+
+@pytest.mark.parametrize(
+    ("ready", "exit_status", "serves"),
+    [
+        (answering(503), None, True),
+        (failing(httpx.ConnectError), None, True),
+        (failing(httpx.ReadError, 503), None, True),
+        (failing(httpx.ReadTimeout), 1, True),
+        (failing(httpx.ReadTimeout), None, False),  # the admin API said so
+    ],
+)
+def test_an_error_of_an_engine_that_died_is_tried_elsewhere(
+    ready: Ready, exit_status: int | None, serves: bool
+) -> None:
+    with pytest.raises(EngineLostError):
+        asyncio.run(asked(ready, exit_status, serves))

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 from support.server.rig import SIZE, Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
 
@@ -72,6 +73,12 @@ def test_an_idle_engine_is_swapped_at_once(run_rig: RunRig) -> None:
     run_rig(test, max_wait=60)
 
 
+def counts(outcome: str) -> tuple[float, float]:
+    """Swaps to v2 with an outcome, and rollbacks, in the metrics."""
+    swapped = REGISTRY.get_sample_value("peanut_swaps_total", {"variant": "v2", "outcome": outcome})
+    return swapped or 0.0, REGISTRY.get_sample_value("peanut_rollbacks_total") or 0.0
+
+
 @pytest.mark.parametrize(
     ("faults", "outcome", "phases", "match"),
     [
@@ -86,6 +93,7 @@ def test_failures(
 ) -> None:
     async def test(rig: Rig) -> None:
         await rig.server.prepare("v2")
+        before = {kind: counts(kind) for kind in ("cancelled", "failed")}
         for fault in faults:
             rig.engine.fail(*fault)
         with pytest.raises(SwapError, match=match) as error:
@@ -93,6 +101,11 @@ def test_failures(
         await until(lambda: len(swaps(rig)) > 0)
         failed = swaps(rig)[0]
         assert (failed.outcome, failed.error, failed.target) == (outcome, str(error.value), "v2")
+        counted = ("cancelled", 0) if outcome == "cancelled" else ("failed", 1)
+        assert [now - then for now, then in zip(counts(counted[0]), before[counted[0]], strict=True)] == [
+            1,
+            counted[1],
+        ]
         assert phases <= set(failed.seconds)
 
     run_rig(test)

@@ -6,10 +6,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.tiny_models import Pair
 
 from peanut_serve.variants import listing
-from peanut_serve.variants.listing import Listing
-from peanut_serve.variants.roots import AdapterRoots
+from peanut_serve.variants.listing import Listing, judged_by_files
+from peanut_serve.variants.lora_export import LoraLimits
+from peanut_serve.variants.roots import AdapterRoots, VariantSource
+from peanut_serve.variants.version import VariantKind
 
 
 class CountedRoots:
@@ -22,10 +25,16 @@ class CountedRoots:
         self.threads.append(threading.current_thread())
         return [f"name-{len(self.threads)}"]
 
+    def find(self, name: str) -> None: ...
+
+
+def never(source: VariantSource) -> VariantKind:
+    raise AssertionError(source)
+
 
 def test_the_folders_are_read_in_a_thread_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     roots = CountedRoots()
-    names = Listing(roots)  # type: ignore[arg-type]
+    names = Listing(roots, never)  # type: ignore[arg-type]
 
     async def ask() -> list[list[str]]:
         return await asyncio.gather(*(names.names() for _ in range(10)))
@@ -63,3 +72,51 @@ def test_folders_that_come_and_go(tmp_path: Path) -> None:
     finally:
         is_over.set()
         thread.join(10)
+
+
+def test_kinds_are_judged_once_for_the_same_files(tmp_path: Path) -> None:
+    judged: list[str] = []
+
+    def judge(source: VariantSource) -> VariantKind:
+        judged.append(source.name)
+        return VariantKind.LORA
+
+    names = Listing(AdapterRoots([tmp_path]), judge)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").touch()
+
+    def look() -> list[str]:
+        judged.clear()
+        names.renew()
+        asyncio.run(names.names())
+        return sorted(judged)
+
+    assert names.kind("one") is None
+    assert (look(), names.kind("one")) == (["one", "two"], VariantKind.LORA)
+    assert look() == []
+    (tmp_path / "one.safetensors").write_bytes(b"changed")
+    assert look() == ["one"]
+    (tmp_path / "two.safetensors").unlink()
+    assert (look(), names.kind("two")) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "merges", "kind"),
+    [
+        (None, True, VariantKind.ADAPTER),
+        (LoraLimits(64), False, VariantKind.LORA),
+        (LoraLimits(64), True, VariantKind.LORA),
+        (LoraLimits(1), True, VariantKind.ADAPTER),  # its rank is larger
+        (LoraLimits(64, frozenset({"k_proj"})), True, VariantKind.ADAPTER),  # it changes other modules
+    ],
+)
+def test_of_which_kind_an_adapter_will_be(
+    pair: Pair, limits: LoraLimits | None, merges: bool, kind: VariantKind
+) -> None:
+    assert judged_by_files(VariantSource("v1", pair.adapter), limits, merges) is kind
+
+
+def test_what_the_files_do_not_tell(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for source in (VariantSource("broken", tmp_path / "broken.safetensors"), VariantSource("me/style", "me/style")):
+        assert judged_by_files(source, LoraLimits(64), True) is VariantKind.ADAPTER

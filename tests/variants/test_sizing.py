@@ -174,3 +174,13 @@ def test_the_command(pair: Pair, tasks: Path, run_here: Run) -> None:
 def test_a_base_that_is_not_there(run_here: Run, base: str, advice: str) -> None:
     done = run_here("peanut-serve", "size", "--base", base, "--adapters", "org/adapter")
     assert (done.returncode, f"there is no folder {base}" in done.stderr, advice in done.stderr) == (1, True, True)
+
+
+def test_a_base_that_is_a_file(tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose name could be that of a model on the Hub."""
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for command in (("peanut-serve", "size"), ("peanut-serve",)):
+        done = run_here(*command, "--base", "model.gguf", "--adapters", "tasks")
+        assert (done.returncode, "model.gguf is a file; expected the folder with" in done.stderr) == (1, True)

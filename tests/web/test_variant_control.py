@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 from support.server.fake_engine import identity
 from support.server.rig import NAMES, SIZE, Rig, RunRig, make_weights, rig_runner, until
 from support.server.weights import Weights
+from support.tiny_models import edit_json
 
 from peanut_serve.errors import SwapError, UnknownVariantError, VariantError, VariantInUseError
 from peanut_serve.variants.host_weights import HostMemoryError
@@ -108,6 +109,22 @@ def test_weights_in_use_are_not_evicted(run_rig: RunRig) -> None:
     run_rig(test, host_cache=2 * SIZE, max_wait=60)
 
 
+@pytest.mark.parametrize("mode", ["lora", "merged", "auto"])
+def test_a_kind_is_the_same_before_and_after_the_first_request(mode: str, run_rig: RunRig) -> None:
+    async def test(rig: Rig) -> None:
+        def kinds() -> dict[str, str]:
+            return {name: control.variant(name).kind for name in NAMES}
+
+        control = VariantControl(rig.server)
+        before = kinds()
+        assert set(before.values()) == {"base", "adapter" if mode == "merged" else "lora"}
+        for name in NAMES:
+            await rig.server.prepare(name)
+        assert kinds() == before
+
+    run_rig(test, mode=mode)
+
+
 def test_preloading(run_rig: RunRig) -> None:
     async def test(rig: Rig) -> None:
         states = [VariantControl(rig.server).variant(name).state for name in ("v1", "v2")]
@@ -116,6 +133,31 @@ def test_preloading(run_rig: RunRig) -> None:
     run_rig(test, preload=("v1",))
     with pytest.raises(VariantError, match="broken cannot be served"):
         run_rig(test, preload=("broken",))
+
+
+def test_pinned_names_that_are_gone_stop_no_start(
+    run_rig: RunRig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The records say that it is pinned, and what it is made from was removed meanwhile; it may come back."""
+    state = tmp_path / "kept"
+
+    async def before(rig: Rig) -> None:
+        control = VariantControl(rig.server)
+        await control.register("new", "v1")
+        await control.pin("new", True)
+        await control.pin("v2", True)
+
+    async def after(rig: Rig) -> None:
+        assert VariantControl(rig.server).variant("new").pinned
+        assert VariantControl(rig.server).variant("v2").host_bytes > 0
+        await rig.ask("v1")
+
+    run_rig(before, state=state)
+    again = shutil.copytree(state, tmp_path / "again")
+    records = json.loads((again / "variants.json").read_text())["variants"]
+    edit_json(again / "variants.json", variants={**records, "new": {**records["new"], "source": "gone"}})
+    run_rig(after, state=again)
+    assert "variant=new is pinned, but cannot be prepared: " in caplog.text
 
 
 def test_adding_and_removing_variants(run_rig: RunRig) -> None:

@@ -69,9 +69,9 @@ class Door:
         visit = _Visit(scope, receive, send, self._server, self._limits)
         try:
             with await self._enter(scope) as tenant:
-                self._check(scope)
-                current_visit.set(tenant)
                 visit.tell_rate(tenant)
+                current_visit.set(tenant)
+                self._check(scope, tenant)
                 try:
                     await self._handle(visit, tenant)
                 finally:
@@ -83,19 +83,15 @@ class Door:
         visit.count()
 
     async def _enter(self, scope: Scope) -> Visit:
-        """Begin a request. Every route with a task has its name in the path."""
+        """Begin a request."""
         if scope["path"] in _OPEN or f"{scope['path']}/".startswith("/console/"):  # which has its own login
             return Visit()
-        visit = await self._clients.enter(scope)
-        try:
-            if (found := _TASK.match(scope["path"])) is not None:
-                visit.check(found["name"])
-        except ServingError:
-            with visit:
-                raise
-        return visit
+        return await self._clients.enter(scope)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope, tenant: Visit) -> None:
+        """Every route with a task has its name in the path, so that its tenant is known before the body is read."""
+        if (found := _TASK.match(scope["path"])) is not None:
+            tenant.check(found["name"])
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise RequestBodyError("the body is compressed (Content-Encoding); send it as it is")

@@ -37,28 +37,20 @@ class FrontDoor:
         # the door lets in more than wait at the replicas: bodies arrive meanwhile
         self._clients = Clients(read_keys(settings.key_file), Tenants(watched, _ARRIVING) if watched else None)
 
-    async def enter(self, scope: Scope, task: str | None = None) -> Visit:
-        """Begin a request, maybe for a task; leave it by `with`.
+    async def enter(self, scope: Scope) -> Visit:
+        """Begin a request; leave it by `with`.
 
-        Raises `UnauthorizedError`, `ForbiddenError` for a task or a role that is not the key's, `TenantLimitError`.
+        Raises `UnauthorizedError`, `ForbiddenError` for a role that is not one of clients, `TenantLimitError`.
         """
-        visit = await self._clients.enter(scope)
-        try:
-            if task is not None:
-                visit.check(task)
-        except ForbiddenError:
-            with visit:
-                raise
-        return visit
+        return await self._clients.enter(scope)
 
-    async def check_operator(self, scope: Scope) -> None:
-        """Raise `UnauthorizedError` or `ForbiddenError` if a request may not see what concerns all tenants."""
+    async def enter_operator(self, scope: Scope) -> Visit:
+        """Begin a request of an operator, or of a client; see `enter`."""
         try:
             self._operators.find(sent_key(scope))
-        except (UnauthorizedError, ForbiddenError):  # it may be a client without limits
-            with await self._clients.enter(scope) as visit:
-                if visit.is_tenant:
-                    raise visit.forbid("what concerns all tenants") from None
+        except (UnauthorizedError, ForbiddenError):
+            return await self._clients.enter(scope)
+        return Visit()
 
 
 def metrics_page() -> bytes:

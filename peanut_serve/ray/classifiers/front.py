@@ -10,7 +10,7 @@ POST /models/NAME  see `peanut_serve.classify.hugging_face`
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,6 +37,7 @@ from peanut_serve.ray.classifiers.door import FrontDoor, metrics_page
 from peanut_serve.ray.classifiers.engines import open_engines
 from peanut_serve.ray.classifiers.replica import ClassifierReplica, Reply
 from peanut_serve.ray.classifiers.settings import ClassifierSettings
+from peanut_serve.ray.visited import visited
 from peanut_serve.tenants.visits import Visit
 from peanut_serve.web.request_body import Bodies, Take
 
@@ -49,18 +50,23 @@ _PAUSE = 0.5  # seconds before another try: by then Ray knows which replicas are
 _BODY_SECONDS = 60.0  # until a body has arrived
 
 
-def _rate(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in headers}
-
-
 def _refusal(error: ServingError) -> JSONResponse:
     """An error in the form that Hugging Face's clients show."""
     headers = {"retry-after": str(error.retry_after)} if isinstance(error, TryLaterError) else {}
     if isinstance(error, TenantLimitError):
-        headers |= _rate(error.headers)
+        headers |= {key.decode(): value.decode() for key, value in error.headers}
     if isinstance(error, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
     return JSONResponse({"error": str(error), "error_type": type(error).__name__}, error.status, headers)
+
+
+async def _answered(entering: Awaitable[Visit], answer: Callable[[Visit], Awaitable[Response]]) -> Response:
+    """The answer to a request that begins, or what it is refused with."""
+    try:
+        visit = await entering
+    except ServingError as error:
+        return _refusal(error)
+    return await visited(visit, answer(visit), _refusal)
 
 
 # Ray copies the class and what it uses as soon as it is decorated, so that it comes last
@@ -105,39 +111,43 @@ class ClassifierFront:
     @_application.get("/models")
     async def models(self, request: Request) -> Response:
         """The tasks that this client may use."""
-        try:
-            with await self._door.enter(request.scope) as visit:
-                tasks = [(name, one) for name, one in self._tasks.items() if visit.may_use(name)]
-                listed = [{"id": name, "task": one.kind.task, "labels": one.labels} for name, one in tasks]
-                return JSONResponse(listed, headers=_rate(visit.rate_headers()))
-        except ServingError as error:
-            return _refusal(error)
+
+        async def listed(visit: Visit) -> Response:
+            tasks = [(name, one) for name, one in self._tasks.items() if visit.may_use(name)]
+            return JSONResponse([{"id": name, "task": one.kind.task, "labels": one.labels} for name, one in tasks])
+
+        return await _answered(self._door.enter(request.scope), listed)
 
     @_application.get("/replicas")
     async def replicas(self, request: Request) -> Response:
         """What the replicas have done; those that do not answer in time are missing."""
-        try:
-            await self._door.check_operator(request.scope)
-            told = await self._replicas.broadcast("report").results_async(timeout_s=_GLANCE, return_exceptions=True)
-        except ServingError as error:
-            return _refusal(error)
-        except (TimeoutError, RayError, DeploymentUnavailableError):
-            return _refusal(EngineDownError("a replica took too long to answer", 5))
-        return JSONResponse([one for one in told if isinstance(one, dict)])
+
+        async def told(visit: Visit) -> Response:
+            if visit.is_tenant:  # which is no client without limits
+                raise visit.forbid("what concerns all tenants")
+            report = self._replicas.broadcast("report")
+            try:
+                reports = await report.results_async(timeout_s=_GLANCE, return_exceptions=True)
+            except (TimeoutError, RayError, DeploymentUnavailableError):
+                raise EngineDownError("a replica took too long to answer", 5) from None
+            return JSONResponse([one for one in reports if isinstance(one, dict)])
+
+        return await _answered(self._door.enter_operator(request.scope), told)
 
     @_application.post("/models/{name:path}")
     async def ask(self, name: str, request: Request) -> Response:
         """An answer of a task."""
-        try:
-            with await self._door.enter(request.scope, name) as visit:
-                if name not in self._tasks:
-                    raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")
-                try:
-                    return await self._answer(name, request, visit)
-                finally:
-                    visit.count(name)
-        except ServingError as error:
-            return _refusal(error)
+
+        async def answer(visit: Visit) -> Response:
+            visit.check(name)
+            if name not in self._tasks:
+                raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")
+            try:
+                return await self._answer(name, request, visit)
+            finally:
+                visit.count(name)
+
+        return await _answered(self._door.enter(request.scope), answer)
 
     async def _answer(self, name: str, request: Request, visit: Visit) -> Response:
         with self._bodies.share() as take:
@@ -149,7 +159,7 @@ class ClassifierFront:
                 status, headers, content = await self._pass_on(name, content_type, body)
             finally:
                 give_back()
-        return Response(content, status, headers | _rate(visit.rate_headers()), "application/json")
+        return Response(content, status, headers, "application/json")
 
     async def _read(self, request: Request, take: Take) -> bytes:
         parts, size = [], 0

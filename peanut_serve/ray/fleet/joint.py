@@ -78,7 +78,7 @@ def _joint_variant(name: str, entries: Sequence[Entry], listed: Sequence[Mapping
     first = all_found[0]
     return FleetVariantStatus(
         name=name,
-        kind=first.kind,
+        kind=max(all_found, key=lambda one: one.requests).kind,  # which it judged by the files before the first one
         state=next(state for state in _STATES if any(one.state is state for one in all_found)),
         digest=digests.pop() if len(digests) == 1 else None,
         previous=list(dict.fromkeys(digest for one in all_found for digest in one.previous)),

@@ -69,7 +69,7 @@ class OperatedReplica:
 
     async def hold_first(self, name: str) -> Answer:
         """Hold a variant at the version that it has here, and return its status."""
-        held = await self.call_admin("POST", f"{release_path(name)}/hold")
+        held = await self._do_first(name, "hold")
         return held if held["status"] >= httpx.codes.BAD_REQUEST else await self.call_admin("GET", path_of(name))
 
     async def stage_first(self, name: str, staging: Answer) -> Answer:
@@ -78,7 +78,18 @@ class OperatedReplica:
         if (reason := self._replay.withheld.get(name)) is not None:
             error = {"type": "ReleaseError", "message": f"{name} is not as it is wanted: {reason}"}
             return {"replica": self.name, "status": httpx.codes.CONFLICT, "answer": {"error": error}}
-        return await self.call_admin("POST", f"{release_path(name)}/stage", staging)
+        return await self._do_first(name, "stage", staging)
+
+    async def _do_first(self, name: str, verb: str, body: Any = None) -> Answer:
+        """A step of a release that the other replicas follow, unless it was refused here."""
+        is_refused = False
+        try:
+            entry = await self.call_admin("POST", f"{release_path(name)}/{verb}", body)
+            is_refused = httpx.codes.is_client_error(entry["status"])
+            return entry
+        finally:
+            if not is_refused:
+                self._replay.note_first(name)
 
     async def roll_back(self, name: str, digest: str) -> Answer:
         """Roll a variant back to a version, which may come from another replica."""

@@ -19,6 +19,7 @@ logger = logging.getLogger("ray.serve")
 
 _LOOK = 1.0  # seconds between two looks whether something else is wanted
 _RETRY = 10.0  # seconds between two tries of what failed
+_UNTOLD = 10.0  # seconds after which nobody remembers what this replica did first
 
 
 class Replay:
@@ -41,6 +42,7 @@ class Replay:
         self.withheld: dict[str, str] = {}
         self.unpinned: dict[str, str] = {}
         self._settling = asyncio.Lock()
+        self._first: dict[str, float] = {}  # name -> when something was done here that nobody wanted yet
 
     async def start(self) -> None:
         """Bring a new engine to what is wanted. Raises `EngineDownError`, `OptionError` if that is not known."""
@@ -53,6 +55,7 @@ class Replay:
         while True:
             await asyncio.sleep(_LOOK)
             try:
+                await self._undo(loop.time() - _UNTOLD)
                 newest = await self._store.newest()
                 if newest.revision > self.state.revision:
                     await self.follow(newest)
@@ -70,6 +73,19 @@ class Replay:
             changed = [name for name in changed if self.reason(name) is not None]
         await self.settle(changed)  # if `run` was faster, this waits until it is done
 
+    def note_first(self, name: str) -> None:
+        """Note that this replica did something first, for the others to follow once it is remembered.
+
+        If it is not, as the store or the front has failed meanwhile, it is undone.
+        """
+        self._first[name] = asyncio.get_running_loop().time()
+
+    async def _undo(self, before: float) -> None:
+        """Undo what this replica did first before a moment, and was not told to follow since."""
+        for name in [name for name, at in self._first.items() if at < before]:
+            logger.warning("%s is brought back to what operators want: its change was not remembered", name)
+            await self.settle([name])
+
     def reason(self, name: str) -> str | None:
         """Why a name is not as it is wanted; None if it is."""
         return self.withheld.get(name) or self.withheld.get(staged_name(name)) or self.unpinned.get(name)
@@ -84,6 +100,7 @@ class Replay:
         try:
             async with self._settling:
                 for name in list(left):
+                    self._first.pop(name, None)
                     wanted, staged = self.state.of(name), staged_name(name)
                     withhold = partial(self.withheld.setdefault, name)
                     await self._note(self.withheld, name, bring(self._engine, name, wanted, withhold))

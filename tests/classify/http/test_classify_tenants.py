@@ -71,6 +71,27 @@ def test_every_route_is_checked(tmp_path: Path, tenants: Tenants) -> None:
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
 
 
+def test_every_refusal_tells_the_rate(tmp_path: Path) -> None:
+    """Also one before the body is read."""
+    tenants = tenants_of(write_keys(tmp_path / "keys.json", entry("one", variants=["mood"], requests_per_minute=60)))
+    with (
+        classifying(stand_in(tmp_path / "served" / "mood"), tenants=tenants) as (url, _),
+        httpx.Client(base_url=url, timeout=PATIENCE, headers=as_("one")) as client,
+    ):
+        asked = {
+            403: ("/models/other", {}, b"{}"),
+            404: ("/none", {}, b"{}"),
+            400: ("/models/mood", {"Content-Encoding": "gzip"}, b"{}"),
+            413: ("/models/mood", {}, b" " * ((16 << 20) + 1)),
+            422: ("/models/mood", {"Content-Type": "application/json"}, b'{"inputs": "a"}'),
+        }
+        for status, (path, headers, content) in asked.items():
+            refused = client.post(path, headers=headers, content=content)
+            assert refused.status_code == status
+            told = [name for name, _ in refused.headers.multi_items() if name.startswith("x-ratelimit-")]
+            assert len(told) == len(set(told)) == 3, (status, told)
+
+
 def test_an_unknown_task_tells_no_other_names(tmp_path: Path) -> None:
     """A pattern lets a tenant ask for names that there are not."""
     tenants = tenants_of(write_keys(tmp_path / "keys.json", entry("next", variants=["next-*"]), entry("all")))

@@ -2,50 +2,18 @@
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from support.fleet.key_values import Store
 
 from peanut_serve.errors import EngineDownError, ReleaseError
-from peanut_serve.ray.fleet import store as module
 from peanut_serve.ray.fleet.store import WantedStore
 from peanut_serve.ray.fleet.wanted import WantedState
 
 
-class Store:
-    """Ray's key-value store; `between` is called before each new key is taken."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, str] = {}
-        self.between = lambda: None
-
-    def put(self, key: str, value: str, overwrite: bool, *, namespace: str) -> bool:
-        assert not overwrite
-        between, self.between = self.between, lambda: None
-        between()
-        if key in self.values:
-            return True
-        self.values[key] = value
-        return False
-
-    def get(self, key: str, *, namespace: str) -> bytes | None:
-        found = self.values.get(key)
-        return found.encode() if found else None
-
-    def delete(self, key: str, *, namespace: str) -> None:
-        del self.values[key]
-
-    def keys(self, prefix: str, *, namespace: str) -> list[bytes]:
-        return [key.encode() for key in self.values if key.startswith(prefix)]
-
-
 @pytest.fixture
 def kv(monkeypatch: pytest.MonkeyPatch) -> Store:
-    found = Store()
-    calls = {"put": found.put, "get": found.get, "del": found.delete, "list": found.keys}
-    names = {f"_internal_kv_{name}": call for name, call in calls.items()}
-    monkeypatch.setattr(module, "internal_kv", SimpleNamespace(**names))
-    return found
+    return Store.instead_of_rays(monkeypatch)
 
 
 def pin(store: WantedStore, name: str) -> WantedState:
