@@ -118,6 +118,12 @@ INTERNALS = (
     Internal("vllm.lora.ops.torch_ops:bgmv_expand"),
     Internal("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", (), "65dd3278c996"),
     Internal("vllm.platforms:current_platform.get_punica_wrapper"),
+    # writes factors in place, so that their versions tell whether a copy is old (lora/unpadded.py)
+    Internal("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.create_lora_weights", (), "79de9cce139c"),
+    Internal("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.reset_lora", (), "9cf95e0d8a65"),
+    Internal("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora", (), "de4c1a836999"),
+    Internal("vllm.lora.layers:MergedColumnParallelLinearWithLoRA.set_lora", (), "c2d64716926d"),
+    Internal("vllm.lora.layers:MergedColumnParallelLinearVariableSliceWithLoRA.set_lora", (), "83c4ded6b1dc"),
     # whether it can compute experts beside LoRA (lora/cpu_experts.py)
     Internal("vllm.triton_utils:HAS_TRITON"),
     # the server and its plugins (cli/launch.py)

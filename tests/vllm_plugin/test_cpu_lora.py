@@ -6,6 +6,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from peanut_serve.vllm_plugin.lora.cpu_operators import GroupedPunicaWrapperCPU, group_rows, is_affected
+from peanut_serve.vllm_plugin.lora.unpadded import FactorStore
 
 SLOTS, RANK, WIDTH, OUT = 4, 3, 10, (6, 5)
 NONE = 0  # LoRAMapping's id for a request without an adapter
@@ -14,6 +15,9 @@ MIXES = {
     "one adapter": [7] * 5,
     "runs": [7, 7, NONE, NONE, 9, 9, 9],
     "scattered": [9, NONE, 7, 9, NONE, 7, 7, 11],
+    "all slots, no base": [11, 9, 7, 11, 9],
+    "one adapter and the base": [NONE, 9, NONE, 9],
+    "one token": [7],
 }
 
 
@@ -58,6 +62,70 @@ def test_linear_layers(name: str, prefill: bool, dtype: torch.dtype, times: int)
     assert (found.double() - wanted).abs().max() <= (1e-5 if dtype is torch.float32 else 0.1)
     without = torch.tensor([adapter == NONE for adapter in mix])
     assert torch.equal(found[without], y[without])
+
+
+def pad(a: list[torch.Tensor], b: list[torch.Tensor], ranks: tuple[tuple[int, ...], ...]) -> None:
+    """Leave so many rows of each slot in each linear layer, as vLLM does with smaller adapters."""
+    for a_part, b_part, own in zip(a, b, ranks, strict=True):
+        for slot, rank in enumerate(own):
+            a_part[slot, :, rank:] = 0
+            b_part[slot, :, :, rank:] = 0
+
+
+@pytest.mark.parametrize("ranks", [((1, 3, 0, 2), (3, 1, 0, 2)), ((0, 0, 0, 0), (3, 2, 0, 1)), ((0, 2, 0, 0),) * 2])
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_differ_and_slots_are_empty(name: str, ranks: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
+    mix, (a, b) = MIXES[name], factors()
+    pad(a, b, ranks)
+    a, b = [t.to(dtype) for t in a], [t.to(dtype) for t in b]
+    x, y = torch.randn(len(mix), WIDTH, dtype=dtype), torch.randn(len(mix), sum(OUT), dtype=dtype)
+    found = y.clone()
+    wrapper(GroupedPunicaWrapperCPU, mix, False).add_lora_linear(found, x, tuple(a), tuple(b), 0.5, OUT)
+    assert (found.double() - expected(mix, y, x, a, b, 0.5)).abs().max() <= (1e-5 if dtype is torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("written", ["a", "b", "both"])
+def test_a_slot_that_is_written_again(written: str) -> None:
+    """As vLLM does, in inference mode, when an adapter is replaced: nothing of the old one is left."""
+    mix, (a, b) = MIXES["scattered"], factors()
+    operators = wrapper(GroupedPunicaWrapperCPU, mix, False)
+    x, y = torch.randn(len(mix), WIDTH), torch.randn(len(mix), sum(OUT))
+    operators.add_lora_linear(y.clone(), x, tuple(a), tuple(b), 0.5, OUT)
+    with torch.inference_mode():
+        for part in {"a": a, "b": b, "both": a + b}[written]:
+            part[1] = 0
+            part[1, 0, :2, :2].copy_(torch.ones(2, 2))
+        found = y.clone()
+        operators.add_lora_linear(found, x, tuple(a), tuple(b), 0.5, OUT)
+    assert (found.double() - expected(mix, y, x, a, b, 0.5)).abs().max() <= 1e-5
+
+
+def test_steps_of_few_and_of_many_tokens_in_turn() -> None:
+    """Prefill mixed with decoding has many tokens; the steps before and after it have few."""
+    a, b = factors()
+    operators = GroupedPunicaWrapperCPU(256, 256, torch.device("cpu"))
+    many = MIXES["one adapter"] * 20 + MIXES["scattered"]
+    for mix in (MIXES["runs"], many, MIXES["base alone"], MIXES["scattered"]):
+        mapping = LoRAMapping(tuple(mix), tuple(mix), is_prefill=len(mix) > 64)
+        operators.update_metadata(mapping, [11, 7, None, 9], SLOTS + 1, 100)
+        x, y = torch.randn(len(mix), WIDTH), torch.randn(len(mix), sum(OUT))
+        found = y.clone()
+        operators.add_lora_linear(found, x, tuple(a), tuple(b), 0.5, OUT)
+        assert (found.double() - expected(mix, y, x, a, b, 0.5)).abs().max() <= 1e-5
+
+
+def test_copies_of_factors_have_no_padding_and_are_dropped_with_them() -> None:
+    (a, *_), (b, *_) = factors()
+    pad([a], [b], ((1, 3, 0, 2),))
+    store = FactorStore()
+    made = store.unpadded(a, b)
+    assert made.ranks == (1, 3, 0, 2)
+    assert (made.a.shape, made.b.shape) == ((6, WIDTH), (6, OUT[0]))
+    assert store.unpadded(a, b) is made
+    assert len(store) == 1
+    del a
+    assert len(store) == 0
 
 
 @pytest.mark.parametrize("name", MIXES)

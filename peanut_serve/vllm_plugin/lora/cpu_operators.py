@@ -15,6 +15,8 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.ops.torch_ops import bgmv_expand
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from peanut_serve.vllm_plugin.lora.unpadded import FactorStore, FewTokens
+
 logger = logging.getLogger("vllm.peanut_serve")
 
 # the tokens of one slot: a range of rows, or their indices
@@ -36,7 +38,8 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
             )
         self._token_groups: _Groups = []
         self._sample_groups: _Groups = []
-        self._one_hot: Tensor | None = None  # (tokens, slots): 1 in the slot of each token, for `add_at_once`
+        self._few: FewTokens | None = None
+        self._factors = FactorStore()
 
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -46,9 +49,7 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         slots = self.token_lora_indices
         self._token_groups = group_rows(slots)
         self._sample_groups = group_rows(self.sampler_indices)
-        self._one_hot = None
-        if len(self._token_groups) > 1 and len(slots) <= _FEW_TOKENS:
-            self._one_hot = (slots[:, None] == torch.arange(len(lora_index_to_id))).float()
+        self._few = FewTokens(slots) if self._token_groups and len(slots) <= _FEW_TOKENS else None
 
     def add_lora_linear(
         self,
@@ -63,12 +64,18 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """`y[:, slice i] += scale * x @ lora_a[i].T @ lora_b[i].T`."""
-        if buffer is None and self._one_hot is not None and x.shape[:-1].numel() == len(self._one_hot):
-            add_at_once(y, x, lora_a_stacked, lora_b_stacked, output_slices, self._one_hot * scale)
-        else:
+        if not self._token_groups:
+            return
+        few, start = self._few, 0
+        if buffer is not None or few is None or x.shape[:-1].numel() != len(few):
             super().add_lora_linear(
                 y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs
             )
+            return
+        x, y = x.view(-1, x.shape[-1]).float(), y.view(-1, y.shape[-1])
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            few.add(y[:, start : start + size], x, self._factors.unpadded(a, b), scale)
+            start += size
 
     def add_shrink(
         self,
@@ -132,27 +139,6 @@ def group_rows(slots: Tensor) -> _Groups:
             first, last = int(rows[0]), int(rows[-1])
             groups.append((slot, slice(first, last + 1) if last - first + 1 == len(rows) else rows))
     return groups
-
-
-def add_at_once(
-    y: Tensor,
-    x: Tensor,
-    lora_a_stacked: tuple[Tensor, ...],
-    lora_b_stacked: tuple[Tensor, ...],
-    output_slices: tuple[int, ...],
-    own: Tensor,
-) -> None:
-    """Multiply few tokens with all slots, and keep the result of each token's own slot.
-
-    Such a step is limited by the number of operations, not by their size. `own` (n, slots) has the scale in the slot
-    of each token, and zeros elsewhere.
-    """
-    x, y, start = x.view(-1, x.shape[-1]).float(), y.view(-1, y.shape[-1]), 0
-    for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-        h = (x @ a.view(-1, a.shape[-1]).float().T).view(*own.shape, -1) * own[:, :, None]  # (n, slots, r)
-        delta = torch.bmm(h.transpose(0, 1), b.squeeze(1).float().transpose(1, 2)).sum(0)  # (n, out)
-        y[:, start : start + size] += delta[:, :size].to(y.dtype)
-        start += size
 
 
 def is_affected() -> bool:
