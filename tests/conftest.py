@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: tiny models with trained-looking adapters, a real base, the commands."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -95,6 +96,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
                 signal.signal(number, handler)
             os.environ.clear()
             os.environ.update(environment)  # peanut-serve leaves it for vLLM's processes
+            gc.unfreeze()  # the commands freeze what is imported, here that of all tests
         shown = capsys.readouterr()
         return subprocess.CompletedProcess(command, int(ended.value.code or 0), shown.out, shown.err)
 

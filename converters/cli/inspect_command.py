@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from converters.api.options import Sources
+from converters.cli.importing import imports_that_stay
 from converters.cli.options import LAYOUTS, AdapterRevision, Json, Layout, Revision, Scaling, Token, Version
 from converters.errors import OptionError
 
@@ -56,7 +57,8 @@ def run_command(
     """Show what an adapter is, or verify an output; see `HELP`."""
     if full and not (verify and base is not None and merged_from):
         raise OptionError("--full needs --verify, --base and --adapter: it recomputes a merged folder from them")
-    from converters.cli import inspecting
+    with imports_that_stay():
+        from converters.cli import inspecting
 
     sources = Sources(
         base, merged_from or (), revision, adapter_revision, token, layout, scaling, names_have_weights=True

@@ -2,6 +2,7 @@
 
 from converters.api.options import MergeOptions, Sources
 from converters.cli import options
+from converters.cli.importing import imports_that_stay
 from converters.cli.options import LAYOUTS, given
 from converters.outputs.base import OutputRequest, WriteOptions
 from converters.outputs.table import find_format
@@ -90,9 +91,10 @@ def run_command(
         self_merging=self_merging,
     )
     row.check_options({**given(each=each, share=share, resume=resume, stream=stream), **own})
-    from converters.cli.merging import merge
-    from converters.models.labels import read_labels
-    from converters.outputs.upload import Push
+    with imports_that_stay():
+        from converters.cli.merging import merge
+        from converters.models.labels import read_labels
+        from converters.outputs.upload import Push
 
     merge(
         row,

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # numbers looked at once: nothing the size of the tensor is allocated
+_CHUNK = 1 << 20  # numbers looked at together: nothing the size of the tensor is allocated
+
+ON_THIS_THREAD = 1 << 14
+"""So few numbers that PyTorch does not share them out among threads."""
 
 # of the formats whose bits are a sign, an exponent and a fraction: an exponent of all ones means Inf or NaN
 _BITS = {
@@ -13,9 +16,9 @@ _BITS = {
 }
 
 
-def all_finite(numbers: Tensor) -> bool:
-    """Whether `numbers` holds no NaN and no infinity."""
-    return all(_chunk_is_finite(chunk) for chunk in torch.split(numbers.reshape(-1), _CHUNK))
+def all_finite(numbers: Tensor, at_once: int = _CHUNK) -> bool:
+    """Whether `numbers` holds no NaN and no infinity; looks at so many of them `at_once`."""
+    return all(_chunk_is_finite(chunk) for chunk in torch.split(numbers.reshape(-1), at_once))
 
 
 def _chunk_is_finite(numbers: Tensor) -> bool:

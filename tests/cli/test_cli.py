@@ -1,5 +1,6 @@
 """The commands as a person or a script runs them."""
 
+import gc
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ from support.commands import Run, run
 from support.tiny_models import Pair, edit_config
 
 from converters import __version__
+from converters.cli.importing import imports_that_stay
 
 
 def test_merge_prints_the_result_on_stdout_and_nothing_else(pair: Pair) -> None:
@@ -226,3 +228,21 @@ def test_a_stop_that_c_code_turns_into_another_error_is_still_a_stop(
     assert done.returncode == 128 + signal.SIGINT
     assert done.stderr == "peanut-merge: stopped; nothing incomplete was left\n"
     assert not pair.output.exists()
+
+
+def test_what_is_imported_is_left_out_of_collections() -> None:
+    try:
+        with imports_that_stay():
+            assert not gc.isenabled()
+            made = [[number] for number in range(1000)]
+        assert gc.isenabled()
+        assert not any(one is made for one in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_a_failed_import_leaves_collections_on() -> None:
+    with pytest.raises(ImportError), imports_that_stay():
+        raise ImportError("missing")
+    assert gc.isenabled()
+    gc.unfreeze()
