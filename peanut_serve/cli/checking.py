@@ -40,7 +40,8 @@ def problems(
     names = set(found.names(options.mode))
     said = {*found.broken, *base_names(options.base, options.vllm)}
     asked = {option: {*options.serving.get(option, ())} - said for option in ("pin", "preload")}
-    yield from unserved(asked, with_recorded(names, settings.state))
+    roots = AdapterRoots(settings.roots)
+    yield from unserved(asked, with_recorded(found, options.mode, roots, settings.state, options.base))
     limits, refused = _limits(options, arguments)
     yield from refused
     for check in (server_variables, keys_of):

@@ -1,15 +1,16 @@
 """The adapters that exist when a server starts: vLLM's options and the notes for operators follow from them."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters import load_adapter
-from converters.errors import PeanutError
+from converters import load_adapter, open_checkpoint
+from converters.errors import OptionError, PeanutError
 from peanut_serve.settings.serving import Mode
 from peanut_serve.variants.lora_export import kind_of
 from peanut_serve.variants.roots import AdapterRoots, looks_merged
-from peanut_serve.variants.state_folder import RECORDS, read_records
+from peanut_serve.variants.state_folder import RECORDS, Record, Records, read_records, set_aside
 
 MIN_RANK = 16  # room for adapters that are added later
 _SHOWN = 10  # names in a message
@@ -96,17 +97,47 @@ def unserved(asked: Mapping[str, Collection[str]], names: Collection[str]) -> It
             yield f"--{option} {name}: there is no such variant among {', '.join(known[:_SHOWN]) or 'none'}{more}"
 
 
-def with_recorded(names: Collection[str], state: Path) -> set[str]:
-    """Names of variants, with those that operators have registered for them, and without those that they removed.
+def with_recorded(found: Found, mode: Mode, roots: AdapterRoots, state: Path, base: str) -> set[str]:
+    """Names that requests can use: of adapters, and of those that operators registered, without those they removed.
+
+    Files that cannot be served now do not matter for a name whose version the state folder keeps. The records of
+    another base do not count; if the base is not in a folder, they cannot be told from its own, and add names only.
 
     Args:
-        names: of adapters.
+        found: in the roots.
+        mode: of the server.
+        roots: where adapters are looked up.
         state: the state folder; records that cannot be read count nothing here, and are refused by the server.
+        base: as it is given to the server.
     """
-    path = state / RECORDS
+    names, known, fingerprint = set(found.names(mode)), [*_all_records(state)], _fingerprint(base)
+    own = [records for records in known if records.base == fingerprint]
+    recorded = [one for records in (known if fingerprint is None else own) for one in records.variants.items()]
+    served = {name for name, record in recorded if record.source in names or _keeps_version(record, found, roots)}
+    hidden = {name for records in own for name, record in records.variants.items() if record.hidden}
+    return (names | served) - hidden
+
+
+def _all_records(state: Path) -> Iterator[Records]:
+    for path in (state / RECORDS, *set_aside(state)):
+        with suppress(PeanutError, OSError):
+            yield read_records(path.read_bytes(), path)
+
+
+def _fingerprint(base: str) -> str | None:
+    """Of a base in a folder; None if it is elsewhere, or cannot be read."""
+    folder = Path(base).expanduser()
+    with suppress(PeanutError, OSError):
+        return open_checkpoint(folder).fingerprint if folder.is_dir() else None
+    return None
+
+
+def _keeps_version(record: Record, found: Found, roots: AdapterRoots) -> bool:
+    """Whether a start takes the version of a record, whatever its files are; see `Catalogue.current`."""
     try:
-        records = read_records(path.read_bytes(), path).variants if path.is_file() else {}
-    except (PeanutError, OSError):
-        records = {}
-    registered = {name for name, record in records.items() if record.source in names}
-    return {*names, *registered} - {name for name, record in records.items() if record.hidden}
+        source = roots.find(record.source) if record.digest is not None else None
+    except OptionError:  # the name is in two folders
+        return False
+    if source is None or not source.state():
+        return False
+    return record.held or (record.source in found.broken and source.state() == record.seen)

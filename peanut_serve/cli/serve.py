@@ -85,10 +85,13 @@ def serve(options: ServeOptions) -> None:
 
 def _refuse_unserved(options: ServeOptions, found: Found, settings: ServerSettings) -> None:
     """Refuse now what would stop the server after its engine has started."""
-    names = with_recorded(found.names(options.mode), settings.state) | {*base_names(options.base, options.vllm)}
+    if not (settings.pin or settings.preload):
+        return
+    names = with_recorded(found, options.mode, AdapterRoots(settings.roots), settings.state, options.base)
+    names |= {*base_names(options.base, options.vllm)}
     for option, asked in (("pin", settings.pin), ("preload", settings.preload)):
         for name in asked:
-            if name in found.broken:
+            if name in found.broken and name not in names:
                 raise OptionError(f"--{option} {name}: {found.broken[name]}")
         for reason in unserved({option: asked}, names):
             raise OptionError(reason)

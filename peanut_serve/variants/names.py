@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from converters import Checkpoint
 from converters.errors import OptionError
 from peanut_serve.errors import UnknownVariantError, VariantError, VariantInUseError, VariantNameError, shown
 from peanut_serve.settings.versions import CURRENT, STAGED, staged_name
 from peanut_serve.variants.listing import Judge, Listing
-from peanut_serve.variants.roots import AdapterRoots
+from peanut_serve.variants.roots import AdapterRoots, looks_merged
 from peanut_serve.variants.state_folder import Record, Records, VariantStore, all_digests
 from peanut_serve.variants.version import VariantKind, Version, base_version
 
@@ -59,7 +60,7 @@ class Names:
         checkpoint: Checkpoint,
         judge: Judge,
     ) -> None:
-        self._roots, self._store, self._judge = roots, store, judge
+        self._roots, self._store = roots, store
         self._listing = Listing(roots, judge)
         self.base = base_version(checkpoint)
         self.bases = {name: Variant(name, Record(source=str(checkpoint.folder)), self.base) for name in base_names}
@@ -134,7 +135,10 @@ class Names:
         return found
 
     def kind_of(self, variant: Variant) -> VariantKind:
-        """How a variant is stored and served; judged by its files if it was not requested yet."""
+        """How a variant is stored and served; judged by its files if it was not requested yet.
+
+        For files that were not there when the names were listed last, that is a guess: to judge reads all of θ.
+        """
         if variant.version is not None:
             return variant.version.kind
         if (listed := self._listing.kind(variant.record.source)) is not None:
@@ -143,7 +147,8 @@ class Names:
             source = self._roots.find(variant.record.source)
         except OptionError:  # the name is in two folders
             source = None
-        return self._judge(source) if source is not None else VariantKind.ADAPTER
+        is_merged = source is not None and isinstance(source.spec, Path) and looks_merged(source.spec)
+        return VariantKind.CHECKPOINT if is_merged else VariantKind.ADAPTER
 
     def register(self, name: str, source: str) -> Variant:
         """Add a name for an entry of the roots. Raises `VariantNameError`, `VariantError`."""

@@ -16,7 +16,7 @@ from support.tiny_models import Pair, save_adapter, tiny_llama
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from converters import Adapter, merge
+from converters import Adapter, merge, open_checkpoint
 from converters.errors import AdapterError, OptionError
 from peanut_serve.cli.finding import Found, find_adapters
 from peanut_serve.cli.launch import base_names, server_variables, vllm_options
@@ -127,7 +127,8 @@ def test_names_of_variants_that_there_are_not(pair: Pair, tasks: Path, run_here:
     state = tmp_path / "state"
     state.mkdir()
     records = {"prod": {"source": "small"}, "old": {"source": "gone"}, "large": {"source": "large", "hidden": True}}
-    (state / "variants.json").write_text(json.dumps({"schema_version": 1, "base": "any", "variants": records}))
+    written = {"schema_version": 1, "base": open_checkpoint(pair.base).fingerprint, "variants": records}
+    (state / "variants.json").write_text(json.dumps(written))
     command = ("peanut-serve", "--base", pair.base, "--adapters", tasks, "--mode", "auto", "--state", state)
     known = "there is no such variant among base, prod, small"
     wanted = {

@@ -6,8 +6,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.server.catalogue_site import Site
 from support.tiny_models import Pair
 
+from converters import Adapter, load_adapter
 from peanut_serve.variants import listing
 from peanut_serve.variants.listing import Listing, judged_by_files
 from peanut_serve.variants.lora_export import LoraLimits
@@ -120,3 +122,26 @@ def test_what_the_files_do_not_tell(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     for source in (VariantSource("broken", tmp_path / "broken.safetensors"), VariantSource("me/style", "me/style")):
         assert judged_by_files(source, LoraLimits(64), True) is VariantKind.ADAPTER
+
+
+def test_files_that_are_not_listed_yet_are_not_read_on_the_loop(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A status is told by a coroutine: meanwhile every other request of the server would wait."""
+    site = Site(pair, tmp_path)
+    site.lora = LoraLimits(64)
+    site.start()
+    site.names()
+    shutil.copytree(site.tasks / "v1", site.tasks / "new")
+    readers: list[threading.Thread] = []
+
+    def load(source: Path) -> Adapter:
+        readers.append(threading.current_thread())
+        return load_adapter(source)
+
+    monkeypatch.setattr(listing, "load_adapter", load)
+    kind = lambda: site.catalogue.kind_of(site.catalogue.find("new"))  # noqa: E731
+    assert (kind(), readers) == (VariantKind.ADAPTER, [])
+    site.names()
+    assert (kind(), len(readers)) == (VariantKind.LORA, 1)
+    assert threading.main_thread() not in readers

@@ -101,6 +101,22 @@ def test_a_slot_that_is_written_again(written: str) -> None:
     assert (found.double() - expected(mix, y, x, a, b, 0.5)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("broken", ["a", "b"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_factors_that_are_not_finite_spoil_no_other_answer(broken: str, number: float) -> None:
+    """Nor that of a request without an adapter in the same step."""
+    mix, (a, b) = MIXES["scattered"], factors()
+    x, y = torch.randn(len(mix), WIDTH), torch.randn(len(mix), sum(OUT))
+    wanted = expected(mix, y, x, a, b, 0.5)
+    for part in {"a": a, "b": b}[broken]:
+        part[1, 0, 0, 0] = number  # of adapter 7
+    found = y.clone()
+    wrapper(GroupedPunicaWrapperCPU, mix, False).add_lora_linear(found, x, tuple(a), tuple(b), 0.5, OUT)
+    others = torch.tensor([adapter != 7 for adapter in mix])
+    assert (found.double() - wanted)[others].abs().max() <= 1e-5
+    assert not found[~others].isfinite().all()
+
+
 def test_steps_of_few_and_of_many_tokens_in_turn() -> None:
     """Prefill mixed with decoding has many tokens; the steps before and after it have few."""
     a, b = factors()

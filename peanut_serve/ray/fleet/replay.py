@@ -55,13 +55,13 @@ class Replay:
         while True:
             await asyncio.sleep(_LOOK)
             try:
-                await self._undo(loop.time() - _UNTOLD)
                 newest = await self._store.newest()
                 if newest.revision > self.state.revision:
                     await self.follow(newest)
                 elif (self.withheld or self.unpinned) and loop.time() - tried > _RETRY:
                     tried = loop.time()
                     await self.settle([*self.withheld, *self.unpinned])
+                await self._undo(loop.time() - _UNTOLD)  # now it is known that nobody remembers it
             except Exception as error:  # the next look may succeed; what is known stays in force
                 logger.warning("what operators want is unknown: %s: %s", type(error).__name__, error)
 
@@ -78,7 +78,7 @@ class Replay:
 
         If it is not, as the store or the front has failed meanwhile, it is undone.
         """
-        self._first[name] = asyncio.get_running_loop().time()
+        self._first[released_name(name)] = asyncio.get_running_loop().time()
 
     async def _undo(self, before: float) -> None:
         """Undo what this replica did first before a moment, and was not told to follow since."""

@@ -15,7 +15,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.ops.torch_ops import bgmv_expand
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from peanut_serve.vllm_plugin.lora.unpadded import FactorStore, FewTokens
+from peanut_serve.vllm_plugin.lora.unpadded import FactorStore, FewTokens, UnpaddedFactors
 
 logger = logging.getLogger("vllm.peanut_serve")
 
@@ -66,15 +66,17 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         """`y[:, slice i] += scale * x @ lora_a[i].T @ lora_b[i].T`."""
         if not self._token_groups:
             return
-        few, start = self._few, 0
-        if buffer is not None or few is None or x.shape[:-1].numel() != len(few):
+        few, start, factors = self._few, 0, list[UnpaddedFactors]()
+        if few is not None and buffer is None and x.shape[:-1].numel() == len(few):
+            factors = [self._factors.unpadded(a, b) for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True)]
+        if few is None or not factors or not all(one.are_finite for one in factors):
             super().add_lora_linear(
                 y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs
             )
             return
         x, y = x.view(-1, x.shape[-1]).float(), y.view(-1, y.shape[-1])
-        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            few.add(y[:, start : start + size], x, self._factors.unpadded(a, b), scale)
+        for one, size in zip(factors, output_slices, strict=True):
+            few.add(y[:, start : start + size], x, one, scale)
             start += size
 
     def add_shrink(

@@ -24,11 +24,13 @@ class UnpaddedFactors:
         a: (sum of ranks, in).
         b: (sum of ranks, out).
         ranks: number of rows of each slot.
+        are_finite: whether those of one slot, multiplied with zeros, leave the answers of others alone.
     """
 
     a: Tensor
     b: Tensor
     ranks: Ranks
+    are_finite: bool
     versions: tuple[int, int]  # of the padded factors
 
 
@@ -53,7 +55,9 @@ class FactorStore:
 def _unpadded(a: Tensor, b: Tensor, versions: tuple[int, int]) -> UnpaddedFactors:
     rows, columns = a.squeeze(1), b.squeeze(1).transpose(1, 2)  # (slots, r, in), (slots, r, out)
     used = rows.any(2)
-    return UnpaddedFactors(rows[used], columns[used], tuple(used.sum(1).tolist()), versions)
+    kept_a, kept_b = rows[used], columns[used]
+    are_finite = all(bool(kept.isfinite().all()) for kept in (kept_a, kept_b))
+    return UnpaddedFactors(kept_a, kept_b, tuple(used.sum(1).tolist()), are_finite, versions)
 
 
 class FewTokens:
@@ -74,11 +78,17 @@ class FewTokens:
         return len(self._slots)
 
     def add(self, y: Tensor, x: Tensor, factors: UnpaddedFactors, scale: float) -> None:
-        """`y += scale * x @ a.T @ b.T` with the factors of each token's slot; `y` (n, out), `x` (n, in), float32.
+        """`y += scale * x @ a.T @ b.T` with the factors of each token's slot, which are finite.
 
         Tokens are multiplied with the factors of all slots from the first to the last that the step needs, and the
         products with those of other slots are set to zero: that takes fewer operations, and reads no more. 16-bit
         factors are widened each time, which takes less than oneDNN's products of so few rows in bfloat16.
+
+        Args:
+            y: (n, out).
+            x: (n, in), float32.
+            factors: of all slots.
+            scale: of the products.
         """
         start, end = sum(factors.ranks[: self._first]), sum(factors.ranks[: self._end])
         if start == end:

@@ -130,3 +130,41 @@ def test_what_an_engine_refused_first_is_not_undone(tmp_path: Path) -> None:
         assert replica._replay._first.keys() == {"v1"}
 
     asyncio.run(test())
+
+
+def test_what_is_remembered_is_not_undone_while_the_store_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Front remembered it, and went before it told the replica, which cannot look: it may hold what is wanted."""
+    monkeypatch.setattr(module, "_LOOK", 0.005)
+    monkeypatch.setattr(module, "_UNTOLD", 0.02)
+    kv = Store.instead_of_rays(monkeypatch)
+
+    async def test() -> None:
+        store = WantedStore("app", "base", None)
+        replica = Replica("a", Engine(tmp_path, store=store))
+        await replica._replay.start()
+        digest = (await replica.hold_first("v1"))["answer"]["digest"]
+        await store.change(lambda state: state.after("hold", "v1", digest))
+        kv.fails = lambda number, is_done: True
+        running = asyncio.create_task(replica._replay.run())
+        await asyncio.sleep(0.2)
+        assert replica.found == (False, True)
+        kv.fails = lambda number, is_done: False
+        await asyncio.wait_for(agreed(store, [replica]), 10)
+        assert "reload" not in replica.engine.calls  # which would have taken what is in the files
+        running.cancel()
+
+    asyncio.run(test())
+
+
+def test_a_name_of_a_staged_version_is_settled_once(tmp_path: Path) -> None:
+    """It belongs to its variant, as `settle` sees it: otherwise it would be undone again every second."""
+
+    async def test() -> None:
+        replay = Engine(tmp_path).replay
+        replay.note_first("v1@staged")
+        await replay._undo(asyncio.get_running_loop().time() + 1)
+        assert replay._first == {}
+
+    asyncio.run(test())
