@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from converters import load_adapter
@@ -33,13 +33,20 @@ class Listing:
         self._judged: Mapping[str, tuple[State, VariantKind]] = {}
         self._read_at: float | None = None
         self._reading = asyncio.Lock()
+        self._judging: asyncio.Task[None] | None = None
 
     async def names(self) -> list[str]:
-        """Every name in the folders; those that ask while they are read share the result."""
+        """Every name in the folders; those that ask while they are read share the result.
+
+        Their kinds follow: θ of many new adapters takes longer to read than anybody should wait for a list.
+        """
         async with self._reading:
             if self._read_at is None or time.monotonic() - self._read_at > _SECONDS:
-                self.latest, self._judged = await asyncio.to_thread(self._read)
+                self.latest = await asyncio.to_thread(self._roots.names)
                 self._read_at = time.monotonic()
+                if self._judging is None or self._judging.done():
+                    self._judging = asyncio.create_task(self._judge_all(self.latest))
+                await asyncio.wait([self._judging], timeout=_SECONDS)
         return self.latest
 
     def kind(self, name: str) -> VariantKind | None:
@@ -51,8 +58,10 @@ class Listing:
         """Read the folders again when the names are asked for next."""
         self._read_at = None
 
-    def _read(self) -> tuple[list[str], Mapping[str, tuple[State, VariantKind]]]:
-        names = self._roots.names()
+    async def _judge_all(self, names: Sequence[str]) -> None:
+        self._judged = await asyncio.to_thread(self._kinds, names)
+
+    def _kinds(self, names: Sequence[str]) -> Mapping[str, tuple[State, VariantKind]]:
         judged: dict[str, tuple[State, VariantKind]] = {}
         for name in names:
             try:
@@ -63,7 +72,7 @@ class Listing:
             state, known = source.state(), self._judged.get(name)
             same = known is not None and known[0] == state
             judged[name] = known if known is not None and same else (state, self._judge(source))
-        return names, judged
+        return judged
 
 
 def judged_by_files(source: VariantSource, lora: LoraLimits | None, merges: bool) -> VariantKind:

@@ -102,6 +102,30 @@ def test_kinds_are_judged_once_for_the_same_files(tmp_path: Path) -> None:
     assert (look(), names.kind("two")) == ([], None)
 
 
+def test_a_list_does_not_wait_for_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "adapter_model.safetensors").touch()
+    is_read = threading.Event()
+
+    def judge(source: VariantSource) -> VariantKind:
+        assert is_read.wait(30)
+        return VariantKind.LORA
+
+    async def test() -> None:
+        names = Listing(AdapterRoots([tmp_path]), judge)
+        for _ in range(2):  # the second one does not judge beside the first
+            assert await names.names() == ["one"]
+            assert names.kind("one") is None
+            names.renew()
+        is_read.set()
+        while names.kind("one") is None:
+            await asyncio.sleep(0.01)
+        assert names.kind("one") is VariantKind.LORA
+
+    monkeypatch.setattr(listing, "_SECONDS", 0.05)
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
 @pytest.mark.parametrize(
     ("limits", "merges", "kind"),
     [
