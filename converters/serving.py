@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from converters.hub.names import SHORT_NAMES, is_hub_id
     from converters.models.checkpoint import sample_digests
     from converters.models.config import labels_of
-    from converters.models.finding import find_base
+    from converters.models.finding import base_folder, find_base
     from converters.outputs.lora import VLLM_RANKS, LoraOptions, as_lora, plan_lora_adapter, write_lora_adapter
     from converters.plans.merge import plan_merge
     from converters.plans.tensor import TensorPlan
@@ -54,6 +54,7 @@ _HOME = {
     "LoraOptions": "outputs.lora",
     "Worker": "evaluation.worker",
     "as_lora": "outputs.lora",
+    "base_folder": "models.finding",
     "check_base": "adapters.base_record",
     "describe_changes": "plans.trained_base.trained",
     "find_adapter": "adapters.finding",
@@ -91,6 +92,7 @@ __all__ = [
     "ThetaStore",
     "Worker",
     "as_lora",
+    "base_folder",
     "check_base",
     "describe_changes",
     "find_adapter",

@@ -27,6 +27,22 @@ class BaseSource:
     stream: ShardStream | None = None
 
 
+def base_folder(base: str) -> Path | None:
+    """The folder of a base; None if its name stands for one on the Hub.
+
+    Raises `CheckpointError` if it is a file, or neither a folder nor a valid Hub id.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        refuse_gguf(folder)
+        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
+    if not is_hub_id(SHORT_NAMES.get(base, base)):
+        raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
+    return None
+
+
 def find_base(base: str, revision: str | None = None, token: str | None = None, stream: bool = False) -> BaseSource:
     """Resolve the name of a base: a local folder first, then the short names, then the Hub.
 
@@ -41,8 +57,8 @@ def find_base(base: str, revision: str | None = None, token: str | None = None, 
         OptionError: `revision` or `stream` was given for a local folder.
         HubError: the download failed.
     """
-    folder = Path(base).expanduser()
-    if folder.is_dir():
+    folder = base_folder(base)
+    if folder is not None:
         if revision is not None:
             raise OptionError(f"revision={revision!r} has no meaning for the local folder {base}; leave it out")
         if stream:
@@ -50,12 +66,7 @@ def find_base(base: str, revision: str | None = None, token: str | None = None, 
         shadows = base in SHORT_NAMES
         note = f"base: the local folder {base} (not {SHORT_NAMES[base]} on the Hub)" if shadows else None
         return BaseSource(folder, note=note)
-    if folder.is_file():
-        refuse_gguf(folder)
-        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
     repo_id = SHORT_NAMES.get(base, base)
-    if not is_hub_id(repo_id):
-        raise CheckpointError(f"no folder {base}, and it is not a valid Hub id; check the path")
     path = _download(repo_id, revision, token, weights=not stream)
     note = f"base: {base} is {repo_id} on the Hub, revision {path.name}" if repo_id != base else None
     shards = ShardStream(repo_id, path.name, token) if stream else None

@@ -12,7 +12,7 @@ from converters.cli import console
 from converters.cli.flags import in_flags
 from converters.errors import MissingDependencyError, OptionError, PeanutError
 from converters.serving import VLLM_RANKS
-from peanut_serve.cli.finding import Found, unserved, with_recorded
+from peanut_serve.cli.finding import Found, unserved, usable_names
 from peanut_serve.cli.launch import base_names, check_endpoints, server_variables
 from peanut_serve.settings.server import ServerSettings
 from peanut_serve.settings.serving import ServeOptions
@@ -41,7 +41,7 @@ def problems(
     said = {*found.broken, *base_names(options.base, options.vllm)}
     asked = {option: {*options.serving.get(option, ())} - said for option in ("pin", "preload")}
     roots = AdapterRoots(settings.roots)
-    yield from unserved(asked, with_recorded(found, options.mode, roots, settings.state, options.base))
+    yield from unserved(asked, usable_names(found, options.mode, roots, settings.state, options.base))
     limits, refused = _limits(options, arguments)
     yield from refused
     for check in (server_variables, keys_of):

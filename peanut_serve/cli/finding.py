@@ -97,7 +97,7 @@ def unserved(asked: Mapping[str, Collection[str]], names: Collection[str]) -> It
             yield f"--{option} {name}: there is no such variant among {', '.join(known[:_SHOWN]) or 'none'}{more}"
 
 
-def with_recorded(found: Found, mode: Mode, roots: AdapterRoots, state: Path, base: str) -> set[str]:
+def usable_names(found: Found, mode: Mode, roots: AdapterRoots, state: Path, base: str) -> set[str]:
     """Names that requests can use: of adapters, and of those that operators registered, without those they removed.
 
     Files that cannot be served now do not matter for a name whose version the state folder keeps. The records of

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 from converters import open_checkpoint
-from converters.errors import AdapterError, CheckpointError, MissingDependencyError, OptionError
-from converters.serving import SHORT_NAMES, VLLM_RANKS, is_hub_id
+from converters.errors import AdapterError, MissingDependencyError, OptionError
+from converters.serving import SHORT_NAMES, VLLM_RANKS, base_folder
 from peanut_serve.cli.finding import MIN_RANK, Found
 from peanut_serve.errors import EngineStartError
 from peanut_serve.settings.launching import engine_variables
@@ -64,12 +64,8 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
         AdapterError: vLLM does not support LoRA of this rank.
         OptionError: an option is not supported with swapping.
     """
-    folder = Path(base).expanduser()
-    if folder.is_file():
-        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
-    model = str(folder) if folder.is_dir() else SHORT_NAMES.get(base, base)
-    if not folder.is_dir() and not is_hub_id(model):
-        raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
+    folder = base_folder(base)
+    model = str(folder or SHORT_NAMES.get(base, base))
     given = _with_separate_config(given)
     own = option_names(given)
     unsupported = _UNSUPPORTED if mode == "lora" else {**_UNSUPPORTED, **_UNSUPPORTED_BY_SWAPPING}
@@ -85,7 +81,7 @@ def vllm_options(base: str, mode: Mode, found: Found, given: Sequence[str]) -> l
     if mode != "merged":
         defaults |= _lora_options(mode, found)
     if mode != "lora":
-        if folder.is_dir():
+        if folder is not None:
             open_checkpoint(folder)  # refuse a quantised or missing base before vLLM starts
         defaults |= {"--worker-extension-cls": [_WORKER]}
     if "--headless" in own:

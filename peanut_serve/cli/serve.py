@@ -8,7 +8,7 @@ from typing import Any
 
 from converters.cli import console
 from converters.errors import OptionError
-from peanut_serve.cli.finding import Found, find_adapters, unserved, with_recorded
+from peanut_serve.cli.finding import Found, find_adapters, unserved, usable_names
 from peanut_serve.cli.launch import (
     base_names,
     check_endpoints,
@@ -87,7 +87,7 @@ def _refuse_unserved(options: ServeOptions, found: Found, settings: ServerSettin
     """Refuse now what would stop the server after its engine has started."""
     if not (settings.pin or settings.preload):
         return
-    names = with_recorded(found, options.mode, AdapterRoots(settings.roots), settings.state, options.base)
+    names = usable_names(found, options.mode, AdapterRoots(settings.roots), settings.state, options.base)
     names |= {*base_names(options.base, options.vllm)}
     for option, asked in (("pin", settings.pin), ("preload", settings.preload)):
         for name in asked:

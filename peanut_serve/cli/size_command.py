@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,7 +14,7 @@ from converters.cli.flags import in_flags
 from converters.cli.numbers import COUNT, finite
 from converters.cli.options import Json
 from converters.errors import CheckpointError, OptionError, PeanutError
-from converters.serving import SHORT_NAMES, is_hub_id, parse_size
+from converters.serving import SHORT_NAMES, base_folder, parse_size
 from peanut_serve.cli.server_options import BaseCopy, Mode
 from peanut_serve.variants.sizing import (
     BYTES,
@@ -123,14 +122,10 @@ def _size(
 
 
 def _opened(base: str) -> Checkpoint:
-    folder = Path(base).expanduser()
-    if folder.is_dir():
+    folder = base_folder(base)
+    if folder is not None:
         return open_checkpoint(folder)
-    if folder.is_file():
-        raise CheckpointError(f"{base} is a file; expected the folder with config.json and the weights")
     repository = SHORT_NAMES.get(base, base)
-    if folder.is_absolute() or base.startswith((".", "~")) or not is_hub_id(repository):
-        raise CheckpointError(f"there is no folder {base}, and it is not a valid Hub id; check the path")
     raise CheckpointError(f"there is no folder {base}; download the base first, with: hf download {repository}")
 
 

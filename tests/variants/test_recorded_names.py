@@ -10,7 +10,7 @@ from support.server.catalogue_site import Site
 from support.tiny_models import Pair, edit_json
 
 from converters.errors import PeanutError
-from peanut_serve.cli.finding import find_adapters, with_recorded
+from peanut_serve.cli.finding import find_adapters, usable_names
 from peanut_serve.errors import VariantError
 from peanut_serve.settings.serving import Mode
 from peanut_serve.variants.roots import AdapterRoots
@@ -23,7 +23,7 @@ def site(pair: Pair, tmp_path: Path) -> Site:
 
 def known(site: Site, mode: Mode = "merged", base: str | None = None) -> set[str]:
     roots = AdapterRoots([site.tasks, site.more])
-    return with_recorded(find_adapters(roots), mode, roots, site.state, base or str(site.pair.base))
+    return usable_names(find_adapters(roots), mode, roots, site.state, base or str(site.pair.base))
 
 
 def served(site: Site, name: str) -> bool:

@@ -176,11 +176,13 @@ def test_a_base_that_is_not_there(run_here: Run, base: str, advice: str) -> None
     assert (done.returncode, f"there is no folder {base}" in done.stderr, advice in done.stderr) == (1, True, True)
 
 
-def test_a_base_that_is_a_file(tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_base_that_is_a_file(name: str, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one whose name could be that of a model on the Hub."""
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / name).touch()
     (tmp_path / "tasks").mkdir()
     monkeypatch.chdir(tmp_path)
+    reason = "a GGUF" if name.endswith(".gguf") else "is a file; expected the folder with"
     for command in (("peanut-serve", "size"), ("peanut-serve",)):
-        done = run_here(*command, "--base", "model.gguf", "--adapters", "tasks")
-        assert (done.returncode, "model.gguf is a file; expected the folder with" in done.stderr) == (1, True)
+        done = run_here(*command, "--base", name, "--adapters", "tasks")
+        assert (done.returncode, name in done.stderr, reason in done.stderr) == (1, True, True), done.stderr

@@ -113,6 +113,7 @@ class ClassifierFront:
         """The tasks that this client may use."""
 
         async def listed(visit: Visit) -> Response:
+            """Those of this visitor."""
             tasks = [(name, one) for name, one in self._tasks.items() if visit.may_use(name)]
             return JSONResponse([{"id": name, "task": one.kind.task, "labels": one.labels} for name, one in tasks])
 
@@ -123,6 +124,7 @@ class ClassifierFront:
         """What the replicas have done; those that do not answer in time are missing."""
 
         async def told(visit: Visit) -> Response:
+            """The reports. Raises `ForbiddenError`, `EngineDownError`."""
             if visit.is_tenant:  # which is no client without limits
                 raise visit.forbid("what concerns all tenants")
             report = self._replicas.broadcast("report")
@@ -139,6 +141,7 @@ class ClassifierFront:
         """An answer of a task."""
 
         async def answer(visit: Visit) -> Response:
+            """That of the task, counted. Raises `ForbiddenError`, `UnknownVariantError`."""
             visit.check(name)
             if name not in self._tasks:
                 raise UnknownVariantError(f"there is no model {shown(name)}; GET /models lists them")

@@ -75,6 +75,7 @@ class VariantWorker:
         taken, layers, current = 0, dict[str, set[int]](), NamedStorages()
 
         def weights() -> Iterator[tuple[str, Tensor]]:
+            """Those that are wanted, read when vLLM takes them."""
             nonlocal taken
             with self._peanut_reading(wanted) as read:
                 for place in wanted:
@@ -139,6 +140,7 @@ class VariantWorker:
         infos = _in_files(places)
 
         def weights() -> Iterator[tuple[str, Tensor]]:
+            """Those of the files, noted before vLLM loads them."""
             with TensorReader() as reader:
                 for info in infos:
                     tensor = reader.whole(info)
